@@ -1,0 +1,149 @@
+//! What a pipeline is given when it is loaded and when a volume changes.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::PipelineError;
+
+/// What [`crate::InferencePipeline::load`] gets.
+///
+/// ```
+/// use modalkit_sdk::{LoadContext, NoSettings};
+///
+/// fn weights(ctx: &LoadContext<NoSettings>) -> std::path::PathBuf {
+///     ctx.all_model_data_folder().join(ctx.model_name()).join("weights.bin")
+/// }
+/// ```
+#[derive(Debug)]
+pub struct LoadContext<S> {
+    pub(crate) model_name: String,
+    pub(crate) all_model_data_folder: PathBuf,
+    pub(crate) common_settings: Value,
+    pub(crate) settings: S,
+}
+
+impl<S> LoadContext<S> {
+    /// The name under which this model is served.
+    #[must_use]
+    pub fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
+    /// The folder that holds every model's data: `model_settings.local_model_repository_folder`.
+    #[must_use]
+    pub fn all_model_data_folder(&self) -> &Path {
+        &self.all_model_data_folder
+    }
+
+    /// `model_settings.common`, shared by all models: always a JSON object.
+    #[must_use]
+    pub fn common_settings(&self) -> &Value {
+        &self.common_settings
+    }
+
+    /// The pipeline's own keys from the model's entry.
+    #[must_use]
+    pub fn settings(&self) -> &S {
+        &self.settings
+    }
+
+    /// The settings, to be kept.
+    #[must_use]
+    pub fn into_settings(self) -> S {
+        self.settings
+    }
+}
+
+/// For pipelines without keys of their own; any key in the model's entry is then an error.
+///
+/// ```
+/// use modalkit_sdk::{NoSettings, testkit::TestKit};
+/// # use modalkit_sdk::{InferencePipeline, LoadContext, Outcome, PipelineError};
+/// # struct Plain;
+/// # impl InferencePipeline for Plain {
+/// #     type Settings = NoSettings;
+/// #     type Input = std::collections::BTreeMap<String, f32>;
+/// #     type Output = std::collections::BTreeMap<String, f32>;
+/// #     type Preprocessed = ();
+/// #     type RawOutput = ();
+/// #     fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> { Ok(Self) }
+/// #     fn preprocess(&self, _: &[Self::Input]) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn predict(&self, _: &[Self::Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn postprocess(&self, inputs: &[Self::Input], (): ()) -> Result<Vec<Outcome<Self::Output>>, PipelineError> {
+/// #         Ok(inputs.iter().map(|input| Ok(input.clone())).collect())
+/// #     }
+/// # }
+///
+/// let error = TestKit::new().settings(serde_json::json!({"top_k": 3})).load::<Plain>().err().unwrap();
+/// assert!(error.to_string().contains("`top_k`"));
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct NoSettings {}
+
+/// What changed in a volume, for [`crate::InferencePipeline::on_volume_reload`].
+///
+/// ```
+/// use modalkit_sdk::VolumeReload;
+///
+/// fn touches_weights(reload: &VolumeReload) -> bool {
+///     reload.changed().iter().any(|file| file.extension().is_some_and(|kind| kind == "bin"))
+/// }
+///
+/// assert!(touches_weights(&VolumeReload::new("models", "/mnt/models", ["digits/weights.bin"])));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeReload {
+    volume: String,
+    mount_point: PathBuf,
+    changed: Vec<PathBuf>,
+}
+
+impl VolumeReload {
+    /// Describes a change: the volume's name, its mount point, and the changed files relative to it.
+    pub fn new<P: Into<PathBuf>>(
+        volume: impl Into<String>,
+        mount_point: impl Into<PathBuf>,
+        changed: impl IntoIterator<Item = P>,
+    ) -> Self {
+        Self {
+            volume: volume.into(),
+            mount_point: mount_point.into(),
+            changed: changed.into_iter().map(Into::into).collect(),
+        }
+    }
+
+    /// The volume's name.
+    #[must_use]
+    pub fn volume(&self) -> &str {
+        &self.volume
+    }
+
+    /// Where the volume is mounted.
+    #[must_use]
+    pub fn mount_point(&self) -> &Path {
+        &self.mount_point
+    }
+
+    /// The files that changed, relative to the mount point; empty where the host can't tell.
+    #[must_use]
+    pub fn changed(&self) -> &[PathBuf] {
+        &self.changed
+    }
+}
+
+/// Parses a model's own keys. A key that `S` doesn't know is an error even without `deny_unknown_fields`.
+pub(crate) fn parse_settings<S: DeserializeOwned>(json: &str) -> Result<S, PipelineError> {
+    let mut unknown = Vec::new();
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    let settings = serde_ignored::deserialize(&mut deserializer, |path| unknown.push(format!("`{path}`")))
+        .map_err(|error| PipelineError::permanent(error).context("the model's entry doesn't fit the pipeline's settings"))?;
+    if unknown.is_empty() {
+        return Ok(settings);
+    }
+    Err(PipelineError::permanent(format!(
+        "the model's entry has keys that the pipeline doesn't know: {}; correct or remove them",
+        unknown.join(", ")
+    )))
+}

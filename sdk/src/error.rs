@@ -1,0 +1,219 @@
+//! How a pipeline says that something went wrong, and what can be done about it.
+
+use std::{error::Error, fmt};
+
+use modalkit_abi::{Failure, FailureKind, PathSegment};
+
+/// What the caller can do about a [`PipelineError`].
+///
+/// ```
+/// use modalkit_sdk::{ErrorKind, PipelineError};
+///
+/// assert_eq!(PipelineError::transient("the tokenizer service did not answer").kind(), ErrorKind::Transient);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The input can't be served and would fail again: the caller gets a 422.
+    InvalidInput,
+    /// The pipeline failed and would fail again: a 500, and no retry.
+    Permanent,
+    /// The pipeline failed; another try may succeed: a 500, and asynchronous jobs are retried.
+    Transient,
+    /// The device is lost until the process ends: the host stops using it.
+    DeviceLost,
+}
+
+/// An error of a pipeline, of a whole batch or of one item.
+///
+/// Any `std::error::Error` becomes a permanent one through `?`, with its causes in the text. Say more where you know
+/// more:
+///
+/// ```
+/// use modalkit_sdk::PipelineError;
+///
+/// fn read(path: &str) -> Result<String, PipelineError> {
+///     Ok(std::fs::read_to_string(path)?)
+/// }
+///
+/// let error = read("/nowhere/weights.bin").unwrap_err().context("reading the weights");
+/// assert!(!error.is_retryable());
+/// assert!(error.to_string().starts_with("reading the weights: "));
+/// assert!(PipelineError::transient("out of device memory").is_retryable());
+/// assert!(PipelineError::device_lost("CUDA error 719").is_device_lost());
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct PipelineError {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl PipelineError {
+    /// The input can't be served: it parsed, but something that only a stage can see is wrong with it.
+    pub fn invalid_input(message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::InvalidInput, message)
+    }
+
+    /// The pipeline failed and would fail again.
+    pub fn permanent(message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Permanent, message)
+    }
+
+    /// The pipeline failed, and another try may succeed.
+    pub fn transient(message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Transient, message)
+    }
+
+    /// The device under this pipeline is lost until the process ends.
+    pub fn device_lost(message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::DeviceLost, message)
+    }
+
+    fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
+        Self { kind, message: message.to_string() }
+    }
+
+    /// Puts what was being done in front of the message.
+    #[must_use]
+    pub fn context(self, doing: impl fmt::Display) -> Self {
+        Self { kind: self.kind, message: format!("{doing}: {}", self.message) }
+    }
+
+    /// What can be done about it.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// Whether the same input may succeed on another try.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.kind, ErrorKind::Transient | ErrorKind::DeviceLost)
+    }
+
+    /// Whether the device is lost.
+    #[must_use]
+    pub fn is_device_lost(&self) -> bool {
+        self.kind == ErrorKind::DeviceLost
+    }
+
+    pub(crate) fn into_failure(self) -> Failure {
+        let kind = match self.kind {
+            ErrorKind::InvalidInput => FailureKind::InvalidInput,
+            ErrorKind::Permanent => FailureKind::Permanent,
+            ErrorKind::Transient => FailureKind::Transient,
+            ErrorKind::DeviceLost => FailureKind::DeviceLost,
+        };
+        Failure { kind, message: self.message.into() }
+    }
+}
+
+impl fmt::Display for PipelineError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl fmt::Debug for PipelineError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.kind, self.message)
+    }
+}
+
+// `PipelineError` is no `std::error::Error` itself, or this would overlap with `impl From<T> for T`.
+impl<E: Error> From<E> for PipelineError {
+    fn from(error: E) -> Self {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            message.push_str(": ");
+            message.push_str(&error.to_string());
+            cause = error.source();
+        }
+        Self { kind: ErrorKind::Permanent, message }
+    }
+}
+
+/// Why `validate` turned an input down, and where in it: becomes the `loc` and `msg` of a 422.
+///
+/// ```
+/// use modalkit_sdk::Invalid;
+///
+/// let invalid = Invalid::new("expected at most 512 tokens, found 1024").at("prompt").at(3);
+/// assert_eq!(invalid.to_string(), "prompt.3: expected at most 512 tokens, found 1024");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    pub(crate) path: Vec<PathStep>,
+    pub(crate) message: String,
+}
+
+impl Invalid {
+    /// Says what is wrong with the whole input; [`Invalid::at`] narrows it down.
+    pub fn new(message: impl fmt::Display) -> Self {
+        Self { path: Vec::new(), message: message.to_string() }
+    }
+
+    /// Goes one step further into the input: a member's name or an element's index.
+    #[must_use]
+    pub fn at(mut self, step: impl Into<PathStep>) -> Self {
+        self.path.push(step.into());
+        self
+    }
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, step) in self.path.iter().enumerate() {
+            let dot = if position == 0 { "" } else { "." };
+            match step {
+                PathStep::Key(key) => write!(f, "{dot}{key}")?,
+                PathStep::Index(index) => write!(f, "{dot}{index}")?,
+            }
+        }
+        let colon = if self.path.is_empty() { "" } else { ": " };
+        write!(f, "{colon}{}", self.message)
+    }
+}
+
+/// One step into an input.
+///
+/// ```
+/// use modalkit_sdk::PathStep;
+///
+/// assert_eq!(PathStep::from("pixels"), PathStep::Key("pixels".into()));
+/// assert_eq!(PathStep::from(7), PathStep::Index(7));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PathStep {
+    /// A member of an object.
+    Key(String),
+    /// An element of an array, from 0.
+    Index(usize),
+}
+
+impl From<&str> for PathStep {
+    fn from(key: &str) -> Self {
+        Self::Key(key.to_owned())
+    }
+}
+
+impl From<String> for PathStep {
+    fn from(key: String) -> Self {
+        Self::Key(key)
+    }
+}
+
+impl From<usize> for PathStep {
+    fn from(index: usize) -> Self {
+        Self::Index(index)
+    }
+}
+
+impl From<PathStep> for PathSegment {
+    fn from(step: PathStep) -> Self {
+        match step {
+            PathStep::Key(key) => Self::Key(key.into()),
+            PathStep::Index(index) => Self::Index(index as u64),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Runs a whole pipeline in an ordinary `#[test]`, with no host: the same parsing, validation, stages, counting and
+//! writing of answers that the host's calls go through.
+
+use std::path::PathBuf;
+
+use modalkit_abi::LoadArgs;
+use serde_json::{Value, json};
+
+use crate::{
+    InferencePipeline, Outcome, PipelineError, VolumeReload,
+    instance::{Instance, parse, render},
+    schema,
+};
+
+/// Loads a pipeline as the host would.
+///
+/// ```
+/// use modalkit_sdk::testkit::TestKit;
+///
+/// let kit = TestKit::new().model_name("digits").settings(serde_json::json!({"path": "digits.onnx"}));
+/// # drop(kit);
+/// ```
+#[derive(Clone, Debug)]
+pub struct TestKit {
+    model_name: String,
+    all_model_data_folder: PathBuf,
+    common_settings: Value,
+    settings: Value,
+}
+
+impl Default for TestKit {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TestKit {
+    /// A model named `test`, whose data lies in the current folder, with no settings.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            model_name: "test".into(),
+            all_model_data_folder: ".".into(),
+            common_settings: json!({}),
+            settings: json!({}),
+        }
+    }
+
+    /// Names the model.
+    #[must_use]
+    pub fn model_name(mut self, name: impl Into<String>) -> Self {
+        self.model_name = name.into();
+        self
+    }
+
+    /// Says where the model's data lies.
+    #[must_use]
+    pub fn all_model_data_folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.all_model_data_folder = folder.into();
+        self
+    }
+
+    /// Gives `model_settings.common`, a JSON object.
+    #[must_use]
+    pub fn common_settings(mut self, settings: Value) -> Self {
+        self.common_settings = settings;
+        self
+    }
+
+    /// Gives the model's own keys, a JSON object.
+    #[must_use]
+    pub fn settings(mut self, settings: Value) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// Checks the pipeline's types, then runs its `load` and `warmup`.
+    ///
+    /// # Errors
+    /// What `load` or `warmup` return, settings that don't fit, or an `Output` that the host would refuse.
+    pub fn load<P: InferencePipeline>(&self) -> Result<LoadedPipeline<P>, PipelineError> {
+        schema::of_output::<P::Output>()?;
+        let folder = self.all_model_data_folder.to_string_lossy();
+        let (common, settings) = (self.common_settings.to_string(), self.settings.to_string());
+        let instance = Instance::load(&LoadArgs {
+            model_name: self.model_name.as_str().into(),
+            all_model_data_folder: folder.as_ref().into(),
+            common_settings: common.as_str().into(),
+            settings: settings.as_str().into(),
+        })?;
+        instance.warmup()?;
+        Ok(LoadedPipeline { instance })
+    }
+}
+
+/// A loaded pipeline, ready for batches.
+///
+/// ```
+/// # use modalkit_sdk::{InferencePipeline, LoadContext, NoSettings, Outcome, PipelineError, testkit::TestKit};
+/// # use std::collections::BTreeMap;
+/// # struct Echo;
+/// # impl InferencePipeline for Echo {
+/// #     type Settings = NoSettings;
+/// #     type Input = BTreeMap<String, f32>;
+/// #     type Output = BTreeMap<String, f32>;
+/// #     type Preprocessed = ();
+/// #     type RawOutput = ();
+/// #     fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> { Ok(Self) }
+/// #     fn preprocess(&self, _: &[Self::Input]) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn predict(&self, _: &[Self::Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn postprocess(&self, inputs: &[Self::Input], (): ()) -> Result<Vec<Outcome<Self::Output>>, PipelineError> {
+/// #         Ok(inputs.iter().map(|input| Ok(input.clone())).collect())
+/// #     }
+/// # }
+/// let model = TestKit::new().load::<Echo>()?;
+/// let answers = model.run_json(&[serde_json::json!({"x": 1.5}), serde_json::json!("no object")]);
+/// assert_eq!(answers[0].as_ref().unwrap(), &serde_json::json!({"status": "success", "x": 1.5}));
+/// assert!(answers[1].is_err());
+/// # Ok::<(), PipelineError>(())
+/// ```
+pub struct LoadedPipeline<P: InferencePipeline> {
+    instance: Instance<P>,
+}
+
+impl<P: InferencePipeline> LoadedPipeline<P> {
+    /// Runs a batch of typed inputs through validation and the three stages.
+    ///
+    /// # Errors
+    /// What a stage returns for the whole batch, an input that `validate` refuses, or a count of outcomes that differs
+    /// from the inputs'.
+    pub fn run(&self, inputs: Vec<P::Input>) -> Result<Vec<Outcome<P::Output>>, PipelineError> {
+        for input in &inputs {
+            self.instance.validate(input).map_err(|refusal| refusal.into_error())?;
+        }
+        let mut batch = self.instance.begin(inputs);
+        batch.preprocess()?;
+        batch.predict()?;
+        batch.postprocess()
+    }
+
+    /// Runs a batch of JSON inputs and gives the answers as a caller would read them. As in the host, an input that
+    /// isn't the pipeline's `Input` fails alone and takes no place in the batch; an error of the batch fails each.
+    #[must_use]
+    pub fn run_json(&self, inputs: &[Value]) -> Vec<Outcome<Value>> {
+        let mut answers = Vec::with_capacity(inputs.len());
+        let mut batch = Vec::new();
+        for input in inputs {
+            let parsed = parse::<P>(input.to_string().as_bytes())
+                .and_then(|input| self.instance.validate(&input).map(|()| input))
+                .map_err(|refusal| refusal.into_error());
+            answers.push(match parsed {
+                Ok(input) => {
+                    batch.push(input);
+                    None
+                }
+                Err(error) => Some(Err(error)),
+            });
+        }
+        let size = batch.len();
+        let outcomes: Vec<Outcome<Vec<u8>>> = match self.run(batch) {
+            Ok(outcomes) => render(outcomes).collect(),
+            Err(error) => vec![Err(error); size],
+        };
+        let mut outcomes = outcomes.into_iter();
+        let mut next = || -> Outcome<Value> {
+            let json = outcomes.next().expect("one outcome for each input of the batch")?;
+            Ok(serde_json::from_slice(&json)?)
+        };
+        answers.into_iter().map(|answer| answer.unwrap_or_else(&mut next)).collect()
+    }
+
+    /// Calls the pipeline's `on_volume_reload`.
+    ///
+    /// # Errors
+    /// What the hook returns.
+    pub fn volume_reload(&self, reload: &VolumeReload) -> Result<(), PipelineError> {
+        self.instance.volume_reload(reload)
+    }
+}
