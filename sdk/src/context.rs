@@ -138,7 +138,9 @@ pub(crate) fn parse_settings<S: DeserializeOwned>(json: &str) -> Result<S, Pipel
     let mut unknown = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_str(json);
     let settings = serde_ignored::deserialize(&mut deserializer, |path| unknown.push(format!("`{path}`")))
-        .map_err(|error| PipelineError::permanent(error).context("the model's entry doesn't fit the pipeline's settings"))?;
+        .map_err(|error| {
+            PipelineError::permanent(error).context("the model's entry doesn't fit the pipeline's settings")
+        })?;
     if unknown.is_empty() {
         return Ok(settings);
     }

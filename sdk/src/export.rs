@@ -8,8 +8,8 @@ use std::{
 };
 
 use modalkit_abi::{
-    ABI_VERSION, BatchHandle, Description, Failure, FailureKind, Handshake, HostApi, InstanceHandle, ItemHandle,
-    LoadArgs, MAGIC, Outcomes, PluginModule, PluginModuleRef, Rejection, StaticStr, VolumeChange,
+    ABI_VERSION, BatchHandle, Description, Failure, FailureKind, Handshake, HostApi, InstanceHandle,
+    ItemHandle, LoadArgs, MAGIC, Outcomes, PluginModule, PluginModuleRef, Rejection, StaticStr, VolumeChange,
     abi_stable::{
         abi_stability::StableAbi,
         library::{LibHeader, RootModuleResult},
@@ -215,7 +215,9 @@ unsafe extern "C" fn postprocess<P: InferencePipeline>(batch: BatchHandle) -> RR
     serving(&batch.model);
     guarded(|| {
         let outcomes = render(batch.postprocess()?);
-        Ok(outcomes.map(|outcome| outcome.map(Into::into).map_err(PipelineError::into_failure).into()).collect())
+        Ok(outcomes
+            .map(|outcome| outcome.map(Into::into).map_err(PipelineError::into_failure).into())
+            .collect())
     })
 }
 
@@ -272,7 +274,9 @@ fn guarded<T>(run: impl FnOnce() -> Result<T, PipelineError>) -> RResult<T, Fail
 fn examined<T>(run: impl FnOnce() -> Result<T, Refusal>) -> RResult<T, Rejection> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(value)) => ROk(value),
-        Ok(Err(Refusal::Malformed(error))) => RErr(Rejection::Malformed { message: error.to_string().into() }),
+        Ok(Err(Refusal::Malformed(error))) => {
+            RErr(Rejection::Malformed { message: error.to_string().into() })
+        }
         Ok(Err(Refusal::Invalid(invalid))) => RErr(Rejection::Invalid {
             path: invalid.path.into_iter().map(Into::into).collect(),
             message: invalid.message.into(),

@@ -33,7 +33,10 @@ impl<P: InferencePipeline> Instance<P> {
                 .map_err(|error| PipelineError::permanent(error).context("`common` is no JSON"))?,
             settings: parse_settings(&args.settings)?,
         };
-        Ok(Self { model: args.model_name.as_str().into(), pipeline: Arc::new(RwLock::new(P::load(context)?)) })
+        Ok(Self {
+            model: args.model_name.as_str().into(),
+            pipeline: Arc::new(RwLock::new(P::load(context)?)),
+        })
     }
 
     pub(crate) fn warmup(&self) -> Result<(), PipelineError> {
@@ -92,7 +95,9 @@ impl<P: InferencePipeline> Batch<P> {
     }
 
     pub(crate) fn predict(&mut self) -> Result<(), PipelineError> {
-        let Progress::Preprocessed(preprocessed) = self.advance() else { return Err(out_of_order("predict")) };
+        let Progress::Preprocessed(preprocessed) = self.advance() else {
+            return Err(out_of_order("predict"));
+        };
         self.progress = Progress::Predicted(self.pipeline.predict(&self.inputs, preprocessed)?);
         Ok(())
     }
@@ -116,7 +121,9 @@ impl<P: InferencePipeline> Batch<P> {
 }
 
 /// Writes outcomes as they leave the plugin. An output that is refused is its item's error, not the batch's.
-pub(crate) fn render<T: serde::Serialize>(outcomes: Vec<Outcome<T>>) -> impl ExactSizeIterator<Item = Outcome<Vec<u8>>> {
+pub(crate) fn render<T: serde::Serialize>(
+    outcomes: Vec<Outcome<T>>,
+) -> impl ExactSizeIterator<Item = Outcome<Vec<u8>>> {
     outcomes.into_iter().map(|outcome| object::to_json(&outcome?))
 }
 

@@ -17,7 +17,9 @@ const TYPICAL_OUTPUT_BYTES: usize = 128;
 /// The output's JSON.
 pub(crate) fn to_json<T: Serialize>(output: &T) -> Result<Vec<u8>, PipelineError> {
     let mut json = Vec::with_capacity(TYPICAL_OUTPUT_BYTES);
-    output.serialize(Object { json: &mut json }).map_err(|Refused(reason)| PipelineError::permanent(reason))?;
+    output
+        .serialize(Object { json: &mut json })
+        .map_err(|Refused(reason)| PipelineError::permanent(reason))?;
     Ok(json)
 }
 
@@ -90,7 +92,11 @@ impl SerializeStruct for Members<'_> {
     type Ok = ();
     type Error = Refused;
 
-    fn serialize_field<T: Serialize + ?Sized>(&mut self, key: &'static str, value: &T) -> Result<(), Refused> {
+    fn serialize_field<T: Serialize + ?Sized>(
+        &mut self,
+        key: &'static str,
+        value: &T,
+    ) -> Result<(), Refused> {
         self.put(key, value)
     }
 
@@ -113,7 +119,9 @@ impl SerializeMap for Members<'_> {
         self.json.remove(start);
         self.json.truncate(self.json.len() - "null}".len());
         let written = &self.json[start..self.json.len() - 1];
-        if let Some(key) = RESERVED.iter().find(|name| written.strip_prefix(b"\"").and_then(|rest| rest.strip_suffix(b"\"")) == Some(name.as_bytes())) {
+        if let Some(key) = RESERVED.iter().find(|name| {
+            written.strip_prefix(b"\"").and_then(|rest| rest.strip_suffix(b"\"")) == Some(name.as_bytes())
+        }) {
             return Err(reserved(key));
         }
         self.key_end = self.json.len();
@@ -121,7 +129,11 @@ impl SerializeMap for Members<'_> {
     }
 
     fn serialize_value<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Refused> {
-        debug_assert_eq!(self.key_end, self.json.len(), "serde calls serialize_value right after serialize_key");
+        debug_assert_eq!(
+            self.key_end,
+            self.json.len(),
+            "serde calls serialize_value right after serialize_key"
+        );
         Ok(serde_json::to_writer(&mut *self.json, value)?)
     }
 
@@ -185,7 +197,11 @@ impl<'a> Serializer for Object<'a> {
         value.serialize(self)
     }
 
-    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<(), Refused> {
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(
+        self,
+        _: &'static str,
+        value: &T,
+    ) -> Result<(), Refused> {
         value.serialize(self)
     }
 
@@ -210,7 +226,11 @@ impl<'a> Serializer for Object<'a> {
         no_object("a list")
     }
 
-    fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Self::SerializeTupleStruct, Refused> {
+    fn serialize_tuple_struct(
+        self,
+        _: &'static str,
+        _: usize,
+    ) -> Result<Self::SerializeTupleStruct, Refused> {
         no_object("a list")
     }
 
@@ -270,8 +290,14 @@ mod tests {
             a: Vec<u8>,
             b: Option<f32>,
         }
-        assert_eq!(text(to_json(&Plain { a: vec![1, 2], b: None })), r#"{"status":"success","a":[1,2],"b":null}"#);
-        assert_eq!(text(to_json(&BTreeMap::from([(1, "x"), (2, "y\n")]))), r#"{"status":"success","1":"x","2":"y\n"}"#);
+        assert_eq!(
+            text(to_json(&Plain { a: vec![1, 2], b: None })),
+            r#"{"status":"success","a":[1,2],"b":null}"#
+        );
+        assert_eq!(
+            text(to_json(&BTreeMap::from([(1, "x"), (2, "y\n")]))),
+            r#"{"status":"success","1":"x","2":"y\n"}"#
+        );
         let flat = Flat { text: "q\"".into(), rest: BTreeMap::from([("k".into(), 3)]) };
         assert_eq!(text(to_json(&flat)), r#"{"status":"success","text":"q\"","k":3}"#);
         assert_eq!(text(to_json(&BTreeMap::<String, ()>::new())), r#"{"status":"success"}"#);

@@ -67,8 +67,11 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     ///
     /// # Errors
     /// Fails the whole batch.
-    fn predict(&self, inputs: &[Self::Input], preprocessed: Self::Preprocessed)
-    -> Result<Self::RawOutput, PipelineError>;
+    fn predict(
+        &self,
+        inputs: &[Self::Input],
+        preprocessed: Self::Preprocessed,
+    ) -> Result<Self::RawOutput, PipelineError>;
 
     /// Turns the model's output into answers: exactly one for each input, in the inputs' order.
     ///

@@ -25,7 +25,9 @@ pub(crate) fn of_output<T: JsonSchema>() -> Result<Value, PipelineError> {
         )));
     }
     let properties = schema.get("properties").and_then(Value::as_object);
-    if let Some(key) = RESERVED.iter().find(|key| properties.is_some_and(|members| members.contains_key(**key))) {
+    if let Some(key) =
+        RESERVED.iter().find(|key| properties.is_some_and(|members| members.contains_key(**key)))
+    {
         return Err(PipelineError::permanent(format!(
             "`Output` has a member `{key}`, which is the host's: rename it in `{name}`"
         )));

@@ -56,7 +56,8 @@ impl<J> Queue<J> {
         self.next += 1;
         self.live += 1;
         if let Some(deadline) = deadline {
-            self.earliest_deadline = Some(self.earliest_deadline.map_or(deadline, |known| known.min(deadline)));
+            self.earliest_deadline =
+                Some(self.earliest_deadline.map_or(deadline, |known| known.min(deadline)));
         }
     }
 

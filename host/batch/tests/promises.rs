@@ -72,7 +72,9 @@ impl World {
 
     fn waiting(&self) -> Vec<usize> {
         let running: Vec<usize> = self.running.iter().flatten().copied().collect();
-        (0..self.fates.len()).filter(|job| self.fates[*job] == Fate::Waiting && !running.contains(job)).collect()
+        (0..self.fates.len())
+            .filter(|job| self.fates[*job] == Fate::Waiting && !running.contains(job))
+            .collect()
     }
 
     fn apply(&mut self, event: Event) {
@@ -118,8 +120,13 @@ impl World {
         while let Some(&free_since) = self.free.iter().min() {
             let waiting = self.waiting();
             let Next::Batch(batch) = self.batcher.next(self.now, free_since) else { break };
-            self.check(&batch.jobs.iter().map(|taken| taken.job).collect::<Vec<_>>(), batch.closed, &waiting, free_since);
-            let taker = self.free.iter().position(|since| *since == free_since).unwrap();
+            self.check(
+                &batch.jobs.iter().map(|taken| taken.job).collect::<Vec<_>>(),
+                batch.closed,
+                &waiting,
+                free_since,
+            );
+            let taker = self.free.iter().position(|since| *since == free_since).expect("it is one of them");
             self.free.remove(taker);
             self.running.push(batch.jobs.into_iter().map(|taken| taken.job).collect());
         }
@@ -130,7 +137,10 @@ impl World {
             assert!(deadline.is_none_or(|deadline| deadline > self.now), "job {job} outlived its deadline");
             if let Some(&free_since) = self.free.iter().min() {
                 let since = arrived.max(free_since);
-                assert!(self.now < since + self.policy.wait, "job {job} waits past `wait` while a replica is free");
+                assert!(
+                    self.now < since + self.policy.wait,
+                    "job {job} waits past `wait` while a replica is free"
+                );
             }
         }
     }
@@ -259,7 +269,12 @@ fn a_closed_loop_of_32_callers_settles_into_full_batches() {
         if finish.is_some_and(|until| until <= now) {
             let (_, answered) = busy.take().unwrap();
             // Answers reach their callers one after the other, 20 µs apart.
-            arrivals.extend(answered.into_iter().enumerate().map(|(n, caller)| (now + Duration::from_micros(100 + 20 * n as u64), caller)));
+            arrivals.extend(
+                answered
+                    .into_iter()
+                    .enumerate()
+                    .map(|(n, caller)| (now + Duration::from_micros(100 + 20 * n as u64), caller)),
+            );
             free_since = now;
         }
     }

@@ -44,8 +44,15 @@ impl InferencePipeline for Pipeline {
         Ok(inputs.iter().map(|input| input.text.to_uppercase()).collect())
     }
 
-    fn postprocess(&self, _inputs: &[Input], texts: Vec<String>) -> Result<Vec<Outcome<Output>>, PipelineError> {
-        Ok(texts.into_iter().map(|translated_text| Ok(Output { translated_text, confidence: 0.95 })).collect())
+    fn postprocess(
+        &self,
+        _inputs: &[Input],
+        texts: Vec<String>,
+    ) -> Result<Vec<Outcome<Output>>, PipelineError> {
+        Ok(texts
+            .into_iter()
+            .map(|translated_text| Ok(Output { translated_text, confidence: 0.95 }))
+            .collect())
     }
 }
 

@@ -18,8 +18,8 @@ mod module;
 
 pub use handshake::{ABI_VERSION, HANDSHAKE_SYMBOL, Handshake, MAGIC, StaticStr};
 pub use module::{
-    BatchHandle, Description, Failure, FailureKind, HostApi, InstanceHandle, ItemHandle, LoadArgs, LogLevel, LogRecord,
-    Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, VolumeChange,
+    BatchHandle, Description, Failure, FailureKind, HostApi, InstanceHandle, ItemHandle, LoadArgs, LogLevel,
+    LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, VolumeChange,
 };
 
 pub use abi_stable;

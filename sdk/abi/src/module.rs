@@ -225,7 +225,8 @@ pub struct PluginModule {
     /// Runs the pipeline's `on_volume_reload`; waits for batches under way, and batches wait for it.
     pub volume_reload: unsafe extern "C" fn(InstanceHandle, &VolumeChange<'_>) -> RResult<(), Failure>,
     /// Parses one input. With an instance it is validated too, unless that instance is [`Rejection::Busy`].
-    pub decode: unsafe extern "C" fn(ROption<InstanceHandle>, RSlice<'_, u8>) -> RResult<ItemHandle, Rejection>,
+    pub decode:
+        unsafe extern "C" fn(ROption<InstanceHandle>, RSlice<'_, u8>) -> RResult<ItemHandle, Rejection>,
     /// Validates an item that was decoded without an instance.
     pub validate: unsafe extern "C" fn(InstanceHandle, ItemHandle) -> RResult<(), Rejection>,
     /// Takes the items over and makes a batch of them, in order. The instance can't change until the batch has ended.

@@ -1,0 +1,89 @@
+//! Tries a library in a short-lived child process first, so that one that crashes while it is opened harms nobody.
+//!
+//! The child is this same program, told by its arguments to call [`child`]; it answers with one line of JSON.
+
+use std::{
+    io::Read,
+    os::unix::process::ExitStatusExt,
+    path::Path,
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{LoadError, Plugin, Staged};
+
+/// What the child found.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Fit,
+    Refused(String),
+}
+
+/// How to start the child.
+#[derive(Clone, Debug)]
+pub struct Preflight<'a> {
+    /// The program that calls [`child`].
+    pub program: &'a Path,
+    /// The arguments that make it do so; the library's path follows them.
+    pub args: &'a [&'a str],
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+/// Opens a staged copy in a child process.
+///
+/// # Errors
+/// The child refused the library, crashed, or took longer than the limit.
+pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
+    let failed = |source| LoadError::Preflight { path: how.program.to_owned(), source };
+    let mut child = Command::new(how.program)
+        .args(how.args)
+        .arg(staged.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed)?;
+    let mut stdout = child.stdout.take().expect("stdout was asked to be piped");
+    let (sender, receiver) = mpsc::sync_channel(1);
+    // The pipe ends with the child, killed or not, and this thread with the pipe.
+    thread::spawn(move || {
+        let mut line = String::new();
+        let read = stdout.read_to_string(&mut line);
+        // The receiver is gone when the limit has passed.
+        let _ = sender.send(read.map(|_| line));
+    });
+    let Ok(line) = receiver.recv_timeout(how.limit) else {
+        // It may have ended between the limit and now; the verdict is the same.
+        let _ = child.kill();
+        child.wait().map_err(failed)?;
+        return Err(LoadError::Hung { limit: how.limit });
+    };
+    let status = child.wait().map_err(failed)?;
+    // The library may have printed something before.
+    let line = line.map_err(failed)?;
+    match serde_json::from_str(line.lines().next_back().unwrap_or_default()) {
+        Ok(Verdict::Fit) if status.success() => Ok(()),
+        Ok(Verdict::Refused(reason)) => Err(LoadError::Refused(reason)),
+        Ok(Verdict::Fit) | Err(_) => Err(LoadError::Crashed { how: describe(status) }),
+    }
+}
+
+/// The child's whole work: opens the file and returns the line to print.
+#[must_use]
+pub fn child(file: &Path) -> String {
+    let verdict = match Plugin::open(&Staged::in_place(file)) {
+        Ok(_) => Verdict::Fit,
+        Err(error) => Verdict::Refused(error.to_string()),
+    };
+    serde_json::to_string(&verdict).expect("a verdict is a string at most")
+}
+
+fn describe(status: ExitStatus) -> String {
+    status.signal().map_or_else(|| status.to_string(), |signal| format!("signal {signal}"))
+}

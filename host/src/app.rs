@@ -1,0 +1,76 @@
+//! The composition root: the one file that names every module, puts them together and takes them apart in order.
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Instant};
+
+use tokio::{net::TcpListener, sync::watch};
+
+use crate::{
+    admission::Gate,
+    config::Config,
+    dispatch::Models,
+    ingress::{self, Context},
+    jobs::Jobs,
+    reload::Reload,
+    telemetry::Metrics,
+};
+
+/// How long threads get to leave after the last answer: plugins close files and devices meanwhile.
+const LEAVE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Everything that was admitted was answered.
+    Drained,
+    /// `drain_timeout_seconds` passed first.
+    CutOff,
+}
+
+/// Serves until `stop` is ready, then drains.
+///
+/// # Errors
+/// The address is taken, or the private folder for plugins can't be made.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<Ended> {
+    for key in &config.without_effect {
+        tracing::warn!(key, "this key has no effect in this version");
+    }
+    let server = config.server.clone();
+    let listener = bind(server.listen).await?;
+    let address = listener.local_addr()?;
+
+    let metrics = Metrics::new();
+    let models = Arc::new(Models::default());
+    let gate = Gate::new(config.requests_max);
+    let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
+    let reload = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
+    let context = Context::new(server.clone(), Arc::clone(&gate), Arc::clone(&models), jobs, metrics);
+    let (shut_down, shutdown) = watch::channel(false);
+    let serving = tokio::spawn(ingress::serve(listener, context, shutdown));
+    tracing::info!(%address, url = format!("http://{address}"), "listening");
+
+    stop.await;
+
+    let begun = Instant::now();
+    tracing::info!(inside = gate.inside(), limit = ?server.drain_timeout, "shutting down");
+    gate.close();
+    // The accept loop ends and closes the port; connections end with the request they are in.
+    let _ = shut_down.send(true);
+    let _ = serving.await;
+    let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
+    if !drained {
+        tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
+    }
+    if tokio::time::timeout(LEAVE_TIME_MAX, reload.stop(&models)).await.is_err() {
+        tracing::warn!("threads that run plugin code did not leave; the process ends with them");
+    }
+    tracing::info!(took = ?begun.elapsed(), drained, "stopped");
+    Ok(if drained { Ended::Drained } else { Ended::CutOff })
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        anyhow::Error::new(error).context(format!(
+            "can't listen on {address}; choose another with server.listen or MODALKIT_SERVER__LISTEN"
+        ))
+    })
+}

@@ -1,0 +1,420 @@
+//! What the configuration means: every value present, in its unit and within its range.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{
+    ConfigError,
+    raw::{self, Raw},
+};
+
+/// The whole configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What only the host cares about.
+    pub server: Server,
+    /// Watched folders.
+    pub volumes: Vec<Volume>,
+    /// The models with an entry of their own, by name.
+    pub models: BTreeMap<String, ModelSpec>,
+    /// What a plugin without an entry is served with; [`ModelSpec::named`] gives it its name.
+    pub defaults: ModelSpec,
+    /// Requests in flight per listener.
+    pub requests_max: usize,
+    /// Known keys that were written and have no effect in this version.
+    pub without_effect: Vec<String>,
+}
+
+/// `server`.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Where HTTP is served.
+    pub listen: SocketAddr,
+    /// Threads of the async runtime.
+    pub io_threads: usize,
+    /// Open connections; further ones wait in the kernel's backlog.
+    pub connections_max: usize,
+    /// From the first byte a connection could send to the end of its request's headers.
+    pub header_timeout: Duration,
+    /// From the end of the headers to the end of the body.
+    pub body_timeout: Duration,
+    /// Bytes of a request's body.
+    pub body_bytes_max: usize,
+    /// Bodies up to this are parsed on the runtime's threads, larger ones on a bounded pool.
+    pub decode_inline_bytes_max: usize,
+    /// A request's deadline where it sets none.
+    pub request_timeout: Duration,
+    /// The latest deadline a request may set.
+    pub request_timeout_max: Duration,
+    /// How long a shutdown waits for what was admitted.
+    pub drain_timeout: Duration,
+    /// How long a plugin may take to open in the preflight process.
+    pub preflight_timeout: Duration,
+    /// How long a new file must hold still before it is loaded.
+    pub settle: Duration,
+    /// Asynchronous jobs that are remembered, finished ones included.
+    pub jobs_max: usize,
+    /// Log levels: `info`, or `info,modalkit=debug`.
+    pub log: String,
+}
+
+/// A watched folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its name in logs and metrics.
+    pub name: String,
+    /// Where it lies.
+    pub mount_point: PathBuf,
+}
+
+/// How one model is served.
+#[derive(Clone, Debug)]
+pub struct ModelSpec {
+    /// The model's name.
+    pub name: String,
+    /// The plugin's: `NAME.so` or `libNAME.so` in a volume.
+    pub plugin: String,
+    /// How its requests become batches.
+    pub batch: BatchPolicy,
+    /// How many replicas it has, and what each may do at once.
+    pub replicas: Replicas,
+    /// The folder that holds every model's data.
+    pub all_model_data_folder: PathBuf,
+    /// `model_settings.common` as JSON.
+    pub common_settings: String,
+    /// The pipeline's own keys as JSON.
+    pub settings: String,
+}
+
+/// `batch_config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchPolicy {
+    /// Items in a batch.
+    pub max_batch_size: usize,
+    /// How long an incomplete batch waits.
+    pub wait: Duration,
+    /// Items that wait.
+    pub queue_max: usize,
+}
+
+/// The replica part of `deployment_config`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Replicas {
+    /// Kept also without work.
+    pub min: usize,
+    /// The most there are.
+    pub max: usize,
+    /// Batches that one replica runs at once, each on a thread of its own.
+    pub batches_in_flight: usize,
+    /// Seconds without work until one above the minimum is retired.
+    pub idle_timeout: Duration,
+    /// How long a batch may run until its replica is given up.
+    pub batch_timeout: Duration,
+    /// Given-up replicas whose threads have not come back.
+    pub stuck_max: usize,
+}
+
+impl ModelSpec {
+    /// The same settings for a model and plugin of this name.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Self {
+        Self { name: name.to_owned(), plugin: name.to_owned(), ..self.clone() }
+    }
+}
+
+const MAX_BATCH_SIZE_MAX: u64 = 1000;
+const WAIT_MS_MAX: u64 = 600_000;
+const REPLICAS_MAX: u64 = 256;
+const THREADS_MAX: u64 = 1024;
+
+pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
+    let app = raw.app_settings.unwrap_or_default();
+    let models = raw.model_settings.unwrap_or_default();
+    let batch = app.batch_config.clone().unwrap_or_default();
+    let deployment = app.deployment_config.clone().unwrap_or_default();
+
+    let mut without_effect = Vec::new();
+    note_unused(
+        "app_settings",
+        &[
+            ("auth_config", &app.auth_config),
+            ("build_config", &app.build_config),
+            ("queue_config", &app.queue_config),
+        ],
+        &mut without_effect,
+    );
+    note_unused_deployment("app_settings.deployment_config", &deployment, &mut without_effect);
+    if app.app_prefix.is_some() {
+        without_effect.push("app_settings.app_prefix".into());
+    }
+
+    let folder = models.local_model_repository_folder.map(PathBuf::from);
+    let volumes = volumes(deployment.volumes.clone(), folder.as_ref());
+    let all_model_data_folder = folder.or_else(|| volumes.first().map(|volume| volume.mount_point.clone()));
+    let defaults = ModelSpec {
+        name: String::new(),
+        plugin: String::new(),
+        batch: batch_policy("app_settings.batch_config", &batch, &raw::BatchConfig::default())?,
+        replicas: replicas(
+            "app_settings.deployment_config",
+            &deployment,
+            &raw::DeploymentConfig::default(),
+            batch_size(&batch, None),
+        )?,
+        all_model_data_folder: all_model_data_folder.unwrap_or_else(|| DEFAULT_VOLUME.into()),
+        common_settings: json(&models.common.unwrap_or_default()),
+        settings: "{}".into(),
+    };
+    let mut specs = BTreeMap::new();
+    for (name, entry) in models.model_entries.unwrap_or_default() {
+        let key = format!("model_settings.model_entries.{name}");
+        let own_batch = entry.batch_config.unwrap_or_default();
+        let own = entry.deployment_config.unwrap_or_default();
+        note_unused_deployment(&format!("{key}.deployment_config"), &own, &mut without_effect);
+        let batch_size = batch_size(&own_batch, Some(&batch));
+        let spec = ModelSpec {
+            plugin: entry.plugin.unwrap_or_else(|| name.clone()),
+            batch: batch_policy(&format!("{key}.batch_config"), &own_batch, &batch)?,
+            replicas: replicas(&format!("{key}.deployment_config"), &own, &deployment, batch_size)?,
+            settings: json(&entry.settings),
+            ..defaults.named(&name)
+        };
+        specs.insert(name, spec);
+    }
+    Ok(Config {
+        server: server(&raw.server.unwrap_or_default())?,
+        volumes,
+        models: specs,
+        defaults,
+        requests_max: number(
+            "app_settings.deployment_config.allow_concurrent_inputs_handler",
+            deployment.allow_concurrent_inputs_handler,
+            1024,
+            1,
+            u64::from(u32::MAX),
+        )?,
+        without_effect,
+    })
+}
+
+const DEFAULT_VOLUME: &str = "volume";
+
+fn volumes(written: Option<BTreeMap<String, String>>, folder: Option<&PathBuf>) -> Vec<Volume> {
+    match written {
+        Some(map) if !map.is_empty() => map
+            .into_iter()
+            .map(|(mount_point, name)| Volume { name, mount_point: mount_point.into() })
+            .collect(),
+        _ => {
+            let mount_point = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
+            vec![Volume { name: DEFAULT_VOLUME.into(), mount_point }]
+        }
+    }
+}
+
+fn server(raw: &raw::Server) -> Result<Server, ConfigError> {
+    let listen = raw.listen.as_deref().unwrap_or("127.0.0.1:8000");
+    let listen: SocketAddr = listen.parse().map_err(|_| ConfigError::Range {
+        key: "server.listen".into(),
+        found: format!("{listen:?}"),
+        expected: "an IP address and a port, such as 127.0.0.1:8000 or [::1]:0".into(),
+    })?;
+    if !listen.ip().is_loopback() && raw.insecure != Some(true) {
+        return Err(ConfigError::Range {
+            key: "server.listen".into(),
+            found: listen.to_string(),
+            expected: "a loopback address, since anybody who reaches another one could use this server; where a proxy or a firewall guards it, set server.insecure = true".into(),
+        });
+    }
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let request_timeout_max =
+        milliseconds("server.request_timeout_ms_max", raw.request_timeout_ms_max, 600_000)?;
+    let request_timeout = milliseconds("server.request_timeout_ms", raw.request_timeout_ms, 60_000)?;
+    Ok(Server {
+        listen,
+        io_threads: number("server.io_threads", raw.io_threads, cores, 1, THREADS_MAX)?,
+        connections_max: number("server.connections_max", raw.connections_max, 4096, 1, 1 << 20)?,
+        header_timeout: milliseconds("server.header_timeout_ms", raw.header_timeout_ms, 30_000)?,
+        body_timeout: milliseconds("server.body_timeout_ms", raw.body_timeout_ms, 30_000)?,
+        body_bytes_max: number("server.body_bytes_max", raw.body_bytes_max, 8 << 20, 1, 1 << 32)?,
+        decode_inline_bytes_max: number(
+            "server.decode_inline_bytes_max",
+            raw.decode_inline_bytes_max,
+            16 << 10,
+            0,
+            1 << 32,
+        )?,
+        request_timeout: request_timeout.min(request_timeout_max),
+        request_timeout_max,
+        drain_timeout: Duration::from_secs(number(
+            "server.drain_timeout_seconds",
+            raw.drain_timeout_seconds,
+            30,
+            0,
+            86_400,
+        )? as u64),
+        preflight_timeout: Duration::from_secs(number(
+            "server.preflight_timeout_seconds",
+            raw.preflight_timeout_seconds,
+            30,
+            1,
+            3_600,
+        )? as u64),
+        settle: Duration::from_millis(number("server.settle_ms", raw.settle_ms, 200, 1, 60_000)? as u64),
+        jobs_max: number("server.jobs_max", raw.jobs_max, 10_000, 1, 1 << 32)?,
+        log: raw.log.clone().unwrap_or_else(|| "info".into()),
+    })
+}
+
+fn batch_size(own: &raw::BatchConfig, over: Option<&raw::BatchConfig>) -> u64 {
+    own.max_batch_size.or(over.and_then(|over| over.max_batch_size)).unwrap_or(1).max(1)
+}
+
+fn batch_policy(
+    key: &str,
+    own: &raw::BatchConfig,
+    over: &raw::BatchConfig,
+) -> Result<BatchPolicy, ConfigError> {
+    let max_batch_size = own.max_batch_size.or(over.max_batch_size);
+    let max_batch_size = number(&format!("{key}.max_batch_size"), max_batch_size, 1, 1, MAX_BATCH_SIZE_MAX)?;
+    let wait_ms = number(&format!("{key}.wait_ms"), own.wait_ms.or(over.wait_ms), 0, 0, WAIT_MS_MAX)?;
+    let queue_max = number(&format!("{key}.queue_max"), own.queue_max.or(over.queue_max), 4096, 1, 1 << 24)?;
+    Ok(BatchPolicy { max_batch_size, wait: Duration::from_millis(wait_ms as u64), queue_max })
+}
+
+fn replicas(
+    key: &str,
+    own: &raw::DeploymentConfig,
+    over: &raw::DeploymentConfig,
+    batch_size: u64,
+) -> Result<Replicas, ConfigError> {
+    let min =
+        number(&format!("{key}.min_replicas"), own.min_replicas.or(over.min_replicas), 1, 0, REPLICAS_MAX)?;
+    let limit = own.concurrency_limit.or(over.concurrency_limit);
+    let least = min.max(1) as u64;
+    let max = number(&format!("{key}.concurrency_limit"), limit, least, least, REPLICAS_MAX)?;
+    // Inputs at once count only where they are more than a batch.
+    let inputs = own.allow_concurrent_inputs.or(over.allow_concurrent_inputs);
+    let inputs = number(&format!("{key}.allow_concurrent_inputs"), inputs, 1, 1, u64::from(u32::MAX))? as u64;
+    let batches = own.batches_in_flight.or(over.batches_in_flight);
+    let batches_in_flight = number(
+        &format!("{key}.batches_in_flight"),
+        batches,
+        (inputs / batch_size).clamp(1, THREADS_MAX),
+        1,
+        THREADS_MAX,
+    )?;
+    let idle = own.container_idle_timeout.or(over.container_idle_timeout);
+    let stuck_max = own.stuck_replicas_max.or(over.stuck_replicas_max);
+    Ok(Replicas {
+        min,
+        max,
+        batches_in_flight,
+        idle_timeout: Duration::from_secs(number(
+            &format!("{key}.container_idle_timeout"),
+            idle,
+            180,
+            1,
+            u64::from(u32::MAX),
+        )? as u64),
+        batch_timeout: seconds(
+            &format!("{key}.batch_timeout_seconds"),
+            own.batch_timeout_seconds.or(over.batch_timeout_seconds),
+            300.0,
+        )?,
+        stuck_max: number(&format!("{key}.stuck_replicas_max"), stuck_max, 2, 0, REPLICAS_MAX)?,
+    })
+}
+
+fn number(key: &str, found: Option<u64>, default: u64, least: u64, most: u64) -> Result<usize, ConfigError> {
+    let value = found.unwrap_or(default);
+    match usize::try_from(value) {
+        Ok(fits) if (least..=most).contains(&value) => Ok(fits),
+        _ => Err(ConfigError::Range {
+            key: key.to_owned(),
+            found: value.to_string(),
+            expected: format!("a number from {least} to {most}"),
+        }),
+    }
+}
+
+fn milliseconds(key: &str, found: Option<u64>, default: u64) -> Result<Duration, ConfigError> {
+    Ok(Duration::from_millis(number(key, found, default, 1, 86_400_000)? as u64))
+}
+
+fn seconds(key: &str, found: Option<f64>, default: f64) -> Result<Duration, ConfigError> {
+    let value = found.unwrap_or(default);
+    match Duration::try_from_secs_f64(value) {
+        Ok(duration) if (0.001..=86_400.0).contains(&value) => Ok(duration),
+        _ => Err(ConfigError::Range {
+            key: key.to_owned(),
+            found: value.to_string(),
+            expected: "seconds from 0.001 to 86400".into(),
+        }),
+    }
+}
+
+fn json(table: &toml::Table) -> String {
+    serde_json::to_string(table).expect("TOML tables have string keys and finite or nameable values")
+}
+
+fn note_unused(parent: &str, keys: &[(&str, &Option<toml::Value>)], into: &mut Vec<String>) {
+    into.extend(keys.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| format!("{parent}.{key}")));
+}
+
+fn note_unused_deployment(parent: &str, raw: &raw::DeploymentConfig, into: &mut Vec<String>) {
+    let keys = [
+        ("gpu", &raw.gpu),
+        ("region", &raw.region),
+        ("retries", &raw.retries),
+        ("secrets", &raw.secrets),
+        ("mounts", &raw.mounts),
+        ("cloud_bucket_mounts", &raw.cloud_bucket_mounts),
+        ("secure", &raw.secure),
+        ("volume_reload_interval_seconds", &raw.volume_reload_interval_seconds),
+    ];
+    note_unused(parent, &keys, into);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(text: &str) -> Result<Config, ConfigError> {
+        resolve(toml::from_str(text).unwrap())
+    }
+
+    #[test]
+    fn a_model_overrides_the_application() {
+        let config = from(
+            "[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 5\n\
+             [app_settings.deployment_config]\nconcurrency_limit = 4\ngpu = \"any\"\n\
+             [model_settings.common]\ndevice = \"cpu\"\n\
+             [model_settings.model_entries.digits]\nplugin = \"onnx\"\ntop_k = 3\nbatch_config = { wait_ms = 1 }\n\
+             deployment_config = { allow_concurrent_inputs = 32 }\n",
+        )
+        .unwrap();
+        let digits = &config.models["digits"];
+        assert_eq!((digits.plugin.as_str(), digits.settings.as_str()), ("onnx", r#"{"top_k":3}"#));
+        assert_eq!((digits.batch.max_batch_size, digits.batch.wait), (8, Duration::from_millis(1)));
+        assert_eq!((digits.replicas.max, digits.replicas.batches_in_flight), (4, 4));
+        assert_eq!(digits.common_settings, r#"{"device":"cpu"}"#);
+        assert_eq!(config.without_effect, ["app_settings.deployment_config.gpu"]);
+        assert_eq!(config.defaults.named("echo").replicas.batches_in_flight, 1);
+    }
+
+    #[test]
+    fn only_loopback_is_served_unless_said_otherwise() {
+        let error = from("[server]\nlisten = \"0.0.0.0:8000\"\n").unwrap_err().to_string();
+        assert!(error.contains("server.insecure = true"), "{error}");
+        assert!(from("[server]\nlisten = \"0.0.0.0:8000\"\ninsecure = true\n").is_ok());
+        assert!(from("[server]\nlisten = \"[::1]:0\"\n").is_ok());
+    }
+
+    #[test]
+    fn a_value_out_of_range_says_what_is_expected() {
+        let error = from("[app_settings.batch_config]\nmax_batch_size = 0\n").unwrap_err().to_string();
+        assert_eq!(error, "app_settings.batch_config.max_batch_size is 0; expected a number from 1 to 1000");
+        assert!(from("[app_settings.deployment_config]\nmin_replicas = 3\nconcurrency_limit = 2\n").is_err());
+        assert!(from("[app_settings.deployment_config]\nbatch_timeout_seconds = nan\n").is_err());
+    }
+}

@@ -1,0 +1,318 @@
+//! Finds a model and feeds its batcher. It owns the served models and each one's queue, and never knows how a batch
+//! is run or where a job came from.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use modalkit_batch::{Batch, Batcher, Closed, Full, JobId, Next, Policy};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::{
+    config::{BatchPolicy, ModelSpec},
+    job::{Deadline, Job, JobError},
+    pipeline::Model,
+    telemetry::ModelMetrics,
+};
+
+/// The served models by name. Readers never wait: a change puts a new map in place.
+#[derive(Default)]
+pub struct Models {
+    by_name: ArcSwap<BTreeMap<String, Arc<Model>>>,
+}
+
+impl Models {
+    /// The model of this name, or the only one where none is named.
+    ///
+    /// # Errors
+    /// [`JobError::UnknownModel`].
+    pub fn find(&self, name: Option<&str>) -> Result<Arc<Model>, JobError> {
+        let models = self.by_name.load();
+        let found = match name {
+            Some(name) => models.get(name),
+            None if models.len() == 1 => models.values().next(),
+            None => None,
+        };
+        found.cloned().ok_or_else(|| JobError::UnknownModel {
+            name: name.map(ToOwned::to_owned),
+            known: models.keys().cloned().collect(),
+        })
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Arc<BTreeMap<String, Arc<Model>>> {
+        self.by_name.load_full()
+    }
+
+    /// Adds a model, unless one of this name is there; returns the one that is there now.
+    pub fn add(&self, spec: ModelSpec, make: impl Fn(ModelSpec) -> Arc<Model>) -> Arc<Model> {
+        let mut model = None;
+        self.by_name.rcu(|models| {
+            let mut models = BTreeMap::clone(models);
+            let entry = models
+                .entry(spec.name.clone())
+                .or_insert_with(|| model.get_or_insert_with(|| make(spec.clone())).clone());
+            model = Some(Arc::clone(entry));
+            models
+        });
+        model.expect("the closure ran")
+    }
+}
+
+/// One model's queue, shared by those who push jobs and the lanes that run batches.
+pub struct Queue {
+    state: Mutex<State>,
+    /// A lane waits here for a batch; which one wakes doesn't matter.
+    work: Condvar,
+    metrics: Arc<ModelMetrics>,
+}
+
+struct State {
+    batcher: Batcher<Job>,
+    /// Lanes that want a batch, and since when.
+    free: Vec<(LaneId, Instant)>,
+    /// Lanes that sleep, of those.
+    asleep: usize,
+    /// The lane that will wake when the oldest incomplete batch has waited long enough.
+    timer: Option<LaneId>,
+    next_lane: u64,
+    /// The fewest lanes that were free at once since [`Queue::load`] was last asked.
+    fewest_free: usize,
+}
+
+/// Names one thread that runs batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneId(u64);
+
+/// How busy a model is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Jobs that wait.
+    pub queued: usize,
+    /// Lanes that want work now.
+    pub free_lanes: usize,
+    /// Lanes that nobody needed since this was last asked, at the busiest moment.
+    pub spare_lanes: usize,
+}
+
+/// Times a lane that found nothing offers its core to others before it sleeps. Under load jobs come in bursts: they
+/// gather meanwhile and nobody pays for a wake-up; at rest this costs a few microseconds once.
+const YIELDS_BEFORE_SLEEP: u32 = 8;
+
+impl Queue {
+    /// An empty queue.
+    #[must_use]
+    pub fn new(policy: BatchPolicy, metrics: Arc<ModelMetrics>) -> Self {
+        let policy =
+            Policy { max_batch_size: policy.max_batch_size, wait: policy.wait, queue_max: policy.queue_max };
+        let state = State {
+            batcher: Batcher::new(policy),
+            free: Vec::new(),
+            asleep: 0,
+            timer: None,
+            next_lane: 0,
+            fewest_free: 0,
+        };
+        Self { state: Mutex::new(state), work: Condvar::new(), metrics }
+    }
+
+    /// Queues jobs, all or none. The ids are consecutive; the first is returned.
+    ///
+    /// # Errors
+    /// [`JobError::TooLarge`] where the queue could never hold as many, [`JobError::Busy`] where it can't now.
+    pub fn push<const N: usize>(
+        &self,
+        jobs: [Job; N],
+        deadline: Option<Deadline>,
+    ) -> Result<JobId, JobError> {
+        self.push_all(jobs.into_iter(), deadline)
+    }
+
+    /// As [`Queue::push`], for a number that isn't known beforehand.
+    ///
+    /// # Errors
+    /// As [`Queue::push`].
+    pub fn push_all(
+        &self,
+        jobs: impl ExactSizeIterator<Item = Job>,
+        deadline: Option<Deadline>,
+    ) -> Result<JobId, JobError> {
+        let count = jobs.len();
+        let mut state = self.state.lock();
+        let queue_max = state.batcher.policy().queue_max;
+        if count > queue_max {
+            return Err(too_many(count, queue_max));
+        }
+        let pushed = state.batcher.push(Instant::now(), jobs, deadline.map(|deadline| deadline.0));
+        let first = match pushed {
+            Ok(first) => first,
+            Err(Full(jobs)) => {
+                drop(state);
+                drop(jobs);
+                return Err(JobError::Busy("the model's queue is full (queue_max)"));
+            }
+        };
+        self.metrics.queued.set(state.batcher.len() as i64);
+        let wake = state.asleep > 0 && (state.batcher.is_ready() || state.timer.is_none());
+        drop(state);
+        if wake {
+            self.work.notify_one();
+        }
+        Ok(first)
+    }
+
+    /// Takes jobs out whose caller has left; those that were taken before are passed over.
+    pub fn cancel(&self, first: JobId, count: usize) {
+        let mut state = self.state.lock();
+        let cancelled: Vec<Job> =
+            (0..count).filter_map(|offset| state.batcher.cancel(first.plus(offset))).collect();
+        self.metrics.queued.set(state.batcher.len() as i64);
+        drop(state);
+        self.metrics.skipped_cancelled.inc_by(cancelled.len() as u64);
+    }
+
+    /// Takes out every job that waits.
+    #[must_use]
+    pub fn clear(&self) -> Vec<Job> {
+        let mut state = self.state.lock();
+        self.metrics.queued.set(0);
+        state.batcher.clear()
+    }
+
+    /// From now on no batch waits to be filled.
+    pub fn drain(&self) {
+        self.state.lock().batcher.drain();
+        self.work.notify_all();
+    }
+
+    /// How busy the model is, and was since this was last asked; for the fleet alone.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        let mut state = self.state.lock();
+        let free_lanes = state.free.len();
+        let spare_lanes = std::mem::replace(&mut state.fewest_free, free_lanes);
+        Load { queued: state.batcher.len(), free_lanes, spare_lanes }
+    }
+
+    /// A name for a new lane.
+    #[must_use]
+    pub fn lane(&self) -> LaneId {
+        let mut state = self.state.lock();
+        state.next_lane += 1;
+        LaneId(state.next_lane)
+    }
+
+    /// Wakes every lane, so that those that were told to leave do.
+    pub fn wake_all(&self) {
+        // Under the lock, so that no lane can be between its last look and its sleep.
+        let _state = self.state.lock();
+        self.work.notify_all();
+    }
+
+    /// Waits for the next batch for a lane. `None` when `leave` says so.
+    pub fn next_batch(&self, lane: LaneId, leave: impl Fn() -> bool) -> Option<Batch<Job>> {
+        let mut state = self.state.lock();
+        let free_since = Instant::now();
+        state.free.push((lane, free_since));
+        let mut yields = 0;
+        loop {
+            if leave() {
+                state.forget(lane);
+                // Another lane takes over the timer or the work that this one was woken for.
+                self.pass_on(&state);
+                return None;
+            }
+            let now = Instant::now();
+            let expired = state.batcher.expire(now);
+            if !expired.is_empty() {
+                MutexGuard::unlocked(&mut state, || self.answer_expired(expired));
+                continue;
+            }
+            let since = state.free.iter().map(|(_, since)| *since).min().unwrap_or(free_since);
+            match state.batcher.next(now, since) {
+                Next::Batch(batch) => {
+                    state.forget(lane);
+                    self.metrics.queued.set(state.batcher.len() as i64);
+                    self.pass_on(&state);
+                    drop(state);
+                    self.observe(&batch, now, since);
+                    return Some(batch);
+                }
+                Next::Wait(until) if state.timer.is_none_or(|holder| holder == lane) => {
+                    state.timer = Some(lane);
+                    state.asleep += 1;
+                    self.work.wait_until(&mut state, until);
+                    state.asleep -= 1;
+                    state.timer = None;
+                }
+                Next::Wait(_) => self.sleep(&mut state),
+                Next::Idle if yields < YIELDS_BEFORE_SLEEP => {
+                    yields += 1;
+                    MutexGuard::unlocked(&mut state, std::thread::yield_now);
+                }
+                Next::Idle => self.sleep(&mut state),
+            }
+        }
+    }
+
+    fn sleep(&self, state: &mut MutexGuard<'_, State>) {
+        state.asleep += 1;
+        self.work.wait(state);
+        state.asleep -= 1;
+    }
+
+    /// What is left in the queue needs a lane that runs it or minds its timer.
+    fn pass_on(&self, state: &State) {
+        if state.asleep > 0 && !state.batcher.is_empty() && state.timer.is_none() {
+            self.work.notify_one();
+        }
+    }
+
+    fn observe(&self, batch: &Batch<Job>, now: Instant, free_since: Instant) {
+        match batch.closed {
+            Closed::Full => self.metrics.closed_full.inc(),
+            Closed::Waited => self.metrics.closed_waited.inc(),
+            Closed::Drained => self.metrics.closed_drained.inc(),
+        }
+        self.metrics.batch_size.observe(batch.jobs.len() as f64);
+        if let Some(oldest) = batch.jobs.first() {
+            let wait = now.saturating_duration_since(oldest.arrived.max(free_since));
+            self.metrics.batch_wait.observe(wait.as_secs_f64());
+        }
+        for job in &batch.jobs {
+            self.metrics.queue_wait.observe(now.saturating_duration_since(job.arrived).as_secs_f64());
+        }
+    }
+
+    fn answer_expired(&self, expired: Vec<Job>) {
+        self.metrics.skipped_expired.inc_by(expired.len() as u64);
+        for job in expired {
+            job.reply.send(Err(JobError::DeadlinePassed));
+        }
+    }
+}
+
+impl State {
+    fn forget(&mut self, lane: LaneId) {
+        self.free.retain(|(free, _)| *free != lane);
+        self.fewest_free = self.fewest_free.min(self.free.len());
+        if self.timer == Some(lane) {
+            self.timer = None;
+        }
+    }
+}
+
+/// The error for more items than a queue can ever hold.
+#[must_use]
+pub fn too_many(count: usize, queue_max: usize) -> JobError {
+    JobError::TooLarge(format!(
+        "expected at most {queue_max} items (queue_max), found {count}: split them over several requests"
+    ))
+}
+
+/// How long a caller that finds a queue full should wait before it comes back.
+pub const RETRY_AFTER: Duration = Duration::from_secs(1);

@@ -1,0 +1,206 @@
+//! Turns replies and errors into HTTP. The one place where an error becomes a status.
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Response, StatusCode,
+    header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
+};
+use modalkit_loader::{Failure, FailureKind};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{
+    dispatch,
+    job::{Detail, JobError, Reply},
+};
+
+/// What this host sends.
+pub type HttpResponse = Response<Full<Bytes>>;
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// The answer to `/predict_sync`.
+#[must_use]
+pub fn reply(reply: Reply) -> HttpResponse {
+    match reply {
+        Ok(body) => json_bytes(StatusCode::OK, body),
+        Err(job_error) => error(&job_error),
+    }
+}
+
+/// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place;
+/// any other error is the whole request's.
+#[must_use]
+pub fn replies(replies: Vec<Reply>) -> HttpResponse {
+    let mut body =
+        Vec::with_capacity(replies.iter().flatten().map(Bytes::len).sum::<usize>() + replies.len() + 1);
+    body.push(b'[');
+    for reply in replies {
+        if body.len() > 1 {
+            body.push(b',');
+        }
+        match reply {
+            Ok(item) => body.extend_from_slice(&item),
+            Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
+            Err(job_error) => return error(&job_error),
+        }
+    }
+    body.push(b']');
+    json_bytes(StatusCode::OK, body.into())
+}
+
+/// What a failed asynchronous job leaves: the reference's message for failures, with the envelope that came in.
+#[must_use]
+pub fn failed_job(job_error: &JobError, envelope: &serde_json::value::RawValue) -> Bytes {
+    let message = match job_error {
+        JobError::Failed(failure) => internal(failure),
+        other => explain(other),
+    };
+    object(&json!({"status": "error", "error": message, "original_message": envelope}))
+}
+
+/// An item's error in the place of its answer.
+fn failed_item(failure: &Failure) -> Bytes {
+    object(&json!({"status": "error", "error": failure.message.as_str()}))
+}
+
+/// The answer with the caller's `meta` attached.
+#[must_use]
+pub fn with_meta(answer: &Bytes, meta: &serde_json::value::RawValue) -> Bytes {
+    let open = answer.strip_suffix(b"}").unwrap_or(answer);
+    let mut body = Vec::with_capacity(open.len() + meta.get().len() + 10);
+    body.extend_from_slice(open);
+    body.extend_from_slice(b",\"meta\":");
+    body.extend_from_slice(meta.get().as_bytes());
+    body.push(b'}');
+    body.into()
+}
+
+/// Status and body of an error.
+#[must_use]
+pub fn error(job_error: &JobError) -> HttpResponse {
+    let status = match job_error {
+        JobError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        JobError::UnknownModel { .. } => StatusCode::NOT_FOUND,
+        JobError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
+        JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
+            StatusCode::UNPROCESSABLE_ENTITY
+        }
+        JobError::Failed(_) | JobError::Lost => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let mut response = match job_error {
+        JobError::Invalid(details) => object_response(status, &json!({"detail": details})),
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
+            let detail = Detail::invalid(&[], failure.message.to_string());
+            object_response(status, &json!({"detail": [detail]}))
+        }
+        JobError::Failed(failure) => object_response(status, &json!({"detail": internal(failure)})),
+        other => object_response(status, &json!({"detail": explain(other)})),
+    };
+    if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
+    }
+    response
+}
+
+fn internal(failure: &Failure) -> String {
+    format!("Internal Server Error. Error log: {}", failure.message)
+}
+
+fn explain(job_error: &JobError) -> String {
+    match job_error {
+        JobError::Invalid(details) => details.first().map(|detail| detail.msg.clone()).unwrap_or_default(),
+        JobError::UnknownModel { name: Some(name), known } => {
+            format!("no model named {name:?}; expected one of {known:?}")
+        }
+        JobError::UnknownModel { name: None, known } if known.is_empty() => {
+            "no model is served yet: put a plugin into the volume".to_owned()
+        }
+        JobError::UnknownModel { name: None, known } => {
+            format!("several models are served: say ?model_name=, one of {known:?}")
+        }
+        JobError::TooLarge(reason) | JobError::Unavailable(reason) => reason.clone(),
+        JobError::Busy(reason) => (*reason).to_owned(),
+        JobError::DeadlinePassed => "the deadline passed before there was an answer".to_owned(),
+        JobError::BatchTimedOut(limit) => {
+            format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
+        }
+        JobError::Failed(failure) => failure.message.to_string(),
+        JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
+    }
+}
+
+/// A response with a JSON object made of this.
+#[must_use]
+pub fn object_response(status: StatusCode, value: &impl Serialize) -> HttpResponse {
+    json_bytes(status, object(value))
+}
+
+/// A response of plain text.
+#[must_use]
+pub fn text_response(content_type: &'static str, text: String) -> HttpResponse {
+    let mut response = Response::new(Full::new(text.into()));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// The same, after which the connection ends: what follows on it can't be understood or isn't wanted.
+#[must_use]
+pub fn and_close(mut response: HttpResponse) -> HttpResponse {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+fn json_bytes(status: StatusCode, body: Bytes) -> HttpResponse {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, JSON);
+    response
+}
+
+fn object(value: &impl Serialize) -> Bytes {
+    serde_json::to_vec(value).expect("what this host writes are JSON values").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(kind: FailureKind) -> JobError {
+        JobError::Failed(Failure { kind, message: "no luck".into() })
+    }
+
+    #[test]
+    fn each_error_has_the_status_of_the_table() {
+        let known = vec!["echo".to_owned()];
+        let table = [
+            (JobError::Invalid(Vec::new()), 422),
+            (JobError::UnknownModel { name: Some("x".into()), known }, 404),
+            (JobError::TooLarge(String::new()), 413),
+            (JobError::Busy(""), 429),
+            (JobError::Unavailable(String::new()), 503),
+            (JobError::DeadlinePassed, 504),
+            (JobError::BatchTimedOut(std::time::Duration::from_secs(1)), 504),
+            (failure(FailureKind::Permanent), 500),
+            (failure(FailureKind::Panicked), 500),
+            (failure(FailureKind::InvalidInput), 422),
+            (JobError::Lost, 500),
+        ];
+        for (job_error, status) in table {
+            let response = error(&job_error);
+            assert_eq!(response.status().as_u16(), status, "{job_error:?}");
+            assert_eq!(response.headers().contains_key(RETRY_AFTER), status == 429 || status == 503);
+        }
+    }
+
+    #[test]
+    fn meta_is_attached_to_an_answer_of_any_size() {
+        let meta = serde_json::value::RawValue::from_string(r#"{"k":1}"#.into()).unwrap();
+        let answer = with_meta(&Bytes::from_static(br#"{"status":"success"}"#), &meta);
+        assert_eq!(answer, br#"{"status":"success","meta":{"k":1}}"#.as_slice());
+    }
+}

@@ -1,0 +1,57 @@
+//! From the outside world to jobs: connections, routes, bodies and the predict endpoints. It never knows how a batch is
+//! run, and leaves statuses to egress.
+
+mod body;
+mod connection;
+mod predict;
+mod request;
+mod routes;
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use crate::{admission::Gate, config::Server, dispatch::Models, jobs::Jobs, telemetry::Metrics};
+
+pub use connection::serve;
+use request::RequestIds;
+
+/// What every request needs.
+pub struct Context {
+    /// Limits and timeouts.
+    pub server: Server,
+    /// Who may enter.
+    pub gate: Arc<Gate>,
+    /// Who answers.
+    pub models: Arc<Models>,
+    /// Asynchronous jobs.
+    pub jobs: Arc<Jobs>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    ids: RequestIds,
+    /// Large inputs that are parsed at once: as many as there are cores.
+    decoding: Semaphore,
+}
+
+impl Context {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(
+        server: Server,
+        gate: Arc<Gate>,
+        models: Arc<Models>,
+        jobs: Arc<Jobs>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Arc::new(Self {
+            server,
+            gate,
+            models,
+            jobs,
+            metrics,
+            ids: RequestIds::new(),
+            decoding: Semaphore::new(cores),
+        })
+    }
+}

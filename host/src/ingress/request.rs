@@ -1,0 +1,117 @@
+//! What a request says of itself beside its body: id, deadline, model.
+
+use std::{
+    borrow::Cow,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use hyper::{
+    HeaderMap,
+    header::{HeaderName, HeaderValue},
+};
+
+use crate::{
+    config::Server,
+    job::{Deadline, Detail, JobError},
+};
+
+/// Names a request in logs and answers.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Milliseconds after which the caller doesn't want the answer any more.
+pub(super) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+/// The longest id that is taken over from a caller.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Makes ids: a word that is this process's own, and a number.
+pub(super) struct RequestIds {
+    process: String,
+    next: AtomicU64,
+}
+
+impl RequestIds {
+    pub(super) fn new() -> Self {
+        let random = uuid::Uuid::now_v7().simple().to_string();
+        Self { process: random[16..].to_owned(), next: AtomicU64::new(1) }
+    }
+
+    /// The caller's id where it has a fit one, else a new one.
+    pub(super) fn of(&self, headers: &HeaderMap) -> HeaderValue {
+        let fit = |id: &&HeaderValue| (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.to_str().is_ok();
+        headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            let id = format!("{}-{number:x}", self.process);
+            HeaderValue::try_from(id).expect("hexadecimal digits make a header")
+        })
+    }
+}
+
+/// The moment after which nobody wants the answer.
+pub(super) fn deadline(headers: &HeaderMap, server: &Server, now: Instant) -> Result<Deadline, JobError> {
+    let Some(value) = headers.get(REQUEST_TIMEOUT) else { return Ok(Deadline(now + server.request_timeout)) };
+    let milliseconds: u64 =
+        value.to_str().ok().and_then(|text| text.trim().parse().ok()).filter(|ms| *ms > 0).ok_or_else(
+            || {
+                JobError::Invalid(vec![Detail {
+                    loc: vec!["header".into(), "x-request-timeout-ms".into()],
+                    msg: format!("expected milliseconds, a whole number above 0, found {value:?}"),
+                    kind: "int_parsing",
+                }])
+            },
+        )?;
+    Ok(Deadline(now + Duration::from_millis(milliseconds).min(server.request_timeout_max)))
+}
+
+/// `model_name` from the query.
+pub(super) fn model_name(query: Option<&str>) -> Option<Cow<'_, str>> {
+    query?.split('&').find_map(|pair| pair.strip_prefix("model_name=")).map(percent_decoded)
+}
+
+fn percent_decoded(text: &str) -> Cow<'_, str> {
+    if !text.contains(['%', '+']) {
+        return Cow::Borrowed(text);
+    }
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let escaped = tail
+            .get(..2)
+            .filter(|_| first == b'%')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        match escaped {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            None => {
+                bytes.push(if first == b'+' { b' ' } else { first });
+                rest = tail;
+            }
+        }
+    }
+    Cow::Owned(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_model_is_read_from_the_query() {
+        assert_eq!(model_name(Some("a=b&model_name=digits")).as_deref(), Some("digits"));
+        assert_eq!(model_name(Some("model_name=a%20b+c%2")).as_deref(), Some("a b c%2"));
+        assert_eq!(model_name(Some("model=x")), None);
+        assert_eq!(model_name(None), None);
+    }
+
+    #[test]
+    fn a_callers_id_is_kept_and_others_differ() {
+        let ids = RequestIds::new();
+        let mut headers = HeaderMap::new();
+        assert_ne!(ids.of(&headers), ids.of(&headers));
+        headers.insert(REQUEST_ID, HeaderValue::from_static("mine"));
+        assert_eq!(ids.of(&headers), "mine");
+        headers.insert(REQUEST_ID, HeaderValue::try_from("x".repeat(129)).unwrap());
+        assert_ne!(ids.of(&headers).len(), 129);
+    }
+}

@@ -1,0 +1,96 @@
+//! Which path is answered by whom, and what every answer has: an id, a count, a line in the log when it failed.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{ALLOW, HeaderValue},
+};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{Context, predict, request::REQUEST_ID};
+use crate::{
+    admin,
+    egress::{HttpResponse, object_response},
+};
+
+/// The paths of this host. Their names are labels of metrics.
+const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/jobs/{id}"];
+
+pub(super) async fn answer(
+    context: &Context,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Full<Bytes>> {
+    let id = context.ids.of(request.headers());
+    let is_post = request.method() == Method::POST;
+    let mut response = match request.uri().path() {
+        "/predict_sync" if is_post => predict::sync(context, request, &id).await,
+        "/predict_batch" if is_post => predict::batch(context, request, &id).await,
+        "/predict_async" if is_post => predict::asynchronous(context, request, &id).await,
+        _ => elsewhere(context, peer, &request),
+    };
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// Everything that isn't on the hot path.
+fn elsewhere(context: &Context, peer: SocketAddr, request: &Request<Incoming>) -> HttpResponse {
+    let path = request.uri().path();
+    let job = path.strip_prefix("/jobs/").filter(|id| !id.is_empty() && !id.contains('/'));
+    let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
+    let is_get = request.method() == Method::GET;
+    let response = match endpoint {
+        "/health" if is_get => admin::health(&context.models),
+        "/livez" if is_get => admin::live(),
+        "/readyz" if is_get => admin::ready(&context.models, &context.gate),
+        "/metrics" | "/models" if is_get && !peer.ip().to_canonical().is_loopback() => {
+            for_loopback_only(path)
+        }
+        "/metrics" if is_get => {
+            context.metrics.requests_in_flight.set(context.gate.requests() as i64);
+            admin::metrics(&context.metrics)
+        }
+        "/models" if is_get => admin::models(&context.models),
+        "/jobs/{id}" if is_get => report(context, job.unwrap_or_default()),
+        known if GET_ONLY.contains(&known) => wrong_method("GET"),
+        "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
+        _ => {
+            let detail = format!(
+                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async and GET {}",
+                GET_ONLY.join(", ")
+            );
+            return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
+        }
+    };
+    context.metrics.requests("", endpoint, response.status().as_u16()).inc();
+    response
+}
+
+fn report(context: &Context, id: &str) -> HttpResponse {
+    match id.parse::<Uuid>().ok().and_then(|id| context.jobs.report(id)) {
+        Some(report) => object_response(StatusCode::OK, &report),
+        None => {
+            let detail = format!(
+                "no job {id:?}: it was never accepted, or was forgotten to make room for newer ones (server.jobs_max)"
+            );
+            object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
+        }
+    }
+}
+
+fn for_loopback_only(path: &str) -> HttpResponse {
+    let detail = format!("{path} answers callers on this machine only");
+    object_response(StatusCode::FORBIDDEN, &json!({"detail": detail}))
+}
+
+fn wrong_method(expected: &'static str) -> HttpResponse {
+    let detail = format!("expected the method {expected}");
+    let mut response = object_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"detail": detail}));
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(expected));
+    response
+}

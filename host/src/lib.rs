@@ -1,0 +1,18 @@
+//! The modalkit host: loads pipelines, batches requests for them and serves them over HTTP.
+//!
+//! Modules stand in the order in which a request meets them; `ARCHITECTURE.md` walks through them.
+
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod admission;
+pub mod app;
+pub mod config;
+pub mod dispatch;
+pub mod egress;
+pub mod ingress;
+pub mod job;
+pub mod jobs;
+pub mod pipeline;
+pub mod reload;
+pub mod telemetry;

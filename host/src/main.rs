@@ -1,0 +1,135 @@
+//! Flags, signals and exit codes of the `modalkit` program.
+//!
+//! Exit codes: 0 drained after a signal; 1 could not start, or the drain was cut off; 2 wrong usage or configuration;
+//! 130 a second signal.
+
+#![forbid(unsafe_code)]
+
+use std::{env, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use modalkit::{
+    app::{self, Ended},
+    config::{self, Config},
+    telemetry,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Serves machine-learning pipelines: plugins in watched folders, over HTTP.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    /// Configuration files, TOML; later ones win. The environment (MODALKIT_…__…) beats them.
+    #[arg(long, env = "MODALKIT_CONFIG", value_delimiter = ',', global = true)]
+    config: Vec<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or SIGINT (what happens without a command).
+    Serve,
+    /// Open a plugin and say whether this host could take it; the host runs this on itself.
+    #[command(hide = true)]
+    Preflight {
+        /// The library.
+        file: PathBuf,
+    },
+}
+
+const COULD_NOT_SERVE: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+const SECOND_SIGNAL: u8 = 130;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Some(Command::Preflight { file }) = cli.command {
+        return preflight(&file);
+    }
+    let config = config::load(&cli.config, env::vars()).map_err(anyhow::Error::new).and_then(|config| {
+        telemetry::install_log(&config.server.log)
+            .context("server.log is no list of levels such as \"info,modalkit=debug\"")?;
+        Ok(config)
+    });
+    match config {
+        Ok(config) => serve(config),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(WRONG_USAGE)
+        }
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.server.io_threads)
+        // Large inputs, one for each core, and the building of plugins.
+        .max_blocking_threads(cores + 2)
+        .thread_name("io")
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&anyhow::Error::new(error).context("can't start the async runtime"));
+            return ExitCode::from(COULD_NOT_SERVE);
+        }
+    };
+    let code = runtime.block_on(async {
+        let (mut terminate, mut interrupt) = match signals() {
+            Ok(signals) => signals,
+            Err(error) => {
+                complain(&error);
+                return COULD_NOT_SERVE;
+            }
+        };
+        let (first, stop) = tokio::sync::oneshot::channel();
+        let second = async {
+            next(&mut terminate, &mut interrupt).await;
+            // The run may have ended by itself.
+            let _ = first.send(());
+            next(&mut terminate, &mut interrupt).await;
+        };
+        let stop = async { drop(stop.await) };
+        tokio::select! {
+            ended = app::run(config, stop) => match ended {
+                Ok(Ended::Drained) => 0,
+                Ok(Ended::CutOff) => COULD_NOT_SERVE,
+                Err(error) => {
+                    complain(&error);
+                    COULD_NOT_SERVE
+                }
+            },
+            () = second => SECOND_SIGNAL,
+        }
+    });
+    // Threads inside plugin code can't be told to stop; the process ends with them.
+    runtime.shutdown_background();
+    ExitCode::from(code)
+}
+
+fn signals() -> anyhow::Result<(Signal, Signal)> {
+    let listen = |kind| signal(kind).context("can't listen for signals");
+    Ok((listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?))
+}
+
+async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the parent process reads the verdict from there")]
+fn preflight(file: &std::path::Path) -> ExitCode {
+    println!("{}", modalkit_loader::preflight::child(file));
+    ExitCode::SUCCESS
+}
+
+#[expect(clippy::print_stderr, reason = "there may be no log yet")]
+fn complain(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}

@@ -1,0 +1,208 @@
+//! Explains a bad input in the form pydantic made common: where (`loc`), what (`msg`) and of which kind (`type`). Made
+//! from the input's JSON Schema, on the failure path only.
+
+use jsonschema::{ValidationError, Validator, error::ValidationErrorKind, paths::LocationSegment};
+use modalkit_loader::PathSegment;
+use serde_json::Value;
+
+use crate::job::{Detail, Location};
+
+/// The most details in one answer.
+const DETAILS_MAX: usize = 16;
+/// The most characters of the caller's own value in a message.
+const FOUND_CHARS_MAX: usize = 80;
+
+impl Detail {
+    /// The body isn't JSON.
+    #[must_use]
+    pub fn not_json(error: &serde_json::Error) -> Self {
+        Self {
+            loc: vec!["body".into(), Location::Index(error.column() as u64)],
+            msg: format!("the body is not valid JSON: {error}"),
+            kind: "json_invalid",
+        }
+    }
+
+    /// What a pipeline's `validate` said.
+    #[must_use]
+    pub fn invalid(path: &[PathSegment], message: String) -> Self {
+        let steps = path.iter().map(|step| match step {
+            PathSegment::Key(key) => Location::Key(key.to_string()),
+            PathSegment::Index(index) => Location::Index(*index),
+        });
+        Self { loc: std::iter::once("body".into()).chain(steps).collect(), msg: message, kind: "value_error" }
+    }
+
+    /// The same, one level deeper: behind these steps after `"body"`.
+    #[must_use]
+    pub fn inside(mut self, steps: &[Location]) -> Self {
+        let position = self.loc.len().min(1);
+        self.loc.splice(position..position, steps.iter().cloned());
+        self
+    }
+}
+
+/// Why bytes that serde refused are not the input: everything the schema finds, or else what serde said.
+pub(super) fn malformed(schema: Option<&Validator>, input: &[u8], said: &str) -> Vec<Detail> {
+    let value: Value = match serde_json::from_slice(input) {
+        Ok(value) => value,
+        Err(error) => return vec![Detail::not_json(&error)],
+    };
+    let found: Vec<Detail> = schema
+        .into_iter()
+        .flat_map(|schema| schema.iter_errors(&value))
+        .take(DETAILS_MAX)
+        .map(|error| detail(&error))
+        .collect();
+    if found.is_empty() {
+        // The schema is looser than the type: a custom `Deserialize`, say.
+        return vec![Detail { loc: vec!["body".into()], msg: said.to_owned(), kind: "value_error" }];
+    }
+    found
+}
+
+fn detail(error: &ValidationError<'_>) -> Detail {
+    let mut loc: Vec<Location> = vec!["body".into()];
+    loc.extend(error.instance_path().iter().map(|step| match step {
+        LocationSegment::Property(name) => Location::Key(name.to_string()),
+        LocationSegment::Index(index) => Location::Index(index as u64),
+    }));
+    let (kind, msg) = match error.kind() {
+        ValidationErrorKind::Required { property } => {
+            let name = property.as_str().unwrap_or_default();
+            loc.push(name.into());
+            ("missing", format!("field required: `{name}`"))
+        }
+        ValidationErrorKind::AdditionalProperties { unexpected } => {
+            ("extra_forbidden", format!("unknown fields: {}", unexpected.join(", ")))
+        }
+        ValidationErrorKind::Type { kind } => {
+            let expected = type_names(kind);
+            (type_kind(&expected), format!("expected {expected}, found {}", found(error.instance())))
+        }
+        ValidationErrorKind::Minimum { .. } | ValidationErrorKind::ExclusiveMinimum { .. } => {
+            ("greater_than_equal", shortened(error))
+        }
+        ValidationErrorKind::Maximum { .. } | ValidationErrorKind::ExclusiveMaximum { .. } => {
+            ("less_than_equal", shortened(error))
+        }
+        ValidationErrorKind::MinItems { .. } | ValidationErrorKind::MinLength { .. } => {
+            ("too_short", shortened(error))
+        }
+        ValidationErrorKind::MaxItems { .. } | ValidationErrorKind::MaxLength { .. } => {
+            ("too_long", shortened(error))
+        }
+        ValidationErrorKind::Enum { .. } | ValidationErrorKind::Constant { .. } => {
+            ("literal_error", shortened(error))
+        }
+        _ => ("value_error", shortened(error)),
+    };
+    Detail { loc, msg, kind }
+}
+
+fn type_names(kind: &jsonschema::error::TypeKind) -> String {
+    match kind {
+        jsonschema::error::TypeKind::Single(kind) => kind.to_string(),
+        jsonschema::error::TypeKind::Multiple(kinds) => {
+            kinds.iter().map(|kind| kind.to_string()).collect::<Vec<_>>().join(" or ")
+        }
+    }
+}
+
+fn type_kind(expected: &str) -> &'static str {
+    match expected {
+        "string" => "string_type",
+        "integer" => "int_type",
+        "number" => "float_type",
+        "boolean" => "bool_type",
+        "array" => "list_type",
+        "object" => "dict_type",
+        "null" => "none_type",
+        _ => "type_error",
+    }
+}
+
+fn found(value: &Value) -> String {
+    let kind = match value {
+        Value::Null => return "null".to_owned(),
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(items) => return format!("an array of {}", items.len()),
+        Value::Object(_) => return "an object".to_owned(),
+    };
+    format!("{kind} {}", cut(&value.to_string()))
+}
+
+fn shortened(error: &ValidationError<'_>) -> String {
+    cut(&error.to_string())
+}
+
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(FOUND_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn explain(input: &str) -> Vec<(String, &'static str)> {
+        let schema = json!({
+            "type": "object",
+            "required": ["text", "top_k"],
+            "additionalProperties": false,
+            "properties": {"text": {"type": "string"}, "top_k": {"type": "integer", "minimum": 1}, "tags": {"type": "array", "items": {"type": "string"}}}
+        });
+        let schema = jsonschema::validator_for(&schema).unwrap();
+        malformed(Some(&schema), input.as_bytes(), "serde's words")
+            .into_iter()
+            .map(|detail| (serde_json::to_string(&detail.loc).unwrap(), detail.kind))
+            .collect()
+    }
+
+    #[test]
+    fn every_fault_is_named_with_its_place() {
+        assert_eq!(
+            explain(r#"{"text": 5, "top_k": 0, "tags": ["a", 1]}"#),
+            [
+                (r#"["body","tags",1]"#.to_owned(), "string_type"),
+                (r#"["body","text"]"#.to_owned(), "string_type"),
+                (r#"["body","top_k"]"#.to_owned(), "greater_than_equal"),
+            ]
+        );
+        assert_eq!(explain(r#"{"text": "a"}"#), [(r#"["body","top_k"]"#.to_owned(), "missing")]);
+        assert_eq!(
+            explain(r#"{"text": "a", "top_k": 1, "x": 1}"#),
+            [(r#"["body"]"#.to_owned(), "extra_forbidden")]
+        );
+        assert_eq!(explain("[]"), [(r#"["body"]"#.to_owned(), "dict_type")]);
+        assert_eq!(explain("{\"text\"")[0].1, "json_invalid");
+    }
+
+    #[test]
+    fn serde_has_the_word_where_the_schema_finds_nothing() {
+        assert_eq!(explain(r#"{"text": "a", "top_k": 1}"#), [(r#"["body"]"#.to_owned(), "value_error")]);
+    }
+
+    #[test]
+    fn a_detail_moves_into_a_batch() {
+        let detail =
+            Detail::invalid(&[PathSegment::Key("a".into())], "x".into()).inside(&[Location::Index(3)]);
+        assert_eq!(serde_json::to_string(&detail.loc).unwrap(), r#"["body",3,"a"]"#);
+    }
+
+    #[test]
+    fn long_values_are_cut() {
+        let detail = malformed(
+            Some(&jsonschema::validator_for(&json!({"type": "integer"})).unwrap()),
+            format!("\"{}\"", "é".repeat(500)).as_bytes(),
+            "",
+        );
+        assert!(detail[0].msg.chars().count() < 140);
+    }
+}

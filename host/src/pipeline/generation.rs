@@ -1,0 +1,98 @@
+//! A loaded plugin with a model's settings. It decodes inputs and builds instances, and never knows who runs them.
+
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwapOption;
+use jsonschema::Validator;
+use modalkit_loader::{Failure, Instance, Item, Plugin, Rejection};
+
+use super::explain;
+use crate::{
+    config::ModelSpec,
+    job::{Detail, JobError},
+};
+
+/// One version of a model.
+pub struct Generation {
+    /// Counts the versions of this model, from 1.
+    pub number: u64,
+    /// The library.
+    pub plugin: Plugin,
+    /// The model's settings.
+    pub spec: ModelSpec,
+    /// An instance that validates inputs on their way in; `None` while there is none.
+    validating: ArcSwapOption<Instance>,
+    /// Built when the first bad input comes.
+    input_schema: OnceLock<Option<Validator>>,
+}
+
+impl Generation {
+    /// A generation without instances.
+    #[must_use]
+    pub fn new(number: u64, plugin: Plugin, spec: ModelSpec) -> Arc<Self> {
+        Arc::new(Self {
+            number,
+            plugin,
+            spec,
+            validating: ArcSwapOption::empty(),
+            input_schema: OnceLock::new(),
+        })
+    }
+
+    /// Parses and validates one input. Runs code of the plugin, which is why large inputs come here on other threads
+    /// than the runtime's.
+    ///
+    /// # Errors
+    /// [`JobError::Invalid`] with details, or [`JobError::Failed`] where the plugin failed.
+    pub fn decode(&self, input: &[u8]) -> Result<Item, JobError> {
+        let instance = self.validating.load();
+        let decoded = match self.plugin.decode(instance.as_deref(), input) {
+            // The replica that runs it will validate it.
+            Err(Rejection::Busy) => self.plugin.decode(None, input),
+            decoded => decoded,
+        };
+        decoded.map_err(|rejection| self.explain(rejection, input))
+    }
+
+    /// Turns a plugin's rejection into what the caller is told.
+    #[must_use]
+    pub fn explain(&self, rejection: Rejection, input: &[u8]) -> JobError {
+        match rejection {
+            Rejection::Malformed { message } => {
+                JobError::Invalid(explain::malformed(self.input_schema(), input, &message))
+            }
+            Rejection::Invalid { path, message } => {
+                JobError::Invalid(vec![Detail::invalid(&path, message.into())])
+            }
+            Rejection::Failed(failure) => JobError::Failed(failure),
+            Rejection::Busy => JobError::Unavailable(format!("the model {} is changing", self.spec.name)),
+        }
+    }
+
+    /// Loads and warms up an instance; takes as long as the author's code.
+    ///
+    /// # Errors
+    /// What `load` or `warmup` said.
+    pub fn instance(&self) -> Result<Instance, Failure> {
+        let spec = &self.spec;
+        let folder = spec.all_model_data_folder.to_string_lossy();
+        let instance = self.plugin.load(&spec.name, &folder, &spec.common_settings, &spec.settings)?;
+        instance.warmup()?;
+        Ok(instance)
+    }
+
+    /// Names the instance that validates from now on.
+    pub fn validate_with(&self, instance: Option<Arc<Instance>>) {
+        self.validating.store(instance);
+    }
+
+    fn input_schema(&self) -> Option<&Validator> {
+        let compile = || {
+            let schema = serde_json::from_str(self.plugin.input_schema()).ok()?;
+            jsonschema::validator_for(&schema).inspect_err(|error| {
+                tracing::warn!(model = self.spec.name, %error, "the plugin's input schema is no JSON Schema; details of bad inputs will be terse");
+            }).ok()
+        };
+        self.input_schema.get_or_init(compile).as_ref()
+    }
+}

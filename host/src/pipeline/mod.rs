@@ -1,0 +1,124 @@
+//! Served models: a generation (a loaded plugin with a model's settings), its replicas (instances with threads that run
+//! stages) and the fleet that keeps as many of them as are wanted. It never knows HTTP or files.
+
+mod explain;
+mod fleet;
+mod generation;
+mod replica;
+mod scale;
+
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use serde::Serialize;
+
+use crate::{
+    config::ModelSpec,
+    dispatch::Queue,
+    job::JobError,
+    telemetry::{Metrics, ModelMetrics},
+};
+
+pub use fleet::Fleet;
+pub use generation::Generation;
+
+/// A model by its name: what callers see of it while generations and replicas come and go.
+pub struct Model {
+    /// How it is served.
+    pub spec: ModelSpec,
+    /// Its jobs.
+    pub queue: Arc<Queue>,
+    /// Its metrics.
+    pub metrics: Arc<ModelMetrics>,
+    serving: ArcSwapOption<Generation>,
+    status: ArcSwap<Status>,
+}
+
+/// Where a model stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Status {
+    /// No volume holds its plugin yet.
+    Waiting {
+        /// The file that is waited for.
+        expected: String,
+    },
+    /// Its plugin is being opened or its first replica loaded.
+    Loading,
+    /// It serves.
+    Ready,
+    /// Its plugin was refused, or its pipeline didn't load.
+    Failed {
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Too many replicas hang in batches that overran their time.
+    Stuck {
+        /// How many, and what to do.
+        reason: String,
+    },
+    /// The host is shutting down.
+    Stopping,
+}
+
+impl Model {
+    /// A model whose plugin hasn't been found yet.
+    #[must_use]
+    pub fn new(spec: ModelSpec, metrics: &Metrics) -> Arc<Self> {
+        let metrics = Arc::new(metrics.model(&spec.name));
+        let expected = format!("{}.so", spec.plugin);
+        Arc::new(Self {
+            queue: Arc::new(Queue::new(spec.batch, Arc::clone(&metrics))),
+            metrics,
+            serving: ArcSwapOption::empty(),
+            status: ArcSwap::from_pointee(Status::Waiting { expected }),
+            spec,
+        })
+    }
+
+    /// The generation that takes jobs now.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`], with the reason.
+    pub fn serving(&self) -> Result<Arc<Generation>, JobError> {
+        self.serving.load_full().ok_or_else(|| {
+            let name = &self.spec.name;
+            JobError::Unavailable(match &*self.status() {
+                Status::Waiting { expected } => {
+                    format!("the model {name} waits for its plugin {expected} in a volume")
+                }
+                Status::Loading | Status::Ready => format!("the model {name} is loading"),
+                Status::Failed { .. } => {
+                    format!("the model {name} could not be loaded; GET /models says why")
+                }
+                Status::Stuck { .. } => format!("the model {name} hangs; GET /models says why"),
+                Status::Stopping => "the server is shutting down".to_owned(),
+            })
+        })
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn status(&self) -> Arc<Status> {
+        self.status.load_full()
+    }
+
+    /// Says where it stands; jobs are taken while that is [`Status::Ready`].
+    pub fn set_status(&self, status: Status, generation: Option<&Arc<Generation>>) {
+        let ready = status == Status::Ready;
+        self.metrics.ready.set(i64::from(ready));
+        self.status.store(Arc::new(status));
+        self.serving.store(generation.filter(|_| ready).cloned());
+        if !ready {
+            self.fail_waiting();
+        }
+    }
+
+    /// Answers the jobs that nobody will run.
+    fn fail_waiting(&self) {
+        for job in self.queue.clear() {
+            job.reply
+                .send(Err(JobError::Unavailable(format!("the model {} stopped serving", self.spec.name))));
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! One instance and the threads that run its stages, each a lane: take a batch, run it, answer. It never knows how many
+//! replicas there are.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use modalkit_batch::{Batch, Waiting};
+use modalkit_loader::{Failure, FailureKind, Instance, Item, Outcome};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use super::Generation;
+use crate::{
+    dispatch::{LaneId, Queue},
+    job::{Job, JobError, ReplyHandle},
+    telemetry::ModelMetrics,
+};
+
+/// What a replica's threads tell the fleet.
+pub(super) enum Event {
+    /// It is loaded and takes batches.
+    Started(Arc<Replica>),
+    /// It could not be loaded.
+    Failed(Failure),
+    /// A lane of a replica that was given up came back.
+    CameBack,
+}
+
+/// An instance that serves.
+pub(super) struct Replica {
+    pub(super) instance: Arc<Instance>,
+    pub(super) number: u64,
+    lanes: Vec<Lane>,
+    leave: AtomicBool,
+    running_lanes: AtomicUsize,
+}
+
+struct Lane {
+    id: LaneId,
+    running: Mutex<Option<Running>>,
+}
+
+/// The replies of the batch that a lane runs. Whoever takes them answers: the lane when it is done, or the fleet when
+/// the batch has overrun its time.
+struct Running {
+    started: Instant,
+    replies: Vec<ReplyHandle>,
+}
+
+/// What a replica needs to run.
+pub(super) struct Surroundings {
+    pub(super) generation: Arc<Generation>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) metrics: Arc<ModelMetrics>,
+    pub(super) events: mpsc::Sender<Event>,
+}
+
+impl Replica {
+    /// Loads an instance on a thread of its own, which then becomes its first lane.
+    pub(super) fn start(number: u64, around: Arc<Surroundings>) -> std::io::Result<()> {
+        let name = thread_name(&around, number, 0);
+        thread::Builder::new().name(name).spawn(move || match around.generation.instance() {
+            Ok(instance) => Self::serve(number, &around, instance),
+            Err(failure) => around.tell(Event::Failed(failure)),
+        })?;
+        Ok(())
+    }
+
+    fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance) {
+        let count = around.generation.spec.replicas.batches_in_flight;
+        let lanes: Vec<Lane> =
+            (0..count).map(|_| Lane { id: around.queue.lane(), running: Mutex::new(None) }).collect();
+        let replica = Arc::new(Self {
+            instance: Arc::new(instance),
+            number,
+            lanes,
+            leave: AtomicBool::new(false),
+            running_lanes: AtomicUsize::new(count),
+        });
+        around.tell(Event::Started(Arc::clone(&replica)));
+        for index in 1..count {
+            let (of_lane, around) = (Arc::clone(&replica), Arc::clone(around));
+            let spawned = thread::Builder::new()
+                .name(thread_name(&around, number, index))
+                .spawn(move || of_lane.run_lane(index, &around));
+            if let Err(error) = spawned {
+                replica.running_lanes.fetch_sub(1, Ordering::SeqCst);
+                tracing::warn!(%error, "can't start a thread for batches_in_flight; the replica runs with fewer");
+            }
+        }
+        replica.run_lane(0, around);
+    }
+
+    /// Asks it to leave after what it runs now. Wake the queue's lanes afterwards.
+    pub(super) fn leave(&self) {
+        self.leave.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether all of its threads have left.
+    pub(super) fn has_left(&self) -> bool {
+        self.running_lanes.load(Ordering::SeqCst) == 0
+    }
+
+    /// Answers the batches that have run longer than `limit`; says how many there were.
+    pub(super) fn give_up_overrun(&self, now: Instant, limit: Duration) -> usize {
+        let mut overrun = 0;
+        for lane in &self.lanes {
+            let mut running = lane.running.lock();
+            if running.as_ref().is_none_or(|batch| now.saturating_duration_since(batch.started) < limit) {
+                continue;
+            }
+            let replies = running.take().map(|batch| batch.replies).unwrap_or_default();
+            drop(running);
+            overrun += 1;
+            replies.into_iter().for_each(|reply| reply.send(Err(JobError::BatchTimedOut(limit))));
+        }
+        overrun
+    }
+
+    fn run_lane(&self, index: usize, around: &Surroundings) {
+        let lane = &self.lanes[index];
+        while let Some(batch) = around.queue.next_batch(lane.id, || self.leave.load(Ordering::SeqCst)) {
+            if !self.run(lane, batch, around) {
+                around.tell(Event::CameBack);
+                break;
+            }
+        }
+        self.running_lanes.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
+    fn run(&self, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
+        let (items, replies, ids) = self.prepare(batch.jobs, around);
+        if items.is_empty() {
+            return true;
+        }
+        *lane.running.lock() = Some(Running { started: Instant::now(), replies });
+        let outcomes = self.stages(items, &around.metrics);
+        let Some(Running { replies, .. }) = lane.running.lock().take() else { return false };
+        match outcomes {
+            Ok(outcomes) if outcomes.len() == replies.len() => {
+                for (reply, outcome) in replies.into_iter().zip(outcomes) {
+                    reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
+                }
+            }
+            Ok(outcomes) => fail(replies, &ids, around, wrong_count(ids.len(), outcomes.len())),
+            Err(failure) => fail(replies, &ids, around, failure),
+        }
+        true
+    }
+
+    /// Makes items of jobs. A job whose caller has left is dropped; one that turns out to be invalid is answered.
+    fn prepare(
+        &self,
+        jobs: Vec<Waiting<Job>>,
+        around: &Surroundings,
+    ) -> (Vec<Item>, Vec<ReplyHandle>, Vec<hyper::header::HeaderValue>) {
+        let mut prepared =
+            (Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()));
+        for Waiting { job, .. } in jobs {
+            if job.reply.is_abandoned() {
+                around.metrics.skipped_cancelled.inc();
+                continue;
+            }
+            match self.item_of(job.item, &job.input, &around.generation) {
+                Ok(item) => {
+                    prepared.0.push(item);
+                    prepared.1.push(job.reply);
+                    prepared.2.push(job.request_id);
+                }
+                Err(error) => job.reply.send(Err(error)),
+            }
+        }
+        prepared
+    }
+
+    fn item_of(&self, item: Option<Item>, input: &[u8], generation: &Generation) -> Result<Item, JobError> {
+        let item = match item.filter(|item| self.instance.owns(item)) {
+            Some(item) => item,
+            None => generation
+                .plugin
+                .decode(None, input)
+                .map_err(|rejection| generation.explain(rejection, input))?,
+        };
+        if !item.is_validated() {
+            self.instance.validate(&item).map_err(|rejection| generation.explain(rejection, input))?;
+        }
+        Ok(item)
+    }
+
+    fn stages(&self, items: Vec<Item>, metrics: &ModelMetrics) -> Result<Vec<Outcome>, Failure> {
+        let mut batch = self.instance.begin(items).expect("`item_of` made them all of this plugin");
+        let begun = Instant::now();
+        batch.preprocess()?;
+        let preprocessed = Instant::now();
+        batch.predict()?;
+        let predicted = Instant::now();
+        let outcomes = batch.postprocess()?;
+        metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
+        metrics.predict.observe((predicted - preprocessed).as_secs_f64());
+        metrics.postprocess.observe(predicted.elapsed().as_secs_f64());
+        Ok(outcomes)
+    }
+}
+
+impl Surroundings {
+    fn tell(&self, event: Event) {
+        // Nobody listens any more when the host is shutting down.
+        let _ = self.events.blocking_send(event);
+    }
+}
+
+/// Linux shows 15 bytes of it.
+fn thread_name(around: &Surroundings, replica: u64, lane: usize) -> String {
+    let name: String = around.generation.spec.name.chars().filter(char::is_ascii_graphic).take(8).collect();
+    format!("{name}.{replica}.{lane}")
+}
+
+fn wrong_count(expected: usize, found: usize) -> Failure {
+    Failure {
+        kind: FailureKind::Permanent,
+        message: format!("the plugin returned {found} outcomes for a batch of {expected}").into(),
+    }
+}
+
+fn fail(
+    replies: Vec<ReplyHandle>,
+    requests: &[hyper::header::HeaderValue],
+    around: &Surroundings,
+    failure: Failure,
+) {
+    let panicked = failure.kind == FailureKind::Panicked;
+    if panicked { &around.metrics.panicked } else { &around.metrics.failed }.inc();
+    tracing::error!(
+        model = around.generation.spec.name,
+        generation = around.generation.number,
+        items = replies.len(),
+        first_request = ?requests.first(),
+        error = %failure.message,
+        "a batch failed"
+    );
+    for reply in replies {
+        reply.send(Err(JobError::Failed(failure.clone())));
+    }
+}

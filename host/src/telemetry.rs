@@ -1,0 +1,284 @@
+//! Every metric's and event's name, and where they go. It never knows why something is counted.
+//!
+//! Grammar: `modalkit_<what>_<unit or total>`; labels are bounded: `model` is a served model's name, `endpoint` one of
+//! the paths of this host, `status` an HTTP status, `stage` and `reason` words of this host.
+
+use std::{io::IsTerminal, sync::Arc};
+
+use modalkit_loader::LogLevel;
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder, exponential_buckets,
+};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// Content type of [`Metrics::render`].
+pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// All metrics of the host, in a registry of their own.
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    queue_wait: HistogramVec,
+    batch_wait: HistogramVec,
+    stage: HistogramVec,
+    batch_size: HistogramVec,
+    batches_closed: IntCounterVec,
+    jobs_skipped: IntCounterVec,
+    batches_failed: IntCounterVec,
+    queued: IntGaugeVec,
+    replicas: IntGaugeVec,
+    replicas_stuck: IntGaugeVec,
+    replicas_given_up: IntCounterVec,
+    ready: IntGaugeVec,
+    /// Requests inside the host.
+    pub requests_in_flight: IntGauge,
+    /// Open connections.
+    pub connections: IntGauge,
+    /// Asynchronous jobs that are remembered.
+    pub jobs: IntGauge,
+    /// Resident memory of the process.
+    pub resident_bytes: Gauge,
+}
+
+/// One model's metrics, looked up once.
+pub struct ModelMetrics {
+    /// Requests to `/predict_sync` answered with 200.
+    pub ok_sync: IntCounter,
+    /// Requests to `/predict_batch` answered with 200.
+    pub ok_batch: IntCounter,
+    /// Requests to `/predict_async` answered with 200.
+    pub ok_async: IntCounter,
+    /// From a job's arrival to its batch, seconds.
+    pub queue_wait: Histogram,
+    /// How long a batch waited to be filled while a replica was free, seconds.
+    pub batch_wait: Histogram,
+    /// Seconds in `preprocess`.
+    pub preprocess: Histogram,
+    /// Seconds in `predict`.
+    pub predict: Histogram,
+    /// Seconds in `postprocess`.
+    pub postprocess: Histogram,
+    /// Items in a batch.
+    pub batch_size: Histogram,
+    /// Batches closed because they were full.
+    pub closed_full: IntCounter,
+    /// Batches closed because `wait_ms` had passed.
+    pub closed_waited: IntCounter,
+    /// Batches closed because no more jobs would come.
+    pub closed_drained: IntCounter,
+    /// Jobs dropped before they took a slot because the caller had left.
+    pub skipped_cancelled: IntCounter,
+    /// Jobs dropped before they took a slot because the deadline had passed.
+    pub skipped_expired: IntCounter,
+    /// Batches that failed whole in a stage.
+    pub failed: IntCounter,
+    /// Batches that failed because the plugin panicked.
+    pub panicked: IntCounter,
+    /// Batches that overran `batch_timeout_seconds`.
+    pub timed_out: IntCounter,
+    /// Jobs that wait.
+    pub queued: IntGauge,
+    /// Replicas that serve.
+    pub replicas: IntGauge,
+    /// Replicas that were given up and whose threads haven't come back.
+    pub replicas_stuck: IntGauge,
+    /// Replicas that were given up, ever.
+    pub replicas_given_up: IntCounter,
+    /// 1 while the model serves.
+    pub ready: IntGauge,
+}
+
+impl Metrics {
+    /// Registers everything.
+    ///
+    /// # Panics
+    /// Where two metrics have the same name, which is a mistake in this file.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        let registry = Registry::new();
+        // 10 µs to 80 s.
+        let seconds = exponential_buckets(0.000_01, 2.5, 18).expect("constant buckets");
+        let sizes = exponential_buckets(1.0, 2.0, 11).expect("constant buckets");
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let vec = IntCounterVec::new(Opts::new(name, help), labels).expect("constant names");
+            registry.register(Box::new(vec.clone())).expect("names are unique");
+            vec
+        };
+        let histogram = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| {
+            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            let vec = HistogramVec::new(options, labels).expect("constant names");
+            registry.register(Box::new(vec.clone())).expect("names are unique");
+            vec
+        };
+        let gauges = |name: &str, help: &str| {
+            let vec = IntGaugeVec::new(Opts::new(name, help), &["model"]).expect("constant names");
+            registry.register(Box::new(vec.clone())).expect("names are unique");
+            vec
+        };
+        let gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::new(name, help).expect("constant names");
+            registry.register(Box::new(gauge.clone())).expect("names are unique");
+            gauge
+        };
+        let resident_bytes =
+            Gauge::new("modalkit_resident_bytes", "resident memory of the process").expect("constant names");
+        registry.register(Box::new(resident_bytes.clone())).expect("names are unique");
+        Arc::new(Self {
+            requests: counter(
+                "modalkit_requests_total",
+                "requests answered",
+                &["model", "endpoint", "status"],
+            ),
+            queue_wait: histogram(
+                "modalkit_queue_wait_seconds",
+                "from a job's arrival to its batch",
+                &["model"],
+                &seconds,
+            ),
+            batch_wait: histogram(
+                "modalkit_batch_wait_seconds",
+                "how long a batch waited to be filled while a replica was free",
+                &["model"],
+                &seconds,
+            ),
+            stage: histogram(
+                "modalkit_stage_seconds",
+                "a batch's time in one stage",
+                &["model", "stage"],
+                &seconds,
+            ),
+            batch_size: histogram("modalkit_batch_size_items", "items in a batch", &["model"], &sizes),
+            batches_closed: counter(
+                "modalkit_batches_closed_total",
+                "batches by why they closed",
+                &["model", "reason"],
+            ),
+            jobs_skipped: counter(
+                "modalkit_jobs_skipped_total",
+                "jobs dropped before they took a slot",
+                &["model", "reason"],
+            ),
+            batches_failed: counter(
+                "modalkit_batches_failed_total",
+                "batches that failed whole",
+                &["model", "reason"],
+            ),
+            queued: gauges("modalkit_queued_jobs", "jobs that wait"),
+            replicas: gauges("modalkit_replicas", "replicas that serve"),
+            replicas_stuck: gauges(
+                "modalkit_replicas_stuck",
+                "given-up replicas whose threads have not come back",
+            ),
+            replicas_given_up: counter(
+                "modalkit_replicas_given_up_total",
+                "replicas given up after batch_timeout_seconds",
+                &["model"],
+            ),
+            ready: gauges("modalkit_model_ready", "1 while the model serves"),
+            requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
+            connections: gauge("modalkit_connections", "open connections"),
+            jobs: gauge("modalkit_jobs_remembered", "asynchronous jobs that are remembered"),
+            resident_bytes,
+            registry,
+        })
+    }
+
+    /// The metrics of one model.
+    #[must_use]
+    pub fn model(&self, name: &str) -> ModelMetrics {
+        let model = &[name];
+        ModelMetrics {
+            ok_sync: self.requests(name, "/predict_sync", 200),
+            ok_batch: self.requests(name, "/predict_batch", 200),
+            ok_async: self.requests(name, "/predict_async", 200),
+            queue_wait: self.queue_wait.with_label_values(model),
+            batch_wait: self.batch_wait.with_label_values(model),
+            preprocess: self.stage.with_label_values(&[name, "preprocess"]),
+            predict: self.stage.with_label_values(&[name, "predict"]),
+            postprocess: self.stage.with_label_values(&[name, "postprocess"]),
+            batch_size: self.batch_size.with_label_values(model),
+            closed_full: self.batches_closed.with_label_values(&[name, "full"]),
+            closed_waited: self.batches_closed.with_label_values(&[name, "waited"]),
+            closed_drained: self.batches_closed.with_label_values(&[name, "drained"]),
+            skipped_cancelled: self.jobs_skipped.with_label_values(&[name, "cancelled"]),
+            skipped_expired: self.jobs_skipped.with_label_values(&[name, "expired"]),
+            failed: self.batches_failed.with_label_values(&[name, "error"]),
+            panicked: self.batches_failed.with_label_values(&[name, "panic"]),
+            timed_out: self.batches_failed.with_label_values(&[name, "timeout"]),
+            queued: self.queued.with_label_values(model),
+            replicas: self.replicas.with_label_values(model),
+            replicas_stuck: self.replicas_stuck.with_label_values(model),
+            replicas_given_up: self.replicas_given_up.with_label_values(model),
+            ready: self.ready.with_label_values(model),
+        }
+    }
+
+    /// The counter of one kind of answer. `model` is empty where a request named none that is served.
+    #[must_use]
+    pub fn requests(&self, model: &str, endpoint: &str, status: u16) -> IntCounter {
+        self.requests.with_label_values(&[model, endpoint, status.to_string().as_str()])
+    }
+
+    /// Everything in Prometheus' text format.
+    #[must_use]
+    pub fn render(&self) -> String {
+        self.resident_bytes.set(resident_bytes().unwrap_or_default());
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+fn resident_bytes() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kibibytes: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024.0)
+}
+
+/// Sends the log to standard error: for people on a terminal, as JSON lines otherwise.
+///
+/// # Errors
+/// `levels` isn't a list of levels such as `info,modalkit=debug`.
+pub fn install_log(levels: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter: Targets = levels.parse()?;
+    let people = std::io::stderr().is_terminal();
+    let for_people = people.then(|| tracing_subscriber::fmt::layer().with_writer(std::io::stderr));
+    let for_machines = (!people)
+        .then(|| tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr));
+    tracing_subscriber::registry()
+        .with(for_people.with_filter(filter.clone()))
+        .with(for_machines.with_filter(filter))
+        .init();
+    Ok(())
+}
+
+/// The least severe level that plugins need to send.
+#[must_use]
+pub fn plugin_level() -> LogLevel {
+    match LevelFilter::current() {
+        LevelFilter::OFF => LogLevel::Off,
+        LevelFilter::ERROR => LogLevel::Error,
+        LevelFilter::WARN => LogLevel::Warn,
+        LevelFilter::INFO => LogLevel::Info,
+        LevelFilter::DEBUG => LogLevel::Debug,
+        LevelFilter::TRACE => LogLevel::Trace,
+    }
+}
+
+/// Takes a line of a plugin's into the host's log.
+pub fn plugin_line(level: LogLevel, model: &str, target: &str, message: &str, fields: &str) {
+    macro_rules! line {
+        ($event:ident) => {
+            tracing::$event!(target: "plugin", model, from = target, fields, "{message}")
+        };
+    }
+    match level {
+        LogLevel::Off => {}
+        LogLevel::Error => line!(error),
+        LogLevel::Warn => line!(warn),
+        LogLevel::Info => line!(info),
+        LogLevel::Debug => line!(debug),
+        LogLevel::Trace => line!(trace),
+    }
+}
