@@ -12,17 +12,22 @@ use crate::job::JobError;
 /// Counts what is inside and closes for a shutdown.
 pub struct Gate {
     requests_max: usize,
-    requests: AtomicUsize,
-    background: AtomicUsize,
+    requests: Count,
+    jobs: Count,
     closed: AtomicBool,
     left: Notify,
 }
 
-/// A place inside, given back when dropped.
-pub struct Permit {
-    gate: Arc<Gate>,
-    background: bool,
-}
+/// A request's place inside, given back when dropped.
+pub struct Permit<'g>(&'g Gate);
+
+/// An accepted job's place inside, given back when dropped.
+pub struct JobPermit(Arc<Gate>);
+
+/// Counts that every request changes share no cache line with what it only reads.
+#[repr(align(128))]
+#[derive(Default)]
+struct Count(AtomicUsize);
 
 impl Gate {
     /// A gate for this many requests at once.
@@ -30,8 +35,8 @@ impl Gate {
     pub fn new(requests_max: usize) -> Arc<Self> {
         Arc::new(Self {
             requests_max,
-            requests: AtomicUsize::new(0),
-            background: AtomicUsize::new(0),
+            requests: Count::default(),
+            jobs: Count::default(),
             closed: AtomicBool::new(false),
             left: Notify::new(),
         })
@@ -41,10 +46,10 @@ impl Gate {
     ///
     /// # Errors
     /// [`JobError::Busy`] or [`JobError::Unavailable`].
-    pub fn enter(self: &Arc<Self>) -> Result<Permit, JobError> {
+    pub fn enter(&self) -> Result<Permit<'_>, JobError> {
         // Counted first: a drain that starts now either sees this request or is seen by it.
-        let inside = self.requests.fetch_add(1, Ordering::SeqCst);
-        let permit = Permit { gate: Arc::clone(self), background: false };
+        let inside = self.requests.0.fetch_add(1, Ordering::SeqCst);
+        let permit = Permit(self);
         if self.is_closed() {
             return Err(JobError::Unavailable("the server is shutting down".into()));
         }
@@ -56,9 +61,15 @@ impl Gate {
 
     /// Keeps the host from exiting while an accepted asynchronous job is under way. The caller holds a permit of its
     /// request still, so this can't miss a drain.
-    pub fn background(self: &Arc<Self>) -> Permit {
-        self.background.fetch_add(1, Ordering::SeqCst);
-        Permit { gate: Arc::clone(self), background: true }
+    pub fn job(self: &Arc<Self>) -> JobPermit {
+        self.jobs.0.fetch_add(1, Ordering::SeqCst);
+        JobPermit(Arc::clone(self))
+    }
+
+    fn leave(&self, count: &Count) {
+        if count.0.fetch_sub(1, Ordering::SeqCst) == 1 && self.is_closed() {
+            self.left.notify_waiters();
+        }
     }
 
     /// Lets nobody in any more.
@@ -75,13 +86,13 @@ impl Gate {
     /// Requests inside.
     #[must_use]
     pub fn requests(&self) -> usize {
-        self.requests.load(Ordering::SeqCst)
+        self.requests.0.load(Ordering::SeqCst)
     }
 
     /// Everything inside: requests and accepted jobs.
     #[must_use]
     pub fn inside(&self) -> usize {
-        self.requests() + self.background.load(Ordering::SeqCst)
+        self.requests() + self.jobs.0.load(Ordering::SeqCst)
     }
 
     /// Waits until nobody is inside.
@@ -99,12 +110,15 @@ impl Gate {
     }
 }
 
-impl Drop for Permit {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
-        let count = if self.background { &self.gate.background } else { &self.gate.requests };
-        if count.fetch_sub(1, Ordering::SeqCst) == 1 && self.gate.is_closed() {
-            self.gate.left.notify_waiters();
-        }
+        self.0.leave(&self.0.requests);
+    }
+}
+
+impl Drop for JobPermit {
+    fn drop(&mut self) {
+        self.0.leave(&self.0.jobs);
     }
 }
 
@@ -116,7 +130,7 @@ mod tests {
     async fn a_drain_waits_for_requests_and_for_accepted_jobs() {
         let gate = Gate::new(2);
         let request = gate.enter().unwrap();
-        let job = gate.background();
+        let job = gate.job();
         gate.close();
         assert!(matches!(gate.enter(), Err(JobError::Unavailable(_))));
         let drained = tokio::spawn({

@@ -45,7 +45,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let reload = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
     let context = Context::new(server.clone(), Arc::clone(&gate), Arc::clone(&models), jobs, metrics);
     let (shut_down, shutdown) = watch::channel(false);
-    let serving = tokio::spawn(ingress::serve(listener, context, shutdown));
+    let listener = ingress::Listener::new(listener, context)?;
+    let serving = tokio::spawn(listener.serve(shutdown));
     tracing::info!(%address, url = format!("http://{address}"), "listening");
 
     stop.await;
@@ -55,7 +56,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     gate.close();
     // The accept loop ends and closes the port; connections end with the request they are in.
     let _ = shut_down.send(true);
-    let _ = serving.await;
+    let threads = serving.await;
     let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
@@ -63,6 +64,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if tokio::time::timeout(LEAVE_TIME_MAX, reload.stop(&models)).await.is_err() {
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
+    drop(threads);
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
     Ok(if drained { Ended::Drained } else { Ended::CutOff })
 }

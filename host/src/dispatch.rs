@@ -3,7 +3,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -68,25 +71,36 @@ pub struct Queue {
     state: Mutex<State>,
     /// A lane waits here for a batch; which one wakes doesn't matter.
     work: Condvar,
+    /// Somebody has promised to call [`Queue::wake`].
+    wake_promised: AtomicBool,
     metrics: Arc<ModelMetrics>,
 }
 
 struct State {
     batcher: Batcher<Job>,
     /// Lanes that want a batch, and since when.
-    free: Vec<(LaneId, Instant)>,
+    free: Vec<(Lane, Instant)>,
     /// Lanes that sleep, of those.
     asleep: usize,
     /// The lane that will wake when the oldest incomplete batch has waited long enough.
-    timer: Option<LaneId>,
+    timer: Option<Lane>,
     next_lane: u64,
     /// The fewest lanes that were free at once since [`Queue::load`] was last asked.
     fewest_free: usize,
 }
 
-/// Names one thread that runs batches.
+/// One thread that runs batches, as the queue knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LaneId(u64);
+pub struct Lane(u64);
+
+/// Jobs that were queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queued {
+    /// The first one's id.
+    pub first: JobId,
+    /// The caller has promised to call [`Queue::wake`].
+    pub must_wake: bool,
+}
 
 /// How busy a model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,10 +112,6 @@ pub struct Load {
     /// Lanes that nobody needed since this was last asked, at the busiest moment.
     pub spare_lanes: usize,
 }
-
-/// Times a lane that found nothing offers its core to others before it sleeps. Under load jobs come in bursts: they
-/// gather meanwhile and nobody pays for a wake-up; at rest this costs a few microseconds once.
-const YIELDS_BEFORE_SLEEP: u32 = 8;
 
 impl Queue {
     /// An empty queue.
@@ -117,10 +127,12 @@ impl Queue {
             next_lane: 0,
             fewest_free: 0,
         };
-        Self { state: Mutex::new(state), work: Condvar::new(), metrics }
+        Self { state: Mutex::new(state), work: Condvar::new(), wake_promised: AtomicBool::new(false), metrics }
     }
 
-    /// Queues jobs, all or none. The ids are consecutive; the first is returned.
+    /// Queues jobs, all or none. The ids are consecutive; the first is returned. Where it says so, the caller must see to
+    /// it that [`Queue::wake`] is called soon: after the other requests that have come at the same time, so that one
+    /// wake-up serves them all.
     ///
     /// # Errors
     /// [`JobError::TooLarge`] where the queue could never hold as many, [`JobError::Busy`] where it can't now.
@@ -128,7 +140,7 @@ impl Queue {
         &self,
         jobs: [Job; N],
         deadline: Option<Deadline>,
-    ) -> Result<JobId, JobError> {
+    ) -> Result<Queued, JobError> {
         self.push_all(jobs.into_iter(), deadline)
     }
 
@@ -140,7 +152,7 @@ impl Queue {
         &self,
         jobs: impl ExactSizeIterator<Item = Job>,
         deadline: Option<Deadline>,
-    ) -> Result<JobId, JobError> {
+    ) -> Result<Queued, JobError> {
         let count = jobs.len();
         let mut state = self.state.lock();
         let queue_max = state.batcher.policy().queue_max;
@@ -159,10 +171,20 @@ impl Queue {
         self.metrics.queued.set(state.batcher.len() as i64);
         let wake = state.asleep > 0 && (state.batcher.is_ready() || state.timer.is_none());
         drop(state);
+        let must_wake = wake && !self.wake_promised.swap(true, Ordering::AcqRel);
+        Ok(Queued { first, must_wake })
+    }
+
+    /// Wakes a lane for what was pushed.
+    pub fn wake(&self) {
+        // Before the look at the lanes: a push after it promises anew.
+        self.wake_promised.store(false, Ordering::Release);
+        let state = self.state.lock();
+        let wake = state.asleep > 0 && (state.batcher.is_ready() || state.timer.is_none());
+        drop(state);
         if wake {
             self.work.notify_one();
         }
-        Ok(first)
     }
 
     /// Takes jobs out whose caller has left; those that were taken before are passed over.
@@ -198,12 +220,12 @@ impl Queue {
         Load { queued: state.batcher.len(), free_lanes, spare_lanes }
     }
 
-    /// A name for a new lane.
+    /// A new lane.
     #[must_use]
-    pub fn lane(&self) -> LaneId {
+    pub fn lane(&self) -> Lane {
         let mut state = self.state.lock();
         state.next_lane += 1;
-        LaneId(state.next_lane)
+        Lane(state.next_lane)
     }
 
     /// Wakes every lane, so that those that were told to leave do.
@@ -214,11 +236,10 @@ impl Queue {
     }
 
     /// Waits for the next batch for a lane. `None` when `leave` says so.
-    pub fn next_batch(&self, lane: LaneId, leave: impl Fn() -> bool) -> Option<Batch<Job>> {
+    pub fn next_batch(&self, lane: Lane, leave: impl Fn() -> bool) -> Option<Batch<Job>> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
         state.free.push((lane, free_since));
-        let mut yields = 0;
         loop {
             if leave() {
                 state.forget(lane);
@@ -250,10 +271,6 @@ impl Queue {
                     state.timer = None;
                 }
                 Next::Wait(_) => self.sleep(&mut state),
-                Next::Idle if yields < YIELDS_BEFORE_SLEEP => {
-                    yields += 1;
-                    MutexGuard::unlocked(&mut state, std::thread::yield_now);
-                }
                 Next::Idle => self.sleep(&mut state),
             }
         }
@@ -297,7 +314,7 @@ impl Queue {
 }
 
 impl State {
-    fn forget(&mut self, lane: LaneId) {
+    fn forget(&mut self, lane: Lane) {
         self.free.retain(|(free, _)| *free != lane);
         self.fewest_free = self.fewest_free.min(self.free.len());
         if self.timer == Some(lane) {

@@ -1,24 +1,70 @@
 //! One unit of work and what can become of it. A job owns the handle its answer goes through, so nothing that handles
 //! jobs knows where they came from.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
-use hyper::header::HeaderValue;
+use hyper::{
+    HeaderMap,
+    header::{HeaderName, HeaderValue},
+};
 use modalkit_loader::{Failure, Item};
+use parking_lot::Mutex;
 use serde::Serialize;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 /// One input on its way through the host.
 pub struct Job {
     /// Names the request in logs.
-    pub request_id: HeaderValue,
+    pub request_id: RequestId,
     /// The input as it came; a generation that didn't decode `item` decodes these bytes again.
     pub input: Bytes,
     /// The decoded input: a cache that belongs to the generation that made it.
     pub item: Option<Item>,
     /// Where the answer goes.
     pub reply: ReplyHandle,
+}
+
+/// Names a request in logs and answers.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The value of [`REQUEST_ID`]. One that this host makes is written out only where it is shown.
+#[derive(Clone, Debug)]
+pub enum RequestId {
+    /// The caller's own.
+    Given(HeaderValue),
+    /// Made here: a number of the process, and one that counts.
+    Made {
+        /// Differs from process to process.
+        process: u32,
+        /// Differs from request to request.
+        number: u64,
+    },
+}
+
+impl RequestId {
+    /// Adds it to an answer.
+    pub fn put_into(self, headers: &mut HeaderMap) {
+        let value = match self {
+            Self::Given(value) => value,
+            made @ Self::Made { .. } => HeaderValue::from_maybe_shared(Bytes::from(made.to_string()))
+                .expect("hexadecimal digits make a header"),
+        };
+        headers.insert(REQUEST_ID, value);
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Given(value) => f.write_str(value.to_str().unwrap_or_default()),
+            Self::Made { process, number } => write!(f, "{process:08x}-{number:x}"),
+        }
+    }
 }
 
 /// The moment after which nobody wants the answer.
@@ -29,28 +75,65 @@ pub struct Deadline(pub Instant);
 pub type Reply = Result<Bytes, JobError>;
 
 /// Sends a reply, once. Dropped unused, it tells the caller that the job was lost.
-pub struct ReplyHandle(oneshot::Sender<Reply>);
+pub struct ReplyHandle {
+    sender: oneshot::Sender<Reply>,
+    mailbox: Arc<Mailbox>,
+}
 
 /// Receives a reply.
 pub struct PendingReply(oneshot::Receiver<Reply>);
 
-/// Both ends of a reply.
+/// Replies on their way from the threads that run batches to the thread that waits for them. Waking a task of another
+/// thread costs more than all else a reply does, so whoever puts the first letter into an empty box rings, and the box is
+/// emptied by a task of the receiving thread, which wakes its neighbours cheaply.
+#[derive(Default)]
+pub struct Mailbox {
+    letters: Mutex<Vec<(oneshot::Sender<Reply>, Reply)>>,
+    bell: Notify,
+}
+
+impl Mailbox {
+    /// Hands replies out, for ever. One such task runs on the thread whose requests have this box.
+    pub async fn deliver(&self) {
+        let mut letters = Vec::new();
+        loop {
+            self.bell.notified().await;
+            std::mem::swap(&mut letters, &mut self.letters.lock());
+            for (sender, reply) in letters.drain(..) {
+                // A caller that has left doesn't mind.
+                let _ = sender.send(reply);
+            }
+        }
+    }
+
+    fn put(&self, sender: oneshot::Sender<Reply>, reply: Reply) {
+        let mut letters = self.letters.lock();
+        letters.push((sender, reply));
+        let first = letters.len() == 1;
+        drop(letters);
+        if first {
+            self.bell.notify_one();
+        }
+    }
+}
+
+/// Both ends of a reply that is delivered through this box.
 #[must_use]
-pub fn reply() -> (ReplyHandle, PendingReply) {
+pub fn reply(mailbox: &Arc<Mailbox>) -> (ReplyHandle, PendingReply) {
     let (sender, receiver) = oneshot::channel();
-    (ReplyHandle(sender), PendingReply(receiver))
+    (ReplyHandle { sender, mailbox: Arc::clone(mailbox) }, PendingReply(receiver))
 }
 
 impl ReplyHandle {
-    /// Answers. A caller that has left doesn't mind.
+    /// Answers.
     pub fn send(self, reply: Reply) {
-        let _ = self.0.send(reply);
+        self.mailbox.put(self.sender, reply);
     }
 
     /// Whether the caller has left.
     #[must_use]
     pub fn is_abandoned(&self) -> bool {
-        self.0.is_closed()
+        self.sender.is_closed()
     }
 }
 

@@ -65,10 +65,11 @@ fn main() -> ExitCode {
 fn serve(config: Config) -> ExitCode {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(config.server.io_threads)
+        // Connections have threads of their own; what is left is to accept, to watch and to scale.
+        .worker_threads(1)
         // Large inputs, one for each core, and the building of plugins.
         .max_blocking_threads(cores + 2)
-        .thread_name("io")
+        .thread_name("control")
         .enable_all()
         .build();
     let runtime = match runtime {

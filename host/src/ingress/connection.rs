@@ -3,127 +3,208 @@
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
+    io,
     net::SocketAddr,
     pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    task::Poll,
+    time::{Duration, Instant},
 };
 
-use hyper::service::service_fn;
+use hyper::{
+    server::conn::{http1, http2},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto::Builder,
+    server::graceful::GracefulConnection,
 };
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::timeout,
 };
 
-use super::{Context, routes};
+use super::{
+    Context,
+    io_threads::{IoThread, Post},
+    routes,
+    timer::ConnectionTimer,
+};
 
 /// After a failed `accept` (out of file descriptors, say), the wait until the next.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// What an HTTP/2 connection begins with, as far as it takes to tell it from any HTTP/1 method.
+const HTTP2_PREFACE: &[u8] = b"PRI ";
+/// Between two looks at a connection that has sent a part of those bytes.
+const PREFACE_RETRY: Duration = Duration::from_millis(5);
 /// An HTTP/2 peer that doesn't answer a ping within this time is gone.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS_MAX: u32 = 256;
 
-/// Serves connections until `shutdown` turns true; then no more are accepted, and open ones end with the request they
-/// are in.
-pub async fn serve(listener: TcpListener, context: Arc<Context>, mut shutdown: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(context.server.connections_max));
-    let builder = Arc::new(protocol(&context));
-    loop {
-        let place = tokio::select! {
-            place = Arc::clone(&places).acquire_owned() => place.expect("the semaphore is never closed"),
-            () = ended(&mut shutdown) => return,
-        };
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = ended(&mut shutdown) => return,
-        };
-        match accepted {
-            Ok((stream, peer)) => {
-                let connection = Connection { context: Arc::clone(&context), peer, _place: place };
-                tokio::spawn(connection.run(stream, Arc::clone(&builder), shutdown.clone()));
-            }
-            Err(error) => {
-                tracing::warn!(%error, "can't accept a connection");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
+/// What the requests of one connection share.
+pub(super) struct Peer {
+    pub(super) context: Arc<Context>,
+    pub(super) address: SocketAddr,
+    pub(super) post: Arc<Post>,
+    pub(super) timer: ConnectionTimer,
+    asked: AtomicBool,
 }
 
-fn protocol(context: &Context) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(context.server.header_timeout);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_INTERVAL)
-        .max_concurrent_streams(STREAMS_MAX);
-    builder
-}
-
-struct Connection {
+/// An open port and the threads behind it.
+pub struct Listener {
+    listener: TcpListener,
+    threads: Vec<IoThread>,
     context: Arc<Context>,
-    peer: SocketAddr,
-    _place: OwnedSemaphorePermit,
 }
 
-impl Connection {
-    async fn run(
-        self,
-        stream: TcpStream,
-        builder: Arc<Builder<TokioExecutor>>,
-        mut shutdown: watch::Receiver<bool>,
-    ) {
-        let Self { context, peer, _place } = self;
-        let _open = Open::count(&context);
-        // Answers are whole when they are written; waiting to fill a packet would only delay them.
-        let _ = stream.set_nodelay(true);
-        let asked = Arc::new(AtomicBool::new(false));
-        let service = service_fn({
-            let (context, asked) = (Arc::clone(&context), Arc::clone(&asked));
-            move |request| {
-                asked.store(true, Ordering::Relaxed);
-                let context = Arc::clone(&context);
-                async move { Ok::<_, Infallible>(routes::answer(&context, peer, request).await) }
-            }
-        });
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
-        // The protocol's detection waits for its first bytes without a limit, and so does HTTP/2 for its first request.
-        let mut first_request = pin!(tokio::time::sleep(context.server.header_timeout));
-        let mut waiting = true;
-        let mut draining = false;
-        loop {
-            tokio::select! {
-                biased;
-                ended = &mut connection => {
-                    if let Err(error) = ended {
-                        tracing::debug!(%peer, error, "a connection ended early");
-                    }
-                    return;
+impl Listener {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// The system gives no more threads.
+    pub fn new(listener: TcpListener, context: Arc<Context>) -> io::Result<Self> {
+        let threads = (0..context.server.io_threads).map(IoThread::start).collect::<io::Result<_>>()?;
+        Ok(Self { listener, threads, context })
+    }
+
+    /// Accepts connections until `shutdown` turns true, and closes the port then. Open connections end with the request
+    /// they are in; their threads live on in the value that is returned.
+    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> impl Send {
+        let Self { listener, threads, context } = self;
+        let places = Arc::new(Semaphore::new(context.server.connections_max));
+        for thread in threads.iter().cycle() {
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place.expect("the semaphore is never closed"),
+                () = ended(&mut shutdown) => break,
+            };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))),
+                () = ended(&mut shutdown) => break,
+            };
+            match accepted {
+                Ok((stream, address)) => {
+                    let peer = Arc::new(Peer {
+                        context: Arc::clone(&context),
+                        address,
+                        post: Arc::clone(&thread.post),
+                        timer: ConnectionTimer::default(),
+                        asked: AtomicBool::new(false),
+                    });
+                    thread.runtime.spawn(run(peer, stream, place, shutdown.clone()));
                 }
-                () = &mut first_request, if waiting => {
-                    waiting = false;
-                    if !asked.load(Ordering::Relaxed) {
-                        tracing::debug!(%peer, "a connection asked for nothing in time");
-                        return;
-                    }
-                }
-                () = ended(&mut shutdown), if !draining => {
-                    draining = true;
-                    connection.as_mut().graceful_shutdown();
+                Err(error) => {
+                    tracing::warn!(%error, "can't accept a connection");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
         }
+        threads
     }
+}
+
+async fn run(peer: Arc<Peer>, stream: std::net::TcpStream, _place: OwnedSemaphorePermit, mut shutdown: watch::Receiver<bool>) {
+    let _open = Open::count(&peer.context);
+    // It is this thread's runtime that watches the socket from here on.
+    let Ok(stream) = TcpStream::from_std(stream) else { return };
+    // Answers are whole when they are written; waiting to fill a packet would only delay them.
+    let _ = stream.set_nodelay(true);
+    let detected = tokio::select! {
+        detected = timeout(peer.context.server.header_timeout, speaks_http2(&stream)) => detected,
+        () = ended(&mut shutdown) => return,
+    };
+    let Ok(Ok(http2)) = detected else {
+        tracing::debug!(peer = %peer.address, "a connection ended before it asked for anything");
+        return;
+    };
+    let service = service_fn({
+        let peer = Arc::clone(&peer);
+        move |request| {
+            peer.asked.store(true, Ordering::Relaxed);
+            let peer = Arc::clone(&peer);
+            async move { Ok::<_, Infallible>(routes::answer(&peer, request).await) }
+        }
+    });
+    let stream = TokioIo::new(stream);
+    if http2 {
+        let mut protocol = http2::Builder::new(TokioExecutor::new());
+        protocol
+            .timer(TokioTimer::new())
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_INTERVAL)
+            .max_concurrent_streams(STREAMS_MAX);
+        drive(protocol.serve_connection(stream, service), &peer, shutdown).await;
+    } else {
+        let mut protocol = http1::Builder::new();
+        protocol.timer(peer.timer.clone()).header_read_timeout(peer.context.server.header_timeout);
+        drive(protocol.serve_connection(stream, service), &peer, shutdown).await;
+    }
+}
+
+/// Looks at the first bytes and leaves them where they are. They may come one by one.
+async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
+    let mut first = [0; HTTP2_PREFACE.len()];
+    loop {
+        let length = stream.peek(&mut first).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if first[..length] != HTTP2_PREFACE[..length] {
+            return Ok(false);
+        }
+        if length == HTTP2_PREFACE.len() {
+            return Ok(true);
+        }
+        // The socket stays readable for what was seen already, so no event tells of the next byte.
+        tokio::time::sleep(PREFACE_RETRY).await;
+    }
+}
+
+/// Drives a connection to its end. HTTP/1 minds its own header timeout; HTTP/2 has none before its first request.
+///
+/// This is polled with every request, so it looks at its two other concerns only when it must: their wakers are this
+/// task's, which stays the same, and were left with them in the first poll.
+async fn drive<C>(connection: C, peer: &Peer, mut shutdown: watch::Receiver<bool>)
+where
+    C: GracefulConnection<Error = hyper::Error>,
+{
+    let mut connection = pin!(connection);
+    let mut first_request = pin!(peer.timer.limit(Instant::now() + peer.context.server.header_timeout));
+    let mut shutdown = pin!(ended(&mut shutdown));
+    let mut started = false;
+    let mut draining = false;
+    let ending = poll_fn(|task| {
+        if let Poll::Ready(ended) = connection.as_mut().poll(task) {
+            return Poll::Ready(ended.err().map_or(Ending::Done, Ending::Early));
+        }
+        if !peer.asked.load(Ordering::Relaxed) && first_request.as_mut().poll(task).is_ready() {
+            return Poll::Ready(Ending::Silent);
+        }
+        let look = !started || peer.context.gate.is_closed();
+        started = true;
+        if look && !draining && shutdown.as_mut().poll(task).is_ready() {
+            draining = true;
+            connection.as_mut().graceful_shutdown();
+            task.waker().wake_by_ref();
+        }
+        Poll::Pending
+    });
+    match ending.await {
+        Ending::Done => {}
+        Ending::Early(error) => tracing::debug!(peer = %peer.address, %error, "a connection ended early"),
+        Ending::Silent => tracing::debug!(peer = %peer.address, "a connection asked for nothing in time"),
+    }
+}
+
+enum Ending {
+    Done,
+    Early(hyper::Error),
+    Silent,
 }
 
 /// Counts an open connection.

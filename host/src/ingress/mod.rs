@@ -3,17 +3,19 @@
 
 mod body;
 mod connection;
+mod io_threads;
 mod predict;
 mod request;
 mod routes;
+mod timer;
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{admission::Gate, config::Server, dispatch::Models, jobs::Jobs, telemetry::Metrics};
 
-pub use connection::serve;
+pub use connection::Listener;
 use request::RequestIds;
 
 /// What every request needs.
@@ -29,12 +31,14 @@ pub struct Context {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     ids: RequestIds,
+    /// Where large inputs are parsed.
+    blocking: Handle,
     /// Large inputs that are parsed at once: as many as there are cores.
     decoding: Semaphore,
 }
 
 impl Context {
-    /// Puts it together.
+    /// Puts it together. The runtime it is called on parses large inputs.
     #[must_use]
     pub fn new(
         server: Server,
@@ -51,6 +55,7 @@ impl Context {
             jobs,
             metrics,
             ids: RequestIds::new(),
+            blocking: Handle::current(),
             decoding: Semaphore::new(cores),
         })
     }

@@ -1,43 +1,42 @@
 //! The three predict endpoints: from a request to jobs, and from their replies to an answer.
 
-use std::{sync::Arc, time::Instant};
+use std::{pin::pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use hyper::{Request, StatusCode, body::Incoming, header::HeaderValue};
+use hyper::{Request, StatusCode, body::Incoming};
 use modalkit_batch::JobId;
 use modalkit_loader::Item;
 use serde::Deserialize;
 use serde_json::{json, value::RawValue};
-use tokio::time::timeout_at;
 
-use super::{Context, body, request};
+use super::{Context, body, connection::Peer, request};
 use crate::{
-    dispatch,
+    dispatch::{self, Queued},
     egress::{self, HttpResponse},
-    job::{Deadline, Detail, Job, JobError, Location, PendingReply, Reply, reply},
+    job::{Deadline, Detail, Job, JobError, Location, PendingReply, Reply, RequestId, reply},
     jobs::Finished,
     pipeline::{Generation, Model},
 };
 
 /// `POST /predict_sync`: one bare input, one answer.
-pub(super) async fn sync(context: &Context, http: Request<Incoming>, id: &HeaderValue) -> HttpResponse {
-    let (model, response) = run(context, http, id, async |call: Call<'_>| {
-        let item = decode(context, &call.generation, call.input.clone()).await?;
-        let (handle, mut pending) = reply();
+pub(super) async fn sync(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
+    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
+        let item = decode(&peer.context, &call.generation, call.input.clone()).await?;
+        let (handle, mut pending) = reply(&peer.post.mailbox);
         let job = Job { request_id: id.clone(), input: call.input, item: Some(item), reply: handle };
-        let ticket = Ticket::queue(call.model, call.model.queue.push([job], Some(call.deadline))?, 1);
-        let answer = within(call.deadline, pending.wait()).await?;
+        let ticket = Ticket::queue(peer, call.model, call.model.queue.push([job], Some(call.deadline))?, 1);
+        let answer = within(peer, call.deadline, pending.wait()).await?;
         ticket.done();
         answer.map(|body| egress::reply(Ok(body)))
     })
     .await;
-    count(context, model.as_deref(), "/predict_sync", id, &response);
+    count(&peer.context, model.as_deref(), "/predict_sync", id, &response);
     response
 }
 
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
-pub(super) async fn batch(context: &Context, http: Request<Incoming>, id: &HeaderValue) -> HttpResponse {
-    let (model, response) = run(context, http, id, async |call: Call<'_>| {
+pub(super) async fn batch(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
+    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
         let inputs: Vec<&RawValue> = parse(&call.input)?;
         let queue_max = call.model.spec.batch.queue_max;
         if inputs.len() > queue_max {
@@ -47,25 +46,25 @@ pub(super) async fn batch(context: &Context, http: Request<Incoming>, id: &Heade
         let mut pending = Vec::with_capacity(inputs.len());
         for (index, input) in inputs.into_iter().enumerate() {
             let input = call.input.slice_ref(input.get().as_bytes());
-            let item = decode(context, &call.generation, input.clone())
+            let item = decode(&peer.context, &call.generation, input.clone())
                 .await
                 .map_err(|error| behind(error, &[Location::Index(index as u64)]))?;
-            let (handle, reply) = reply();
+            let (handle, answer) = reply(&peer.post.mailbox);
             jobs.push(Job { request_id: id.clone(), input, item: Some(item), reply: handle });
-            pending.push(reply);
+            pending.push(answer);
         }
         if jobs.is_empty() {
             return Ok(egress::replies(Vec::new()));
         }
         let count = jobs.len();
-        let first = call.model.queue.push_all(jobs.into_iter(), Some(call.deadline))?;
-        let ticket = Ticket::queue(call.model, first, count);
-        let answers = within(call.deadline, all(pending)).await?;
+        let queued = call.model.queue.push_all(jobs.into_iter(), Some(call.deadline))?;
+        let ticket = Ticket::queue(peer, call.model, queued, count);
+        let answers = within(peer, call.deadline, all(pending)).await?;
         ticket.done();
         Ok(egress::replies(answers))
     })
     .await;
-    count(context, model.as_deref(), "/predict_batch", id, &response);
+    count(&peer.context, model.as_deref(), "/predict_batch", id, &response);
     response
 }
 
@@ -85,27 +84,26 @@ struct Envelope<'a> {
 
 /// `POST /predict_async`: a wrapped input, the id of its job.
 pub(super) async fn asynchronous(
-    context: &Context,
+    peer: &Peer,
     http: Request<Incoming>,
-    id: &HeaderValue,
+    id: &RequestId,
 ) -> HttpResponse {
-    let (model, response) = run(context, http, id, async |call: Call<'_>| {
+    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
         let envelope: Envelope<'_> = parse(&call.input)?;
         check(&envelope)?;
         let input = call.input.slice_ref(envelope.message.get().as_bytes());
-        let item = decode(context, &call.generation, input.clone())
+        let item = decode(&peer.context, &call.generation, input.clone())
             .await
             .map_err(|error| behind(error, &["message".into()]))?;
-        let job_id = context.jobs.accept(&call.model.spec.name)?;
-        let (handle, pending) = reply();
+        let job_id = peer.context.jobs.accept(&call.model.spec.name)?;
+        let (handle, pending) = reply(&peer.post.mailbox);
         let job = Job { request_id: id.clone(), input, item: Some(item), reply: handle };
-        if let Err(error) = call.model.queue.push([job], None) {
-            context.jobs.withdraw(job_id);
-            return Err(error);
-        }
+        let queued = call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
+        // Nobody waits on this connection, so there is nobody who could leave.
+        Ticket::queue(peer, call.model, queued, 1).done();
         let meta = envelope.meta.map(ToOwned::to_owned);
         let whole: Box<RawValue> = parse(&call.input)?;
-        let (jobs, permit) = (Arc::clone(&context.jobs), context.gate.background());
+        let (jobs, permit) = (Arc::clone(&peer.context.jobs), peer.context.gate.job());
         tokio::spawn(async move {
             let mut pending = pending;
             let finished = match (pending.wait().await, meta) {
@@ -119,7 +117,7 @@ pub(super) async fn asynchronous(
         Ok(egress::object_response(StatusCode::OK, &json!({"job_id": job_id})))
     })
     .await;
-    count(context, model.as_deref(), "/predict_async", id, &response);
+    count(&peer.context, model.as_deref(), "/predict_async", id, &response);
     response
 }
 
@@ -133,11 +131,12 @@ struct Call<'a> {
 
 /// What the three endpoints share: admission, the model, the deadline, the body. Returns the model for the counters.
 async fn run(
-    context: &Context,
+    peer: &Peer,
     http: Request<Incoming>,
-    id: &HeaderValue,
+    id: &RequestId,
     answer: impl AsyncFnOnce(Call<'_>) -> Result<HttpResponse, JobError>,
 ) -> (Option<Arc<Model>>, HttpResponse) {
+    let context = &*peer.context;
     let _permit = match context.gate.enter() {
         Ok(permit) => permit,
         Err(error) => return (None, egress::error(&error)),
@@ -162,7 +161,7 @@ async fn run(
     };
     let response = answered.unwrap_or_else(|error| {
         if matches!(error, JobError::Lost) {
-            tracing::error!(model = model.spec.name, request_id = ?id, "a job was lost inside the host");
+            tracing::error!(model = model.spec.name, request_id = %id, "a job was lost inside the host");
         }
         egress::error(&error)
     });
@@ -176,11 +175,16 @@ async fn decode(context: &Context, generation: &Arc<Generation>, input: Bytes) -
     }
     let _turn = context.decoding.acquire().await.map_err(|_| JobError::Lost)?;
     let generation = Arc::clone(generation);
-    tokio::task::spawn_blocking(move || generation.decode(&input)).await.map_err(|_| JobError::Lost)?
+    context.blocking.spawn_blocking(move || generation.decode(&input)).await.map_err(|_| JobError::Lost)?
 }
 
-async fn within<T>(deadline: Deadline, work: impl Future<Output = T>) -> Result<T, JobError> {
-    timeout_at(deadline.0.into(), work).await.map_err(|_| JobError::DeadlinePassed)
+async fn within<T>(peer: &Peer, deadline: Deadline, work: impl Future<Output = T>) -> Result<T, JobError> {
+    let (mut work, mut limit) = (pin!(work), pin!(peer.timer.limit(deadline.0)));
+    tokio::select! {
+        biased;
+        done = &mut work => Ok(done),
+        () = &mut limit => Err(JobError::DeadlinePassed),
+    }
 }
 
 async fn all(pending: Vec<PendingReply>) -> Vec<Reply> {
@@ -199,8 +203,11 @@ struct Ticket<'a> {
 }
 
 impl<'a> Ticket<'a> {
-    fn queue(model: &'a Model, first: JobId, count: usize) -> Self {
-        Self { model, first, count }
+    fn queue(peer: &Peer, model: &'a Model, queued: Queued, count: usize) -> Self {
+        if queued.must_wake {
+            peer.post.wake_soon(&model.queue);
+        }
+        Self { model, first: queued.first, count }
     }
 
     /// Every job was answered.
@@ -264,7 +271,7 @@ fn count(
     context: &Context,
     model: Option<&Model>,
     endpoint: &'static str,
-    id: &HeaderValue,
+    id: &RequestId,
     response: &HttpResponse,
 ) {
     let status = response.status();
@@ -279,8 +286,8 @@ fn count(
     }
     let model = model.map_or("", |model| model.spec.name.as_str());
     if status.is_server_error() {
-        tracing::warn!(request_id = ?id, endpoint, model, status = status.as_u16(), "request failed");
+        tracing::warn!(request_id = %id, endpoint, model, status = status.as_u16(), "request failed");
     } else {
-        tracing::debug!(request_id = ?id, endpoint, model, status = status.as_u16(), "request answered");
+        tracing::debug!(request_id = %id, endpoint, model, status = status.as_u16(), "request answered");
     }
 }

@@ -1,6 +1,6 @@
 //! Which path is answered by whom, and what every answer has: an id, a count, a line in the log when it failed.
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -12,7 +12,7 @@ use hyper::{
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Context, predict, request::REQUEST_ID};
+use super::{Context, connection::Peer, predict};
 use crate::{
     admin,
     egress::{HttpResponse, object_response},
@@ -21,25 +21,22 @@ use crate::{
 /// The paths of this host. Their names are labels of metrics.
 const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/jobs/{id}"];
 
-pub(super) async fn answer(
-    context: &Context,
-    peer: SocketAddr,
-    request: Request<Incoming>,
-) -> Response<Full<Bytes>> {
-    let id = context.ids.of(request.headers());
+pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let id = peer.context.ids.of(request.headers());
     let is_post = request.method() == Method::POST;
+    // The rarer ones are boxed: every request's future is as large as the largest of them.
     let mut response = match request.uri().path() {
-        "/predict_sync" if is_post => predict::sync(context, request, &id).await,
-        "/predict_batch" if is_post => predict::batch(context, request, &id).await,
-        "/predict_async" if is_post => predict::asynchronous(context, request, &id).await,
-        _ => elsewhere(context, peer, &request),
+        "/predict_sync" if is_post => predict::sync(peer, request, &id).await,
+        "/predict_batch" if is_post => Box::pin(predict::batch(peer, request, &id)).await,
+        "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, request, &id)).await,
+        _ => elsewhere(&peer.context, peer.address.ip(), &request),
     };
-    response.headers_mut().insert(REQUEST_ID, id);
+    id.put_into(response.headers_mut());
     response
 }
 
 /// Everything that isn't on the hot path.
-fn elsewhere(context: &Context, peer: SocketAddr, request: &Request<Incoming>) -> HttpResponse {
+fn elsewhere(context: &Context, caller: IpAddr, request: &Request<Incoming>) -> HttpResponse {
     let path = request.uri().path();
     let job = path.strip_prefix("/jobs/").filter(|id| !id.is_empty() && !id.contains('/'));
     let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
@@ -48,7 +45,7 @@ fn elsewhere(context: &Context, peer: SocketAddr, request: &Request<Incoming>) -
         "/health" if is_get => admin::health(&context.models),
         "/livez" if is_get => admin::live(),
         "/readyz" if is_get => admin::ready(&context.models, &context.gate),
-        "/metrics" | "/models" if is_get && !peer.ip().to_canonical().is_loopback() => {
+        "/metrics" | "/models" if is_get && !caller.to_canonical().is_loopback() => {
             for_loopback_only(path)
         }
         "/metrics" if is_get => {

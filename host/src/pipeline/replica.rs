@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 
 use super::Generation;
 use crate::{
-    dispatch::{LaneId, Queue},
-    job::{Job, JobError, ReplyHandle},
+    dispatch::Queue,
+    job::{Job, JobError, ReplyHandle, RequestId},
     telemetry::ModelMetrics,
 };
 
@@ -42,8 +42,9 @@ pub(super) struct Replica {
     running_lanes: AtomicUsize,
 }
 
+/// What one of its threads runs.
+#[derive(Default)]
 struct Lane {
-    id: LaneId,
     running: Mutex<Option<Running>>,
 }
 
@@ -76,7 +77,7 @@ impl Replica {
     fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance) {
         let count = around.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<Lane> =
-            (0..count).map(|_| Lane { id: around.queue.lane(), running: Mutex::new(None) }).collect();
+            (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
             instance: Arc::new(instance),
             number,
@@ -126,7 +127,8 @@ impl Replica {
 
     fn run_lane(&self, index: usize, around: &Surroundings) {
         let lane = &self.lanes[index];
-        while let Some(batch) = around.queue.next_batch(lane.id, || self.leave.load(Ordering::SeqCst)) {
+        let place = around.queue.lane();
+        while let Some(batch) = around.queue.next_batch(place, || self.leave.load(Ordering::SeqCst)) {
             if !self.run(lane, batch, around) {
                 around.tell(Event::CameBack);
                 break;
@@ -161,7 +163,7 @@ impl Replica {
         &self,
         jobs: Vec<Waiting<Job>>,
         around: &Surroundings,
-    ) -> (Vec<Item>, Vec<ReplyHandle>, Vec<hyper::header::HeaderValue>) {
+    ) -> (Vec<Item>, Vec<ReplyHandle>, Vec<RequestId>) {
         let mut prepared =
             (Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()));
         for Waiting { job, .. } in jobs {
@@ -232,7 +234,7 @@ fn wrong_count(expected: usize, found: usize) -> Failure {
 
 fn fail(
     replies: Vec<ReplyHandle>,
-    requests: &[hyper::header::HeaderValue],
+    requests: &[RequestId],
     around: &Surroundings,
     failure: Failure,
 ) {
@@ -242,7 +244,7 @@ fn fail(
         model = around.generation.spec.name,
         generation = around.generation.number,
         items = replies.len(),
-        first_request = ?requests.first(),
+        first_request = requests.first().map(ToString::to_string),
         error = %failure.message,
         "a batch failed"
     );

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use notify::{RecursiveMode, Watcher};
+use notify::{
+    EventKind, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
 use tokio::sync::Notify;
 
 use super::PluginFiles;
@@ -146,12 +149,24 @@ impl Stamp {
 }
 
 fn native(volumes: &[Volume], events: Arc<Notify>) -> notify::Result<notify::RecommendedWatcher> {
-    let mut watcher =
-        notify::recommended_watcher(move |_: notify::Result<notify::Event>| events.notify_one())?;
+    // Looking at a folder is an event as well: without this filter the watch would wake itself for ever.
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        if event.is_ok_and(|event| changes_something(event.kind)) {
+            events.notify_one();
+        }
+    })?;
     for volume in volumes {
         watcher.watch(&volume.mount_point, RecursiveMode::NonRecursive)?;
     }
     Ok(watcher)
+}
+
+fn changes_something(kind: EventKind) -> bool {
+    match kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
 }
 
 #[cfg(test)]
