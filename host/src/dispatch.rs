@@ -127,7 +127,12 @@ impl Queue {
             next_lane: 0,
             fewest_free: 0,
         };
-        Self { state: Mutex::new(state), work: Condvar::new(), wake_promised: AtomicBool::new(false), metrics }
+        Self {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            wake_promised: AtomicBool::new(false),
+            metrics,
+        }
     }
 
     /// Queues jobs, all or none. The ids are consecutive; the first is returned. Where it says so, the caller must see to

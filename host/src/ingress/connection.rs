@@ -108,7 +108,12 @@ impl Listener {
     }
 }
 
-async fn run(peer: Arc<Peer>, stream: std::net::TcpStream, _place: OwnedSemaphorePermit, mut shutdown: watch::Receiver<bool>) {
+async fn run(
+    peer: Arc<Peer>,
+    stream: std::net::TcpStream,
+    _place: OwnedSemaphorePermit,
+    mut shutdown: watch::Receiver<bool>,
+) {
     let _open = Open::count(&peer.context);
     // It is this thread's runtime that watches the socket from here on.
     let Ok(stream) = TcpStream::from_std(stream) else { return };

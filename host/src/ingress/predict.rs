@@ -83,11 +83,7 @@ struct Envelope<'a> {
 }
 
 /// `POST /predict_async`: a wrapped input, the id of its job.
-pub(super) async fn asynchronous(
-    peer: &Peer,
-    http: Request<Incoming>,
-    id: &RequestId,
-) -> HttpResponse {
+pub(super) async fn asynchronous(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, http, id, async |call: Call<'_>| {
         let envelope: Envelope<'_> = parse(&call.input)?;
         check(&envelope)?;
@@ -98,7 +94,8 @@ pub(super) async fn asynchronous(
         let job_id = peer.context.jobs.accept(&call.model.spec.name)?;
         let (handle, pending) = reply(&peer.post.mailbox);
         let job = Job { request_id: id.clone(), input, item: Some(item), reply: handle };
-        let queued = call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
+        let queued =
+            call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
         // Nobody waits on this connection, so there is nobody who could leave.
         Ticket::queue(peer, call.model, queued, 1).done();
         let meta = envelope.meta.map(ToOwned::to_owned);

@@ -45,9 +45,7 @@ fn elsewhere(context: &Context, caller: IpAddr, request: &Request<Incoming>) -> 
         "/health" if is_get => admin::health(&context.models),
         "/livez" if is_get => admin::live(),
         "/readyz" if is_get => admin::ready(&context.models, &context.gate),
-        "/metrics" | "/models" if is_get && !caller.to_canonical().is_loopback() => {
-            for_loopback_only(path)
-        }
+        "/metrics" | "/models" if is_get && !caller.to_canonical().is_loopback() => for_loopback_only(path),
         "/metrics" if is_get => {
             context.metrics.requests_in_flight.set(context.gate.requests() as i64);
             admin::metrics(&context.metrics)

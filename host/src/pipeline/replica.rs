@@ -76,8 +76,7 @@ impl Replica {
 
     fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance) {
         let count = around.generation.spec.replicas.batches_in_flight;
-        let lanes: Vec<Lane> =
-            (0..count).map(|_| Lane::default()).collect();
+        let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
             instance: Arc::new(instance),
             number,
@@ -232,12 +231,7 @@ fn wrong_count(expected: usize, found: usize) -> Failure {
     }
 }
 
-fn fail(
-    replies: Vec<ReplyHandle>,
-    requests: &[RequestId],
-    around: &Surroundings,
-    failure: Failure,
-) {
+fn fail(replies: Vec<ReplyHandle>, requests: &[RequestId], around: &Surroundings, failure: Failure) {
     let panicked = failure.kind == FailureKind::Panicked;
     if panicked { &around.metrics.panicked } else { &around.metrics.failed }.inc();
     tracing::error!(

@@ -41,7 +41,9 @@ fn work(received: &Receiver<Job>) {
         let until = Instant::now() + WAIT;
         let mut batch = vec![first];
         while batch.len() < BATCH_MAX {
-            let Ok(job) = received.recv_timeout(until.saturating_duration_since(Instant::now())) else { break };
+            let Ok(job) = received.recv_timeout(until.saturating_duration_since(Instant::now())) else {
+                break;
+            };
             batch.push(job);
         }
         thread::sleep(Duration::from_micros(5_000 + 100 * batch.len() as u64));

@@ -68,13 +68,16 @@ async fn main() -> anyhow::Result<()> {
         tokio::spawn(async move {
             let service = service_fn(|request| answer(&work, request));
             // A client that leaves is no error.
-            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
         });
     }
 }
 
 async fn answer(work: &Work, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let body = request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let body =
+        request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let json = match work {
         Work::Echo => serde_json::from_slice::<Text>(&body).and_then(|input| {
             let translated_text = input.text.to_uppercase();
@@ -97,9 +100,8 @@ async fn answer(work: &Work, request: Request<Incoming>) -> Result<Response<Full
         Ok(json) => *response.body_mut() = Full::new(json.into()),
         Err(_) => *response.status_mut() = hyper::StatusCode::UNPROCESSABLE_ENTITY,
     }
-    response.headers_mut().insert(
-        hyper::header::CONTENT_TYPE,
-        hyper::header::HeaderValue::from_static("application/json"),
-    );
+    response
+        .headers_mut()
+        .insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
     Ok(response)
 }

@@ -1,0 +1,77 @@
+//! A server under test: started, asked what the kernel counted for it, and ended by its process id.
+
+use std::{
+    fs,
+    net::TcpStream,
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+
+const LOOKS: u32 = 200;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+/// After the port answers, plugins may still be loading.
+const SETTLE: Duration = Duration::from_millis(1000);
+
+pub(super) struct Server {
+    pub(super) name: &'static str,
+    pub(super) port: u16,
+    pub(super) idle_bytes: f64,
+    child: Child,
+}
+
+impl Server {
+    pub(super) fn start(name: &'static str, command: &mut Command, port: u16) -> anyhow::Result<Self> {
+        let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("can't start {name}"))?;
+        let mut server = Self { name, port, idle_bytes: 0.0, child };
+        for _ in 0..LOOKS {
+            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                thread::sleep(SETTLE);
+                server.idle_bytes = server.status("VmRSS:")?;
+                return Ok(server);
+            }
+            if let Some(status) = server.child.try_wait()? {
+                bail!("{name} ended: {status}");
+            }
+            thread::sleep(BETWEEN_LOOKS);
+        }
+        bail!("{name} did not answer on port {port}")
+    }
+
+    /// CPU time of all threads there are now, from the scheduler: in nanoseconds, where `stat` counts hundredths.
+    pub(super) fn cpu_seconds(&self) -> anyhow::Result<f64> {
+        let mut nanoseconds = 0.0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let schedule = fs::read_to_string(thread?.path().join("schedstat"))?;
+            let spent: f64 = schedule.split_whitespace().next().context("schedstat is empty")?.parse()?;
+            nanoseconds += spent;
+        }
+        Ok(nanoseconds / 1e9)
+    }
+
+    /// Lets the peak of memory begin anew.
+    pub(super) fn reset_peak(&self) -> anyhow::Result<()> {
+        Ok(fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+    }
+
+    pub(super) fn peak_bytes(&self) -> anyhow::Result<f64> {
+        self.status("VmHWM:")
+    }
+
+    fn status(&self, key: &str) -> anyhow::Result<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
+        let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+        Ok(kibibytes * 1024.0)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

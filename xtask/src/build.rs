@@ -1,0 +1,84 @@
+//! Builds host and plugins, and puts plugins into a volume in one step: a host that watches never sees half a file.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, bail};
+
+/// Runs cargo and shows its progress.
+pub(crate) fn cargo<S: AsRef<str>>(args: &[S]) -> anyhow::Result<()> {
+    run(&mut command(args))
+}
+
+/// The cargo that runs this program, with these arguments.
+pub(crate) fn command<S: AsRef<str>>(args: &[S]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args.iter().map(AsRef::as_ref));
+    command
+}
+
+/// Runs a command to its end; a failure names it.
+pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
+    let words: Vec<_> = std::iter::once(command.get_program()).chain(command.get_args()).collect();
+    let line = words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    println!("$ {line}");
+    let status = command.status().with_context(|| format!("can't start {line}"))?;
+    if !status.success() {
+        bail!("{line}: {status}");
+    }
+    Ok(())
+}
+
+/// The plugins of this workspace, by folder.
+pub(crate) fn plugins() -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir("plugins").context("can't read plugins/")? {
+        let entry = entry?;
+        if entry.path().join("Cargo.toml").is_file() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Builds one plugin in release.
+pub(crate) fn plugin(name: &str) -> anyhow::Result<()> {
+    let known = plugins()?;
+    if !known.iter().any(|plugin| plugin == name) {
+        bail!(
+            "no plugin {name:?} in plugins/; expected one of {known:?}, or make it with `cargo xtask new-plugin {name}`"
+        );
+    }
+    cargo(&["build", "--release", "--package", name])
+}
+
+/// Installs a built plugin, and the data that lies beside its source in `model/`.
+pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
+    fs::create_dir_all(volume).with_context(|| format!("can't make the volume {}", volume.display()))?;
+    for model in fs::read_dir(format!("plugins/{name}/model")).into_iter().flatten().flatten() {
+        if model.path().extension().is_some_and(|kind| kind == "onnx") {
+            put(&model.path(), &volume.join(model.file_name()))?;
+        }
+    }
+    let library = release().join(format!("lib{}.so", name.replace('-', "_")));
+    let installed = volume.join(format!("{name}.so"));
+    put(&library, &installed)?;
+    Ok(installed)
+}
+
+/// Where cargo puts what it builds in release.
+pub(crate) fn release() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from).join("release")
+}
+
+/// Copies to a hidden name beside the target, then renames.
+fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let name = to.file_name().context("the target has a name")?.to_string_lossy();
+    let part = to.with_file_name(format!(".{name}.part"));
+    fs::copy(from, &part).with_context(|| format!("can't copy {} to {}", from.display(), part.display()))?;
+    fs::rename(&part, to).with_context(|| format!("can't rename {} to {}", part.display(), to.display()))
+}

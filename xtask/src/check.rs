@@ -1,0 +1,45 @@
+//! `test` and `ci`.
+
+use std::{process::Command, time::Instant};
+
+use crate::build::{cargo, command, run};
+
+/// Every test. The end-to-end tests start real hosts with real plugins, so these are built first.
+pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
+    println!("building the host, the plugins and the fixtures");
+    cargo(&["build", "--workspace"])?;
+    let mut tests = vec!["test".to_owned(), "--workspace".to_owned()];
+    tests.extend_from_slice(args);
+    cargo(&tests)
+}
+
+/// What has to hold before a change is taken, each step with the time it took.
+pub(crate) fn ci() -> anyhow::Result<()> {
+    timed("formatting", || cargo(&["fmt", "--all", "--check"]))?;
+    timed("lints", || cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]))?;
+    timed("documentation", || {
+        let mut doc = command(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
+        run(doc.env("RUSTDOCFLAGS", "--deny warnings"))
+    })?;
+    timed("licences, bans and sources", deny)?;
+    timed("tests", || test(&[]))
+}
+
+/// `cargo deny` is no part of a toolchain: it is run where it is installed.
+fn deny() -> anyhow::Result<()> {
+    let installed =
+        Command::new("cargo-deny").arg("--version").output().is_ok_and(|out| out.status.success());
+    if !installed {
+        println!("skipped: `cargo install cargo-deny` puts deny.toml into force here");
+        return Ok(());
+    }
+    cargo(&["deny", "check", "bans", "licenses", "sources"])
+}
+
+fn timed(what: &str, step: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    println!("== {what}");
+    let begun = Instant::now();
+    step()?;
+    println!("== {what}: {:.0} s", begun.elapsed().as_secs_f64());
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! What one does with this workspace. Each command prints what it is doing; a long one shows its progress.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a command line tool talks on standard output")]
+
+mod bench;
+mod build;
+mod check;
+mod new_plugin;
+mod run;
+
+use std::{env, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, bail};
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  run [--volume DIR]            build everything, start the host on config/modalkit.toml, say how to ask it
+  plugin NAME [--volume DIR]    build one plugin and install it into the volume
+  new-plugin NAME               make a new pipeline in plugins/NAME
+  test [ARGS...]                every test; ARGS go to `cargo test`
+  ci                            formatting, lints, documentation, then every test
+  bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
+                                (--rounds N, --seconds N, default 5 and 4)
+
+The volume is target/volume unless --volume says otherwise.";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    match dispatch(args) {
+        Ok(code) => code,
+        Err(error) => {
+            println!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
+    env::set_current_dir(workspace()?)?;
+    if args.is_empty() {
+        println!("{USAGE}");
+        return Ok(ExitCode::FAILURE);
+    }
+    let command = args.remove(0);
+    match command.as_str() {
+        "run" => {
+            let volume = take_volume(&mut args)?;
+            nothing_else(&args)?;
+            run::run(&volume)?;
+        }
+        run::FINISH => run::finish(&take_volume(&mut args)?)?,
+        "plugin" => {
+            let volume = take_volume(&mut args)?;
+            let [name] = args.as_slice() else { bail!("expected one plugin's name\n\n{USAGE}") };
+            build::plugin(name)?;
+            println!("installed {}", build::install(name, &volume)?.display());
+        }
+        "new-plugin" => {
+            let [name] = args.as_slice() else { bail!("expected the new plugin's name\n\n{USAGE}") };
+            new_plugin::create(name)?;
+        }
+        "test" => check::test(&args)?,
+        "ci" => {
+            nothing_else(&args)?;
+            check::ci()?;
+        }
+        "bench" => {
+            let rounds = take_number(&mut args, "--rounds", 5)?;
+            let seconds = take_number(&mut args, "--seconds", 4)?;
+            bench::run(&args, rounds, seconds)?;
+        }
+        "help" | "--help" | "-h" => println!("{USAGE}"),
+        other => bail!("no such command: {other}\n\n{USAGE}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn workspace() -> anyhow::Result<PathBuf> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    Ok(here.parent().context("xtask lies in the workspace's folder")?.to_owned())
+}
+
+fn take(args: &mut Vec<String>, flag: &str) -> anyhow::Result<Option<String>> {
+    let Some(at) = args.iter().position(|arg| arg == flag) else { return Ok(None) };
+    args.remove(at);
+    if at == args.len() {
+        bail!("{flag} needs a value");
+    }
+    Ok(Some(args.remove(at)))
+}
+
+fn take_volume(args: &mut Vec<String>) -> anyhow::Result<PathBuf> {
+    Ok(take(args, "--volume")?.unwrap_or_else(|| "target/volume".into()).into())
+}
+
+fn take_number(args: &mut Vec<String>, flag: &str, default: usize) -> anyhow::Result<usize> {
+    match take(args, flag)? {
+        None => Ok(default),
+        Some(text) => match text.parse() {
+            Ok(number) if number > 0 => Ok(number),
+            _ => bail!("{flag}: expected a number above 0, found {text:?}"),
+        },
+    }
+}
+
+fn nothing_else(args: &[String]) -> anyhow::Result<()> {
+    match args.first() {
+        Some(arg) => bail!("unexpected argument {arg:?}\n\n{USAGE}"),
+        None => Ok(()),
+    }
+}
