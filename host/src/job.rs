@@ -8,10 +8,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use hyper::{
-    HeaderMap,
-    header::{HeaderName, HeaderValue},
-};
 use modalkit_loader::{Failure, Item};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -29,14 +25,11 @@ pub struct Job {
     pub reply: ReplyHandle,
 }
 
-/// Names a request in logs and answers.
-pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The value of [`REQUEST_ID`]. One that this host makes is written out only where it is shown.
+/// Names a request in logs and answers. One that this host makes is written out only where it is shown.
 #[derive(Clone, Debug)]
 pub enum RequestId {
-    /// The caller's own.
-    Given(HeaderValue),
+    /// The caller's own: visible ASCII.
+    Given(Bytes),
     /// Made here: a number of the process, and one that counts.
     Made {
         /// Differs from process to process.
@@ -46,22 +39,10 @@ pub enum RequestId {
     },
 }
 
-impl RequestId {
-    /// Adds it to an answer.
-    pub fn put_into(self, headers: &mut HeaderMap) {
-        let value = match self {
-            Self::Given(value) => value,
-            made @ Self::Made { .. } => HeaderValue::from_maybe_shared(Bytes::from(made.to_string()))
-                .expect("hexadecimal digits make a header"),
-        };
-        headers.insert(REQUEST_ID, value);
-    }
-}
-
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Given(value) => f.write_str(value.to_str().unwrap_or_default()),
+            Self::Given(text) => f.write_str(&String::from_utf8_lossy(text)),
             Self::Made { process, number } => write!(f, "{process:08x}-{number:x}"),
         }
     }

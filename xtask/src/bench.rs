@@ -23,7 +23,13 @@ struct Workload {
 }
 
 const WORKLOADS: [Workload; 3] = [
-    Workload { name: "echo", plugin: "echo", concurrency: &[1, 32, 128], config: "", note: "max_batch_size 1" },
+    Workload {
+        name: "echo",
+        plugin: "echo",
+        concurrency: &[1, 32, 128],
+        config: "",
+        note: "max_batch_size 1",
+    },
     Workload {
         name: "batched",
         plugin: "batched",
@@ -54,7 +60,9 @@ pub(crate) fn run(only: &[String], rounds: usize, seconds: usize) -> anyhow::Res
     let mut build = vec!["build", "--release"];
     packages.iter().for_each(|package| build.extend(["--package", package]));
     build::cargo(&build)?;
-    for workload in WORKLOADS.iter().filter(|workload| only.is_empty() || only.iter().any(|name| name == workload.name)) {
+    for workload in
+        WORKLOADS.iter().filter(|workload| only.is_empty() || only.iter().any(|name| name == workload.name))
+    {
         measure(workload, rounds, seconds)?;
     }
     Ok(())
@@ -70,7 +78,13 @@ fn measure(workload: &Workload, rounds: usize, seconds: usize) -> anyhow::Result
     measured
 }
 
-fn measure_in(w: &Workload, rounds: usize, seconds: usize, folder: &Path, volume: &Path) -> anyhow::Result<()> {
+fn measure_in(
+    w: &Workload,
+    rounds: usize,
+    seconds: usize,
+    folder: &Path,
+    volume: &Path,
+) -> anyhow::Result<()> {
     fs::copy(build::release().join(format!("lib{}.so", w.plugin)), volume.join(format!("{}.so", w.plugin)))?;
     let config = folder.join("bench.toml");
     let (host_port, bare_port) = (free_port()?, free_port()?);
@@ -95,7 +109,13 @@ fn measure_in(w: &Workload, rounds: usize, seconds: usize, folder: &Path, volume
         let mut figures: BTreeMap<&str, Figures> = BTreeMap::new();
         for _ in 0..rounds {
             for server in [&bare, &host] {
-                let load = Load { port: server.port, concurrency, seconds, body: &body, script: &folder.join("post.lua") };
+                let load = Load {
+                    port: server.port,
+                    concurrency,
+                    seconds,
+                    body: &body,
+                    script: &folder.join("post.lua"),
+                };
                 round(server, &load, figures.entry(server.name).or_default())?;
             }
         }
@@ -111,7 +131,12 @@ fn round(server: &Server, load: &Load<'_>, figures: &mut Figures) -> anyhow::Res
     let result = load.run()?;
     let cpu = server.cpu_seconds()? - before;
     if result.failed > 0 {
-        bail!("{}: {} of {} requests were not answered with 200", server.name, result.failed, result.requests);
+        bail!(
+            "{}: {} of {} requests were not answered with 200",
+            server.name,
+            result.failed,
+            result.requests
+        );
     }
     figures.requests_per_second.push(result.requests_per_second);
     figures.p50_ms.push(result.p50_ms);
@@ -134,10 +159,16 @@ fn report(concurrency: usize, bare: &Figures, host: &Figures) {
     let (bare_values, host_values) = (values(bare), values(host));
     for (name, v, idle) in [("bare", bare_values, bare.idle_bytes), ("host", host_values, host.idle_bytes)] {
         let over = v[4] - idle / MIB;
-        println!("{name:>6} {concurrency:>6} {:>11.0} {:>11.3} {:>11.3} {:>12.5} {:>11.1} {over:>12.1}", v[0], v[1], v[2], v[3], v[4]);
+        println!(
+            "{name:>6} {concurrency:>6} {:>11.0} {:>11.3} {:>11.3} {:>12.5} {:>11.1} {over:>12.1}",
+            v[0], v[1], v[2], v[3], v[4]
+        );
     }
     let r: Vec<f64> = host_values.iter().zip(bare_values).map(|(host, bare)| host / bare).collect();
-    println!(" ratio {concurrency:>6} {:>11.3} {:>11.3} {:>11.3} {:>12.3} {:>11.2}", r[0], r[1], r[2], r[3], r[4]);
+    println!(
+        " ratio {concurrency:>6} {:>11.3} {:>11.3} {:>11.3} {:>12.3} {:>11.2}",
+        r[0], r[1], r[2], r[3], r[4]
+    );
 }
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -155,7 +186,8 @@ fn request(workload: &str) -> String {
             let mut body = String::from("{\"values\":[");
             let mut number: u64 = 1;
             while body.len() < 256 * 1024 - 16 {
-                number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                number =
+                    number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 body.push_str(&format!("{:.6},", (number >> 40) as f64 / 16_777.216));
             }
             body.push_str("0]}");

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use hyper::{
     HeaderMap,
     header::{HeaderName, HeaderValue},
@@ -13,10 +14,11 @@ use hyper::{
 
 use crate::{
     config::Server,
-    job::REQUEST_ID,
     job::{Deadline, Detail, JobError, RequestId},
 };
 
+/// Names a request in logs and answers.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Milliseconds after which the caller doesn't want the answer any more.
 pub(super) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 /// The longest id that is taken over from a caller.
@@ -39,8 +41,20 @@ impl RequestIds {
         let fit = |id: &&HeaderValue| (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.to_str().is_ok();
         headers.get(REQUEST_ID).filter(fit).map_or_else(
             || RequestId::Made { process: self.process, number: self.next.fetch_add(1, Ordering::Relaxed) },
-            |id| RequestId::Given(id.clone()),
+            |id| RequestId::Given(Bytes::copy_from_slice(id.as_bytes())),
         )
+    }
+}
+
+/// Adds the id to an answer.
+pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
+    let bytes = match id {
+        RequestId::Given(bytes) => bytes.clone(),
+        RequestId::Made { .. } => id.to_string().into(),
+    };
+    // One that isn't fit for a header was never taken over.
+    if let Ok(value) = HeaderValue::from_maybe_shared(bytes) {
+        headers.insert(REQUEST_ID, value);
     }
 }
 

@@ -12,7 +12,7 @@ use hyper::{
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Context, connection::Peer, predict};
+use super::{Context, connection::Peer, predict, request::put_id};
 use crate::{
     admin,
     egress::{HttpResponse, object_response},
@@ -31,7 +31,7 @@ pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<
         "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, request, &id)).await,
         _ => elsewhere(&peer.context, peer.address.ip(), &request),
     };
-    id.put_into(response.headers_mut());
+    put_id(&id, response.headers_mut());
     response
 }
 

@@ -62,7 +62,8 @@ impl Server {
 
     fn status(&self, key: &str) -> anyhow::Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
         let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
         Ok(kibibytes * 1024.0)
     }

@@ -61,7 +61,9 @@ impl Load<'_> {
             bail!("wrk gave no result: {text}{}", String::from_utf8_lossy(&out.stderr));
         };
         let numbers: Vec<f64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-        let [requests, microseconds, failed, p50, p99] = numbers[..] else { bail!("wrk's result is {line:?}") };
+        let [requests, microseconds, failed, p50, p99] = numbers[..] else {
+            bail!("wrk's result is {line:?}")
+        };
         Ok(LoadResult {
             requests: requests as u64,
             failed: failed as u64,

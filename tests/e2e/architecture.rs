@@ -1,0 +1,209 @@
+//! The house rules that a compiler doesn't check: which crate may know which, where `unsafe` and HTTP may stand, that
+//! every file says what it is for, and that the README and the reference configuration are true.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use modalkit::config;
+use modalkit_tests::{Setup, wait_until, workspace};
+use serde_json::{Value, json};
+
+/// Every Rust file of the project, with its path in the workspace.
+fn sources() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    for folder in ["sdk", "host", "plugins", "tests", "xtask"] {
+        collect(&workspace().join(folder), &mut files);
+    }
+    assert!(files.len() > 50, "the walk found {} files", files.len());
+    let name = |file: &PathBuf| file.strip_prefix(workspace()).unwrap().to_string_lossy().into_owned();
+    files.iter().map(|file| (name(file), fs::read_to_string(file).unwrap())).collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|kind| kind == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+/// The lines that are code, without what follows `//`.
+fn code(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(|line| line.split("//").next().unwrap_or_default())
+}
+
+fn only_in(word: &str, places: &[&str]) {
+    for (file, text) in sources() {
+        let allowed = places.iter().any(|place| file.starts_with(place));
+        let found = code(&text).find(|line| line.contains(word));
+        assert!(
+            allowed || found.is_none(),
+            "{file}: `{word}` belongs in {places:?} only: {}",
+            found.unwrap_or_default().trim()
+        );
+    }
+}
+
+#[test]
+fn every_file_opens_with_what_it_owns() {
+    for (file, text) in sources() {
+        assert!(text.starts_with("//! "), "{file} doesn't open with a `//!` line");
+    }
+}
+
+#[test]
+fn unsafe_code_stands_at_the_boundary_only() {
+    // The attribute `#[unsafe(no_mangle)]` and this test's own words are no unsafe code.
+    let boundary = ["sdk/", "host/loader/", "tests/e2e/architecture.rs", "tests/fixtures/"];
+    only_in("unsafe {", &boundary);
+    only_in("unsafe fn", &boundary);
+    only_in("unsafe impl", &boundary);
+}
+
+#[test]
+fn each_library_is_known_where_it_belongs_only() {
+    let itself = "tests/e2e/architecture.rs";
+    only_in(
+        "hyper",
+        &[
+            "host/src/ingress/",
+            "host/src/egress.rs",
+            "host/src/admin.rs",
+            "xtask/bare/",
+            "xtask/src/bench",
+            itself,
+        ],
+    );
+    only_in("libloading", &["host/loader/", itself]);
+    only_in("abi_stable", &["sdk/", "host/loader/", itself]);
+    only_in("notify::", &["host/src/reload/", itself]);
+    only_in(
+        "prometheus::",
+        &["host/src/telemetry.rs", "host/src/jobs.rs", "host/src/ingress/connection.rs", itself],
+    );
+    only_in("tract_onnx", &["plugins/onnx/", itself]);
+}
+
+#[test]
+fn of_ours_each_crate_imports_only_what_the_design_allows() {
+    let allowed = BTreeMap::from([
+        ("sdk/abi", vec![]),
+        ("sdk", vec!["modalkit-abi"]),
+        ("host/batch", vec![]),
+        ("host/loader", vec!["modalkit-abi"]),
+        ("host", vec!["modalkit-batch", "modalkit-loader"]),
+        ("tests", vec!["modalkit"]),
+        ("xtask", vec![]),
+        ("xtask/bare", vec![]),
+    ]);
+    let mut manifests = vec![];
+    for (folder, imports) in allowed {
+        manifests.push((folder.to_owned(), imports));
+    }
+    for parent in ["plugins", "tests/fixtures"] {
+        for entry in fs::read_dir(workspace().join(parent)).unwrap() {
+            manifests.push((
+                format!("{parent}/{}", entry.unwrap().file_name().to_string_lossy()),
+                vec!["modalkit-sdk"],
+            ));
+        }
+    }
+    for (folder, imports) in manifests {
+        let manifest = fs::read_to_string(workspace().join(&folder).join("Cargo.toml")).unwrap();
+        let ours = manifest
+            .lines()
+            .filter_map(|line| line.split(['.', ' ', '=']).next())
+            .filter(|name| name.starts_with("modalkit"));
+        for name in ours {
+            assert!(imports.contains(&name), "{folder} imports {name}; allowed are {imports:?}");
+        }
+    }
+}
+
+#[test]
+fn the_reference_configuration_shows_the_defaults() {
+    let file = workspace().join("config/modalkit.toml");
+    let shown = config::load(&[file], []).unwrap();
+    let default = config::load(&[], []).unwrap();
+    assert_eq!(format!("{:?}", shown.server), format!("{:?}", default.server));
+    assert_eq!(shown.defaults.batch, default.defaults.batch);
+    assert_eq!(shown.defaults.replicas, default.defaults.replicas);
+    assert_eq!(shown.requests_max, default.requests_max);
+    assert!(shown.without_effect.is_empty());
+    assert_eq!(shown.models.keys().collect::<Vec<_>>(), ["digits", "echo"]);
+}
+
+/// The README's fenced blocks.
+fn readme_blocks() -> Vec<String> {
+    let readme = fs::read_to_string(workspace().join("README.md")).unwrap();
+    readme.split("```").skip(1).step_by(2).map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn the_readme_names_commands_that_there_are() {
+    let usage = fs::read_to_string(workspace().join("xtask/src/main.rs")).unwrap();
+    let mut commands = 0;
+    for block in readme_blocks() {
+        for command in block.lines().filter_map(|line| line.trim().strip_prefix("cargo xtask ")) {
+            let word = command.split_whitespace().next().unwrap();
+            assert!(usage.contains(&format!("\n  {word} ")), "`cargo xtask {word}` is not in the usage text");
+            commands += 1;
+        }
+    }
+    assert!(commands >= 2);
+}
+
+/// `curl` lines as (path, body), each with the answer that the README prints below it.
+fn readme_requests() -> Vec<(String, Value, Value)> {
+    let mut requests = Vec::new();
+    for block in readme_blocks() {
+        let joined = block.replace("\\\n", " ");
+        let mut lines = joined.lines().peekable();
+        while let Some(line) = lines.next() {
+            if !line.starts_with("curl ") || !line.contains("-d '") {
+                continue;
+            }
+            let body = line.split("-d '").nth(1).unwrap().split('\'').next().unwrap();
+            let path = line.split("127.0.0.1:8000").nth(1).unwrap().split('\'').next().unwrap();
+            let Some(answer) = lines.next_if(|line| line.starts_with(['{', '['])) else { continue };
+            requests.push((
+                path.to_owned(),
+                serde_json::from_str(body).unwrap(),
+                serde_json::from_str(answer).unwrap(),
+            ));
+        }
+    }
+    requests
+}
+
+#[test]
+fn the_readmes_requests_are_answered_as_it_prints() {
+    let requests = readme_requests();
+    assert!(requests.len() >= 2, "{requests:?}");
+    let entry = "plugin = \"onnx\"\npath = \"digits.onnx\"\ntop_k = 3\nlabels = [\"0\", \"1\", \"2\", \"3\", \"4\", \"5\", \"6\", \"7\", \"8\", \"9\"]";
+    let setup = Setup::new()
+        .plugin("echo")
+        .plugin("onnx")
+        .config("[model_settings.model_entries.echo]")
+        .config(&format!("[model_settings.model_entries.digits]\n{entry}"));
+    fs::copy(workspace().join("plugins/onnx/model/digits.onnx"), setup.volume().join("digits.onnx")).unwrap();
+    let host = setup.ready();
+    wait_until("both serve", || host.get("/readyz").0 == 200);
+    for (path, body, expected) in requests {
+        let (status, found) = host.post(&path, &body);
+        assert_eq!(status, 200, "{found}");
+        for (key, value) in expected.as_object().into_iter().flatten() {
+            // Scores differ in their last bits from machine to machine, and job ids always.
+            if !["top", "outputs", "job_id"].contains(&key.as_str()) {
+                assert_eq!(found[key], *value, "{path}: {key}");
+            }
+        }
+    }
+    assert_eq!(host.post("/predict_sync?model_name=digits", &json!({})).0, 422);
+}

@@ -1,0 +1,167 @@
+//! What a plugin can do wrong at run time, and who pays for it.
+
+use std::{thread, time::Duration};
+
+use modalkit_tests::{Host, Setup, wait_until};
+use serde_json::{Value, json};
+
+fn batching_puppet(more: &str) -> Host {
+    let config = format!("[app_settings.batch_config]\nmax_batch_size = 4\nwait_ms = 100\n{more}");
+    Setup::new().plugin("puppet").plugin("echo").config(&config).ready()
+}
+
+fn ask(host: &Host, body: &Value) -> (u16, Value) {
+    host.post("/predict_sync?model_name=puppet", body)
+}
+
+#[test]
+fn a_panic_in_any_stage_fails_its_batch_only() {
+    let host = batching_puppet("");
+    for stage in ["preprocess", "predict", "postprocess"] {
+        let what = format!("panic in {stage}");
+        let (failed, body) = ask(&host, &json!({"do": what}));
+        assert_eq!(failed, 500);
+        let detail = body["detail"].as_str().unwrap();
+        assert!(
+            detail.starts_with("Internal Server Error. Error log: the pipeline panicked: told to panic"),
+            "{detail}"
+        );
+        assert_eq!(ask(&host, &json!({"value": 5})).1["value"], 5);
+    }
+    assert_eq!(host.metric(r#"modalkit_batches_failed_total{model="puppet",reason="panic"}"#), 3.0);
+    let line = host.log_line("told to panic in predict");
+    assert_eq!(
+        (line["model"].as_str(), line["from"].as_str(), line["level"].as_str()),
+        (Some("puppet"), Some("panic"), Some("ERROR"))
+    );
+    assert!(line["fields"].as_str().unwrap().contains("puppet/src/lib.rs"), "{line}");
+}
+
+#[test]
+fn a_panic_while_an_input_is_looked_at_fails_that_request_only() {
+    let host = batching_puppet("");
+    assert_eq!(ask(&host, &json!({"do": "panic in validate"})).0, 500);
+    assert_eq!(ask(&host, &json!({"value": 1})).0, 200);
+}
+
+#[test]
+fn a_wrong_count_of_outcomes_is_an_error_and_never_a_misrouted_answer() {
+    let host = batching_puppet("");
+    let (status, answers) = host.post(
+        "/predict_batch?model_name=puppet",
+        &json!([{"value": 1}, {"do": "one too few"}, {"value": 3}]),
+    );
+    assert_eq!(status, 200);
+    for answer in answers.as_array().unwrap() {
+        assert_eq!(answer["status"], "error");
+        assert!(answer["error"].as_str().unwrap().contains("expected 3, found 2"), "{answer}");
+    }
+}
+
+#[test]
+fn a_failed_batch_says_why_to_each_of_its_callers() {
+    let host = batching_puppet("");
+    let (status, answers) =
+        host.post("/predict_batch?model_name=puppet", &json!([{"do": "fail the batch"}, {"value": 2}]));
+    assert_eq!(status, 200);
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(answers[1], json!({"status": "error", "error": "told to fail the batch"}));
+    let (status, body) = ask(&host, &json!({"do": "refuse"}));
+    assert_eq!((status, &body["detail"][0]["msg"]), (422, &json!("told to refuse this item")));
+}
+
+#[test]
+fn what_a_plugin_logs_stands_in_the_hosts_log_with_the_models_name() {
+    let host = batching_puppet("");
+    assert_eq!(ask(&host, &json!({"do": "log", "value": 9})).0, 200);
+    let line = host.log_line("a line through tracing");
+    assert_eq!(
+        (line["model"].as_str(), line["level"].as_str(), line["from"].as_str()),
+        (Some("puppet"), Some("WARN"), Some("puppet"))
+    );
+    assert_eq!(line["fields"], "value=9 answer=42");
+    assert_eq!(host.log_line("a line through log")["model"], "puppet");
+    assert_eq!(host.log_line("puppet loads")["model"], "puppet");
+}
+
+#[test]
+fn a_batch_that_overruns_fails_with_504_and_its_replica_is_replaced() {
+    let host = batching_puppet("[app_settings.deployment_config]\nbatch_timeout_seconds = 0.2\n");
+    let (status, body) = ask(&host, &json!({"do": "sleep", "ms": 2000}));
+    assert_eq!(status, 504);
+    assert!(body["detail"].as_str().unwrap().contains("batch_timeout_seconds"), "{body}");
+    wait_until("it serves again", || ask(&host, &json!({"value": 1})).0 == 200);
+    assert_eq!(host.metric(r#"modalkit_replicas_stuck{model="puppet"}"#), 1.0);
+    assert_eq!(host.metric(r#"modalkit_replicas_given_up_total{model="puppet"}"#), 1.0);
+    wait_until("the thread came back", || host.metric(r#"modalkit_replicas_stuck{model="puppet"}"#) == 0.0);
+    assert_eq!(host.metric(r#"modalkit_replicas{model="puppet"}"#), 1.0);
+}
+
+#[test]
+fn a_model_whose_replicas_hang_is_given_up_and_comes_back_with_its_threads() {
+    let host = batching_puppet(
+        "[app_settings.deployment_config]\nbatch_timeout_seconds = 0.1\nstuck_replicas_max = 0\n",
+    );
+    assert_eq!(ask(&host, &json!({"do": "sleep", "ms": 1500})).0, 504);
+    wait_until("it is given up", || host.model("puppet")["state"] == "stuck");
+    let (status, body) = ask(&host, &json!({"value": 1}));
+    assert_eq!(status, 503, "{body}");
+    assert_eq!(host.get("/readyz").0, 503);
+    assert_eq!(host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0, 200, "others serve on");
+    wait_until("it serves again", || ask(&host, &json!({"value": 1})).0 == 200);
+}
+
+#[test]
+fn a_full_queue_is_429_and_an_answered_one_takes_more() {
+    let host = Setup::new().plugin("puppet").config("[app_settings.batch_config]\nqueue_max = 2").ready();
+    thread::scope(|scope| {
+        let busy = scope.spawn(|| host.post("/predict_sync", &json!({"do": "sleep", "ms": 1000})).0);
+        wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
+        let waiting: Vec<_> =
+            (0..2).map(|_| scope.spawn(|| host.post("/predict_sync", &json!({})).0)).collect();
+        wait_until("two wait", || host.metric(r#"modalkit_queued_jobs{model="puppet"}"#) == 2.0);
+        let (status, body) = host.post("/predict_sync", &json!({}));
+        assert_eq!(status, 429, "{body}");
+        assert_eq!(host.post("/predict_async", &json!({"message": {}})).0, 429);
+        assert_eq!(busy.join().unwrap(), 200);
+        waiting.into_iter().for_each(|caller| assert_eq!(caller.join().unwrap(), 200));
+    });
+    assert_eq!(host.post("/predict_sync", &json!({})).0, 200);
+}
+
+#[test]
+fn too_many_requests_in_flight_are_429() {
+    let config = "[app_settings.deployment_config]\nallow_concurrent_inputs_handler = 1";
+    let host = Setup::new().plugin("puppet").config(config).ready();
+    thread::scope(|scope| {
+        let busy = scope.spawn(|| host.post("/predict_sync", &json!({"do": "sleep", "ms": 500})).0);
+        wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
+        assert_eq!(host.post("/predict_sync", &json!({})).0, 429);
+        assert_eq!(busy.join().unwrap(), 200);
+    });
+    assert_eq!(host.metric("modalkit_requests_in_flight"), 0.0);
+}
+
+#[test]
+fn a_pipeline_that_does_not_load_says_why_and_is_tried_again() {
+    let host = Setup::new()
+        .plugin("puppet")
+        .plugin("echo")
+        .config("[model_settings.model_entries.puppet]\nneeds = \"weights.bin\"")
+        .config("[model_settings.model_entries.loud]\nplugin = \"puppet\"\nload = \"panic\"")
+        .config("[model_settings.model_entries.typo]\nplugin = \"puppet\"\nlaod = \"error\"")
+        .start();
+    let reason = |name: &str| {
+        wait_until("it has failed", || host.model(name)["state"] == "failed");
+        host.model(name)["reason"].as_str().unwrap().to_owned()
+    };
+    assert!(reason("puppet").contains("looking for weights.bin: No such file"));
+    assert!(reason("loud").contains("the pipeline panicked: told to panic in load"));
+    assert!(reason("typo").contains("keys that the pipeline doesn't know: `laod`"));
+    let (status, body) = ask(&host, &json!({}));
+    assert_eq!(status, 503, "{body}");
+    wait_until("echo serves", || host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0 == 200);
+    std::fs::write(host.volume().join("weights.bin"), "weights").unwrap();
+    wait_until("it is tried again", || ask(&host, &json!({"value": 3})).0 == 200);
+    assert!(host.started.elapsed() > Duration::ZERO);
+}

@@ -1,0 +1,392 @@
+//! Starts real hosts on free loopback ports over temporary volumes, asks them, and ends them by process id.
+//!
+//! It finds what `cargo xtask test` has built beside the tests' own program, and never knows the host's inside.
+
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The longest that anything here is waited for: machines are shared, and a wait that ends early proves nothing.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
+
+/// The workspace's folder.
+#[must_use]
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lie in the workspace's folder").to_owned()
+}
+
+/// Where cargo put what it built in this profile: two folders above the tests' own program.
+#[must_use]
+pub fn built() -> PathBuf {
+    let this = env::current_exe().expect("a program knows its path");
+    this.parent().and_then(Path::parent).expect("target/PROFILE/deps/THIS").to_owned()
+}
+
+/// The file of a built library.
+///
+/// # Panics
+/// Where it hasn't been built.
+#[must_use]
+pub fn library(name: &str) -> PathBuf {
+    let file = built().join(format!("lib{}.so", name.replace('-', "_")));
+    assert!(
+        file.is_file(),
+        "{} is missing: run the tests with `cargo xtask test`, which builds it",
+        file.display()
+    );
+    file
+}
+
+/// A host to be started.
+pub struct Setup {
+    folder: TempDir,
+    config: String,
+    environment: Vec<(String, String)>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Setup {
+    /// An empty volume and the defaults.
+    ///
+    /// # Panics
+    /// Where there is no place for temporary files.
+    #[must_use]
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::create_dir(folder.path().join("volume")).expect("a folder in it");
+        fs::create_dir(folder.path().join("tmp")).expect("a folder in it");
+        Self { folder, config: String::new(), environment: Vec::new() }
+    }
+
+    /// Puts a built library into the volume under its own name.
+    #[must_use]
+    pub fn plugin(self, name: &str) -> Self {
+        install(&library(name), &self.volume().join(format!("{name}.so")));
+        self
+    }
+
+    /// Adds lines of configuration, in TOML.
+    #[must_use]
+    pub fn config(mut self, toml: &str) -> Self {
+        self.config.push_str(toml);
+        self.config.push('\n');
+        self
+    }
+
+    /// Sets a variable of the host's environment.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The watched folder.
+    #[must_use]
+    pub fn volume(&self) -> PathBuf {
+        self.folder.path().join("volume")
+    }
+
+    fn command(&self) -> Command {
+        let file = self.folder.path().join("modalkit.toml");
+        let text = format!(
+            "{}\n[app_settings.deployment_config.volumes]\n{:?} = \"test\"\n",
+            self.config,
+            self.volume().display().to_string()
+        );
+        fs::write(&file, text).expect("the configuration is written");
+        let mut command = Command::new(built().join("modalkit"));
+        command
+            .args(["--config".as_ref(), file.as_os_str()])
+            .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
+            .env("TMPDIR", self.folder.path().join("tmp"))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts the host and waits until it listens.
+    ///
+    /// # Panics
+    /// Where it doesn't.
+    #[must_use]
+    pub fn start(self) -> Host {
+        let started = Instant::now();
+        let mut child =
+            self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let stderr = child.stderr.take().expect("standard error is piped");
+        let reader = thread::spawn({
+            let log = Arc::clone(&log);
+            move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                }
+            }
+        });
+        let mut host = Host {
+            address: ([127, 0, 0, 1], 0).into(),
+            started,
+            child,
+            log,
+            reader: Some(reader),
+            setup: self,
+        };
+        let line = host.log_line("listening");
+        let address = line["address"].as_str().expect("the line says where").parse();
+        host.address = address.expect("an address");
+        host
+    }
+
+    /// Starts the host and waits until every model serves.
+    ///
+    /// # Panics
+    /// Where one doesn't.
+    #[must_use]
+    pub fn ready(self) -> Host {
+        let host = self.start();
+        wait_until("the host is ready", || host.get("/readyz").0 == 200 && host.models() > 0);
+        host
+    }
+
+    /// Starts a host that is expected to end by itself; returns its status and what it said.
+    ///
+    /// # Panics
+    /// Where it can't be started.
+    #[must_use]
+    pub fn refuses_to_start(self) -> (ExitStatus, String) {
+        let output = self.command().output().expect("the host is built");
+        (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
+/// Puts a file in place in one step, as `cargo xtask plugin` does.
+///
+/// # Panics
+/// Where it can't.
+pub fn install(from: &Path, to: &Path) {
+    let part = to.with_extension("part");
+    fs::copy(from, &part).expect("the file is copied");
+    fs::rename(&part, to).expect("the file is renamed");
+}
+
+/// Looks again and again until something holds.
+///
+/// # Panics
+/// Where it doesn't in [`PATIENCE`].
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
+        thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+/// A running host. Dropped, it is killed, and its folder vanishes.
+pub struct Host {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// When it was started.
+    pub started: Instant,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    reader: Option<JoinHandle<()>>,
+    setup: Setup,
+}
+
+/// Status and body.
+pub type Answer = (u16, Value);
+
+impl Host {
+    /// The watched folder.
+    #[must_use]
+    pub fn volume(&self) -> PathBuf {
+        self.setup.volume()
+    }
+
+    /// The host's private folder for temporary files.
+    #[must_use]
+    pub fn temporary_folder(&self) -> PathBuf {
+        self.setup.folder.path().join("tmp")
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a JSON body.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        self.post_with(path, body, &[])
+    }
+
+    /// Sends a JSON body with headers of one's own.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn post_with(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Answer {
+        let mut request = agent().post(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut response = request.send(body.to_string()).expect("the host answers");
+        read(&mut response)
+    }
+
+    /// Asks for something.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Answer {
+        read(&mut agent().get(self.url(path)).call().expect("the host answers"))
+    }
+
+    /// The text behind a path.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn text(&self, path: &str) -> String {
+        let mut response = agent().get(self.url(path)).call().expect("the host answers");
+        response.body_mut().read_to_string().expect("text")
+    }
+
+    /// One sample of `/metrics`, by its name with labels as Prometheus writes them; 0 where it isn't there.
+    #[must_use]
+    pub fn metric(&self, sample: &str) -> f64 {
+        let value = |line: &str| line.strip_prefix(sample)?.strip_prefix(' ')?.parse().ok();
+        self.text("/metrics").lines().find_map(value).unwrap_or_default()
+    }
+
+    /// How many models are known.
+    #[must_use]
+    pub fn models(&self) -> usize {
+        self.get("/models").1["models"].as_array().map_or(0, Vec::len)
+    }
+
+    /// What `GET /models` says of one.
+    #[must_use]
+    pub fn model(&self, name: &str) -> Value {
+        let (_, report) = self.get("/models");
+        let models = report["models"].as_array().cloned().unwrap_or_default();
+        models.into_iter().find(|model| model["name"] == name).unwrap_or_default()
+    }
+
+    /// A connection of one's own.
+    ///
+    /// # Panics
+    /// Where it can't be had.
+    #[must_use]
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).expect("the host accepts connections");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream
+    }
+
+    /// Waits for a line of the log with this message.
+    ///
+    /// # Panics
+    /// Where none comes.
+    #[must_use]
+    pub fn log_line(&self, message: &str) -> Value {
+        let mut found = None;
+        wait_until(&format!("the log says {message:?}; it says {:#?}", self.log()), || {
+            found = self
+                .log()
+                .into_iter()
+                .find(|line| line["message"].as_str().is_some_and(|text| text.contains(message)));
+            found.is_some()
+        });
+        found.expect("it was waited for")
+    }
+
+    /// The log so far; a line that isn't JSON is a string.
+    #[must_use]
+    pub fn log(&self) -> Vec<Value> {
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| line.clone().into())).collect()
+    }
+
+    /// Sends a signal, as `kill -NAME` does.
+    ///
+    /// # Panics
+    /// Where it can't.
+    pub fn signal(&self, name: &str) {
+        let kill = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status();
+        assert!(kill.expect("kill is there").success());
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// Where that doesn't come.
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("the host has ended", || {
+            status = self.child.try_wait().expect("its status can be read");
+            status.is_some()
+        });
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("the log's reader doesn't panic");
+        }
+        status.expect("it was waited for")
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // It may have ended before.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprint_log(&self.log());
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "a failed test shows what the host said")]
+fn eprint_log(log: &[Value]) {
+    for line in log {
+        eprintln!("host: {line}");
+    }
+}
+
+fn agent() -> ureq::Agent {
+    let config =
+        ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build();
+    config.into()
+}
+
+fn read(response: &mut ureq::http::Response<ureq::Body>) -> Answer {
+    let status = response.status().as_u16();
+    let text = response.body_mut().read_to_string().expect("the body is text");
+    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+}
