@@ -34,7 +34,7 @@ pub fn live() -> HttpResponse {
     object_response(StatusCode::OK, &json!({"live": true}))
 }
 
-/// `GET /readyz`: every model serves and new requests are taken.
+/// `GET /readyz`: the volumes have been looked through, every model serves and new requests are taken.
 #[must_use]
 pub fn ready(models: &Models, gate: &Gate) -> HttpResponse {
     let all = models.all();
@@ -43,10 +43,11 @@ pub fn ready(models: &Models, gate: &Gate) -> HttpResponse {
         .filter(|(_, model)| !is_ready(model))
         .map(|(name, model)| (name, model.status()))
         .collect();
-    if waiting.is_empty() && !gate.is_closed() {
+    if waiting.is_empty() && models.are_complete() && !gate.is_closed() {
         return object_response(StatusCode::OK, &json!({"ready": true}));
     }
-    let body = json!({"ready": false, "shutting_down": gate.is_closed(), "not_ready": waiting});
+    let looking = !models.are_complete();
+    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting});
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response

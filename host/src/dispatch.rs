@@ -25,6 +25,7 @@ use crate::{
 #[derive(Default)]
 pub struct Models {
     by_name: ArcSwap<BTreeMap<String, Arc<Model>>>,
+    complete: AtomicBool,
 }
 
 impl Models {
@@ -49,6 +50,17 @@ impl Models {
     #[must_use]
     pub fn all(&self) -> Arc<BTreeMap<String, Arc<Model>>> {
         self.by_name.load_full()
+    }
+
+    /// Whether every file that lay in the volumes at the start has become a model or been refused.
+    #[must_use]
+    pub fn are_complete(&self) -> bool {
+        self.complete.load(Ordering::Acquire)
+    }
+
+    /// Says so.
+    pub fn set_complete(&self) {
+        self.complete.store(true, Ordering::Release);
     }
 
     /// Adds a model, unless one of this name is there; returns the one that is there now.

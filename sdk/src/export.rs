@@ -232,7 +232,9 @@ unsafe extern "C" fn drop_batch<P: InferencePipeline>(batch: BatchHandle) {
 }
 
 unsafe extern "C" fn drop_instance<P: InferencePipeline>(instance: InstanceHandle) {
-    // SAFETY: a live instance of this library, given up by the caller.
+    // SAFETY: a live instance of this library.
+    serving(unsafe { &instance_ref::<P>(instance).model });
+    // SAFETY: as above, and given up by the caller.
     discard(|| unsafe { from_raw::<Instance<P>>(instance.into_raw()) });
 }
 

@@ -66,7 +66,6 @@ fn malformed(random: &mut Random) -> (Vec<u8>, bool) {
                 "0",
                 "1e999",
                 "\"text\"",
-                "[[]]",
                 "[null]",
                 "{\"value\": \"1\"}",
                 "{\"value\": 1.5}",

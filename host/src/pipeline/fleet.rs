@@ -217,6 +217,7 @@ impl Loop {
                 replica = replica.number,
                 "replica retired: there was no work"
             );
+            self.validate_with_first();
             replica.leave();
             self.leaving.push(replica);
             self.on_replicas_changed();
@@ -224,8 +225,10 @@ impl Loop {
     }
 
     fn retire_all(&mut self) {
-        self.replicas.iter().for_each(|replica| replica.leave());
-        self.leaving.append(&mut self.replicas);
+        let leaving = std::mem::take(&mut self.replicas);
+        self.validate_with_first();
+        leaving.iter().for_each(|replica| replica.leave());
+        self.leaving.extend(leaving);
         self.on_replicas_changed();
     }
 
@@ -274,11 +277,16 @@ impl Loop {
         }
     }
 
-    fn on_replicas_changed(&mut self) {
+    fn on_replicas_changed(&self) {
         self.model.metrics.replicas.set(self.replicas.len() as i64);
-        let validating = self.replicas.first().map(|replica| Arc::clone(&replica.instance));
-        self.around.generation.validate_with(validating);
+        self.validate_with_first();
         self.model.queue.wake_all();
+    }
+
+    /// Inputs are validated by a replica that stays. Called before one is told to leave, so that nobody looks at it then.
+    fn validate_with_first(&self) {
+        let validating = self.replicas.first().and_then(|replica| replica.instance());
+        self.around.generation.validate_with(validating);
     }
 }
 

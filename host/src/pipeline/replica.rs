@@ -35,7 +35,8 @@ pub(super) enum Event {
 
 /// An instance that serves.
 pub(super) struct Replica {
-    pub(super) instance: Arc<Instance>,
+    /// `None` when its last lane has left.
+    instance: Mutex<Option<Arc<Instance>>>,
     pub(super) number: u64,
     lanes: Vec<Lane>,
     leave: AtomicBool,
@@ -63,6 +64,9 @@ pub(super) struct Surroundings {
     pub(super) events: mpsc::Sender<Event>,
 }
 
+/// Between two looks at an instance that somebody still looks at.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
     pub(super) fn start(number: u64, around: Arc<Surroundings>) -> std::io::Result<()> {
@@ -78,7 +82,7 @@ impl Replica {
         let count = around.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
-            instance: Arc::new(instance),
+            instance: Mutex::new(Some(Arc::new(instance))),
             number,
             lanes,
             leave: AtomicBool::new(false),
@@ -96,6 +100,11 @@ impl Replica {
             }
         }
         replica.run_lane(0, around);
+    }
+
+    /// The instance, while it serves.
+    pub(super) fn instance(&self) -> Option<Arc<Instance>> {
+        self.instance.lock().clone()
     }
 
     /// Asks it to leave after what it runs now. Wake the queue's lanes afterwards.
@@ -127,88 +136,106 @@ impl Replica {
     fn run_lane(&self, index: usize, around: &Surroundings) {
         let lane = &self.lanes[index];
         let place = around.queue.lane();
+        let instance = self.instance().expect("it is there while a lane runs");
         while let Some(batch) = around.queue.next_batch(place, || self.leave.load(Ordering::SeqCst)) {
-            if !self.run(lane, batch, around) {
+            if !run(&instance, lane, batch, around) {
                 around.tell(Event::CameBack);
                 break;
             }
         }
-        self.running_lanes.fetch_sub(1, Ordering::SeqCst);
+        drop(instance);
+        if self.running_lanes.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.drop_instance();
+        }
     }
 
-    /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-    fn run(&self, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
-        let (items, replies, ids) = self.prepare(batch.jobs, around);
-        if items.is_empty() {
-            return true;
+    /// The author's `drop` runs here, on a thread of the replica: whoever else looks at the instance (to validate an
+    /// input) was given another one before the lanes were told to leave, and is done in a moment.
+    fn drop_instance(&self) {
+        let Some(mut instance) = self.instance.lock().take() else { return };
+        while let Err(shared) = Arc::try_unwrap(instance).map(drop) {
+            thread::sleep(BETWEEN_LOOKS);
+            instance = shared;
         }
-        *lane.running.lock() = Some(Running { started: Instant::now(), replies });
-        let outcomes = self.stages(items, &around.metrics);
-        let Some(Running { replies, .. }) = lane.running.lock().take() else { return false };
-        match outcomes {
-            Ok(outcomes) if outcomes.len() == replies.len() => {
-                for (reply, outcome) in replies.into_iter().zip(outcomes) {
-                    reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
-                }
-            }
-            Ok(outcomes) => fail(replies, &ids, around, wrong_count(ids.len(), outcomes.len())),
-            Err(failure) => fail(replies, &ids, around, failure),
-        }
-        true
     }
+}
 
-    /// Makes items of jobs. A job whose caller has left is dropped; one that turns out to be invalid is answered.
-    fn prepare(
-        &self,
-        jobs: Vec<Waiting<Job>>,
-        around: &Surroundings,
-    ) -> (Vec<Item>, Vec<ReplyHandle>, Vec<RequestId>) {
-        let mut prepared =
-            (Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()));
-        for Waiting { job, .. } in jobs {
-            if job.reply.is_abandoned() {
-                around.metrics.skipped_cancelled.inc();
-                continue;
-            }
-            match self.item_of(job.item, &job.input, &around.generation) {
-                Ok(item) => {
-                    prepared.0.push(item);
-                    prepared.1.push(job.reply);
-                    prepared.2.push(job.request_id);
-                }
-                Err(error) => job.reply.send(Err(error)),
+/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
+fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
+    let (items, replies, ids) = prepare(instance, batch.jobs, around);
+    if items.is_empty() {
+        return true;
+    }
+    *lane.running.lock() = Some(Running { started: Instant::now(), replies });
+    let outcomes = stages(instance, items, &around.metrics);
+    let Some(Running { replies, .. }) = lane.running.lock().take() else { return false };
+    match outcomes {
+        Ok(outcomes) if outcomes.len() == replies.len() => {
+            for (reply, outcome) in replies.into_iter().zip(outcomes) {
+                reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
             }
         }
-        prepared
+        Ok(outcomes) => fail(replies, &ids, around, wrong_count(ids.len(), outcomes.len())),
+        Err(failure) => fail(replies, &ids, around, failure),
     }
+    true
+}
 
-    fn item_of(&self, item: Option<Item>, input: &[u8], generation: &Generation) -> Result<Item, JobError> {
-        let item = match item.filter(|item| self.instance.owns(item)) {
-            Some(item) => item,
-            None => generation
-                .plugin
-                .decode(None, input)
-                .map_err(|rejection| generation.explain(rejection, input))?,
-        };
-        if !item.is_validated() {
-            self.instance.validate(&item).map_err(|rejection| generation.explain(rejection, input))?;
+/// Makes items of jobs. A job whose caller has left is dropped; one that turns out to be invalid is answered.
+fn prepare(
+    instance: &Instance,
+    jobs: Vec<Waiting<Job>>,
+    around: &Surroundings,
+) -> (Vec<Item>, Vec<ReplyHandle>, Vec<RequestId>) {
+    let mut prepared =
+        (Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()));
+    for Waiting { job, .. } in jobs {
+        if job.reply.is_abandoned() {
+            around.metrics.skipped_cancelled.inc();
+            continue;
         }
-        Ok(item)
+        match item_of(instance, job.item, &job.input, &around.generation) {
+            Ok(item) => {
+                prepared.0.push(item);
+                prepared.1.push(job.reply);
+                prepared.2.push(job.request_id);
+            }
+            Err(error) => job.reply.send(Err(error)),
+        }
     }
+    prepared
+}
 
-    fn stages(&self, items: Vec<Item>, metrics: &ModelMetrics) -> Result<Vec<Outcome>, Failure> {
-        let mut batch = self.instance.begin(items).expect("`item_of` made them all of this plugin");
-        let begun = Instant::now();
-        batch.preprocess()?;
-        let preprocessed = Instant::now();
-        batch.predict()?;
-        let predicted = Instant::now();
-        let outcomes = batch.postprocess()?;
-        metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
-        metrics.predict.observe((predicted - preprocessed).as_secs_f64());
-        metrics.postprocess.observe(predicted.elapsed().as_secs_f64());
-        Ok(outcomes)
+fn item_of(
+    instance: &Instance,
+    item: Option<Item>,
+    input: &[u8],
+    generation: &Generation,
+) -> Result<Item, JobError> {
+    let item = match item.filter(|item| instance.owns(item)) {
+        Some(item) => item,
+        None => {
+            generation.plugin.decode(None, input).map_err(|rejection| generation.explain(rejection, input))?
+        }
+    };
+    if !item.is_validated() {
+        instance.validate(&item).map_err(|rejection| generation.explain(rejection, input))?;
     }
+    Ok(item)
+}
+
+fn stages(instance: &Instance, items: Vec<Item>, metrics: &ModelMetrics) -> Result<Vec<Outcome>, Failure> {
+    let mut batch = instance.begin(items).expect("`item_of` made them all of this plugin");
+    let begun = Instant::now();
+    batch.preprocess()?;
+    let preprocessed = Instant::now();
+    batch.predict()?;
+    let predicted = Instant::now();
+    let outcomes = batch.postprocess()?;
+    metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
+    metrics.predict.observe((predicted - preprocessed).as_secs_f64());
+    metrics.postprocess.observe(predicted.elapsed().as_secs_f64());
+    Ok(outcomes)
 }
 
 impl Surroundings {

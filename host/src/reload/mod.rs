@@ -95,6 +95,9 @@ impl Loop {
                 let outcome = self.take(&plugin, &file).await;
                 self.conclude(&plugin, &file, outcome);
             }
+            if watch.is_quiet() {
+                self.models.set_complete();
+            }
         }
     }
 

@@ -28,6 +28,7 @@ pub(super) struct Watch {
     seen: HashMap<PathBuf, Seen>,
     /// Volumes of which it was said that they can't be read.
     unreadable: Vec<PathBuf>,
+    looked: bool,
     /// Ends the watch with this value.
     _watcher: Option<notify::RecommendedWatcher>,
 }
@@ -58,19 +59,27 @@ impl Watch {
             events,
             seen: HashMap::new(),
             unreadable: Vec::new(),
+            looked: false,
             _watcher: watcher,
         }
     }
 
-    /// Waits for plugin files that are new or changed, and have held still since. Cancel-safe: what was seen is kept.
+    /// Waits for plugin files that are new or changed, and have held still since; the first look may find none.
+    /// Cancel-safe: what was seen is kept.
     pub(super) async fn settled(&mut self) -> PluginFiles {
         loop {
             let (files, pause) = self.look();
-            if !files.is_empty() {
+            let first = !std::mem::replace(&mut self.looked, true);
+            if first || !files.is_empty() {
                 return files;
             }
             let _ = tokio::time::timeout(pause, self.events.notified()).await;
         }
+    }
+
+    /// Whether no file is on its way.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.seen.values().all(|seen| seen.reported)
     }
 
     /// The files that have settled since the last look, and when to look again.
