@@ -1,11 +1,14 @@
 //! End-to-end tests, by what they promise.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it did not expect, and shows where")]
+
 mod architecture;
 mod batching;
 mod digits;
 mod failures;
 mod hostile;
 mod lifecycle;
+mod newcomer;
 mod other_compiler;
 mod refusals;
 mod serving;

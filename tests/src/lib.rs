@@ -177,6 +177,16 @@ impl Setup {
     }
 }
 
+/// Sends a signal to a process, as `kill -NAME` does.
+///
+/// # Panics
+/// Where it can't.
+pub fn signal(process: u32, name: &str) {
+    // The shell's own `kill`: a program of that name is not everywhere.
+    let kill = Command::new("sh").args(["-c", &format!("kill -{name} {process}")]).status();
+    assert!(kill.expect("there is a shell").success());
+}
+
 /// Puts a file in place in one step, as `cargo xtask plugin` does.
 ///
 /// # Panics
@@ -336,8 +346,7 @@ impl Host {
     /// # Panics
     /// Where it can't.
     pub fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args([format!("-{name}"), self.id().to_string()]).status();
-        assert!(kill.expect("kill is there").success());
+        signal(self.id(), name);
     }
 
     /// Waits for its end.

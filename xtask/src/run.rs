@@ -66,9 +66,7 @@ pub(crate) fn finish(volume: &Path) -> anyhow::Result<()> {
         let mut cargo = build::command(&["build", "--release", "--package", &name]).spawn()?;
         while cargo.try_wait()?.is_none() {
             if parent_id() != host {
-                // It may have ended in between.
-                let _ = cargo.kill();
-                return Ok(());
+                return end_group();
             }
             thread::sleep(BETWEEN_LOOKS);
         }
@@ -80,6 +78,11 @@ pub(crate) fn finish(volume: &Path) -> anyhow::Result<()> {
     }
     println!("all plugins are in {}", volume.display());
     Ok(())
+}
+
+/// Ends this process with everything it has started: cargo, and the compilers that cargo has started.
+fn end_group() -> anyhow::Result<()> {
+    build::run(Command::new("sh").args(["-c", &format!("kill -TERM -{}", std::process::id())]))
 }
 
 fn answers(listen: &str) -> bool {

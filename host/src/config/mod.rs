@@ -1,4 +1,4 @@
-//! Configuration: what was written ([`raw`]) and what it means ([`resolved`]) are different types. It owns files,
+//! Configuration: what was written (`raw`) and what it means (`resolved`) are different types. It owns files,
 //! environment and limits, and never knows who uses them.
 
 mod layers;
