@@ -17,6 +17,9 @@ use crate::{
 /// How long threads get to leave after the last answer: plugins close files and devices meanwhile.
 const LEAVE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// How long answers that are being written get, after the last one was made.
+const WRITE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -56,8 +59,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     gate.close();
     // The accept loop ends and closes the port; connections end with the request they are in.
     let _ = shut_down.send(true);
-    let threads = serving.await;
+    let (threads, connections) = serving.await?;
     let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
+    // What was answered last may be on its way to a slow reader.
+    let _ = tokio::time::timeout(WRITE_TIME_MAX.min(server.drain_timeout), connections.closed()).await;
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
     }

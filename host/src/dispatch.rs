@@ -83,8 +83,6 @@ pub struct Queue {
     state: Mutex<State>,
     /// A lane waits here for a batch; which one wakes doesn't matter.
     work: Condvar,
-    /// Somebody has promised to call [`Queue::wake`].
-    wake_promised: AtomicBool,
     metrics: Arc<ModelMetrics>,
 }
 
@@ -97,6 +95,8 @@ struct State {
     /// The lane that will wake when the oldest incomplete batch has waited long enough.
     timer: Option<Lane>,
     next_lane: u64,
+    /// Whether jobs are taken: somebody will run them.
+    open: bool,
     /// The fewest lanes that were free at once since [`Queue::load`] was last asked.
     fewest_free: usize,
 }
@@ -137,14 +137,10 @@ impl Queue {
             asleep: 0,
             timer: None,
             next_lane: 0,
+            open: false,
             fewest_free: 0,
         };
-        Self {
-            state: Mutex::new(state),
-            work: Condvar::new(),
-            wake_promised: AtomicBool::new(false),
-            metrics,
-        }
+        Self { state: Mutex::new(state), work: Condvar::new(), metrics }
     }
 
     /// Queues jobs, all or none. The ids are consecutive; the first is returned. Where it says so, the caller must see to
@@ -176,6 +172,9 @@ impl Queue {
         if count > queue_max {
             return Err(too_many(count, queue_max));
         }
+        if !state.open {
+            return Err(JobError::Unavailable("the model stopped serving".into()));
+        }
         let pushed = state.batcher.push(Instant::now(), jobs, deadline.map(|deadline| deadline.0));
         let first = match pushed {
             Ok(first) => first,
@@ -186,22 +185,12 @@ impl Queue {
             }
         };
         self.metrics.queued.set(state.batcher.len() as i64);
-        let wake = state.asleep > 0 && (state.batcher.is_ready() || state.timer.is_none());
-        drop(state);
-        let must_wake = wake && !self.wake_promised.swap(true, Ordering::AcqRel);
-        Ok(Queued { first, must_wake })
+        Ok(Queued { first, must_wake: state.wants_a_lane() })
     }
 
     /// Wakes a lane for what was pushed.
     pub fn wake(&self) {
-        // Before the look at the lanes: a push after it promises anew.
-        self.wake_promised.store(false, Ordering::Release);
-        let state = self.state.lock();
-        let wake = state.asleep > 0 && (state.batcher.is_ready() || state.timer.is_none());
-        drop(state);
-        if wake {
-            self.work.notify_one();
-        }
+        self.pass_on(&self.state.lock());
     }
 
     /// Takes jobs out whose caller has left; those that were taken before are passed over.
@@ -214,10 +203,16 @@ impl Queue {
         self.metrics.skipped_cancelled.inc_by(cancelled.len() as u64);
     }
 
-    /// Takes out every job that waits.
+    /// Takes jobs from now on.
+    pub fn open(&self) {
+        self.state.lock().open = true;
+    }
+
+    /// Takes no more jobs, and hands out those that wait. Under one lock: no job can slip in between.
     #[must_use]
-    pub fn clear(&self) -> Vec<Job> {
+    pub fn close(&self) -> Vec<Job> {
         let mut state = self.state.lock();
+        state.open = false;
         self.metrics.queued.set(0);
         state.batcher.clear()
     }
@@ -301,7 +296,7 @@ impl Queue {
 
     /// What is left in the queue needs a lane that runs it or minds its timer.
     fn pass_on(&self, state: &State) {
-        if state.asleep > 0 && !state.batcher.is_empty() && state.timer.is_none() {
+        if state.wants_a_lane() {
             self.work.notify_one();
         }
     }
@@ -331,6 +326,12 @@ impl Queue {
 }
 
 impl State {
+    /// Whether a lane that sleeps should wake: to run a batch, or to mind the time of one that isn't full.
+    fn wants_a_lane(&self) -> bool {
+        let waiting = !self.batcher.is_empty() && self.timer.is_none();
+        self.asleep > 0 && (self.batcher.is_ready() || waiting)
+    }
+
     fn forget(&mut self, lane: Lane) {
         self.free.retain(|(free, _)| *free != lane);
         self.fewest_free = self.fewest_free.min(self.free.len());

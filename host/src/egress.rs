@@ -52,12 +52,22 @@ pub fn replies(replies: Vec<Reply>) -> HttpResponse {
 
 /// What a failed asynchronous job leaves: the reference's message for failures, with the envelope that came in.
 #[must_use]
-pub fn failed_job(job_error: &JobError, envelope: &serde_json::value::RawValue) -> Bytes {
+pub fn failed_job(job_error: &JobError, envelope: &[u8]) -> Bytes {
     let message = match job_error {
         JobError::Failed(failure) => internal(failure),
         other => explain(other),
     };
-    object(&json!({"status": "error", "error": message, "original_message": envelope}))
+    let original_message = serde_json::from_slice(envelope).expect("it was parsed when it was accepted");
+    object(&FailedJob { status: "error", error: message, original_message })
+}
+
+/// Written as it stands: turned into a `Value`, the envelope would be parsed again, and what JSON allows and `Value` doesn't
+/// hold (`1e999`) would fail here.
+#[derive(Serialize)]
+struct FailedJob<'a> {
+    status: &'static str,
+    error: String,
+    original_message: &'a serde_json::value::RawValue,
 }
 
 /// An item's error in the place of its answer.
@@ -67,12 +77,12 @@ fn failed_item(failure: &Failure) -> Bytes {
 
 /// The answer with the caller's `meta` attached.
 #[must_use]
-pub fn with_meta(answer: &Bytes, meta: &serde_json::value::RawValue) -> Bytes {
+pub fn with_meta(answer: &[u8], meta: &[u8]) -> Bytes {
     let open = answer.strip_suffix(b"}").unwrap_or(answer);
-    let mut body = Vec::with_capacity(open.len() + meta.get().len() + 10);
+    let mut body = Vec::with_capacity(open.len() + meta.len() + 10);
     body.extend_from_slice(open);
     body.extend_from_slice(b",\"meta\":");
-    body.extend_from_slice(meta.get().as_bytes());
+    body.extend_from_slice(meta);
     body.push(b'}');
     body.into()
 }
@@ -89,6 +99,9 @@ pub fn error(job_error: &JobError) -> HttpResponse {
         JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
         JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
             StatusCode::UNPROCESSABLE_ENTITY
+        }
+        JobError::Failed(failure) if failure.kind == FailureKind::DeviceLost => {
+            StatusCode::SERVICE_UNAVAILABLE
         }
         JobError::Failed(_) | JobError::Lost => StatusCode::INTERNAL_SERVER_ERROR,
     };
@@ -187,6 +200,8 @@ mod tests {
             (JobError::BatchTimedOut(std::time::Duration::from_secs(1)), 504),
             (failure(FailureKind::Permanent), 500),
             (failure(FailureKind::Panicked), 500),
+            (failure(FailureKind::Transient), 500),
+            (failure(FailureKind::DeviceLost), 503),
             (failure(FailureKind::InvalidInput), 422),
             (JobError::Lost, 500),
         ];
@@ -198,9 +213,18 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_job_carries_its_envelope_to_the_letter() {
+        let message = failed_job(&JobError::Lost, br#"{"message": 1e999, "meta": {"s": "\ud800"}}"#);
+        let text = String::from_utf8_lossy(&message);
+        assert!(
+            text.ends_with(r#""original_message":{"message": 1e999, "meta": {"s": "\ud800"}}}"#),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn meta_is_attached_to_an_answer_of_any_size() {
-        let meta = serde_json::value::RawValue::from_string(r#"{"k":1}"#.into()).unwrap();
-        let answer = with_meta(&Bytes::from_static(br#"{"status":"success"}"#), &meta);
+        let answer = with_meta(br#"{"status":"success"}"#, br#"{"k":1}"#);
         assert_eq!(answer, br#"{"status":"success","meta":{"k":1}}"#.as_slice());
     }
 }

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     if let Some(Command::Preflight { file }) = cli.command {
         return preflight(&file);
     }
-    let config = config::load(&cli.config, env::vars()).map_err(anyhow::Error::new).and_then(|config| {
+    let config = config::load(&cli.config, environment()).map_err(anyhow::Error::new).and_then(|config| {
         telemetry::install_log(&config.server.log)
             .context("server.log is no list of levels such as \"info,modalkit=debug\"")?;
         Ok(config)
@@ -112,6 +112,11 @@ fn serve(config: Config) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// Variables that aren't UTF-8 name none of our keys.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
 fn signals() -> anyhow::Result<(Signal, Signal)> {
     let listen = |kind| signal(kind).context("can't listen for signals");
     Ok((listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?))
@@ -126,7 +131,8 @@ async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
 
 #[expect(clippy::print_stdout, reason = "the parent process reads the verdict from there")]
 fn preflight(file: &std::path::Path) -> ExitCode {
-    println!("{}", modalkit_loader::preflight::child(file));
+    // On a line of its own, whatever the library printed before.
+    println!("\n{}", modalkit_loader::preflight::child(file));
     ExitCode::SUCCESS
 }
 

@@ -79,7 +79,11 @@ fn send(level: LogLevel, target: &str, message: &dyn fmt::Display, fields: &str)
     }
     let message = message.to_string();
     // The thread may be ending: then its model's name is gone, and the line goes without it.
-    let model = MODEL.try_with(|model| model.borrow().clone()).unwrap_or_default();
+    let mut model = MODEL.try_with(|model| model.borrow().clone()).unwrap_or_default();
+    if model.is_empty() {
+        // A thread of the plugin's own, which serves no model in particular.
+        plugin().0.clone_into(&mut model);
+    }
     (host.log)(&LogRecord {
         level,
         model: model.as_str().into(),

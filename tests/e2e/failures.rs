@@ -112,6 +112,24 @@ fn a_model_whose_replicas_hang_is_given_up_and_comes_back_with_its_threads() {
 }
 
 #[test]
+fn each_batch_of_a_given_up_replica_has_its_own_end() {
+    let config =
+        "[app_settings.deployment_config]\nallow_concurrent_inputs = 2\nbatch_timeout_seconds = 0.5\n";
+    let host = Setup::new().plugin("puppet").config(config).ready();
+    let sleep = json!({"do": "sleep", "ms": 3000});
+    thread::scope(|scope| {
+        let first = scope.spawn(|| host.post("/predict_sync", &sleep).0);
+        wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
+        thread::sleep(Duration::from_millis(200));
+        let second = scope.spawn(|| host.post("/predict_sync", &sleep).0);
+        assert_eq!((first.join().unwrap(), second.join().unwrap()), (504, 504));
+    });
+    assert_eq!(host.metric(r#"modalkit_replicas_given_up_total{model="puppet"}"#), 1.0);
+    wait_until("it serves again", || host.post("/predict_sync", &json!({"value": 1})).0 == 200);
+    wait_until("both came back", || host.metric(r#"modalkit_replicas_stuck{model="puppet"}"#) == 0.0);
+}
+
+#[test]
 fn a_full_queue_is_429_and_an_answered_one_takes_more() {
     let host = Setup::new().plugin("puppet").config("[app_settings.batch_config]\nqueue_max = 2").ready();
     thread::scope(|scope| {
@@ -149,6 +167,7 @@ fn a_pipeline_that_does_not_load_says_why_and_is_tried_again() {
         .plugin("echo")
         .config("[model_settings.model_entries.puppet]\nneeds = \"weights.bin\"")
         .config("[model_settings.model_entries.loud]\nplugin = \"puppet\"\nload = \"panic\"")
+        .config("[model_settings.model_entries.asleep]\nplugin = \"puppet\"\nneeds = \"weights.bin\"\ndeployment_config = { min_replicas = 0 }")
         .config("[model_settings.model_entries.typo]\nplugin = \"puppet\"\nlaod = \"error\"")
         .start();
     let reason = |name: &str| {
@@ -162,6 +181,8 @@ fn a_pipeline_that_does_not_load_says_why_and_is_tried_again() {
     assert_eq!(status, 503, "{body}");
     wait_until("echo serves", || host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0 == 200);
     std::fs::write(host.volume().join("weights.bin"), "weights").unwrap();
-    wait_until("it is tried again", || ask(&host, &json!({"value": 3})).0 == 200);
-    assert!(host.started.elapsed() > Duration::ZERO);
+    for name in ["puppet", "asleep"] {
+        let path = format!("/predict_sync?model_name={name}");
+        wait_until("it is tried again", || host.post(&path, &json!({"value": 3})).0 == 200);
+    }
 }

@@ -49,3 +49,22 @@ fn a_refused_file_that_is_replaced_by_a_fit_one_serves() {
     install(&library("puppet"), &host.volume().join("puppet.so"));
     wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);
 }
+
+#[test]
+fn a_file_with_the_name_of_a_model_that_uses_another_plugin_leaves_that_model_alone() {
+    let host =
+        Setup::new().plugin("echo").config("[model_settings.model_entries.speak]\nplugin = \"echo\"").ready();
+    install(&library("puppet"), &host.volume().join("speak.so"));
+    assert_eq!(host.log_line("the name of a model that uses another plugin")["uses"], "echo");
+    assert_eq!(host.post("/predict_sync?model_name=speak", &json!({"text": "a"})).1["translated_text"], "A");
+    assert_eq!(host.get("/readyz").0, 200);
+}
+
+#[test]
+fn a_file_that_vanishes_before_it_settled_does_not_keep_the_host_from_being_ready() {
+    let setup = Setup::new().plugin("echo").config("[server]\nsettle_ms = 1000");
+    fs::write(setup.volume().join("passing.so"), "half").unwrap();
+    let host = setup.start();
+    fs::remove_file(host.volume().join("passing.so")).unwrap();
+    wait_until("it is ready", || host.get("/readyz").0 == 200);
+}

@@ -5,7 +5,7 @@ use std::{
     process::Command,
 };
 
-use modalkit_tests::{Host, PATIENCE, Setup, wait_until};
+use modalkit_tests::{Host, Setup, wait_until};
 use serde_json::{Value, json};
 
 fn echo() -> Host {
@@ -90,6 +90,15 @@ fn an_asynchronous_job_can_be_asked_for_until_it_is_done() {
     assert_eq!(job["state"], "failed");
     assert_eq!(job["result"]["error"], "Internal Server Error. Error log: told to fail this item");
     assert_eq!(job["result"]["original_message"], envelope);
+    // A number that JSON allows and no float holds is passed over, and comes back as it was written.
+    let mut stream = host.connect();
+    let body = r#"{"message": {"do": "fail"}, "meta": {"huge": 1e999}}"#;
+    write!(stream, "POST /predict_async HTTP/1.0\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut accepted = String::new();
+    stream.read_to_string(&mut accepted).unwrap();
+    let id = accepted.split("\"job_id\":\"").nth(1).expect(&accepted).split('"').next().unwrap();
+    wait_until("the job is done", || host.text(&format!("/jobs/{id}")).contains("\"state\":\"failed\""));
+    assert!(host.text(&format!("/jobs/{id}")).contains(r#""huge": 1e999"#));
 }
 
 #[test]
@@ -106,13 +115,10 @@ fn an_envelope_is_taken_as_it_is_written_or_not_at_all() {
         refused(json!({"message": {}, "success_queue": "q"}))["loc"],
         json!(["body", "success_queue"])
     );
-    assert!(
-        refused(json!({"message": {}, "queue": "q"}))["msg"]
-            .as_str()
-            .unwrap()
-            .contains("unknown field `queue`")
-    );
-    assert!(refused(json!({"value": 1}))["msg"].as_str().unwrap().contains("value"));
+    let unknown = refused(json!({"message": {}, "queue": "q"}));
+    assert_eq!((&unknown["loc"], &unknown["type"]), (&json!(["body", "queue"]), &json!("extra_forbidden")));
+    let missing = refused(json!({"meta": {}}));
+    assert_eq!((&missing["loc"], &missing["type"]), (&json!(["body", "message"]), &json!("missing")));
     assert_eq!(host.get("/jobs/nonsense").0, 404);
 }
 
@@ -278,5 +284,4 @@ fn a_deadline_passes_as_504_and_leaves_nothing_in_the_queue() {
     assert_eq!(host.metric(r#"modalkit_batch_size_items_sum{model="puppet"}"#), 2.0);
     let (status, body) = host.post_with("/predict_sync", &json!({}), &[("x-request-timeout-ms", "soon")]);
     assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["header", "x-request-timeout-ms"])));
-    assert!(host.started.elapsed() < PATIENCE);
 }

@@ -128,7 +128,6 @@ impl Setup {
     /// Where it doesn't.
     #[must_use]
     pub fn start(self) -> Host {
-        let started = Instant::now();
         let mut child =
             self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -141,14 +140,8 @@ impl Setup {
                 }
             }
         });
-        let mut host = Host {
-            address: ([127, 0, 0, 1], 0).into(),
-            started,
-            child,
-            log,
-            reader: Some(reader),
-            setup: self,
-        };
+        let mut host =
+            Host { address: ([127, 0, 0, 1], 0).into(), child, log, reader: Some(reader), setup: self };
         let line = host.log_line("listening");
         let address = line["address"].as_str().expect("the line says where").parse();
         host.address = address.expect("an address");
@@ -213,8 +206,6 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
 pub struct Host {
     /// Where it listens.
     pub address: SocketAddr,
-    /// When it was started.
-    pub started: Instant,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
     reader: Option<JoinHandle<()>>,

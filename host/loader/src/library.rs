@@ -14,7 +14,7 @@ use modalkit_abi::{
 
 use crate::{Failure, Instance, Item, OpenError, Rejection, Staged};
 
-/// Takes lines that plugins log: level, model (empty where none), target, message, fields.
+/// Takes lines that plugins log: level, model (else plugin), target, message, fields.
 pub type LogSink = fn(LogLevel, &str, &str, &str, &str);
 
 static LOG_SINK: OnceLock<LogSink> = OnceLock::new();
@@ -220,5 +220,48 @@ extern "C" fn forward(record: &LogRecord<'_>) {
             record.message.as_str(),
             record.fields.as_str(),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use modalkit_abi::{
+        StaticStr,
+        abi_stable::library::{CheckTypeLayout, RootModuleResult},
+    };
+
+    use super::*;
+
+    extern "C" fn never_called() -> RootModuleResult {
+        unreachable!("a refused plugin is not asked for its functions")
+    }
+
+    // SAFETY: the constructor returns nothing at all.
+    static HEADER: LibHeader =
+        unsafe { LibHeader::from_constructor::<PluginModuleRef>(never_called, CheckTypeLayout::Yes) };
+
+    fn handshake() -> Handshake {
+        Handshake {
+            magic: MAGIC,
+            abi_version: ABI_VERSION,
+            panic_aborts: 0,
+            sdk_version: StaticStr::new("7.8.9"),
+            rustc_version: StaticStr::new("rustc 1.2.3"),
+            header: &HEADER,
+        }
+    }
+
+    #[test]
+    fn a_handshake_is_refused_for_what_it_says_before_anything_is_called() {
+        assert!(check(&handshake()).is_ok());
+        let text = |handshake: &Handshake| check(handshake).unwrap_err().to_string();
+        let older = text(&Handshake { abi_version: 99, ..handshake() });
+        assert!(
+            older.contains("plugin ABI 99 (SDK 7.8.9, rustc 1.2.3)") && older.contains("rebuild it"),
+            "{older}"
+        );
+        let aborts = text(&Handshake { panic_aborts: 1, ..handshake() });
+        assert!(aborts.contains("panic = \"abort\"") && aborts.contains("\"unwind\""), "{aborts}");
+        assert!(text(&Handshake { magic: [0; 16], ..handshake() }).contains("exports no modalkit plugin"));
     }
 }

@@ -24,6 +24,9 @@ enum Verdict {
     Refused(String),
 }
 
+/// What a library prints while it is opened is read up to this; a child that prints more is killed at the limit.
+const SAID_BYTES_MAX: u64 = 1 << 20;
+
 /// How to start the child.
 #[derive(Clone, Debug)]
 pub struct Preflight<'a> {
@@ -52,25 +55,32 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
     let mut stdout = child.stdout.take().expect("stdout was asked to be piped");
     let (sender, receiver) = mpsc::sync_channel(1);
     // The pipe ends with the child, killed or not, and this thread with the pipe.
-    thread::spawn(move || {
-        let mut line = String::new();
-        let read = stdout.read_to_string(&mut line);
+    let read = move || {
+        let mut said = Vec::new();
+        let read = stdout.by_ref().take(SAID_BYTES_MAX).read_to_end(&mut said);
         // The receiver is gone when the limit has passed.
-        let _ = sender.send(read.map(|_| line));
-    });
-    let Ok(line) = receiver.recv_timeout(how.limit) else {
+        let _ = sender.send(read.map(|_| String::from_utf8_lossy(&said).into_owned()));
+    };
+    if let Err(source) = thread::Builder::new().name("preflight".into()).spawn(read) {
+        // It may have ended already.
+        let _ = child.kill();
+        child.wait().map_err(failed)?;
+        return Err(failed(source));
+    }
+    let Ok(said) = receiver.recv_timeout(how.limit) else {
         // It may have ended between the limit and now; the verdict is the same.
         let _ = child.kill();
         child.wait().map_err(failed)?;
         return Err(LoadError::Hung { limit: how.limit });
     };
     let status = child.wait().map_err(failed)?;
-    // The library may have printed something before.
-    let line = line.map_err(failed)?;
-    match serde_json::from_str(line.lines().next_back().unwrap_or_default()) {
-        Ok(Verdict::Fit) if status.success() => Ok(()),
-        Ok(Verdict::Refused(reason)) => Err(LoadError::Refused(reason)),
-        Ok(Verdict::Fit) | Err(_) => Err(LoadError::Crashed { how: describe(status) }),
+    // The library may have printed something before it, or after it when the process ended.
+    let said = said.map_err(failed)?;
+    let verdict = said.lines().rev().find_map(|line| serde_json::from_str(line).ok());
+    match verdict {
+        Some(Verdict::Fit) if status.success() => Ok(()),
+        Some(Verdict::Refused(reason)) => Err(LoadError::Refused(reason)),
+        Some(Verdict::Fit) | None => Err(LoadError::Crashed { how: describe(status) }),
     }
 }
 

@@ -9,8 +9,6 @@ use super::{ConfigError, raw::Raw};
 /// Variables start with this; the keys of a path are joined by two underscores.
 const PREFIX: &str = "MODALKIT_";
 const SEPARATOR: &str = "__";
-/// The variables with the prefix that name no key.
-const NOT_KEYS: [&str; 1] = ["MODALKIT_CONFIG"];
 
 pub(super) fn merge(
     files: &[PathBuf],
@@ -26,8 +24,7 @@ pub(super) fn merge(
             toml::from_str(&text).map_err(|error| ConfigError::Malformed { path: path.clone(), error })?;
         overlay(&mut whole, table);
     }
-    let variables = from_environment(environment, &whole)?;
-    overlay(&mut whole, variables);
+    from_environment(environment, &mut whole)?;
     // The files were fine by themselves, so what is wrong now came with the environment.
     whole.try_into().map_err(ConfigError::Environment)
 }
@@ -41,42 +38,42 @@ fn overlay(base: &mut Table, over: Table) {
     }
 }
 
-/// Keys are matched without regard to case: against the names in the files where there are some, else in lower case.
+/// Puts each variable's value in its place. A map replaces what the files say there; a longer path changes one key of it.
+/// Names are matched without regard to case: against the keys that are there, else in lower case.
 fn from_environment(
     environment: impl IntoIterator<Item = (String, String)>,
-    files: &Table,
-) -> Result<Table, ConfigError> {
-    let mut variables: Vec<_> = environment
-        .into_iter()
-        .filter(|(name, _)| {
-            name.starts_with(PREFIX) && name.contains(SEPARATOR) && !NOT_KEYS.contains(&name.as_str())
-        })
-        .collect();
-    // Shorter paths first: a whole map, then single keys over it.
+    whole: &mut Table,
+) -> Result<(), ConfigError> {
+    let mut variables: Vec<_> = environment.into_iter().filter(|(name, _)| names_a_key(name)).collect();
+    // Shorter paths first: a whole map, then single keys of it.
     variables.sort_by_key(|(name, _)| (name.matches(SEPARATOR).count(), name.clone()));
-    let mut whole = Table::new();
     for (name, value) in variables {
         let path: Vec<&str> = name[PREFIX.len()..].split(SEPARATOR).collect();
         let Some((last, parents)) = path.split_last() else { continue };
-        let mut known = Some(files);
-        let mut table = &mut whole;
+        let mut table = &mut *whole;
         for parent in parents {
-            let key = spelled_as_in(known, parent);
-            known = known.and_then(|table| table.get(&key)).and_then(Value::as_table);
-            let below = table.entry(&key).or_insert_with(|| Table::new().into());
-            table = below
-                .as_table_mut()
-                .ok_or_else(|| ConfigError::Nested { name: name.clone(), parent: (*parent).to_owned() })?;
+            let key = spelled_as_in(table, parent);
+            table =
+                table.entry(key).or_insert_with(|| Table::new().into()).as_table_mut().ok_or_else(|| {
+                    ConfigError::Nested { name: name.clone(), parent: (*parent).to_owned() }
+                })?;
         }
-        table.insert(spelled_as_in(known, last), parse(&value));
+        table.insert(spelled_as_in(table, last), parse(&value));
     }
-    Ok(whole)
+    Ok(())
 }
 
-fn spelled_as_in(known: Option<&Table>, key: &str) -> String {
-    known
-        .and_then(|table| table.keys().find(|known| known.eq_ignore_ascii_case(key)))
-        .map_or_else(|| key.to_ascii_lowercase(), Clone::clone)
+fn names_a_key(name: &str) -> bool {
+    let prefixed = name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX));
+    prefixed && name.contains(SEPARATOR)
+}
+
+fn spelled_as_in(table: &Table, key: &str) -> String {
+    table
+        .keys()
+        .find(|known| known.eq_ignore_ascii_case(key))
+        .cloned()
+        .unwrap_or_else(|| key.to_ascii_lowercase())
 }
 
 /// Numbers, booleans, lists and maps are written as JSON; anything else is a string, and so is JSON in quotes.
@@ -128,6 +125,17 @@ mod tests {
         assert_eq!(entries["Digits"].settings["top_k"].as_integer(), Some(3));
         let volumes = raw.app_settings.unwrap().deployment_config.unwrap().volumes.unwrap();
         assert_eq!(volumes["/mnt/a"], "a");
+    }
+
+    #[test]
+    fn a_map_in_the_environment_replaces_the_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.toml");
+        fs::write(&file, "[app_settings.deployment_config.volumes]\n\"/mnt/a\" = \"a\"\n").unwrap();
+        let name = "modalkit_app_settings__deployment_config__volumes";
+        let raw = merge(&[file], variables(&[(name, r#"{"/mnt/b": "b"}"#)])).unwrap();
+        let volumes = raw.app_settings.unwrap().deployment_config.unwrap().volumes.unwrap();
+        assert_eq!(volumes.keys().collect::<Vec<_>>(), ["/mnt/b"]);
     }
 
     #[test]

@@ -75,7 +75,7 @@ impl Listener {
 
     /// Accepts connections until `shutdown` turns true, and closes the port then. Open connections end with the request
     /// they are in; their threads live on in the value that is returned.
-    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> impl Send {
+    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> (Vec<IoThread>, Connections) {
         let Self { listener, threads, context } = self;
         let places = Arc::new(Semaphore::new(context.server.connections_max));
         for thread in threads.iter().cycle() {
@@ -104,7 +104,22 @@ impl Listener {
                 }
             }
         }
-        threads
+        (threads, Connections { places, connections_max: context.server.connections_max })
+    }
+}
+
+/// The connections that are open still.
+pub struct Connections {
+    places: Arc<Semaphore>,
+    connections_max: usize,
+}
+
+impl Connections {
+    /// Waits for the last one's end.
+    pub async fn closed(&self) {
+        let all = u32::try_from(self.connections_max).expect("the configuration's limit is lower");
+        // The semaphore is never closed, so this ends with every place taken.
+        let _ = self.places.acquire_many(all).await;
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::{
 use crate::{dispatch::Queue, job::Mailbox};
 
 /// A running thread. Dropped, it ends with all of its connections.
-pub(super) struct IoThread {
+pub struct IoThread {
     pub(super) runtime: Handle,
     pub(super) post: Arc<Post>,
     _stop: oneshot::Sender<()>,
@@ -23,7 +23,7 @@ pub(super) struct IoThread {
 pub(super) struct Post {
     /// Replies that come in.
     pub(super) mailbox: Arc<Mailbox>,
-    /// Queues whose lanes are to be woken.
+    /// Queues whose lanes are to be woken: each model's at most once.
     wakes: Mutex<Vec<Arc<Queue>>>,
     pending: Notify,
 }
@@ -32,8 +32,11 @@ impl Post {
     /// Wakes a lane of this queue after every request that is ready on this thread now. The runtime runs its tasks first
     /// in, first out, so the task that this wakes comes behind them.
     pub(super) fn wake_soon(&self, queue: &Arc<Queue>) {
-        self.wakes.lock().push(Arc::clone(queue));
-        self.pending.notify_one();
+        let mut wakes = self.wakes.lock();
+        if !wakes.iter().any(|known| Arc::ptr_eq(known, queue)) {
+            wakes.push(Arc::clone(queue));
+            self.pending.notify_one();
+        }
     }
 
     async fn wake_lanes(&self) {

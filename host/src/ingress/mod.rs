@@ -3,6 +3,7 @@
 
 mod body;
 mod connection;
+mod envelope;
 mod io_threads;
 mod predict;
 mod request;
@@ -34,7 +35,7 @@ pub struct Context {
     /// Where large inputs are parsed.
     blocking: Handle,
     /// Large inputs that are parsed at once: as many as there are cores.
-    decoding: Semaphore,
+    decoding: Arc<Semaphore>,
 }
 
 impl Context {
@@ -56,7 +57,7 @@ impl Context {
             metrics,
             ids: RequestIds::new(),
             blocking: Handle::current(),
-            decoding: Semaphore::new(cores),
+            decoding: Arc::new(Semaphore::new(cores)),
         })
     }
 }

@@ -5,15 +5,18 @@ use std::{pin::pin, sync::Arc, time::Instant};
 use bytes::Bytes;
 use hyper::{Request, StatusCode, body::Incoming};
 use modalkit_batch::JobId;
-use modalkit_loader::Item;
-use serde::Deserialize;
-use serde_json::{json, value::RawValue};
+use serde_json::json;
 
-use super::{Context, body, connection::Peer, request};
+use super::{
+    Context, body,
+    connection::Peer,
+    envelope::{Opened, decode_list},
+    request,
+};
 use crate::{
-    dispatch::{self, Queued},
+    dispatch::Queued,
     egress::{self, HttpResponse},
-    job::{Deadline, Detail, Job, JobError, Location, PendingReply, Reply, RequestId, reply},
+    job::{Deadline, Job, JobError, Location, RequestId, reply},
     jobs::Finished,
     pipeline::{Generation, Model},
 };
@@ -21,11 +24,12 @@ use crate::{
 /// `POST /predict_sync`: one bare input, one answer.
 pub(super) async fn sync(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, http, id, async |call: Call<'_>| {
-        let item = decode(&peer.context, &call.generation, call.input.clone()).await?;
+        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
+        let item = examine(peer, call.input.len(), move || generation.decode(&input)).await?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
         let job = Job { request_id: id.clone(), input: call.input, item: Some(item), reply: handle };
         let ticket = Ticket::queue(peer, call.model, call.model.queue.push([job], Some(call.deadline))?, 1);
-        let answer = within(peer, call.deadline, pending.wait()).await?;
+        let answer = pending.wait().await;
         ticket.done();
         answer.map(|body| egress::reply(Ok(body)))
     })
@@ -37,29 +41,28 @@ pub(super) async fn sync(peer: &Peer, http: Request<Incoming>, id: &RequestId) -
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
 pub(super) async fn batch(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, http, id, async |call: Call<'_>| {
-        let inputs: Vec<&RawValue> = parse(&call.input)?;
         let queue_max = call.model.spec.batch.queue_max;
-        if inputs.len() > queue_max {
-            return Err(dispatch::too_many(inputs.len(), queue_max));
+        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
+        let items =
+            examine(peer, call.input.len(), move || decode_list(&generation, &input, queue_max)).await?;
+        if items.is_empty() {
+            return Ok(egress::replies(Vec::new()));
         }
-        let mut jobs = Vec::with_capacity(inputs.len());
-        let mut pending = Vec::with_capacity(inputs.len());
-        for (index, input) in inputs.into_iter().enumerate() {
-            let input = call.input.slice_ref(input.get().as_bytes());
-            let item = decode(&peer.context, &call.generation, input.clone())
-                .await
-                .map_err(|error| behind(error, &[Location::Index(index as u64)]))?;
+        let count = items.len();
+        let (mut jobs, mut pending) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for (input, item) in items {
             let (handle, answer) = reply(&peer.post.mailbox);
             jobs.push(Job { request_id: id.clone(), input, item: Some(item), reply: handle });
             pending.push(answer);
         }
-        if jobs.is_empty() {
-            return Ok(egress::replies(Vec::new()));
-        }
-        let count = jobs.len();
         let queued = call.model.queue.push_all(jobs.into_iter(), Some(call.deadline))?;
         let ticket = Ticket::queue(peer, call.model, queued, count);
-        let answers = within(peer, call.deadline, all(pending)).await?;
+        let mut answers = Vec::with_capacity(count);
+        for (index, mut answer) in pending.into_iter().enumerate() {
+            // An item that no instance could validate before it was queued may turn out to be invalid here.
+            answers
+                .push(answer.wait().await.map_err(|error| behind(error, &[Location::Index(index as u64)])));
+        }
         ticket.done();
         Ok(egress::replies(answers))
     })
@@ -68,45 +71,27 @@ pub(super) async fn batch(peer: &Peer, http: Request<Incoming>, id: &RequestId) 
     response
 }
 
-/// What `/predict_async` takes, and nothing else.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Envelope<'a> {
-    #[serde(borrow)]
-    message: &'a RawValue,
-    #[serde(default)]
-    success_queue: String,
-    #[serde(default)]
-    failure_queue: String,
-    #[serde(borrow, default)]
-    meta: Option<&'a RawValue>,
-}
-
-/// `POST /predict_async`: a wrapped input, the id of its job.
+/// `POST /predict_async`: a wrapped input, the id of its job. The request's deadline is for the acceptance; the job itself
+/// has none.
 pub(super) async fn asynchronous(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, http, id, async |call: Call<'_>| {
-        let envelope: Envelope<'_> = parse(&call.input)?;
-        check(&envelope)?;
-        let input = call.input.slice_ref(envelope.message.get().as_bytes());
-        let item = decode(&peer.context, &call.generation, input.clone())
-            .await
-            .map_err(|error| behind(error, &["message".into()]))?;
+        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
+        let opened = examine(peer, call.input.len(), move || Opened::decode(&generation, &input)).await?;
         let job_id = peer.context.jobs.accept(&call.model.spec.name)?;
-        let (handle, pending) = reply(&peer.post.mailbox);
-        let job = Job { request_id: id.clone(), input, item: Some(item), reply: handle };
+        let (handle, mut pending) = reply(&peer.post.mailbox);
+        let job =
+            Job { request_id: id.clone(), input: opened.message, item: Some(opened.item), reply: handle };
         let queued =
             call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
         // Nobody waits on this connection, so there is nobody who could leave.
         Ticket::queue(peer, call.model, queued, 1).done();
-        let meta = envelope.meta.map(ToOwned::to_owned);
-        let whole: Box<RawValue> = parse(&call.input)?;
         let (jobs, permit) = (Arc::clone(&peer.context.jobs), peer.context.gate.job());
+        let (envelope, meta) = (call.input, opened.meta);
         tokio::spawn(async move {
-            let mut pending = pending;
             let finished = match (pending.wait().await, meta) {
                 (Ok(answer), Some(meta)) => Finished::Succeeded(egress::with_meta(&answer, &meta)),
                 (Ok(answer), None) => Finished::Succeeded(answer),
-                (Err(error), _) => Finished::Failed(egress::failed_job(&error, &whole)),
+                (Err(error), _) => Finished::Failed(egress::failed_job(&error, &envelope)),
             };
             jobs.finish(job_id, finished);
             drop(permit);
@@ -148,15 +133,15 @@ async fn run(
         Ok(deadline) => deadline,
         Err(error) => return (Some(model), egress::error(&error)),
     };
-    let input = match body::read(http.into_body(), &context.server).await {
-        Ok(input) => input,
-        Err(error) => return (Some(model), error.into_response()),
+    let work = async {
+        let input = match body::read(http.into_body(), &context.server).await {
+            Ok(input) => input,
+            Err(error) => return Ok(error.into_response()),
+        };
+        let generation = model.serving()?;
+        answer(Call { model: &model, generation, input, deadline }).await
     };
-    let answered = match model.serving() {
-        Ok(generation) => answer(Call { model: &model, generation, input, deadline }).await,
-        Err(error) => Err(error),
-    };
-    let response = answered.unwrap_or_else(|error| {
+    let response = within(peer, deadline, work).await.unwrap_or_else(|error| {
         if matches!(error, JobError::Lost) {
             tracing::error!(model = model.spec.name, request_id = %id, "a job was lost inside the host");
         }
@@ -165,31 +150,36 @@ async fn run(
     (Some(model), response)
 }
 
-/// Small inputs are parsed here and now; large ones on the blocking pool, as many at once as there are cores.
-async fn decode(context: &Context, generation: &Arc<Generation>, input: Bytes) -> Result<Item, JobError> {
-    if input.len() <= context.server.decode_inline_bytes_max {
-        return generation.decode(&input);
+/// Looks at a body: a small one here and now, a large one on the blocking pool, as many at once as there are cores. The turn
+/// belongs to the work and not to the caller, who may leave before it is done.
+async fn examine<T: Send + 'static>(
+    peer: &Peer,
+    bytes: usize,
+    work: impl FnOnce() -> Result<T, JobError> + Send + 'static,
+) -> Result<T, JobError> {
+    let context = &*peer.context;
+    if bytes <= context.server.decode_inline_bytes_max {
+        return work();
     }
-    let _turn = context.decoding.acquire().await.map_err(|_| JobError::Lost)?;
-    let generation = Arc::clone(generation);
-    context.blocking.spawn_blocking(move || generation.decode(&input)).await.map_err(|_| JobError::Lost)?
+    let turn = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
+    let work = move || {
+        let _turn = turn;
+        work()
+    };
+    context.blocking.spawn_blocking(work).await.map_err(|_| JobError::Lost)?
 }
 
-async fn within<T>(peer: &Peer, deadline: Deadline, work: impl Future<Output = T>) -> Result<T, JobError> {
+async fn within<T>(
+    peer: &Peer,
+    deadline: Deadline,
+    work: impl Future<Output = Result<T, JobError>>,
+) -> Result<T, JobError> {
     let (mut work, mut limit) = (pin!(work), pin!(peer.timer.limit(deadline.0)));
     tokio::select! {
         biased;
-        done = &mut work => Ok(done),
+        done = &mut work => done,
         () = &mut limit => Err(JobError::DeadlinePassed),
     }
-}
-
-async fn all(pending: Vec<PendingReply>) -> Vec<Reply> {
-    let mut replies = Vec::with_capacity(pending.len());
-    for mut reply in pending {
-        replies.push(reply.wait().await);
-    }
-    replies
 }
 
 /// Jobs in a queue on behalf of a caller. A caller that leaves, by hanging up or by its deadline, takes them along.
@@ -219,43 +209,8 @@ impl Drop for Ticket<'_> {
     }
 }
 
-fn parse<'de, T: Deserialize<'de>>(input: &'de [u8]) -> Result<T, JobError> {
-    serde_json::from_slice(input).map_err(|error| {
-        let detail = match error.classify() {
-            serde_json::error::Category::Data => {
-                Detail { loc: vec!["body".into()], msg: error.to_string(), kind: "value_error" }
-            }
-            _ => Detail::not_json(&error),
-        };
-        JobError::Invalid(vec![detail])
-    })
-}
-
-fn check(envelope: &Envelope<'_>) -> Result<(), JobError> {
-    let mut details = Vec::new();
-    for (name, queue) in
-        [("success_queue", &envelope.success_queue), ("failure_queue", &envelope.failure_queue)]
-    {
-        if !queue.is_empty() {
-            details.push(Detail {
-                loc: vec!["body".into(), name.into()],
-                msg: format!("expected an empty string, found {queue:?}: this host delivers to no queue; leave it out and ask GET /jobs/{{job_id}}"),
-                kind: "value_error",
-            });
-        }
-    }
-    if envelope.meta.is_some_and(|meta| !meta.get().starts_with('{')) {
-        details.push(Detail {
-            loc: vec!["body".into(), "meta".into()],
-            msg: "expected an object".into(),
-            kind: "dict_type",
-        });
-    }
-    if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
-}
-
 /// The same error, its places behind these steps.
-fn behind(error: JobError, steps: &[Location]) -> JobError {
+pub(super) fn behind(error: JobError, steps: &[Location]) -> JobError {
     match error {
         JobError::Invalid(details) => {
             JobError::Invalid(details.into_iter().map(|detail| detail.inside(steps)).collect())

@@ -13,11 +13,13 @@ const DETAILS_MAX: usize = 16;
 const FOUND_CHARS_MAX: usize = 80;
 
 impl Detail {
-    /// The body isn't JSON.
+    /// The body isn't JSON, from this byte on.
     #[must_use]
-    pub fn not_json(error: &serde_json::Error) -> Self {
+    pub fn not_json(body: &[u8], error: &serde_json::Error) -> Self {
+        let lines = body.split_inclusive(|byte| *byte == b'\n').take(error.line().saturating_sub(1));
+        let offset = lines.map(<[u8]>::len).sum::<usize>() + error.column().saturating_sub(1);
         Self {
-            loc: vec!["body".into(), Location::Index(error.column() as u64)],
+            loc: vec!["body".into(), Location::Index(offset as u64)],
             msg: format!("the body is not valid JSON: {error}"),
             kind: "json_invalid",
         }
@@ -42,17 +44,18 @@ impl Detail {
     }
 }
 
-/// Why bytes that serde refused are not the input: everything the schema finds, or else what serde said.
-pub(super) fn malformed(schema: Option<&Validator>, input: &[u8], said: &str) -> Vec<Detail> {
+/// Why bytes that serde refused are not what was expected: everything the schema finds, or else what serde said.
+#[must_use]
+pub fn malformed(schema: Option<&Validator>, input: &[u8], said: &str) -> Vec<Detail> {
     let value: Value = match serde_json::from_slice(input) {
         Ok(value) => value,
-        Err(error) => return vec![Detail::not_json(&error)],
+        Err(error) => return vec![Detail::not_json(input, &error)],
     };
     let found: Vec<Detail> = schema
         .into_iter()
         .flat_map(|schema| schema.iter_errors(&value))
+        .flat_map(|error| details(&error))
         .take(DETAILS_MAX)
-        .map(|error| detail(&error))
         .collect();
     if found.is_empty() {
         // The schema is looser than the type: a custom `Deserialize`, say.
@@ -61,7 +64,7 @@ pub(super) fn malformed(schema: Option<&Validator>, input: &[u8], said: &str) ->
     found
 }
 
-fn detail(error: &ValidationError<'_>) -> Detail {
+fn details(error: &ValidationError<'_>) -> Vec<Detail> {
     let mut loc: Vec<Location> = vec!["body".into()];
     loc.extend(error.instance_path().iter().map(|step| match step {
         LocationSegment::Property(name) => Location::Key(name.to_string()),
@@ -74,18 +77,16 @@ fn detail(error: &ValidationError<'_>) -> Detail {
             ("missing", format!("field required: `{name}`"))
         }
         ValidationErrorKind::AdditionalProperties { unexpected } => {
-            ("extra_forbidden", format!("unknown fields: {}", unexpected.join(", ")))
+            return unexpected.iter().take(DETAILS_MAX).map(|name| extra(&loc, name)).collect();
         }
         ValidationErrorKind::Type { kind } => {
             let expected = type_names(kind);
             (type_kind(&expected), format!("expected {expected}, found {}", found(error.instance())))
         }
-        ValidationErrorKind::Minimum { .. } | ValidationErrorKind::ExclusiveMinimum { .. } => {
-            ("greater_than_equal", shortened(error))
-        }
-        ValidationErrorKind::Maximum { .. } | ValidationErrorKind::ExclusiveMaximum { .. } => {
-            ("less_than_equal", shortened(error))
-        }
+        ValidationErrorKind::Minimum { .. } => ("greater_than_equal", shortened(error)),
+        ValidationErrorKind::ExclusiveMinimum { .. } => ("greater_than", shortened(error)),
+        ValidationErrorKind::Maximum { .. } => ("less_than_equal", shortened(error)),
+        ValidationErrorKind::ExclusiveMaximum { .. } => ("less_than", shortened(error)),
         ValidationErrorKind::MinItems { .. } | ValidationErrorKind::MinLength { .. } => {
             ("too_short", shortened(error))
         }
@@ -97,7 +98,12 @@ fn detail(error: &ValidationError<'_>) -> Detail {
         }
         _ => ("value_error", shortened(error)),
     };
-    Detail { loc, msg, kind }
+    vec![Detail { loc, msg, kind }]
+}
+
+fn extra(parent: &[Location], name: &str) -> Detail {
+    let loc = parent.iter().cloned().chain([Location::Key(cut(name))]).collect();
+    Detail { loc, msg: format!("unknown field: `{}`", cut(name)), kind: "extra_forbidden" }
 }
 
 fn type_names(kind: &jsonschema::error::TypeKind) -> String {
@@ -178,10 +184,10 @@ mod tests {
         assert_eq!(explain(r#"{"text": "a"}"#), [(r#"["body","top_k"]"#.to_owned(), "missing")]);
         assert_eq!(
             explain(r#"{"text": "a", "top_k": 1, "x": 1}"#),
-            [(r#"["body"]"#.to_owned(), "extra_forbidden")]
+            [(r#"["body","x"]"#.to_owned(), "extra_forbidden")]
         );
         assert_eq!(explain("[]"), [(r#"["body"]"#.to_owned(), "dict_type")]);
-        assert_eq!(explain("{\"text\"")[0].1, "json_invalid");
+        assert_eq!(explain("{\"text\": 1,\n x}"), [(r#"["body",13]"#.to_owned(), "json_invalid")]);
     }
 
     #[test]

@@ -38,6 +38,8 @@ struct Loop {
     around: Arc<Surroundings>,
     replicas: Vec<Arc<Replica>>,
     leaving: Vec<Arc<Replica>>,
+    /// Replicas with a batch that overran; their other lanes may still run one.
+    given_up: Vec<Arc<Replica>>,
     starting: usize,
     stuck: usize,
     started_ever: u64,
@@ -68,6 +70,7 @@ impl Fleet {
             around,
             replicas: Vec::new(),
             leaving: Vec::new(),
+            given_up: Vec::new(),
             starting: 0,
             stuck: 0,
             started_ever: 0,
@@ -103,7 +106,9 @@ impl Loop {
         }
         self.model.queue.drain();
         self.retire_all();
-        while self.leaving.iter().any(|replica| !replica.has_left()) {
+        while self.leaving.iter().any(|replica| !replica.has_left())
+            || self.given_up.iter().any(|replica| replica.is_running())
+        {
             tokio::select! {
                 Some(event) = events.recv() => {
                     self.on_event(event);
@@ -157,11 +162,13 @@ impl Loop {
         keep(&mut self.short_since, now, load.queued >= batch && load.free_lanes == 0);
         keep(&mut self.spare_since, now, load.spare_lanes >= lanes);
         let since = |moment: Option<Instant>| moment.map_or(Duration::ZERO, |moment| now - moment);
+        // A model that takes no jobs can't be woken by one: it is brought back as if one waited.
+        let refuses = self.model.serving().is_err();
         let seen = Seen {
             live: self.replicas.len(),
             starting: self.starting,
             stuck: self.stuck,
-            queued: load.queued,
+            queued: load.queued.max(usize::from(refuses)),
             short_for: since(self.short_since),
             spare_for: since(self.spare_since),
         };
@@ -235,41 +242,43 @@ impl Loop {
     fn give_up_overrun(&mut self) {
         let now = Instant::now();
         let limit = self.around.generation.spec.replicas.batch_timeout;
-        let given_up = |replica: &Arc<Replica>| {
-            let overrun = replica.give_up_overrun(now, limit);
-            if overrun > 0 {
-                replica.leave();
-            }
-            overrun
-        };
-        let before = self.stuck;
+        let mut overrun = 0;
+        let mut given_up = Vec::new();
         for replicas in [&mut self.replicas, &mut self.leaving] {
-            replicas.retain(|replica| {
-                let overrun = given_up(replica);
-                if overrun == 0 {
-                    return true;
+            replicas.retain(|replica| match replica.give_up_overrun(now, limit) {
+                0 => true,
+                lanes => {
+                    overrun += lanes;
+                    given_up.push(Arc::clone(replica));
+                    false
                 }
-                self.stuck += overrun;
-                self.model.metrics.timed_out.inc_by(overrun as u64);
-                self.model.metrics.replicas_given_up.inc();
-                tracing::error!(
-                    model = self.model.spec.name,
-                    replica = replica.number,
-                    ?limit,
-                    "a batch overran batch_timeout_seconds; its replica is given up and replaced"
-                );
-                false
             });
         }
-        if self.stuck == before {
+        overrun += self.given_up.iter().map(|replica| replica.give_up_overrun(now, limit)).sum::<usize>();
+        self.given_up.retain(|replica| replica.is_running());
+        if overrun == 0 {
             return;
         }
+        self.validate_with_first();
+        for replica in given_up {
+            tracing::error!(
+                model = self.model.spec.name,
+                replica = replica.number,
+                ?limit,
+                "a batch overran batch_timeout_seconds; its replica is given up and replaced"
+            );
+            self.model.metrics.replicas_given_up.inc();
+            replica.leave();
+            self.given_up.push(replica);
+        }
+        self.stuck += overrun;
+        self.model.metrics.timed_out.inc_by(overrun as u64);
         self.model.metrics.replicas_stuck.set(self.stuck as i64);
         self.on_replicas_changed();
         let bound = self.around.generation.spec.replicas.stuck_max;
         if self.stuck > bound && self.replicas.is_empty() && self.starting == 0 {
             let reason = format!(
-                "{} replicas hang in batches that overran batch_timeout_seconds, more than stuck_replicas_max ({bound}); no more are started: find out why the pipeline hangs and restart the host",
+                "{} threads hang in batches that overran batch_timeout_seconds, more than stuck_replicas_max ({bound}); no replica is started until some come back: find out why the pipeline hangs, or restart the host",
                 self.stuck
             );
             tracing::error!(model = self.model.spec.name, reason, "the model is stuck");

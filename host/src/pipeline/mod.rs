@@ -19,6 +19,7 @@ use crate::{
     telemetry::{Metrics, ModelMetrics},
 };
 
+pub use explain::malformed;
 pub use fleet::Fleet;
 pub use generation::Generation;
 
@@ -108,15 +109,19 @@ impl Model {
         let ready = status == Status::Ready;
         self.metrics.ready.set(i64::from(ready));
         self.status.store(Arc::new(status));
-        self.serving.store(generation.filter(|_| ready).cloned());
-        if !ready {
+        if ready {
+            // Open first: who finds a generation finds the queue open.
+            self.queue.open();
+            self.serving.store(generation.cloned());
+        } else {
+            self.serving.store(None);
             self.fail_waiting();
         }
     }
 
     /// Answers the jobs that nobody will run.
     fn fail_waiting(&self) {
-        for job in self.queue.clear() {
+        for job in self.queue.close() {
             job.reply
                 .send(Err(JobError::Unavailable(format!("the model {} stopped serving", self.spec.name))));
         }

@@ -53,7 +53,12 @@ struct Lane {
 /// the batch has overrun its time.
 struct Running {
     started: Instant,
-    replies: Vec<ReplyHandle>,
+    callers: Vec<Caller>,
+}
+
+struct Caller {
+    reply: ReplyHandle,
+    request_id: RequestId,
 }
 
 /// What a replica needs to run.
@@ -73,7 +78,7 @@ impl Replica {
         let name = thread_name(&around, number, 0);
         thread::Builder::new().name(name).spawn(move || match around.generation.instance() {
             Ok(instance) => Self::serve(number, &around, instance),
-            Err(failure) => around.tell(Event::Failed(failure)),
+            Err(failure) => drop(around.tell(Event::Failed(failure))),
         })?;
         Ok(())
     }
@@ -88,7 +93,10 @@ impl Replica {
             leave: AtomicBool::new(false),
             running_lanes: AtomicUsize::new(count),
         });
-        around.tell(Event::Started(Arc::clone(&replica)));
+        if !around.tell(Event::Started(Arc::clone(&replica))) {
+            // Its fleet has ended meanwhile: nobody would ever tell it to leave.
+            replica.leave();
+        }
         for index in 1..count {
             let (of_lane, around) = (Arc::clone(&replica), Arc::clone(around));
             let spawned = thread::Builder::new()
@@ -117,6 +125,11 @@ impl Replica {
         self.running_lanes.load(Ordering::SeqCst) == 0
     }
 
+    /// Whether a batch is running on any of its threads.
+    pub(super) fn is_running(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.running.lock().is_some())
+    }
+
     /// Answers the batches that have run longer than `limit`; says how many there were.
     pub(super) fn give_up_overrun(&self, now: Instant, limit: Duration) -> usize {
         let mut overrun = 0;
@@ -125,10 +138,10 @@ impl Replica {
             if running.as_ref().is_none_or(|batch| now.saturating_duration_since(batch.started) < limit) {
                 continue;
             }
-            let replies = running.take().map(|batch| batch.replies).unwrap_or_default();
+            let callers = running.take().map(|batch| batch.callers).unwrap_or_default();
             drop(running);
             overrun += 1;
-            replies.into_iter().for_each(|reply| reply.send(Err(JobError::BatchTimedOut(limit))));
+            callers.into_iter().for_each(|caller| caller.reply.send(Err(JobError::BatchTimedOut(limit))));
         }
         overrun
     }
@@ -160,52 +173,62 @@ impl Replica {
     }
 }
 
-/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
-    let (items, replies, ids) = prepare(instance, batch.jobs, around);
-    if items.is_empty() {
-        return true;
-    }
-    *lane.running.lock() = Some(Running { started: Instant::now(), replies });
-    let outcomes = stages(instance, items, &around.metrics);
-    let Some(Running { replies, .. }) = lane.running.lock().take() else { return false };
-    match outcomes {
-        Ok(outcomes) if outcomes.len() == replies.len() => {
-            for (reply, outcome) in replies.into_iter().zip(outcomes) {
-                reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
-            }
+impl Lane {
+    /// Answers the callers whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
+    fn refuse(&self, refused: Vec<(usize, JobError)>) -> bool {
+        let mut running = self.running.lock();
+        let Some(batch) = running.as_mut() else { return refused.is_empty() };
+        // From the back, so that the places in front stay what they are.
+        for (place, error) in refused.into_iter().rev() {
+            batch.callers.remove(place).reply.send(Err(error));
         }
-        Ok(outcomes) => fail(replies, &ids, around, wrong_count(ids.len(), outcomes.len())),
-        Err(failure) => fail(replies, &ids, around, failure),
+        true
     }
-    true
 }
 
-/// Makes items of jobs. A job whose caller has left is dropped; one that turns out to be invalid is answered.
-fn prepare(
-    instance: &Instance,
-    jobs: Vec<Waiting<Job>>,
-    around: &Surroundings,
-) -> (Vec<Item>, Vec<ReplyHandle>, Vec<RequestId>) {
-    let mut prepared =
-        (Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()), Vec::with_capacity(jobs.len()));
-    for Waiting { job, .. } in jobs {
+/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
+fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
+    let (mut callers, mut inputs) =
+        (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
+    for Waiting { job, .. } in batch.jobs {
         if job.reply.is_abandoned() {
             around.metrics.skipped_cancelled.inc();
             continue;
         }
-        match item_of(instance, job.item, &job.input, &around.generation) {
-            Ok(item) => {
-                prepared.0.push(item);
-                prepared.1.push(job.reply);
-                prepared.2.push(job.request_id);
-            }
-            Err(error) => job.reply.send(Err(error)),
+        callers.push(Caller { reply: job.reply, request_id: job.request_id });
+        inputs.push((job.input, job.item));
+    }
+    if callers.is_empty() {
+        return true;
+    }
+    // From here on plugin code runs, and the fleet watches the time.
+    *lane.running.lock() = Some(Running { started: Instant::now(), callers });
+    let (mut items, mut refused) = (Vec::with_capacity(inputs.len()), Vec::new());
+    for (place, (input, item)) in inputs.into_iter().enumerate() {
+        match item_of(instance, item, &input, &around.generation) {
+            Ok(item) => items.push(item),
+            Err(error) => refused.push((place, error)),
         }
     }
-    prepared
+    if !refused.is_empty() && !lane.refuse(refused) {
+        return false;
+    }
+    let size = items.len();
+    let outcomes = if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics) };
+    let Some(Running { callers, .. }) = lane.running.lock().take() else { return false };
+    match outcomes {
+        Ok(outcomes) if outcomes.len() == callers.len() => {
+            for (caller, outcome) in callers.into_iter().zip(outcomes) {
+                caller.reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
+            }
+        }
+        Ok(outcomes) => fail(callers, around, wrong_count(size, outcomes.len())),
+        Err(failure) => fail(callers, around, failure),
+    }
+    true
 }
 
+/// The job's item: decoded before, or now where another library did, and validated now where nobody could before.
 fn item_of(
     instance: &Instance,
     item: Option<Item>,
@@ -239,9 +262,9 @@ fn stages(instance: &Instance, items: Vec<Item>, metrics: &ModelMetrics) -> Resu
 }
 
 impl Surroundings {
-    fn tell(&self, event: Event) {
-        // Nobody listens any more when the host is shutting down.
-        let _ = self.events.blocking_send(event);
+    /// Whether anybody heard it: nobody listens any more when the host is shutting down.
+    fn tell(&self, event: Event) -> bool {
+        self.events.blocking_send(event).is_ok()
     }
 }
 
@@ -258,18 +281,18 @@ fn wrong_count(expected: usize, found: usize) -> Failure {
     }
 }
 
-fn fail(replies: Vec<ReplyHandle>, requests: &[RequestId], around: &Surroundings, failure: Failure) {
+fn fail(callers: Vec<Caller>, around: &Surroundings, failure: Failure) {
     let panicked = failure.kind == FailureKind::Panicked;
     if panicked { &around.metrics.panicked } else { &around.metrics.failed }.inc();
     tracing::error!(
         model = around.generation.spec.name,
         generation = around.generation.number,
-        items = replies.len(),
-        first_request = requests.first().map(ToString::to_string),
+        items = callers.len(),
+        first_request = callers.first().map(|caller| caller.request_id.to_string()),
         error = %failure.message,
         "a batch failed"
     );
-    for reply in replies {
-        reply.send(Err(JobError::Failed(failure.clone())));
+    for caller in callers {
+        caller.reply.send(Err(JobError::Failed(failure.clone())));
     }
 }

@@ -11,7 +11,10 @@ use std::{
 };
 
 use modalkit_loader::{LoadError, Plugin, Store};
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 
 use crate::{
     config::Config,
@@ -20,7 +23,7 @@ use crate::{
     telemetry::Metrics,
 };
 use build::Builder;
-use watch::Watch;
+use watch::Found;
 
 /// What became of a plugin file.
 enum Outcome {
@@ -30,6 +33,8 @@ enum Outcome {
     Unchanged,
     /// Its content differs from what is served. The served one stays: replacing it needs a restart.
     Superseded { serving: String, found: String },
+    /// No model uses it.
+    Unused,
     /// It can't be served.
     Refused { models: Vec<Arc<Model>>, error: LoadError },
 }
@@ -60,7 +65,7 @@ impl Reload {
             models.add(spec.clone(), |spec| Model::new(spec, &metrics));
         }
         let builder = Arc::new(Builder::new(Store::new()?, config.server.preflight_timeout));
-        let watch = Watch::start(&config.volumes, config.server.settle);
+        let watch = watch::start(&config.volumes, config.server.settle)?;
         let (stop, stopped) = oneshot::channel();
         let state = Loop { config, models, metrics, builder, served: HashMap::new(), fleets: Vec::new() };
         Ok(Self { stop, task: tokio::spawn(state.run(watch, stopped)) })
@@ -85,17 +90,21 @@ impl Reload {
 }
 
 impl Loop {
-    async fn run(mut self, mut watch: Watch, mut stop: oneshot::Receiver<()>) -> Vec<Fleet> {
+    async fn run(mut self, mut watch: mpsc::Receiver<Found>, mut stop: oneshot::Receiver<()>) -> Vec<Fleet> {
         loop {
-            let files = tokio::select! {
-                files = watch.settled() => files,
+            let found = tokio::select! {
+                Some(found) = watch.recv() => found,
                 _ = &mut stop => return self.fleets,
             };
-            for (plugin, file) in files {
-                let outcome = self.take(&plugin, &file).await;
+            for (plugin, file) in found.files {
+                let outcome = tokio::select! {
+                    outcome = self.take(&plugin, &file) => outcome,
+                    // What is being built is dropped with its thread.
+                    _ = &mut stop => return self.fleets,
+                };
                 self.conclude(&plugin, &file, outcome);
             }
-            if watch.is_quiet() {
+            if found.quiet {
                 self.models.set_complete();
             }
         }
@@ -103,7 +112,10 @@ impl Loop {
 
     async fn take(&self, name: &str, file: &Path) -> Outcome {
         let models = self.models_of(name);
-        for model in &models {
+        if models.is_empty() {
+            return Outcome::Unused;
+        }
+        for model in models.iter().filter(|_| !self.served.contains_key(name)) {
             if matches!(*model.status(), Status::Waiting { .. } | Status::Failed { .. }) {
                 model.set_status(Status::Loading, None);
             }
@@ -111,7 +123,9 @@ impl Loop {
         let (builder, path) = (Arc::clone(&self.builder), file.to_owned());
         let served = self.served.get(name).cloned();
         let built = tokio::task::spawn_blocking(move || builder.build(&path, served.as_deref())).await;
-        match built.expect("building a plugin doesn't panic") {
+        let built = built
+            .unwrap_or_else(|error| Err(LoadError::Refused(format!("the host failed over it: {error}"))));
+        match built {
             Ok(build::Built::Plugin(plugin)) => Outcome::Opened { plugin, models },
             Ok(build::Built::Same) => Outcome::Unchanged,
             Ok(build::Built::Other { found }) => {
@@ -131,6 +145,7 @@ impl Loop {
                     self.fleets.push(Fleet::start(model, generation));
                 }
             }
+            Outcome::Unused => {}
             Outcome::Unchanged => tracing::debug!(plugin = name, "the file's content hasn't changed"),
             Outcome::Superseded { serving, found } => {
                 tracing::warn!(plugin = name, file = %file.display(), serving, found, "the file has other content than the plugin that serves; restart the host to take it");
@@ -157,7 +172,17 @@ impl Loop {
         if !configured.is_empty() {
             return configured;
         }
-        vec![self.models.add(self.config.defaults.named(plugin), |spec| Model::new(spec, &self.metrics))]
+        let model =
+            self.models.add(self.config.defaults.named(plugin), |spec| Model::new(spec, &self.metrics));
+        if model.spec.plugin != plugin {
+            tracing::warn!(
+                plugin,
+                uses = model.spec.plugin,
+                "a file in the volume has the name of a model that uses another plugin; it is not loaded"
+            );
+            return Vec::new();
+        }
+        vec![model]
     }
 }
 

@@ -5,7 +5,8 @@ use std::{
     collections::HashMap,
     fs,
     path::PathBuf,
-    sync::Arc,
+    sync::mpsc::SyncSender,
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -13,24 +14,67 @@ use notify::{
     EventKind, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode},
 };
-use tokio::sync::Notify;
+use tokio::sync::mpsc;
 
 use super::PluginFiles;
 use crate::config::Volume;
+use modalkit_loader::LoadError;
 
 /// How often volumes are looked at without any event: some file systems send none.
 const RESCAN: Duration = Duration::from_secs(2);
 
-pub(super) struct Watch {
+/// Looks are at least this far apart, however many events come.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+
+/// What a look found.
+pub(super) struct Found {
+    /// Plugin files that are new or changed, and have held still since.
+    pub(super) files: PluginFiles,
+    /// No file is on its way.
+    pub(super) quiet: bool,
+}
+
+/// Starts watching on a thread of its own: a volume on a mount that hangs holds up nothing else. The first look is always
+/// told, later ones where they found something. The thread ends after the receiver.
+pub(super) fn start(volumes: &[Volume], settle: Duration) -> Result<mpsc::Receiver<Found>, LoadError> {
+    let (found, receiver) = mpsc::channel(1);
+    let (ring, bell) = std::sync::mpsc::sync_channel(1);
+    let mut watch = Watch::new(volumes, settle);
+    let volumes = volumes.to_vec();
+    let run = move || {
+        let _watchers = native(&volumes, &ring);
+        let mut told_quiet = false;
+        loop {
+            let (files, pause) = watch.look();
+            let quiet = watch.is_quiet();
+            if !files.is_empty() || quiet && !told_quiet {
+                told_quiet = quiet;
+                if found.blocking_send(Found { files, quiet }).is_err() {
+                    return;
+                }
+            }
+            thread::sleep(BETWEEN_LOOKS);
+            // Whether something rang or the time is over: the next look tells.
+            let _ = bell.recv_timeout(pause);
+            if found.is_closed() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("watch".into()).spawn(run).map_err(|source| LoadError::Io {
+        doing: "start the thread that watches",
+        path: PathBuf::from("the volumes"),
+        source,
+    })?;
+    Ok(receiver)
+}
+
+struct Watch {
     volumes: Vec<Volume>,
     settle: Duration,
-    events: Arc<Notify>,
     seen: HashMap<PathBuf, Seen>,
     /// Volumes of which it was said that they can't be read.
     unreadable: Vec<PathBuf>,
-    looked: bool,
-    /// Ends the watch with this value.
-    _watcher: Option<notify::RecommendedWatcher>,
 }
 
 struct Seen {
@@ -45,40 +89,17 @@ struct Stamp {
     bytes: u64,
     modified: Option<SystemTime>,
     inode: u64,
+    /// Owner and mode change this one alone: a file that could not be read may be readable now.
+    changed: (i64, i64),
 }
 
 impl Watch {
-    pub(super) fn start(volumes: &[Volume], settle: Duration) -> Self {
-        let events = Arc::new(Notify::new());
-        let watcher = native(volumes, Arc::clone(&events))
-            .inspect_err(|error| tracing::warn!(%error, every = ?RESCAN, "no events from the file system; volumes are looked at regularly"))
-            .ok();
-        Self {
-            volumes: volumes.to_vec(),
-            settle,
-            events,
-            seen: HashMap::new(),
-            unreadable: Vec::new(),
-            looked: false,
-            _watcher: watcher,
-        }
-    }
-
-    /// Waits for plugin files that are new or changed, and have held still since; the first look may find none.
-    /// Cancel-safe: what was seen is kept.
-    pub(super) async fn settled(&mut self) -> PluginFiles {
-        loop {
-            let (files, pause) = self.look();
-            let first = !std::mem::replace(&mut self.looked, true);
-            if first || !files.is_empty() {
-                return files;
-            }
-            let _ = tokio::time::timeout(pause, self.events.notified()).await;
-        }
+    fn new(volumes: &[Volume], settle: Duration) -> Self {
+        Self { volumes: volumes.to_vec(), settle, seen: HashMap::new(), unreadable: Vec::new() }
     }
 
     /// Whether no file is on its way.
-    pub(super) fn is_quiet(&self) -> bool {
+    fn is_quiet(&self) -> bool {
         self.seen.values().all(|seen| seen.reported)
     }
 
@@ -87,7 +108,9 @@ impl Watch {
         let now = Instant::now();
         let mut settled = PluginFiles::new();
         let mut pause = RESCAN;
-        for (name, path, stamp) in self.plugin_files() {
+        let files = self.plugin_files();
+        self.seen.retain(|path, _| files.iter().any(|(_, file, _)| file == path));
+        for (name, path, stamp) in files {
             let seen = self.seen.entry(path.clone()).or_insert_with(|| Seen {
                 since: now.checked_sub(age(&stamp).min(self.settle)).unwrap_or(now),
                 stamp: stamp.clone(),
@@ -153,21 +176,33 @@ fn age(stamp: &Stamp) -> Duration {
 impl Stamp {
     fn of(metadata: &fs::Metadata) -> Self {
         use std::os::unix::fs::MetadataExt;
-        Self { bytes: metadata.len(), modified: metadata.modified().ok(), inode: metadata.ino() }
+        Self {
+            bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+            inode: metadata.ino(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
     }
 }
 
-fn native(volumes: &[Volume], events: Arc<Notify>) -> notify::Result<notify::RecommendedWatcher> {
-    // Looking at a folder is an event as well: without this filter the watch would wake itself for ever.
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        if event.is_ok_and(|event| changes_something(event.kind)) {
-            events.notify_one();
-        }
-    })?;
-    for volume in volumes {
+/// One watcher a volume: where one can't be watched, the others' events still come. They end with what is returned.
+fn native(volumes: &[Volume], ring: &SyncSender<()>) -> Vec<notify::RecommendedWatcher> {
+    let watch = |volume: &Volume| {
+        let ring = ring.clone();
+        // Looking at a folder is an event as well: without this filter the watch would wake itself for ever.
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| changes_something(event.kind)) {
+                // A bell that rings already rings for this event too.
+                let _ = ring.try_send(());
+            }
+        })?;
         watcher.watch(&volume.mount_point, RecursiveMode::NonRecursive)?;
-    }
-    Ok(watcher)
+        Ok(watcher)
+    };
+    let said = |volume: &Volume, error: &notify::Error| {
+        tracing::warn!(volume = volume.name, %error, every = ?RESCAN, "no events from this volume; it is looked at regularly");
+    };
+    volumes.iter().filter_map(|volume| watch(volume).inspect_err(|error| said(volume, error)).ok()).collect()
 }
 
 fn changes_something(kind: EventKind) -> bool {
@@ -191,11 +226,11 @@ mod tests {
         assert_eq!(name("/v/echo.so.part"), None);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_file_is_reported_once_after_it_held_still() {
+    #[test]
+    fn a_file_is_reported_once_after_it_held_still() {
         let folder = tempfile::tempdir().unwrap();
         let volume = Volume { name: "v".into(), mount_point: folder.path().to_owned() };
-        let mut watch = Watch::start(&[volume], Duration::ZERO);
+        let mut watch = Watch::new(&[volume], Duration::ZERO);
         fs::write(folder.path().join("echo.so"), b"one").unwrap();
         assert_eq!(watch.look().0.len(), 1);
         assert!(watch.look().0.is_empty());

@@ -144,7 +144,7 @@ pub enum LogLevel {
 pub struct LogRecord<'a> {
     /// Its level.
     pub level: LogLevel,
-    /// The model that the thread served last, empty on a thread of the plugin's own.
+    /// The model that the thread served last; on a thread of the plugin's own, the plugin's name.
     pub model: RStr<'a>,
     /// The module that logged.
     pub target: RStr<'a>,

@@ -1,0 +1,160 @@
+//! Takes bodies apart: the list of `/predict_batch`, the envelope of `/predict_async`. It slices and never copies, and leaves
+//! the inputs themselves to the plugin.
+
+use std::{fmt, sync::OnceLock};
+
+use bytes::Bytes;
+use jsonschema::Validator;
+use modalkit_loader::Item;
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeSeed, IgnoredAny, SeqAccess, Visitor},
+};
+use serde_json::{json, value::RawValue};
+
+use super::predict::behind;
+use crate::{
+    dispatch,
+    job::{Detail, JobError, Location},
+    pipeline::{Generation, malformed},
+};
+
+/// The items of a list, each with its bytes. None is decoded where there are more than the queue can ever hold.
+pub(super) fn decode_list(
+    generation: &Generation,
+    body: &Bytes,
+    items_max: usize,
+) -> Result<Vec<(Bytes, Item)>, JobError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let list = AtMost(items_max).deserialize(&mut json).and_then(|list| json.end().map(|()| list));
+    let list = list.map_err(|error| {
+        static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
+        let schema = SCHEMA.get_or_init(|| jsonschema::validator_for(&json!({"type": "array"})).ok());
+        JobError::Invalid(malformed(schema.as_ref(), body, &error.to_string()))
+    })?;
+    if list.count > items_max {
+        return Err(dispatch::too_many(list.count, items_max));
+    }
+    let decode = |(index, input): (usize, &RawValue)| {
+        let input = body.slice_ref(input.get().as_bytes());
+        let item =
+            generation.decode(&input).map_err(|error| behind(error, &[Location::Index(index as u64)]))?;
+        Ok((input, item))
+    };
+    list.first.into_iter().enumerate().map(decode).collect()
+}
+
+/// A list of which only the first few elements are kept: the rest is counted.
+struct AtMost(usize);
+
+struct List<'a> {
+    first: Vec<&'a RawValue>,
+    count: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for AtMost {
+    type Value = List<'de>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<List<'de>, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for AtMost {
+    type Value = List<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of inputs")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<List<'de>, A::Error> {
+        let mut list = List { first: Vec::new(), count: 0 };
+        while list.count < self.0
+            && let Some(element) = elements.next_element()?
+        {
+            list.first.push(element);
+            list.count += 1;
+        }
+        while elements.next_element::<IgnoredAny>()?.is_some() {
+            list.count += 1;
+        }
+        Ok(list)
+    }
+}
+
+/// What `/predict_async` takes, and nothing else.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope<'a> {
+    #[serde(borrow)]
+    message: &'a RawValue,
+    #[serde(default)]
+    success_queue: String,
+    #[serde(default)]
+    failure_queue: String,
+    #[serde(borrow, default)]
+    meta: Option<&'a RawValue>,
+}
+
+/// An envelope's parts.
+pub(super) struct Opened {
+    pub(super) message: Bytes,
+    pub(super) item: Item,
+    pub(super) meta: Option<Bytes>,
+}
+
+impl Opened {
+    pub(super) fn decode(generation: &Generation, body: &Bytes) -> Result<Self, JobError> {
+        let envelope: Envelope<'_> = serde_json::from_slice(body)
+            .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
+        check(&envelope)?;
+        let message = body.slice_ref(envelope.message.get().as_bytes());
+        let item = generation.decode(&message).map_err(|error| behind(error, &["message".into()]))?;
+        let meta = envelope.meta.map(|meta| body.slice_ref(meta.get().as_bytes()));
+        Ok(Self { message, item, meta })
+    }
+}
+
+fn envelope_schema() -> Option<&'static Validator> {
+    static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
+    let compile = || {
+        let schema = json!({
+            "type": "object",
+            "required": ["message"],
+            "additionalProperties": false,
+            "properties": {
+                "message": {},
+                "success_queue": {"type": "string"},
+                "failure_queue": {"type": "string"},
+                "meta": {"type": "object"}
+            }
+        });
+        jsonschema::validator_for(&schema).ok()
+    };
+    SCHEMA.get_or_init(compile).as_ref()
+}
+
+fn check(envelope: &Envelope<'_>) -> Result<(), JobError> {
+    let mut details = Vec::new();
+    for (name, queue) in
+        [("success_queue", &envelope.success_queue), ("failure_queue", &envelope.failure_queue)]
+    {
+        if !queue.is_empty() {
+            details.push(Detail {
+                loc: vec!["body".into(), name.into()],
+                msg: format!(
+                    "expected an empty string, found {queue:?}: this host delivers to no queue; leave it out and ask GET /jobs/{{job_id}}"
+                ),
+                kind: "value_error",
+            });
+        }
+    }
+    if envelope.meta.is_some_and(|meta| !meta.get().starts_with('{')) {
+        details.push(Detail {
+            loc: vec!["body".into(), "meta".into()],
+            msg: "expected an object".into(),
+            kind: "dict_type",
+        });
+    }
+    if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
+}
