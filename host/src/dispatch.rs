@@ -190,7 +190,11 @@ impl Queue {
 
     /// Wakes a lane for what was pushed.
     pub fn wake(&self) {
-        self.pass_on(&self.state.lock());
+        let wake = self.state.lock().wants_a_lane();
+        // After the lock is released, or the lane would wake only to wait for it.
+        if wake {
+            self.work.notify_one();
+        }
     }
 
     /// Takes jobs out whose caller has left; those that were taken before are passed over.

@@ -3,10 +3,11 @@
 use std::{convert::Infallible, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use hyper::{
     StatusCode,
-    body::{Body, Incoming},
+    body::{Body, Frame, Incoming},
 };
 use serde_json::json;
 use tokio::time::timeout;
@@ -52,28 +53,51 @@ impl BodyError {
 pub(super) async fn read(mut body: Incoming, server: &Server) -> Result<Bytes, BodyError> {
     let limit = server.body_bytes_max;
     let declared = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if declared <= limit && body.is_end_stream() {
+        return Ok(Bytes::new());
+    }
+    let first = if declared <= limit { body.frame().now_or_never() } else { None };
+    if let Some(Some(Ok(frame))) = &first
+        && let Some(whole) = frame.data_ref()
+        && body.is_end_stream()
+        && whole.len() <= limit
+    {
+        return Ok(whole.clone());
+    }
+    Box::pin(read_on(body, first.flatten(), declared, server)).await
+}
+
+/// The rest of a body that comes in pieces.
+async fn read_on(
+    mut body: Incoming,
+    first: Option<hyper::Result<Frame<Bytes>>>,
+    declared: usize,
+    server: &Server,
+) -> Result<Bytes, BodyError> {
+    let limit = server.body_bytes_max;
     if declared > limit {
         return Err(refuse(body, limit).await);
     }
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
-    if body.is_end_stream() {
-        return Ok(Bytes::new());
-    }
-    match timeout(server.body_timeout, collect(&mut body, declared, limit)).await.map_err(slow)?? {
+    let collected = collect(&mut body, first, declared, limit);
+    match timeout(server.body_timeout, collected).await.map_err(slow)?? {
         Some(whole) => Ok(whole),
         None => Err(refuse(body, limit).await),
     }
 }
 
 /// `None` where there is more than the limit.
-async fn collect(body: &mut Incoming, declared: usize, limit: usize) -> Result<Option<Bytes>, BodyError> {
-    let first = next(body).await?.unwrap_or_default();
-    if body.is_end_stream() && first.len() <= limit {
-        return Ok(Some(first));
+async fn collect(
+    body: &mut Incoming,
+    first: Option<hyper::Result<Frame<Bytes>>>,
+    declared: usize,
+    limit: usize,
+) -> Result<Option<Bytes>, BodyError> {
+    let mut whole = BytesMut::with_capacity(declared);
+    if let Some(first) = first {
+        let frame = first.map_err(|error| BodyError::Broken(error.to_string()))?;
+        whole.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
     }
-    let mut whole = BytesMut::with_capacity(declared.max(first.len()));
-    whole.extend_from_slice(&first);
-    drop(first);
     while whole.len() <= limit {
         match next(body).await? {
             Some(data) => whole.extend_from_slice(&data),

@@ -3,7 +3,7 @@
 use std::{pin::pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use hyper::{Request, StatusCode, body::Incoming};
+use hyper::{StatusCode, body::Incoming, http::request::Parts};
 use modalkit_batch::JobId;
 use serde_json::json;
 
@@ -22,10 +22,9 @@ use crate::{
 };
 
 /// `POST /predict_sync`: one bare input, one answer.
-pub(super) async fn sync(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
-        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
-        let item = examine(peer, call.input.len(), move || generation.decode(&input)).await?;
+pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
+        let item = examine(peer, &call, |generation, input| generation.decode(input)).await?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
         let job = Job { request_id: id.clone(), input: call.input, item: Some(item), reply: handle };
         let ticket = Ticket::queue(peer, call.model, call.model.queue.push([job], Some(call.deadline))?, 1);
@@ -39,12 +38,11 @@ pub(super) async fn sync(peer: &Peer, http: Request<Incoming>, id: &RequestId) -
 }
 
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
-pub(super) async fn batch(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
+pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
         let queue_max = call.model.spec.batch.queue_max;
-        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
         let items =
-            examine(peer, call.input.len(), move || decode_list(&generation, &input, queue_max)).await?;
+            examine(peer, &call, move |generation, body| decode_list(generation, body, queue_max)).await?;
         if items.is_empty() {
             return Ok(egress::replies(Vec::new()));
         }
@@ -73,10 +71,9 @@ pub(super) async fn batch(peer: &Peer, http: Request<Incoming>, id: &RequestId) 
 
 /// `POST /predict_async`: a wrapped input, the id of its job. The request's deadline is for the acceptance; the job itself
 /// has none.
-pub(super) async fn asynchronous(peer: &Peer, http: Request<Incoming>, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, http, id, async |call: Call<'_>| {
-        let (generation, input) = (Arc::clone(&call.generation), call.input.clone());
-        let opened = examine(peer, call.input.len(), move || Opened::decode(&generation, &input)).await?;
+pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
+        let opened = examine(peer, &call, Opened::decode).await?;
         let job_id = peer.context.jobs.accept(&call.model.spec.name)?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
         let job =
@@ -114,7 +111,8 @@ struct Call<'a> {
 /// What the three endpoints share: admission, the model, the deadline, the body. Returns the model for the counters.
 async fn run(
     peer: &Peer,
-    http: Request<Incoming>,
+    head: &Parts,
+    body: Incoming,
     id: &RequestId,
     answer: impl AsyncFnOnce(Call<'_>) -> Result<HttpResponse, JobError>,
 ) -> (Option<Arc<Model>>, HttpResponse) {
@@ -123,25 +121,34 @@ async fn run(
         Ok(permit) => permit,
         Err(error) => return (None, egress::error(&error)),
     };
-    let name = request::model_name(http.uri().query());
+    let name = request::model_name(head.uri.query());
     let model = match context.models.find(name.as_deref()) {
         Ok(model) => model,
         Err(error) => return (None, egress::error(&error)),
     };
     drop(name);
-    let deadline = match request::deadline(http.headers(), &context.server, Instant::now()) {
+    let deadline = match request::deadline(&head.headers, &context.server, Instant::now()) {
         Ok(deadline) => deadline,
         Err(error) => return (Some(model), egress::error(&error)),
     };
-    let work = async {
-        let input = match body::read(http.into_body(), &context.server).await {
-            Ok(input) => input,
-            Err(error) => return Ok(error.into_response()),
-        };
-        let generation = model.serving()?;
-        answer(Call { model: &model, generation, input, deadline }).await
+    let answered = {
+        // Pinned where they stand: passed on to a function, such a future is there twice, and each request moves it.
+        let mut limit = pin!(peer.timer.limit(deadline.0));
+        let mut work = pin!(async {
+            let input = match body::read(body, &context.server).await {
+                Ok(input) => input,
+                Err(error) => return Ok(error.into_response()),
+            };
+            let generation = model.serving()?;
+            answer(Call { model: &model, generation, input, deadline }).await
+        });
+        tokio::select! {
+            biased;
+            done = &mut work => done,
+            () = &mut limit => Err(JobError::DeadlinePassed),
+        }
     };
-    let response = within(peer, deadline, work).await.unwrap_or_else(|error| {
+    let response = answered.unwrap_or_else(|error| {
         if matches!(error, JobError::Lost) {
             tracing::error!(model = model.spec.name, request_id = %id, "a job was lost inside the host");
         }
@@ -154,32 +161,23 @@ async fn run(
 /// belongs to the work and not to the caller, who may leave before it is done.
 async fn examine<T: Send + 'static>(
     peer: &Peer,
-    bytes: usize,
-    work: impl FnOnce() -> Result<T, JobError> + Send + 'static,
+    call: &Call<'_>,
+    work: impl FnOnce(&Generation, &Bytes) -> Result<T, JobError> + Send + 'static,
 ) -> Result<T, JobError> {
     let context = &*peer.context;
-    if bytes <= context.server.decode_inline_bytes_max {
-        return work();
+    if call.input.len() <= context.server.decode_inline_bytes_max {
+        return work(&call.generation, &call.input);
     }
-    let turn = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
-    let work = move || {
-        let _turn = turn;
-        work()
-    };
-    context.blocking.spawn_blocking(work).await.map_err(|_| JobError::Lost)?
-}
-
-async fn within<T>(
-    peer: &Peer,
-    deadline: Deadline,
-    work: impl Future<Output = Result<T, JobError>>,
-) -> Result<T, JobError> {
-    let (mut work, mut limit) = (pin!(work), pin!(peer.timer.limit(deadline.0)));
-    tokio::select! {
-        biased;
-        done = &mut work => done,
-        () = &mut limit => Err(JobError::DeadlinePassed),
-    }
+    Box::pin(async {
+        let turn = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
+        let (generation, body) = (Arc::clone(&call.generation), call.input.clone());
+        let work = move || {
+            let _turn = turn;
+            work(&generation, &body)
+        };
+        context.blocking.spawn_blocking(work).await.map_err(|_| JobError::Lost)?
+    })
+    .await
 }
 
 /// Jobs in a queue on behalf of a caller. A caller that leaves, by hanging up or by its deadline, takes them along.

@@ -8,6 +8,7 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
     header::{ALLOW, HeaderValue},
+    http::request::Parts,
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -22,25 +23,26 @@ use crate::{
 const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/jobs/{id}"];
 
 pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let id = peer.context.ids.of(request.headers());
-    let is_post = request.method() == Method::POST;
+    let (head, body) = request.into_parts();
+    let id = peer.context.ids.of(&head.headers);
+    let is_post = head.method == Method::POST;
     // The rarer ones are boxed: every request's future is as large as the largest of them.
-    let mut response = match request.uri().path() {
-        "/predict_sync" if is_post => predict::sync(peer, request, &id).await,
-        "/predict_batch" if is_post => Box::pin(predict::batch(peer, request, &id)).await,
-        "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, request, &id)).await,
-        _ => elsewhere(&peer.context, peer.address.ip(), &request),
+    let mut response = match head.uri.path() {
+        "/predict_sync" if is_post => predict::sync(peer, &head, body, &id).await,
+        "/predict_batch" if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
+        "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
+        _ => elsewhere(&peer.context, peer.address.ip(), &head),
     };
     put_id(&id, response.headers_mut());
     response
 }
 
 /// Everything that isn't on the hot path.
-fn elsewhere(context: &Context, caller: IpAddr, request: &Request<Incoming>) -> HttpResponse {
-    let path = request.uri().path();
+fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
+    let path = head.uri.path();
     let job = path.strip_prefix("/jobs/").filter(|id| !id.is_empty() && !id.contains('/'));
     let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
-    let is_get = request.method() == Method::GET;
+    let is_get = head.method == Method::GET;
     let response = match endpoint {
         "/health" if is_get => admin::health(&context.models),
         "/livez" if is_get => admin::live(),
