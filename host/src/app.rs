@@ -1,4 +1,4 @@
-//! The composition root: the one file that names every module, puts them together and takes them apart in order.
+//! The composition root: puts the parts together and takes them apart in order. It never knows what they do.
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Instant};
 

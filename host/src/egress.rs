@@ -1,4 +1,5 @@
-//! Turns replies and errors into HTTP. The one place where an error becomes a status.
+//! Turns replies and job errors into HTTP. The one place where a job's error becomes a status; it never knows how it came
+//! about.
 
 use bytes::Bytes;
 use http_body_util::Full;

@@ -38,18 +38,48 @@ impl<S> LoadContext<S> {
     }
 
     /// `model_settings.common`, shared by all models: always a JSON object.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{LoadContext, NoSettings};
+    /// fn wants_cuda(ctx: &LoadContext<NoSettings>) -> bool {
+    ///     ctx.common_settings()["device"] == "cuda"
+    /// }
+    /// ```
     #[must_use]
     pub fn common_settings(&self) -> &Value {
         &self.common_settings
     }
 
     /// The pipeline's own keys from the model's entry.
+    ///
+    /// ```
+    /// # use modalkit_sdk::LoadContext;
+    /// #[derive(serde::Deserialize)]
+    /// struct Settings {
+    ///     top_k: usize,
+    /// }
+    ///
+    /// fn top_k(ctx: &LoadContext<Settings>) -> usize {
+    ///     ctx.settings().top_k
+    /// }
+    /// ```
     #[must_use]
     pub fn settings(&self) -> &S {
         &self.settings
     }
 
     /// The settings, to be kept.
+    ///
+    /// ```
+    /// # use modalkit_sdk::LoadContext;
+    /// struct Pipeline<S> {
+    ///     settings: S,
+    /// }
+    ///
+    /// fn keep<S>(ctx: LoadContext<S>) -> Pipeline<S> {
+    ///     Pipeline { settings: ctx.into_settings() }
+    /// }
+    /// ```
     #[must_use]
     pub fn into_settings(self) -> S {
         self.settings
@@ -101,7 +131,15 @@ pub struct VolumeReload {
 }
 
 impl VolumeReload {
-    /// Describes a change: the volume's name, its mount point, and the changed files relative to it.
+    /// Describes a change: the volume's name, its mount point, and the changed files relative to it. The host makes these;
+    /// tests may too.
+    ///
+    /// ```
+    /// # use modalkit_sdk::VolumeReload;
+    /// let reload = VolumeReload::new("models", "/mnt/models", ["index.npy"]);
+    /// assert_eq!((reload.volume(), reload.changed().len()), ("models", 1));
+    /// assert_eq!(reload.mount_point().join(&reload.changed()[0]).to_str(), Some("/mnt/models/index.npy"));
+    /// ```
     pub fn new<P: Into<PathBuf>>(
         volume: impl Into<String>,
         mount_point: impl Into<PathBuf>,

@@ -17,9 +17,9 @@ pub enum ErrorKind {
     InvalidInput,
     /// The pipeline failed and would fail again: a 500, and no retry.
     Permanent,
-    /// The pipeline failed; another try may succeed: a 500, and asynchronous jobs are retried.
+    /// The pipeline failed; another try may succeed: a 500.
     Transient,
-    /// The device is lost until the process ends: the host stops using it.
+    /// The device is lost until the process ends: a 503.
     DeviceLost,
 }
 
@@ -49,21 +49,42 @@ pub struct PipelineError {
 
 impl PipelineError {
     /// The input can't be served: it parsed, but something that only a stage can see is wrong with it.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{ErrorKind, PipelineError};
+    /// let error = PipelineError::invalid_input("expected an RGB image, found 4 channels");
+    /// assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    /// ```
     pub fn invalid_input(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::InvalidInput, message)
     }
 
     /// The pipeline failed and would fail again.
+    ///
+    /// ```
+    /// # use modalkit_sdk::PipelineError;
+    /// assert!(!PipelineError::permanent("the model has no output `logits`").is_retryable());
+    /// ```
     pub fn permanent(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Permanent, message)
     }
 
     /// The pipeline failed, and another try may succeed.
+    ///
+    /// ```
+    /// # use modalkit_sdk::PipelineError;
+    /// assert!(PipelineError::transient("out of device memory").is_retryable());
+    /// ```
     pub fn transient(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Transient, message)
     }
 
     /// The device under this pipeline is lost until the process ends.
+    ///
+    /// ```
+    /// # use modalkit_sdk::PipelineError;
+    /// assert!(PipelineError::device_lost("CUDA error 719").is_device_lost());
+    /// ```
     pub fn device_lost(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::DeviceLost, message)
     }
@@ -73,6 +94,12 @@ impl PipelineError {
     }
 
     /// Puts what was being done in front of the message.
+    ///
+    /// ```
+    /// # use modalkit_sdk::PipelineError;
+    /// let error = PipelineError::permanent("no such file").context("reading the weights");
+    /// assert_eq!(error.to_string(), "reading the weights: no such file");
+    /// ```
     #[must_use]
     pub fn context(self, doing: impl fmt::Display) -> Self {
         Self { kind: self.kind, message: format!("{doing}: {}", self.message) }

@@ -26,7 +26,83 @@ pub type Outcome<T> = Result<T, PipelineError>;
 /// validated before; every stage sees the whole batch, in the order in which it has to be answered. A panic in a stage
 /// fails that batch and nothing else.
 ///
-/// The crate's front page has a whole example.
+/// The crate's front page has the smallest example. One with settings, validation and outcomes of its own for each item:
+///
+/// ```
+/// use modalkit_sdk::{
+///     InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, testkit::TestKit,
+/// };
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+/// use serde_json::json;
+///
+/// #[derive(Deserialize)]
+/// struct Settings {
+///     scale: f64,
+/// }
+///
+/// #[derive(Deserialize, JsonSchema)]
+/// struct Input {
+///     values: Vec<f64>,
+/// }
+///
+/// #[derive(Serialize, JsonSchema)]
+/// struct Output {
+///     mean: f64,
+/// }
+///
+/// struct Mean {
+///     scale: f64,
+///     reloads: usize,
+/// }
+///
+/// impl InferencePipeline for Mean {
+///     type Settings = Settings;
+///     type Input = Input;
+///     type Output = Output;
+///     type Preprocessed = Vec<f64>;
+///     type RawOutput = Vec<f64>;
+///
+///     fn load(ctx: LoadContext<Settings>) -> Result<Self, PipelineError> {
+///         Ok(Self { scale: ctx.settings().scale, reloads: 0 })
+///     }
+///     fn validate(&self, input: &Input) -> Result<(), Invalid> {
+///         if input.values.is_empty() {
+///             return Err(Invalid::new("expected at least one number, found none").at("values"));
+///         }
+///         Ok(())
+///     }
+///     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<f64>, PipelineError> {
+///         Ok(inputs.iter().map(|input| input.values.iter().sum()).collect())
+///     }
+///     fn predict(&self, inputs: &[Input], sums: Vec<f64>) -> Result<Vec<f64>, PipelineError> {
+///         Ok(sums.iter().zip(inputs).map(|(sum, input)| self.scale * sum / input.values.len() as f64).collect())
+///     }
+///     fn postprocess(&self, _: &[Input], means: Vec<f64>) -> Result<Vec<Outcome<Output>>, PipelineError> {
+///         let outcome = |mean: f64| match mean.is_finite() {
+///             true => Ok(Output { mean }),
+///             false => Err(PipelineError::invalid_input("the mean is no finite number")),
+///         };
+///         Ok(means.into_iter().map(outcome).collect())
+///     }
+///     fn warmup(&self) -> Result<(), PipelineError> {
+///         self.predict(&[Input { values: vec![1.0] }], vec![1.0]).map(drop)
+///     }
+///     fn on_volume_reload(&mut self, _: &VolumeReload) -> Result<(), PipelineError> {
+///         self.reloads += 1;
+///         Ok(())
+///     }
+/// }
+///
+/// let model = TestKit::new().settings(json!({"scale": 2})).load::<Mean>()?;
+/// let answers = model.run_json(&[json!({"values": [1, 2]}), json!({"values": []}), json!({"values": [1e308, 1e308]})]);
+/// assert_eq!(answers[0].as_ref().unwrap()["mean"], 3.0);
+/// assert!(answers[1].as_ref().unwrap_err().to_string().contains("values: expected at least one number"));
+/// assert!(answers[2].is_err());
+/// model.volume_reload(&VolumeReload::new("models", "/mnt/models", ["scale.json"]))?;
+/// assert_eq!(model.run(vec![Input { values: vec![4.0] }])?.remove(0)?.mean, 8.0);
+/// # Ok::<(), PipelineError>(())
+/// ```
 pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// The pipeline's own keys of the model's entry in the configuration; [`crate::NoSettings`] where it has none.
     /// A key that it doesn't know is an error at load.

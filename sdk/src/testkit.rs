@@ -17,8 +17,33 @@ use crate::{
 /// ```
 /// use modalkit_sdk::testkit::TestKit;
 ///
-/// let kit = TestKit::new().model_name("digits").settings(serde_json::json!({"path": "digits.onnx"}));
-/// # drop(kit);
+/// # use modalkit_sdk::{InferencePipeline, LoadContext, NoSettings, Outcome, PipelineError};
+/// # use std::collections::BTreeMap;
+/// # struct Reader(std::path::PathBuf, String);
+/// # impl InferencePipeline for Reader {
+/// #     type Settings = NoSettings;
+/// #     type Input = BTreeMap<String, f32>;
+/// #     type Output = BTreeMap<String, f32>;
+/// #     type Preprocessed = ();
+/// #     type RawOutput = ();
+/// #     fn load(ctx: LoadContext<NoSettings>) -> Result<Self, PipelineError> {
+/// #         assert_eq!(ctx.common_settings()["device"], "cpu");
+/// #         Ok(Self(ctx.all_model_data_folder().join("weights.bin"), ctx.model_name().to_owned()))
+/// #     }
+/// #     fn preprocess(&self, _: &[Self::Input]) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn predict(&self, _: &[Self::Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
+/// #     fn postprocess(&self, inputs: &[Self::Input], (): ()) -> Result<Vec<Outcome<Self::Output>>, PipelineError> {
+/// #         Ok(inputs.iter().map(|input| Ok(input.clone())).collect())
+/// #     }
+/// # }
+/// let model = TestKit::new()
+///     .model_name("digits")
+///     .all_model_data_folder("/mnt/models")
+///     .common_settings(serde_json::json!({"device": "cpu"}))
+///     .settings(serde_json::json!({}))
+///     .load::<Reader>()?;
+/// # drop(model);
+/// # Ok::<(), PipelineError>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct TestKit {
@@ -138,8 +163,9 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         batch.postprocess()
     }
 
-    /// Runs a batch of JSON inputs and gives the answers as a caller would read them. As in the host, an input that
-    /// isn't the pipeline's `Input` fails alone and takes no place in the batch; an error of the batch fails each.
+    /// Runs a batch of JSON inputs and gives the answers as a caller would read them. As for callers that come one by one,
+    /// an input that isn't the pipeline's `Input` fails alone and takes no place in the batch; an error of the batch fails
+    /// each.
     #[must_use]
     pub fn run_json(&self, inputs: &[Value]) -> Vec<Outcome<Value>> {
         let mut answers = Vec::with_capacity(inputs.len());

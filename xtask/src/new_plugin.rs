@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, bail};
 
 const MANIFEST: &str = include_str!("../../plugins/echo/Cargo.toml");
+const LOCK: &str = include_str!("../../Cargo.lock");
 const SOURCE: &str = include_str!("../../plugins/echo/src/lib.rs");
 
 pub(crate) fn create(name: &str) -> anyhow::Result<()> {
@@ -34,7 +35,14 @@ fn check(name: &str) -> anyhow::Result<()> {
             "expected a name of lowercase letters, digits and inner hyphens, such as `face-detector`, found {name:?}"
         );
     }
-    if ["test", "core", "std", "alloc", "xtask", "modalkit"].contains(&name) || name.starts_with("lib") {
+    // A package of that name would be ambiguous, and a keyword is no crate's name.
+    let locked = format!("name = \"{name}\"");
+    let keyword = [
+        "as", "async", "await", "crate", "dyn", "enum", "fn", "if", "impl", "in", "loop", "match", "mod",
+        "move", "mut", "pub", "ref", "self", "static", "struct", "super", "trait", "type", "unsafe", "use",
+        "where", "while", "test", "core", "std", "alloc",
+    ];
+    if keyword.contains(&name) || name.starts_with("lib") || LOCK.lines().any(|line| line == locked) {
         bail!("{name:?} names something else already; choose another");
     }
     Ok(())
@@ -74,7 +82,7 @@ mod tests {
 
     #[test]
     fn names_that_would_not_compile_are_refused() {
-        for name in ["", "Face", "1x", "a b", "a_b", "a-", "../x", "test", "libx"] {
+        for name in ["", "Face", "1x", "a b", "a_b", "a-", "../x", "test", "libx", "serde", "match", "bare"] {
             assert!(check(name).is_err(), "{name}");
         }
         assert!(check("face-detector2").is_ok());

@@ -29,7 +29,7 @@ pub struct Config {
 pub struct Server {
     /// Where HTTP is served.
     pub listen: SocketAddr,
-    /// Threads of the async runtime.
+    /// Threads that serve connections.
     pub io_threads: usize,
     /// Open connections; further ones wait in the kernel's backlog.
     pub connections_max: usize,
