@@ -286,8 +286,7 @@ impl Queue {
                     state.asleep -= 1;
                     state.timer = None;
                 }
-                Next::Wait(_) => self.sleep(&mut state),
-                Next::Idle => self.sleep(&mut state),
+                Next::Wait(_) | Next::Idle => self.sleep(&mut state),
             }
         }
     }
