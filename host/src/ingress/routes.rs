@@ -91,3 +91,31 @@ fn wrong_method(expected: &'static str) -> HttpResponse {
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(expected));
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{admission::Gate, config, jobs::Jobs, telemetry::Metrics};
+
+    #[tokio::test]
+    async fn management_endpoints_answer_callers_on_this_machine_only() {
+        let config = config::load(&[], []).unwrap();
+        let metrics = Metrics::new();
+        let jobs = Arc::new(Jobs::new(1, metrics.jobs.clone()));
+        let context = Context::new(config.server, Gate::new(1), Arc::default(), jobs, metrics);
+        let status = |caller: &str, path: &str| {
+            let (head, ()) = Request::builder().uri(path).body(()).unwrap().into_parts();
+            elsewhere(&context, caller.parse().unwrap(), &head).status().as_u16()
+        };
+        for path in ["/metrics", "/models"] {
+            for (caller, expected) in
+                [("127.0.0.1", 200), ("::1", 200), ("::ffff:127.0.0.1", 200), ("192.0.2.7", 403)]
+            {
+                assert_eq!(status(caller, path), expected, "{path} for {caller}");
+            }
+        }
+        assert_eq!(status("192.0.2.7", "/livez"), 200);
+    }
+}
