@@ -24,6 +24,7 @@ use hyper_util::{
     server::graceful::GracefulConnection,
 };
 use tokio::{
+    io::Interest,
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::timeout,
@@ -180,7 +181,11 @@ async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
         if length == HTTP2_PREFACE.len() {
             return Ok(true);
         }
-        // The socket stays readable for what was seen already, so no event tells of the next byte.
+        // The bytes stay where they are, so that their end shows neither in them nor in a length of 0.
+        if stream.ready(Interest::READABLE).await?.is_read_closed() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // For the same reason no event tells of the next byte.
         tokio::time::sleep(PREFACE_RETRY).await;
     }
 }
