@@ -13,7 +13,8 @@ use crate::{
     admission::Gate,
     dispatch::{self, Models},
     egress::{HttpResponse, object_response, text_response},
-    pipeline::{Model, Status},
+    pipeline::{Generation, Model, Status},
+    reload::Report,
     telemetry::{METRICS_CONTENT_TYPE, Metrics},
 };
 
@@ -88,10 +89,43 @@ struct GenerationReport<'a> {
 #[must_use]
 pub fn models(models: &Models) -> HttpResponse {
     let all = models.all();
-    let seen: Vec<_> = all.values().map(|model| (model, model.status(), model.serving().ok())).collect();
-    let reports: Vec<ModelReport<'_>> = seen
-        .iter()
-        .map(|(model, status, serving)| ModelReport {
+    let seen: Vec<_> = all.values().map(Seen::of).collect();
+    let reports: Vec<ModelReport<'_>> = seen.iter().map(Seen::report).collect();
+    object_response(StatusCode::OK, &json!({"models": reports}))
+}
+
+/// `GET /models/{name}`: the same of one model, and how its reloads stand.
+#[must_use]
+pub fn model(models: &Models, name: &str, reloads: &Report) -> HttpResponse {
+    let model = models.all().get(name).cloned();
+    let seen = model.as_ref().map(Seen::of);
+    let whole = WholeReport { model: seen.as_ref().map(Seen::report), reloads };
+    object_response(StatusCode::OK, &whole)
+}
+
+#[derive(Serialize)]
+struct WholeReport<'a> {
+    #[serde(flatten)]
+    model: Option<ModelReport<'a>>,
+    #[serde(flatten)]
+    reloads: &'a Report,
+}
+
+/// A model, and what was seen of it at one moment.
+struct Seen<'a> {
+    model: &'a Model,
+    status: Arc<Status>,
+    serving: Option<Arc<Generation>>,
+}
+
+impl<'a> Seen<'a> {
+    fn of(model: &'a Arc<Model>) -> Self {
+        Self { model, status: model.status(), serving: model.serving().ok() }
+    }
+
+    fn report(&self) -> ModelReport<'_> {
+        let Self { model, status, serving } = self;
+        ModelReport {
             name: &model.spec.name,
             status,
             plugin: &model.spec.plugin,
@@ -108,9 +142,8 @@ pub fn models(models: &Models) -> HttpResponse {
                 sdk_version: generation.plugin.sdk(),
                 rustc_version: generation.plugin.rustc(),
             }),
-        })
-        .collect();
-    object_response(StatusCode::OK, &json!({"models": reports}))
+        }
+    }
 }
 
 fn is_ready(model: &Model) -> bool {

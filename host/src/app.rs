@@ -2,7 +2,10 @@
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Instant};
 
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 
 use crate::{
     admission::Gate,
@@ -29,11 +32,16 @@ pub enum Ended {
     CutOff,
 }
 
-/// Serves until `stop` is ready, then drains.
+/// Serves until `stop` is ready, then drains. Configurations that come through `changes` are applied as far as they can be
+/// without a restart.
 ///
 /// # Errors
 /// The address is taken, or the private folder for plugins can't be made.
-pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<Ended> {
+pub async fn run(
+    config: Config,
+    mut changes: mpsc::Receiver<Config>,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<Ended> {
     for key in &config.without_effect {
         tracing::warn!(key, "this key has no effect in this version");
     }
@@ -45,14 +53,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let models = Arc::new(Models::default());
     let gate = Gate::new(config.requests_max);
     let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
-    let reload = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
-    let context = Context::new(server.clone(), Arc::clone(&gate), Arc::clone(&models), jobs, metrics);
+    let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
+    let context = Context::new(server.clone(), Arc::clone(&gate), models, jobs, metrics, control.clone());
     let (shut_down, shutdown) = watch::channel(false);
     let listener = ingress::Listener::new(listener, context)?;
     let serving = tokio::spawn(listener.serve(shutdown));
     tracing::info!(%address, url = format!("http://{address}"), "listening");
 
-    stop.await;
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            Some(config) = changes.recv() => control.configure(config).await,
+            () = &mut stop => break,
+        }
+    }
 
     let begun = Instant::now();
     tracing::info!(inside = gate.inside(), limit = ?server.drain_timeout, "shutting down");
@@ -66,7 +80,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
     }
-    if tokio::time::timeout(LEAVE_TIME_MAX, reload.stop(&models)).await.is_err() {
+    if tokio::time::timeout(LEAVE_TIME_MAX, reload.stop()).await.is_err() {
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);

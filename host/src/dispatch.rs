@@ -63,6 +63,15 @@ impl Models {
         self.complete.store(true, Ordering::Release);
     }
 
+    /// Takes a model out: no request finds it any more.
+    pub fn remove(&self, name: &str) {
+        self.by_name.rcu(|models| {
+            let mut models = BTreeMap::clone(models);
+            models.remove(name);
+            models
+        });
+    }
+
     /// Adds a model, unless one of this name is there; returns the one that is there now.
     pub fn add(&self, spec: ModelSpec, make: impl Fn(ModelSpec) -> Arc<Model>) -> Arc<Model> {
         let mut model = None;
@@ -83,6 +92,8 @@ pub struct Queue {
     state: Mutex<State>,
     /// A lane waits here for a batch; which one wakes doesn't matter.
     work: Condvar,
+    /// A lane waits here while it is not its turn.
+    rest: Condvar,
     metrics: Arc<ModelMetrics>,
 }
 
@@ -104,6 +115,17 @@ struct State {
 /// One thread that runs batches, as the queue knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lane(u64);
+
+/// What a lane is to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Take the next batch.
+    Work,
+    /// Take none until this changes: its generation doesn't serve, or its instance is changing.
+    Rest,
+    /// End.
+    Leave,
+}
 
 /// Jobs that were queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +162,7 @@ impl Queue {
             open: false,
             fewest_free: 0,
         };
-        Self { state: Mutex::new(state), work: Condvar::new(), metrics }
+        Self { state: Mutex::new(state), work: Condvar::new(), rest: Condvar::new(), metrics }
     }
 
     /// Queues jobs, all or none. The ids are consecutive; the first is returned. Where it says so, the caller must see to
@@ -244,24 +266,36 @@ impl Queue {
         Lane(state.next_lane)
     }
 
-    /// Wakes every lane, so that those that were told to leave do.
-    pub fn wake_all(&self) {
-        // Under the lock, so that no lane can be between its last look and its sleep.
+    /// Changes whose turn it is. No lane takes a batch meanwhile, so that all see the change at once, and every lane looks at
+    /// its turn afterwards.
+    pub fn change_turns(&self, change: impl FnOnce()) {
         let _state = self.state.lock();
+        change();
         self.work.notify_all();
+        self.rest.notify_all();
     }
 
-    /// Waits for the next batch for a lane. `None` when `leave` says so.
-    pub fn next_batch(&self, lane: Lane, leave: impl Fn() -> bool) -> Option<Batch<Job>> {
+    /// Waits for the next batch for a lane, while `turn` says that it should. `None` when it should leave.
+    pub fn next_batch(&self, lane: Lane, turn: impl Fn() -> Turn) -> Option<Batch<Job>> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
         state.free.push((lane, free_since));
         loop {
-            if leave() {
-                state.forget(lane);
-                // Another lane takes over the timer or the work that this one was woken for.
-                self.pass_on(&state);
-                return None;
+            match turn() {
+                Turn::Work => {}
+                Turn::Rest => {
+                    state.forget(lane);
+                    // Another lane takes over the timer or the work that this one was woken for.
+                    self.pass_on(&state);
+                    self.rest.wait(&mut state);
+                    state.free.push((lane, Instant::now()));
+                    continue;
+                }
+                Turn::Leave => {
+                    state.forget(lane);
+                    self.pass_on(&state);
+                    return None;
+                }
             }
             let now = Instant::now();
             let expired = state.batcher.expire(now);

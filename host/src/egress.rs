@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::{
     dispatch,
     job::{Detail, JobError, Reply},
+    reload::{ControlError, Entry, Outcome, VolumeModel, VolumeReport},
 };
 
 /// What this host sends.
@@ -146,6 +147,47 @@ fn explain(job_error: &JobError) -> String {
         JobError::Failed(failure) => failure.message.to_string(),
         JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
     }
+}
+
+/// What became of a reload or rollback: 409 where what serves stayed.
+#[must_use]
+pub fn reloaded(entry: &Entry) -> HttpResponse {
+    let status = match entry.outcome {
+        Outcome::Swapped | Outcome::RolledBack { .. } => StatusCode::OK,
+        Outcome::Refused { .. } | Outcome::Superseded => StatusCode::CONFLICT,
+        Outcome::Stopped => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    object_response(status, entry)
+}
+
+/// What became of a look through a volume: 409 where a plugin in it was refused or a hook failed.
+#[must_use]
+pub fn volume_reloaded(report: &VolumeReport) -> HttpResponse {
+    let good = |model: &VolumeModel| {
+        let taken =
+            model.reload.as_ref().is_none_or(|entry| !matches!(entry.outcome, Outcome::Refused { .. }));
+        taken && model.hook.as_ref().is_none_or(|hook| hook.errors.iter().all(Option::is_none))
+    };
+    let status = if report.models.values().all(good) { StatusCode::OK } else { StatusCode::CONFLICT };
+    object_response(status, report)
+}
+
+/// Why nothing was done.
+#[must_use]
+pub fn control_error(error: &ControlError) -> HttpResponse {
+    match error {
+        ControlError::Unknown(known) => {
+            let detail = format!("no such name; expected one of {known:?}");
+            object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
+        }
+        ControlError::Stopping => unavailable("it is shutting down"),
+    }
+}
+
+fn unavailable(detail: &str) -> HttpResponse {
+    let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"detail": detail}));
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
+    response
 }
 
 /// A response with a JSON object made of this.

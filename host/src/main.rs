@@ -14,7 +14,10 @@ use modalkit::{
     config::{self, Config},
     telemetry,
 };
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
 
 /// Serves machine-learning pipelines: plugins in watched folders, over HTTP.
 #[derive(Parser)]
@@ -54,7 +57,7 @@ fn main() -> ExitCode {
         Ok(config)
     });
     match config {
-        Ok(config) => serve(config),
+        Ok(config) => serve(config, &cli.config),
         Err(error) => {
             complain(&error);
             ExitCode::from(WRONG_USAGE)
@@ -62,7 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(config: Config) -> ExitCode {
+fn serve(config: Config, files: &[PathBuf]) -> ExitCode {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Connections have threads of their own; what is left is to accept, to watch and to scale.
@@ -80,7 +83,7 @@ fn serve(config: Config) -> ExitCode {
         }
     };
     let code = runtime.block_on(async {
-        let (mut terminate, mut interrupt) = match signals() {
+        let (mut terminate, mut interrupt, mut hang_up) = match signals() {
             Ok(signals) => signals,
             Err(error) => {
                 complain(&error);
@@ -95,8 +98,9 @@ fn serve(config: Config) -> ExitCode {
             next(&mut terminate, &mut interrupt).await;
         };
         let stop = async { drop(stop.await) };
+        let (changed, changes) = mpsc::channel(1);
         tokio::select! {
-            ended = app::run(config, stop) => match ended {
+            ended = app::run(config, changes, stop) => match ended {
                 Ok(Ended::Drained) => 0,
                 Ok(Ended::CutOff) => COULD_NOT_SERVE,
                 Err(error) => {
@@ -105,6 +109,7 @@ fn serve(config: Config) -> ExitCode {
                 }
             },
             () = second => SECOND_SIGNAL,
+            never = read_again(&mut hang_up, files, changed) => match never {},
         }
     });
     // Threads inside plugin code can't be told to stop; the process ends with them.
@@ -117,9 +122,27 @@ fn environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-fn signals() -> anyhow::Result<(Signal, Signal)> {
+fn signals() -> anyhow::Result<(Signal, Signal, Signal)> {
     let listen = |kind| signal(kind).context("can't listen for signals");
-    Ok((listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?))
+    Ok((listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?, listen(SignalKind::hangup())?))
+}
+
+/// At each SIGHUP, reads the configuration again. A wrong one changes nothing.
+async fn read_again(
+    hang_up: &mut Signal,
+    files: &[PathBuf],
+    changed: mpsc::Sender<Config>,
+) -> std::convert::Infallible {
+    loop {
+        if hang_up.recv().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+        match config::load(files, environment()) {
+            // A host that is going away has no use for it.
+            Ok(config) => drop(changed.send(config).await),
+            Err(error) => tracing::error!(%error, "the configuration stays as it was"),
+        }
+    }
 }
 
 async fn next(terminate: &mut Signal, interrupt: &mut Signal) {

@@ -32,6 +32,11 @@ pub struct Metrics {
     replicas_stuck: IntGaugeVec,
     replicas_given_up: IntCounterVec,
     ready: IntGaugeVec,
+    reloads: IntCounterVec,
+    hooks: IntCounterVec,
+    generation: IntGaugeVec,
+    /// Plugin libraries that this process has opened: none is ever closed.
+    pub libraries: IntGauge,
     /// Requests inside the host.
     pub requests_in_flight: IntGauge,
     /// Open connections.
@@ -88,6 +93,26 @@ pub struct ModelMetrics {
     pub replicas_given_up: IntCounter,
     /// 1 while the model serves.
     pub ready: IntGauge,
+}
+
+/// One model's reloads.
+pub struct ReloadMetrics {
+    reloads: IntCounterVec,
+    model: String,
+    /// Calls of `on_volume_reload` that went well on every replica.
+    pub hooks_ok: IntCounter,
+    /// Calls of `on_volume_reload` that failed on some replica.
+    pub hooks_failed: IntCounter,
+    /// The number of the generation that serves.
+    pub generation: IntGauge,
+}
+
+impl ReloadMetrics {
+    /// The counter of changes that ended so.
+    #[must_use]
+    pub fn outcome(&self, word: &str) -> IntCounter {
+        self.reloads.with_label_values(&[self.model.as_str(), word])
+    }
 }
 
 impl Metrics {
@@ -177,6 +202,18 @@ impl Metrics {
                 &["model"],
             ),
             ready: gauges("modalkit_model_ready", "1 while the model serves"),
+            reloads: counter(
+                "modalkit_reloads_total",
+                "changes of a model's plugin by how they ended",
+                &["model", "outcome"],
+            ),
+            hooks: counter(
+                "modalkit_volume_hooks_total",
+                "calls of on_volume_reload by how they ended",
+                &["model", "outcome"],
+            ),
+            generation: gauges("modalkit_generation", "the generation that serves"),
+            libraries: gauge("modalkit_plugin_libraries", "plugin libraries opened, none is ever closed"),
             requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
             connections: gauge("modalkit_connections", "open connections"),
             jobs: gauge("modalkit_jobs_remembered", "asynchronous jobs that are remembered"),
@@ -212,6 +249,18 @@ impl Metrics {
             replicas_stuck: self.replicas_stuck.with_label_values(model),
             replicas_given_up: self.replicas_given_up.with_label_values(model),
             ready: self.ready.with_label_values(model),
+        }
+    }
+
+    /// The metrics of one model's reloads.
+    #[must_use]
+    pub fn reloads(&self, name: &str) -> ReloadMetrics {
+        ReloadMetrics {
+            reloads: self.reloads.clone(),
+            model: name.to_owned(),
+            hooks_ok: self.hooks.with_label_values(&[name, "ok"]),
+            hooks_failed: self.hooks.with_label_values(&[name, "error"]),
+            generation: self.generation.with_label_values(&[name]),
         }
     }
 

@@ -11,4 +11,5 @@ mod lifecycle;
 mod newcomer;
 mod other_compiler;
 mod refusals;
+mod reload;
 mod serving;

@@ -2,10 +2,16 @@
 //!
 //! It finds what `cargo xtask test` has built beside the tests' own program, and never knows the host's inside.
 
+pub mod load;
+pub mod version;
+
+pub use version::Version;
+
 use std::{
     env, fs,
     io::{BufRead, BufReader},
     net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -26,11 +32,14 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lie in the workspace's folder").to_owned()
 }
 
-/// Where cargo put what it built in this profile: two folders above the tests' own program.
+/// Where cargo put what it built in this profile.
 #[must_use]
 pub fn built() -> PathBuf {
     let this = env::current_exe().expect("a program knows its path");
-    this.parent().and_then(Path::parent).expect("target/PROFILE/deps/THIS").to_owned()
+    let folder = this.parent().expect("a program lies in a folder");
+    // Tests lie in target/PROFILE/deps, programs beside that.
+    let profile = if folder.ends_with("deps") { folder.parent() } else { Some(folder) };
+    profile.expect("target/PROFILE").to_owned()
 }
 
 /// The file of a built library.
@@ -71,6 +80,8 @@ impl Setup {
         let folder = tempfile::tempdir().expect("a temporary folder");
         fs::create_dir(folder.path().join("volume")).expect("a folder in it");
         fs::create_dir(folder.path().join("tmp")).expect("a folder in it");
+        fs::set_permissions(folder.path().join("volume"), fs::Permissions::from_mode(0o755))
+            .expect("it is ours");
         Self { folder, config: String::new(), environment: Vec::new() }
     }
 
@@ -102,7 +113,7 @@ impl Setup {
         self.folder.path().join("volume")
     }
 
-    fn command(&self) -> Command {
+    fn write_config(&self) -> PathBuf {
         let file = self.folder.path().join("modalkit.toml");
         let text = format!(
             "{}\n[app_settings.deployment_config.volumes]\n{:?} = \"test\"\n",
@@ -110,6 +121,11 @@ impl Setup {
             self.volume().display().to_string()
         );
         fs::write(&file, text).expect("the configuration is written");
+        file
+    }
+
+    fn command(&self) -> Command {
+        let file = self.write_config();
         let mut command = Command::new(built().join("modalkit"));
         command
             .args(["--config".as_ref(), file.as_os_str()])
@@ -185,8 +201,17 @@ pub fn signal(process: u32, name: &str) {
 /// # Panics
 /// Where it can't.
 pub fn install(from: &Path, to: &Path) {
+    put(&fs::read(from).expect("the file is read"), to);
+}
+
+/// Puts bytes in place in one step, writable by nobody else whatever the umask.
+///
+/// # Panics
+/// Where it can't.
+pub fn put(bytes: &[u8], to: &Path) {
     let part = to.with_extension("part");
-    fs::copy(from, &part).expect("the file is copied");
+    fs::write(&part, bytes).expect("the file is written");
+    fs::set_permissions(&part, fs::Permissions::from_mode(0o644)).expect("it is ours");
     fs::rename(&part, to).expect("the file is renamed");
 }
 
@@ -220,6 +245,12 @@ impl Host {
     #[must_use]
     pub fn volume(&self) -> PathBuf {
         self.setup.volume()
+    }
+
+    /// Replaces the lines of configuration; the host reads them when it is told to.
+    pub fn configure(&mut self, toml: &str) {
+        toml.clone_into(&mut self.setup.config);
+        self.setup.write_config();
     }
 
     /// The host's private folder for temporary files.
@@ -295,6 +326,12 @@ impl Host {
         let (_, report) = self.get("/models");
         let models = report["models"].as_array().cloned().unwrap_or_default();
         models.into_iter().find(|model| model["name"] == name).unwrap_or_default()
+    }
+
+    /// What `GET /models/{name}` says.
+    #[must_use]
+    pub fn report(&self, name: &str) -> Value {
+        self.get(&format!("/models/{name}")).1
     }
 
     /// A connection of one's own.

@@ -7,6 +7,43 @@ use modalkit_abi::ABI_VERSION;
 /// Why a library was not taken into this process.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// It is a file of another kind.
+    #[error("it is no ELF file, but {found}; expected a shared library: the crate's type must be cdylib")]
+    NotElf {
+        /// What it begins with.
+        found: String,
+    },
+    /// It ends too early.
+    #[error(
+        "it is truncated: its headers speak of {expected} bytes and it has {found}; copy it again, to another name beside the target first, and rename it then"
+    )]
+    Truncated {
+        /// Bytes that its headers speak of.
+        expected: u64,
+        /// Bytes there are.
+        found: u64,
+    },
+    /// It was built for other machines.
+    #[error(
+        "it was built for {found}, and this host runs on {expected}; build it with `cargo build --target` of this host"
+    )]
+    Architecture {
+        /// Its machine.
+        found: String,
+        /// This one.
+        expected: String,
+    },
+    /// It is ELF and no shared library.
+    #[error("it is an ELF file and no shared library; the crate's type must be cdylib")]
+    NotALibrary,
+    /// A library that it needs isn't where the dynamic linker looks.
+    #[error("it needs the shared library {name}, which the dynamic linker doesn't find; {}", missing_hint(*.beside))]
+    MissingLibrary {
+        /// The library's name.
+        name: String,
+        /// It lies beside the plugin, where a private copy of the plugin doesn't see it.
+        beside: bool,
+    },
     /// The dynamic linker refused the file.
     #[error("the dynamic linker refuses the file: {reason}; build it as a cdylib for this machine")]
     Unloadable {
@@ -45,6 +82,14 @@ pub enum OpenError {
         /// What the plugin said.
         reason: String,
     },
+}
+
+fn missing_hint(beside: bool) -> &'static str {
+    if beside {
+        "a file of that name lies beside the plugin, but the host opens a private copy elsewhere, so that `$ORIGIN` doesn't lead there: link it statically, or put its folder into LD_LIBRARY_PATH and restart the host"
+    } else {
+        "install it on this machine, put its folder into LD_LIBRARY_PATH and restart the host, or link it statically"
+    }
 }
 
 /// Why a file was not taken.
@@ -89,7 +134,66 @@ pub enum LoadError {
     /// The child process found it unfit.
     #[error("{0}")]
     Refused(String),
+    /// Somebody else could change it, or could have written it.
+    #[error("{what} {path} {found}, and a plugin is code that this host runs; {hint}", path = path.display())]
+    Untrusted {
+        /// The file, or the folder it lies in.
+        what: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Whom it belongs to, or who may write it.
+        found: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The model's entry names another content.
+    #[error(
+        "it has the SHA-256 {found}, and the model's entry pins {expected} (plugin_sha256); install that file, or change the entry and restart the host"
+    )]
+    Pinned {
+        /// What the entry says.
+        expected: String,
+        /// What the file has.
+        found: String,
+    },
+    /// The process has opened as many libraries as it may.
+    #[error(
+        "this process has opened {found} plugin libraries (server.generations_max is {limit}), and none can be closed again; restart the host, which starts over with what is in the volumes, or run the model in a process of its own (isolation = \"process\") where that is to be had"
+    )]
+    TooManyLibraries {
+        /// Libraries there are.
+        found: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// This process found it unfit.
     #[error(transparent)]
     Open(#[from] OpenError),
+}
+
+impl LoadError {
+    /// Whether the same content may be taken on another try, since it isn't the content that was found unfit.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Io { .. } | Self::Hung { .. } | Self::Preflight { .. } | Self::Untrusted { .. } => true,
+            Self::Pinned { .. }
+            | Self::TooManyLibraries { .. }
+            | Self::Crashed { .. }
+            | Self::Refused(_)
+            | Self::Open(_) => false,
+        }
+    }
+
+    /// The error and its causes, one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
+    }
 }

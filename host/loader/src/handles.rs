@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 
 use modalkit_abi::{
-    BatchHandle, Failure, InstanceHandle, ItemHandle, Rejection,
-    abi_stable::std_types::{RResult, RSlice, RVec},
+    BatchHandle, Failure, InstanceHandle, ItemHandle, Rejection, VolumeChange,
+    abi_stable::std_types::{RResult, RSlice, RStr, RVec},
 };
 
 use crate::Plugin;
@@ -59,6 +59,23 @@ impl Instance {
     pub fn warmup(&self) -> Result<(), Failure> {
         // SAFETY: the handle is live until `drop`.
         unsafe { self.plugin.module().warmup()(self.handle) }.into_result()
+    }
+
+    /// Runs the pipeline's `on_volume_reload`: waits for batches under way, and batches wait for it.
+    ///
+    /// `changed`: files relative to the mount point; none where nobody knows which.
+    ///
+    /// # Errors
+    /// What the hook said.
+    pub fn volume_reload(&self, volume: &str, mount_point: &str, changed: &[String]) -> Result<(), Failure> {
+        let changed: Vec<RStr<'_>> = changed.iter().map(|file| file.as_str().into()).collect();
+        let change = VolumeChange {
+            volume: volume.into(),
+            mount_point: mount_point.into(),
+            changed: RSlice::from_slice(&changed),
+        };
+        // SAFETY: the handle is live until `drop`.
+        unsafe { self.plugin.module().volume_reload()(self.handle, &change) }.into_result()
     }
 
     /// Validates an item that was decoded without an instance, and waits where the pipeline is changing.

@@ -9,14 +9,16 @@
 //! 4. [`Plugin::load`] builds an [`Instance`]; [`Plugin::decode`] makes an [`Item`] of bytes; [`Instance::begin`] makes a
 //!    [`Batch`] of items, which runs through the stages.
 
+mod elf;
 mod error;
 mod handles;
 mod library;
 pub mod preflight;
 mod store;
 
+pub use elf::is_whole;
 pub use error::{LoadError, OpenError};
 pub use handles::{Batch, Foreign, Instance, Item, Outcome};
-pub use library::{LogSink, Plugin};
+pub use library::{LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
-pub use store::{Staged, Store};
+pub use store::{Staged, Store, Trust};

@@ -1,6 +1,10 @@
 //! One opened library: handshake first, then layout, then calls.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
@@ -12,7 +16,7 @@ use modalkit_abi::{
     },
 };
 
-use crate::{Failure, Instance, Item, OpenError, Rejection, Staged};
+use crate::{Failure, Instance, Item, OpenError, Rejection, Staged, elf};
 
 /// Takes lines that plugins log: level, model (else plugin), target, message, fields.
 pub type LogSink = fn(LogLevel, &str, &str, &str, &str);
@@ -30,6 +34,7 @@ struct Shared {
     module: PluginModuleRef,
     description: Description,
     sha256: String,
+    path: PathBuf,
     rustc: &'static str,
     sdk: &'static str,
 }
@@ -50,6 +55,7 @@ impl Plugin {
                 module,
                 description,
                 sha256: staged.sha256().to_owned(),
+                path: staged.path().to_owned(),
                 // SAFETY: the magic was checked, and the library is never closed.
                 rustc: unsafe { handshake.rustc_version.get() },
                 // SAFETY: as above.
@@ -143,17 +149,42 @@ impl Plugin {
         self.shared.module
     }
 
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
+    /// Whether both are the same opened library.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.shared, &other.shared)
     }
 }
 
+/// Bytes of memory that these libraries keep until the process ends: the resident part of their mappings, pages that are
+/// shared with other processes by their share. 0 where the kernel doesn't say.
+#[must_use]
+pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
+    let paths: HashSet<&str> = plugins.into_iter().filter_map(|plugin| plugin.shared.path.to_str()).collect();
+    // A file of some milliseconds: for reports, not for every request.
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    let mut counts = false;
+    let mut kibibytes = 0;
+    for line in maps.lines() {
+        if let Some(pss) = line.strip_prefix("Pss:") {
+            let pss: u64 = pss.trim().trim_end_matches("kB").trim().parse().unwrap_or(0);
+            kibibytes += if counts { pss } else { 0 };
+        } else if let Some((range, rest)) = line.split_once(' ')
+            && range.contains('-')
+        {
+            counts = rest.find('/').is_some_and(|start| paths.contains(&rest[start..]));
+        }
+    }
+    kibibytes * 1024
+}
+
 /// Opens a file and checks all that can be checked before plugin code runs.
-fn take(path: &std::path::Path) -> Result<(PluginModuleRef, &'static Handshake), OpenError> {
+fn take(path: &Path) -> Result<(PluginModuleRef, &'static Handshake), OpenError> {
+    elf::check(path)?;
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
-    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
-        .map_err(|error| OpenError::Unloadable { reason: linker_reason(&error) })?;
+    let library =
+        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(&error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
     let handshake = unsafe { library.get::<*const Handshake>(HANDSHAKE_SYMBOL) }
         .map(|symbol| *symbol)
@@ -194,22 +225,36 @@ fn check(handshake: &Handshake) -> Result<(), OpenError> {
 }
 
 /// The linker's words without the private path, which means nothing to anyone.
-fn linker_reason(error: &libloading::Error) -> String {
-    let mut text = error.to_string();
-    if let Some(source) = std::error::Error::source(error) {
-        text = source.to_string();
+fn unloadable(error: &libloading::Error) -> OpenError {
+    let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    // glibc's words for a library that another one needs; a file that we named ourselves is there.
+    if let Some((name, _)) = text.split_once(": cannot open shared object file") {
+        return OpenError::MissingLibrary { name: name.to_owned(), beside: false };
     }
-    text.split_once(".so: ").map_or(text.clone(), |(_, reason)| reason.to_owned())
+    let reason = text.split_once(".so: ").map_or(text.clone(), |(_, reason)| reason.to_owned());
+    OpenError::Unloadable { reason }
 }
 
-/// abi_stable prints whole type trees; the first line that names a mismatch says enough.
+/// abi_stable prints whole type trees, those of both sides for every difference; the first difference says enough.
 fn first_difference(error: &LibraryError) -> String {
     let text = error.to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let start =
-        lines.clone().position(|line| line.starts_with("error") || line.contains("xpected")).unwrap_or(0);
-    lines.by_ref().skip(start).take(4).collect::<Vec<_>>().join(" ")
+    condense(&text)
 }
+
+/// The first mismatch in abi_stable's report, with what was expected and found.
+fn condense(report: &str) -> String {
+    let lines: Vec<&str> = report.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let start = lines.iter().position(|line| line.starts_with("Error:")).unwrap_or(0);
+    let words = lines[start..].iter().take(DIFFERENCE_LINES).copied().collect::<Vec<_>>().join(" ");
+    match words.char_indices().nth(DIFFERENCE_CHARS) {
+        Some((end, _)) => format!("{}...", &words[..end]),
+        None => words,
+    }
+}
+
+/// Of abi_stable's report: what is shown of the first difference.
+const DIFFERENCE_LINES: usize = 4;
+const DIFFERENCE_CHARS: usize = 400;
 
 extern "C" fn forward(record: &LogRecord<'_>) {
     if let Some(sink) = LOG_SINK.get() {

@@ -3,10 +3,10 @@
 //! The child is this same program, told by its arguments to call [`child`]; it answers with one line of JSON.
 
 use std::{
-    io::Read,
+    io::{self, Read},
     os::unix::process::ExitStatusExt,
     path::Path,
-    process::{Command, ExitStatus, Stdio},
+    process::{self, Command, ExitStatus, Stdio},
     sync::mpsc,
     thread,
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LoadError, Plugin, Staged};
+use crate::{LoadError, OpenError, Plugin, Staged};
 
 /// What the child found.
 #[derive(Debug, Serialize, Deserialize)]
@@ -22,6 +22,8 @@ use crate::{LoadError, Plugin, Staged};
 enum Verdict {
     Fit,
     Refused(String),
+    /// A shared library that it needs wasn't found.
+    Needs(String),
 }
 
 /// What a library prints while it is opened is read up to this; a child that prints more is killed at the limit.
@@ -47,7 +49,8 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
     let mut child = Command::new(how.program)
         .args(how.args)
         .arg(staged.path())
-        .stdin(Stdio::null())
+        // Never written to: it ends when this process does, however that happens, and the child with it.
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -80,6 +83,10 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
     match verdict {
         Some(Verdict::Fit) if status.success() => Ok(()),
         Some(Verdict::Refused(reason)) => Err(LoadError::Refused(reason)),
+        Some(Verdict::Needs(name)) => {
+            let beside = staged.origin().with_file_name(&name).exists();
+            Err(OpenError::MissingLibrary { name, beside }.into())
+        }
         Some(Verdict::Fit) | None => Err(LoadError::Crashed { how: describe(status) }),
     }
 }
@@ -87,8 +94,15 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
 /// The child's whole work: opens the file and returns the line to print.
 #[must_use]
 pub fn child(file: &Path) -> String {
+    // A constructor that never returns must not outlive the host that wanted to know. Without the thread it may.
+    drop(thread::Builder::new().name("parent".into()).spawn(|| {
+        // An error means what the end means: nobody is there.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        process::abort();
+    }));
     let verdict = match Plugin::open(&Staged::in_place(file)) {
         Ok(_) => Verdict::Fit,
+        Err(OpenError::MissingLibrary { name, .. }) => Verdict::Needs(name),
         Err(error) => Verdict::Refused(error.to_string()),
     };
     serde_json::to_string(&verdict).expect("a verdict is a string at most")

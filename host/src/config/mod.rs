@@ -7,7 +7,9 @@ mod resolved;
 
 use std::path::PathBuf;
 
-pub use resolved::{BatchPolicy, Config, ModelSpec, Replicas, Server, Volume};
+pub use resolved::{
+    BatchPolicy, Config, GoldenSpec, ModelSpec, Probation, ReloadPolicy, Replicas, Server, Volume, Watching,
+};
 
 /// Reads the files, lays the environment over them and resolves the whole.
 ///

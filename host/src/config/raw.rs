@@ -29,8 +29,20 @@ pub(super) struct Server {
     pub(super) drain_timeout_seconds: Option<u64>,
     pub(super) preflight_timeout_seconds: Option<u64>,
     pub(super) settle_ms: Option<u64>,
+    pub(super) settle_timeout_seconds: Option<u64>,
+    pub(super) poll_interval_ms: Option<u64>,
+    pub(super) generations_max: Option<u64>,
+    pub(super) plugins_of_any_owner: Option<bool>,
+    pub(super) plugins_of_any_mode: Option<bool>,
+    pub(super) volumes: Option<BTreeMap<String, ServerVolume>>,
     pub(super) jobs_max: Option<u64>,
     pub(super) log: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServerVolume {
+    pub(super) watch: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -64,6 +76,12 @@ pub(super) struct DeploymentConfig {
     pub(super) container_idle_timeout: Option<u64>,
     pub(super) batch_timeout_seconds: Option<f64>,
     pub(super) stuck_replicas_max: Option<u64>,
+    pub(super) load_timeout_seconds: Option<f64>,
+    pub(super) volume_reload_interval_seconds: Option<f64>,
+    pub(super) probation_seconds: Option<f64>,
+    pub(super) probation_batches_min: Option<u64>,
+    pub(super) probation_failed_share_max: Option<f64>,
+    pub(super) probation_p99_ratio_max: Option<f64>,
     // Known keys whose feature isn't here yet: accepted, and said to have no effect.
     pub(super) gpu: Option<Value>,
     pub(super) region: Option<Value>,
@@ -72,7 +90,6 @@ pub(super) struct DeploymentConfig {
     pub(super) mounts: Option<Value>,
     pub(super) cloud_bucket_mounts: Option<Value>,
     pub(super) secure: Option<Value>,
-    pub(super) volume_reload_interval_seconds: Option<Value>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -86,6 +103,10 @@ pub(super) struct ModelSettings {
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct ModelEntry {
     pub(super) plugin: Option<String>,
+    pub(super) plugin_sha256: Option<String>,
+    pub(super) volumes: Option<Vec<String>>,
+    pub(super) golden: Option<String>,
+    pub(super) golden_latency_ms: Option<u64>,
     pub(super) batch_config: Option<BatchConfig>,
     pub(super) deployment_config: Option<DeploymentConfig>,
     /// The pipeline's own keys, which only the pipeline can check.

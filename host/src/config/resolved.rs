@@ -1,6 +1,11 @@
 //! What the configuration means: every value present, in its unit and within its range.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use super::{
     ConfigError,
@@ -49,8 +54,18 @@ pub struct Server {
     pub drain_timeout: Duration,
     /// How long a plugin may take to open in the preflight process.
     pub preflight_timeout: Duration,
-    /// How long a new file must hold still before it is loaded.
+    /// How long a file must hold still before it counts as written, unless its writer has closed or renamed it.
     pub settle: Duration,
+    /// How long a library that ends before its own section table may hold still until it is refused as truncated.
+    pub settle_timeout: Duration,
+    /// How often a volume that is polled is looked through.
+    pub poll_interval: Duration,
+    /// Plugin libraries that this process opens in its life: none can be closed.
+    pub generations_max: usize,
+    /// Whether plugins of any owner are taken.
+    pub plugins_of_any_owner: bool,
+    /// Whether plugins are taken that the group or everybody may write.
+    pub plugins_of_any_mode: bool,
     /// Asynchronous jobs that are remembered, finished ones included.
     pub jobs_max: usize,
     /// Log levels: `info`, or `info,modalkit=debug`.
@@ -64,10 +79,25 @@ pub struct Volume {
     pub name: String,
     /// Where it lies.
     pub mount_point: PathBuf,
+    /// How changes in it are noticed.
+    pub watch: Watching,
+}
+
+/// How changes in a volume are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watching {
+    /// By what suits its file system: events on local ones, both on others.
+    Fitting,
+    /// By the kernel's events.
+    Native,
+    /// By looking every `poll_interval`.
+    Poll,
+    /// By both.
+    Both,
 }
 
 /// How one model is served.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// The model's name.
     pub name: String,
@@ -83,6 +113,45 @@ pub struct ModelSpec {
     pub common_settings: String,
     /// The pipeline's own keys as JSON.
     pub settings: String,
+    /// The only content of its plugin that is taken: a SHA-256, in hexadecimal.
+    pub plugin_sha256: Option<String>,
+    /// The volumes whose changes it hears of, where they don't follow from its paths.
+    pub volumes: Option<Vec<String>>,
+    /// Requests that a new generation must answer rightly before it serves.
+    pub golden: Option<GoldenSpec>,
+    /// How a new generation is brought in.
+    pub reload: ReloadPolicy,
+}
+
+/// `golden` of a model's entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GoldenSpec {
+    /// The file.
+    pub file: PathBuf,
+    /// The most that one answer may take.
+    pub latency_max: Option<Duration>,
+}
+
+/// The reload part of `deployment_config`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReloadPolicy {
+    /// How often `on_volume_reload` is called also without a change.
+    pub hook_interval: Option<Duration>,
+    /// What is expected of a new generation beside the old one.
+    pub probation: Probation,
+}
+
+/// What is expected of a new generation beside the one before.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Probation {
+    /// How long the old generation stands by; zero: not at all.
+    pub time: Duration,
+    /// Batches that must have ended before there is a verdict, but for the one at the end.
+    pub batches_min: u64,
+    /// How much larger the share of failed batches may be, from 0 to 1.
+    pub failed_share_max: f64,
+    /// How many times as long 99 of 100 batches may take.
+    pub p99_ratio_max: f64,
 }
 
 /// `batch_config`.
@@ -111,6 +180,8 @@ pub struct Replicas {
     pub batch_timeout: Duration,
     /// Given-up replicas whose threads have not come back.
     pub stuck_max: usize,
+    /// How long `load` and `warmup` together, and each `on_volume_reload`, may take.
+    pub load_timeout: Duration,
 }
 
 impl ModelSpec {
@@ -125,6 +196,8 @@ const MAX_BATCH_SIZE_MAX: u64 = 1000;
 const WAIT_MS_MAX: u64 = 600_000;
 const REPLICAS_MAX: u64 = 256;
 const THREADS_MAX: u64 = 1024;
+/// Each library that touches a thread-local keeps a pthread key, of which a process has 1,024; others need some too.
+const GENERATIONS_MAX: u64 = 768;
 
 pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
     let app = raw.app_settings.unwrap_or_default();
@@ -148,7 +221,8 @@ pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
     }
 
     let folder = models.local_model_repository_folder.map(PathBuf::from);
-    let volumes = volumes(deployment.volumes.clone(), folder.as_ref());
+    let raw_server = raw.server.unwrap_or_default();
+    let volumes = volumes(deployment.volumes.clone(), folder.as_ref(), raw_server.volumes.as_ref())?;
     let all_model_data_folder = folder.or_else(|| volumes.first().map(|volume| volume.mount_point.clone()));
     let defaults = ModelSpec {
         name: String::new(),
@@ -163,6 +237,14 @@ pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
         all_model_data_folder: all_model_data_folder.unwrap_or_else(|| DEFAULT_VOLUME.into()),
         common_settings: json(&models.common.unwrap_or_default()),
         settings: "{}".into(),
+        plugin_sha256: None,
+        volumes: None,
+        golden: None,
+        reload: reload_policy(
+            "app_settings.deployment_config",
+            &deployment,
+            &raw::DeploymentConfig::default(),
+        )?,
     };
     let mut specs = BTreeMap::new();
     for (name, entry) in models.model_entries.unwrap_or_default() {
@@ -175,13 +257,17 @@ pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
             plugin: entry.plugin.unwrap_or_else(|| name.clone()),
             batch: batch_policy(&format!("{key}.batch_config"), &own_batch, &batch)?,
             replicas: replicas(&format!("{key}.deployment_config"), &own, &deployment, batch_size)?,
+            reload: reload_policy(&format!("{key}.deployment_config"), &own, &deployment)?,
             settings: json(&entry.settings),
+            plugin_sha256: entry.plugin_sha256.map(|found| sha256(&key, &found)).transpose()?,
+            volumes: entry.volumes.map(|names| known_volumes(&key, names, &volumes)).transpose()?,
+            golden: golden(&key, entry.golden, entry.golden_latency_ms, &defaults.all_model_data_folder)?,
             ..defaults.named(&name)
         };
         specs.insert(name, spec);
     }
     Ok(Config {
-        server: server(&raw.server.unwrap_or_default())?,
+        server: server(&raw_server)?,
         volumes,
         models: specs,
         defaults,
@@ -198,16 +284,117 @@ pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
 
 const DEFAULT_VOLUME: &str = "volume";
 
-fn volumes(written: Option<BTreeMap<String, String>>, folder: Option<&PathBuf>) -> Vec<Volume> {
-    match written {
-        Some(map) if !map.is_empty() => map
-            .into_iter()
-            .map(|(mount_point, name)| Volume { name, mount_point: mount_point.into() })
-            .collect(),
-        _ => {
-            let mount_point = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
-            vec![Volume { name: DEFAULT_VOLUME.into(), mount_point }]
-        }
+fn volumes(
+    written: Option<BTreeMap<String, String>>,
+    folder: Option<&PathBuf>,
+    settings: Option<&BTreeMap<String, raw::ServerVolume>>,
+) -> Result<Vec<Volume>, ConfigError> {
+    let mut mounts: Vec<(PathBuf, String)> =
+        written.unwrap_or_default().into_iter().map(|(mount, name)| (mount.into(), name)).collect();
+    if mounts.is_empty() {
+        let mount = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
+        mounts.push((mount, DEFAULT_VOLUME.to_owned()));
+    }
+    let names: Vec<&String> = mounts.iter().map(|(_, name)| name).collect();
+    if let Some(unknown) = settings.iter().flat_map(|map| map.keys()).find(|name| !names.contains(name)) {
+        return Err(ConfigError::Range {
+            key: "server.volumes".into(),
+            found: format!("{unknown:?}"),
+            expected: format!("one of the names in app_settings.deployment_config.volumes: {names:?}"),
+        });
+    }
+    let watching = |name: &str| match settings.and_then(|map| map.get(name)?.watch.as_deref()) {
+        None => Ok(Watching::Fitting),
+        Some("native") => Ok(Watching::Native),
+        Some("poll") => Ok(Watching::Poll),
+        Some("both") => Ok(Watching::Both),
+        Some(other) => Err(ConfigError::Range {
+            key: format!("server.volumes.{name}.watch"),
+            found: format!("{other:?}"),
+            expected: "\"native\", \"poll\" or \"both\"".into(),
+        }),
+    };
+    let volume =
+        |(mount_point, name): (PathBuf, String)| Ok(Volume { watch: watching(&name)?, name, mount_point });
+    mounts.into_iter().map(volume).collect()
+}
+
+fn reload_policy(
+    key: &str,
+    own: &raw::DeploymentConfig,
+    over: &raw::DeploymentConfig,
+) -> Result<ReloadPolicy, ConfigError> {
+    let interval = own.volume_reload_interval_seconds.or(over.volume_reload_interval_seconds);
+    // The Python library says -1 for "only on change".
+    let hook_interval = interval.filter(|seconds| *seconds != -1.0);
+    let share = own.probation_failed_share_max.or(over.probation_failed_share_max);
+    let ratio = own.probation_p99_ratio_max.or(over.probation_p99_ratio_max);
+    let time = own.probation_seconds.or(over.probation_seconds).unwrap_or(10.0);
+    Ok(ReloadPolicy {
+        hook_interval: hook_interval
+            .map(|found| seconds(&format!("{key}.volume_reload_interval_seconds"), Some(found), found))
+            .transpose()?,
+        probation: Probation {
+            time: match time {
+                0.0 => Duration::ZERO,
+                time => seconds(&format!("{key}.probation_seconds"), Some(time), time)?,
+            },
+            batches_min: number(
+                &format!("{key}.probation_batches_min"),
+                own.probation_batches_min.or(over.probation_batches_min),
+                10,
+                1,
+                1 << 32,
+            )? as u64,
+            failed_share_max: real(&format!("{key}.probation_failed_share_max"), share, 0.1, 0.0, 1.0)?,
+            p99_ratio_max: real(&format!("{key}.probation_p99_ratio_max"), ratio, 3.0, 1.0, 1e6)?,
+        },
+    })
+}
+
+fn sha256(key: &str, found: &str) -> Result<String, ConfigError> {
+    if found.len() == 64 && found.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return Ok(found.to_ascii_lowercase());
+    }
+    Err(ConfigError::Range {
+        key: format!("{key}.plugin_sha256"),
+        found: format!("{found:?}"),
+        expected: "64 hexadecimal digits, as `sha256sum` prints them".into(),
+    })
+}
+
+fn known_volumes(key: &str, names: Vec<String>, volumes: &[Volume]) -> Result<Vec<String>, ConfigError> {
+    let known: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+    match names.iter().find(|name| !known.contains(&name.as_str())) {
+        None => Ok(names),
+        Some(unknown) => Err(ConfigError::Range {
+            key: format!("{key}.volumes"),
+            found: format!("{unknown:?}"),
+            expected: format!("names of volumes: {known:?}"),
+        }),
+    }
+}
+
+fn golden(
+    key: &str,
+    file: Option<String>,
+    latency_ms: Option<u64>,
+    folder: &Path,
+) -> Result<Option<GoldenSpec>, ConfigError> {
+    match (file, latency_ms) {
+        (None, None) => Ok(None),
+        (None, Some(found)) => Err(ConfigError::Range {
+            key: format!("{key}.golden_latency_ms"),
+            found: found.to_string(),
+            expected: "golden beside it: the file with the requests that are timed".into(),
+        }),
+        (Some(file), latency) => Ok(Some(GoldenSpec {
+            // What stands with the model's data moves with it.
+            file: folder.join(file),
+            latency_max: latency
+                .map(|found| milliseconds(&format!("{key}.golden_latency_ms"), Some(found), found))
+                .transpose()?,
+        })),
     }
 }
 
@@ -260,6 +447,17 @@ fn server(raw: &raw::Server) -> Result<Server, ConfigError> {
             3_600,
         )? as u64),
         settle: Duration::from_millis(number("server.settle_ms", raw.settle_ms, 200, 1, 60_000)? as u64),
+        settle_timeout: Duration::from_secs(number(
+            "server.settle_timeout_seconds",
+            raw.settle_timeout_seconds,
+            10,
+            1,
+            86_400,
+        )? as u64),
+        poll_interval: milliseconds("server.poll_interval_ms", raw.poll_interval_ms, 2_000)?,
+        generations_max: number("server.generations_max", raw.generations_max, 256, 1, GENERATIONS_MAX)?,
+        plugins_of_any_owner: raw.plugins_of_any_owner.unwrap_or(false),
+        plugins_of_any_mode: raw.plugins_of_any_mode.unwrap_or(false),
         jobs_max: number("server.jobs_max", raw.jobs_max, 10_000, 1, 1 << 32)?,
         log: raw.log.clone().unwrap_or_else(|| "info".into()),
     })
@@ -322,6 +520,11 @@ fn replicas(
             300.0,
         )?,
         stuck_max: number(&format!("{key}.stuck_replicas_max"), stuck_max, 2, 0, REPLICAS_MAX)?,
+        load_timeout: seconds(
+            &format!("{key}.load_timeout_seconds"),
+            own.load_timeout_seconds.or(over.load_timeout_seconds),
+            600.0,
+        )?,
     })
 }
 
@@ -335,6 +538,18 @@ fn number(key: &str, found: Option<u64>, default: u64, least: u64, most: u64) ->
             expected: format!("a number from {least} to {most}"),
         }),
     }
+}
+
+fn real(key: &str, found: Option<f64>, default: f64, least: f64, most: f64) -> Result<f64, ConfigError> {
+    let value = found.unwrap_or(default);
+    if (least..=most).contains(&value) {
+        return Ok(value);
+    }
+    Err(ConfigError::Range {
+        key: key.to_owned(),
+        found: value.to_string(),
+        expected: format!("a number from {least} to {most}"),
+    })
 }
 
 fn milliseconds(key: &str, found: Option<u64>, default: u64) -> Result<Duration, ConfigError> {
@@ -370,7 +585,6 @@ fn note_unused_deployment(parent: &str, raw: &raw::DeploymentConfig, into: &mut 
         ("mounts", &raw.mounts),
         ("cloud_bucket_mounts", &raw.cloud_bucket_mounts),
         ("secure", &raw.secure),
-        ("volume_reload_interval_seconds", &raw.volume_reload_interval_seconds),
     ];
     note_unused(parent, &keys, into);
 }

@@ -5,6 +5,7 @@ mod body;
 mod connection;
 mod envelope;
 mod io_threads;
+mod manage;
 mod predict;
 mod request;
 mod routes;
@@ -14,7 +15,9 @@ use std::sync::Arc;
 
 use tokio::{runtime::Handle, sync::Semaphore};
 
-use crate::{admission::Gate, config::Server, dispatch::Models, jobs::Jobs, telemetry::Metrics};
+use crate::{
+    admission::Gate, config::Server, dispatch::Models, jobs::Jobs, reload::Control, telemetry::Metrics,
+};
 
 pub use connection::Listener;
 use request::RequestIds;
@@ -31,6 +34,8 @@ pub struct Context {
     pub jobs: Arc<Jobs>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Where changes are asked for.
+    pub control: Control,
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
@@ -47,6 +52,7 @@ impl Context {
         models: Arc<Models>,
         jobs: Arc<Jobs>,
         metrics: Arc<Metrics>,
+        control: Control,
     ) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
@@ -55,6 +61,7 @@ impl Context {
             models,
             jobs,
             metrics,
+            control,
             ids: RequestIds::new(),
             blocking: Handle::current(),
             decoding: Arc::new(Semaphore::new(cores)),

@@ -13,7 +13,7 @@ use hyper::{
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Context, connection::Peer, predict, request::put_id};
+use super::{Context, connection::Peer, manage::Managed, predict, request::put_id};
 use crate::{
     admin,
     egress::{HttpResponse, object_response},
@@ -31,9 +31,25 @@ pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<
         "/predict_sync" if is_post => predict::sync(peer, &head, body, &id).await,
         "/predict_batch" if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
         "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
-        _ => elsewhere(&peer.context, peer.address.ip(), &head),
+        path => match Managed::parse(path) {
+            Some(managed) => Box::pin(manage(&peer.context, peer.address.ip(), &head, managed)).await,
+            None => elsewhere(&peer.context, peer.address.ip(), &head),
+        },
     };
     put_id(&id, response.headers_mut());
+    response
+}
+
+/// What operators ask of one model or volume.
+async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Managed<'_>) -> HttpResponse {
+    let response = if head.method != managed.method() {
+        wrong_method(if managed.method() == Method::GET { "GET" } else { "POST" })
+    } else if caller.to_canonical().is_loopback() {
+        managed.answer(context).await
+    } else {
+        for_loopback_only(managed.endpoint())
+    };
+    context.metrics.requests("", managed.endpoint(), response.status().as_u16()).inc();
     response
 }
 
@@ -58,7 +74,7 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
         "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
         _ => {
             let detail = format!(
-                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async and GET {}",
+                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload and GET /models/{{name}}, {}",
                 GET_ONLY.join(", ")
             );
             return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
@@ -97,14 +113,15 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{admission::Gate, config, jobs::Jobs, telemetry::Metrics};
+    use crate::{admission::Gate, config, jobs::Jobs, reload::Control, telemetry::Metrics};
 
     #[tokio::test]
     async fn management_endpoints_answer_callers_on_this_machine_only() {
         let config = config::load(&[], []).unwrap();
         let metrics = Metrics::new();
         let jobs = Arc::new(Jobs::new(1, metrics.jobs.clone()));
-        let context = Context::new(config.server, Gate::new(1), Arc::default(), jobs, metrics);
+        let context =
+            Context::new(config.server, Gate::new(1), Arc::default(), jobs, metrics, Control::of_nobody());
         let status = |caller: &str, path: &str| {
             let (head, ()) = Request::builder().uri(path).body(()).unwrap().into_parts();
             elsewhere(&context, caller.parse().unwrap(), &head).status().as_u16()
@@ -117,5 +134,16 @@ mod tests {
             }
         }
         assert_eq!(status("192.0.2.7", "/livez"), 200);
+        for (method, path) in
+            [("GET", "/models/a"), ("POST", "/models/a/reload"), ("POST", "/volumes/a/reload")]
+        {
+            let (head, ()) = Request::builder().method(method).uri(path).body(()).unwrap().into_parts();
+            let managed = Managed::parse(path).unwrap();
+            let status = async |caller: &str| {
+                manage(&context, caller.parse().unwrap(), &head, managed).await.status().as_u16()
+            };
+            assert_eq!(status("192.0.2.7").await, 403, "{path}");
+            assert_eq!(status("127.0.0.1").await, 503, "{path}: nobody is there to ask");
+        }
     }
 }

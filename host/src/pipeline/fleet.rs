@@ -1,13 +1,16 @@
-//! Keeps as many replicas of a generation as are wanted: starts, replaces, gives up and retires them. One loop over one
-//! enum of events; it never runs a batch itself.
+//! Keeps as many replicas of a generation as are wanted: starts, replaces, gives up and retires them, and takes them one by
+//! one through a change of their data. One loop over one enum of events; it never runs a batch itself, and never decides
+//! whether its generation serves.
 
 use std::{
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
+use modalkit_loader::{Failure, FailureKind, Instance};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::MissedTickBehavior,
 };
@@ -17,35 +20,83 @@ use super::{
     replica::{Event, Replica, Surroundings},
     scale::{self, Seen, Step},
 };
-use modalkit_loader::Failure;
 
-/// How often the fleet looks at queue and replicas: the grain of `batch_timeout_seconds` and of scaling.
+/// How often the fleet looks at queue and replicas: the grain of `batch_timeout_seconds`, `load_timeout_seconds` and of
+/// scaling.
 const TICK: Duration = Duration::from_millis(50);
 /// After a failed load, the wait until the next try; it doubles with each failure up to the maximum.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 /// Threads write here when they start or fail; a full channel makes them wait.
 const EVENTS_MAX: usize = 64;
+/// Orders that wait for the loop, which carries each out at once.
+const ORDERS_MAX: usize = 16;
 
-/// The running loop of one generation.
+/// The running loop of one generation. Dropped, it ends as by [`Fleet::stop`], and nobody waits for it.
 pub struct Fleet {
-    stop: oneshot::Sender<()>,
+    /// Whose replicas these are.
+    pub generation: Arc<Generation>,
+    orders: mpsc::Sender<Order>,
+    progress: watch::Receiver<Progress>,
     task: JoinHandle<()>,
+}
+
+/// How far the first replicas have come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// They load.
+    Loading,
+    /// As many as were asked for are loaded.
+    Loaded,
+    /// One could not be loaded, for this reason. It is tried again, with a growing pause.
+    Failed(String),
+}
+
+/// A change in a volume, as the pipelines are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeChange {
+    /// The volume's name.
+    pub volume: String,
+    /// Where it lies.
+    pub mount_point: String,
+    /// Changed files, relative to it; none where nobody knows which.
+    pub changed: Vec<String>,
+}
+
+enum Order {
+    VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), String>>>),
+    /// A hook overran its time; its replica is given up.
+    GiveUp(Arc<Replica>),
+    /// That hook has returned after all.
+    CameBack,
+    Instance(oneshot::Sender<Option<Arc<Instance>>>),
+    Stop,
 }
 
 struct Loop {
     model: Arc<Model>,
     around: Arc<Surroundings>,
+    /// For walks, which may outlive the fleet.
+    orders: mpsc::WeakSender<Order>,
+    progress: watch::Sender<Progress>,
+    /// Replicas to be loaded before anything else is decided.
+    first: usize,
     replicas: Vec<Arc<Replica>>,
     leaving: Vec<Arc<Replica>>,
     /// Replicas with a batch that overran; their other lanes may still run one.
     given_up: Vec<Arc<Replica>>,
-    starting: usize,
+    loading: Vec<Loading>,
+    /// Threads that overran their time in `load`, in a batch or in a hook and haven't come back.
     stuck: usize,
     started_ever: u64,
     retry: Retry,
     short_since: Option<Instant>,
     spare_since: Option<Instant>,
+}
+
+struct Loading {
+    replica: u64,
+    since: Instant,
 }
 
 struct Retry {
@@ -54,37 +105,65 @@ struct Retry {
 }
 
 impl Fleet {
-    /// Starts the generation's first replica; the model serves when it is loaded.
+    /// Starts to load this many replicas. They take no work until the generation is said to serve.
     #[must_use]
-    pub fn start(model: Arc<Model>, generation: Arc<Generation>) -> Self {
+    pub fn start(model: Arc<Model>, generation: Arc<Generation>, replicas: usize) -> Self {
         let (events, received) = mpsc::channel(EVENTS_MAX);
+        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
+        let (report, progress) = watch::channel(Progress::Loading);
         let around = Arc::new(Surroundings {
-            generation,
+            generation: Arc::clone(&generation),
             queue: Arc::clone(&model.queue),
             metrics: Arc::clone(&model.metrics),
             events,
         });
-        let (stop, stopped) = oneshot::channel();
         let fleet = Loop {
             model,
             around,
+            orders: orders.downgrade(),
+            progress: report,
+            first: replicas.max(1),
             replicas: Vec::new(),
             leaving: Vec::new(),
             given_up: Vec::new(),
-            starting: 0,
+            loading: Vec::new(),
             stuck: 0,
             started_ever: 0,
             retry: Retry { not_before: None, pause: RETRY_MIN },
             short_since: None,
             spare_since: None,
         };
-        Self { stop, task: tokio::spawn(fleet.run(received, stopped)) }
+        Self { generation, orders, progress, task: tokio::spawn(fleet.run(received, ordered)) }
+    }
+
+    /// Waits until the first replicas have come further than this; returns how far.
+    pub async fn beyond(&mut self, seen: &Progress) -> Progress {
+        match self.progress.wait_for(|progress| progress != seen).await {
+            Ok(progress) => progress.clone(),
+            Err(_) => Progress::Failed("the host's loop that loads replicas ended".into()),
+        }
+    }
+
+    /// An instance, to ask it something beside its work. `None` where there is none.
+    pub async fn instance(&self) -> Option<Arc<Instance>> {
+        let (reply, instance) = oneshot::channel();
+        self.orders.send(Order::Instance(reply)).await.ok()?;
+        instance.await.ok()?
+    }
+
+    /// Runs `on_volume_reload` on one replica after the other. What comes back has one entry for each; it ends with the
+    /// fleet.
+    pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), String>>> {
+        let (reply, results) = oneshot::channel();
+        // A fleet that has ended drops the reply, which says so.
+        let _ = self.orders.send(Order::VolumeReload(change, reply)).await;
+        results
     }
 
     /// Lets every replica finish what it runs, and waits until they have left, but for those that hang.
     pub async fn stop(self) {
         // A loop that has ended needs no word.
-        let _ = self.stop.send(());
+        let _ = self.orders.send(Order::Stop).await;
         if let Err(error) = self.task.await {
             tracing::error!(%error, "a fleet's loop ended before it was told to");
         }
@@ -92,22 +171,31 @@ impl Fleet {
 }
 
 impl Loop {
-    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut stop: oneshot::Receiver<()>) {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut orders: mpsc::Receiver<Order>) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The first load is tried even where no replica is kept without work: a model that can't load should say so.
-        self.start_replica();
+        (0..self.first).for_each(|_| self.start_replica());
         loop {
             tokio::select! {
                 Some(event) = events.recv() => self.on_event(event),
                 _ = tick.tick() => self.on_tick(),
-                _ = &mut stop => break,
+                order = orders.recv() => match order {
+                    Some(order) => {
+                        if !self.on_order(order) {
+                            break;
+                        }
+                    }
+                    None => break,
+                },
             }
         }
-        self.model.queue.drain();
+        // Orders that come now are dropped, and their senders with them.
+        drop(orders);
         self.retire_all();
         while self.leaving.iter().any(|replica| !replica.has_left())
             || self.given_up.iter().any(|replica| replica.is_running())
+            || !self.loading.is_empty()
         {
             tokio::select! {
                 Some(event) = events.recv() => {
@@ -116,16 +204,55 @@ impl Loop {
                 }
                 _ = tick.tick() => {
                     self.give_up_overrun();
+                    self.give_up_loading();
                     self.leaving.retain(|replica| !replica.has_left());
                 }
             }
         }
     }
 
+    /// `false` when it is to end.
+    fn on_order(&mut self, order: Order) -> bool {
+        match order {
+            Order::Stop => return false,
+            Order::Instance(reply) => {
+                // Whoever asked may have left.
+                let _ = reply.send(self.replicas.first().and_then(|replica| replica.instance()));
+            }
+            Order::VolumeReload(change, reply) => {
+                let walk = Walk {
+                    model: Arc::clone(&self.model),
+                    orders: self.orders.clone(),
+                    limit: self.around.generation.spec.replicas.load_timeout,
+                };
+                tokio::spawn(walk.through(self.replicas.clone(), change, reply));
+            }
+            Order::CameBack => self.came_back(),
+            Order::GiveUp(replica) => {
+                let known = self.replicas.len();
+                self.replicas.retain(|other| !Arc::ptr_eq(other, &replica));
+                if self.replicas.len() < known {
+                    self.stuck += 1;
+                    self.validate_with_first();
+                    replica.leave();
+                    self.given_up.push(replica);
+                    self.on_replicas_changed();
+                }
+            }
+        }
+        true
+    }
+
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Started(replica) => {
-                self.starting -= 1;
+                if !self.has_loaded(replica.number) {
+                    self.stuck = self.stuck.saturating_sub(1);
+                    replica.leave();
+                    self.leaving.push(replica);
+                    self.on_replicas_changed();
+                    return;
+                }
                 self.retry.pause = RETRY_MIN;
                 tracing::info!(
                     model = self.model.spec.name,
@@ -135,27 +262,59 @@ impl Loop {
                 );
                 self.replicas.push(replica);
                 self.on_replicas_changed();
-                self.model.set_status(Status::Ready, Some(&self.around.generation));
+                if self.replicas.len() >= self.first {
+                    self.progress.send_replace(Progress::Loaded);
+                }
+                self.says(Status::Ready);
             }
-            Event::Failed(failure) => {
-                self.starting -= 1;
-                self.on_load_failed(&failure);
+            Event::Failed(replica, failure) => {
+                if self.has_loaded(replica) {
+                    self.on_load_failed(&failure);
+                } else {
+                    self.stuck = self.stuck.saturating_sub(1);
+                }
             }
-            Event::CameBack => {
-                self.stuck = self.stuck.saturating_sub(1);
-                self.model.metrics.replicas_stuck.set(self.stuck as i64);
-                tracing::warn!(
-                    model = self.model.spec.name,
-                    "a replica that was given up came back and left"
-                );
-            }
+            Event::CameBack => self.came_back(),
+        }
+    }
+
+    fn came_back(&mut self) {
+        self.stuck = self.stuck.saturating_sub(1);
+        self.on_replicas_changed();
+        tracing::warn!(model = self.model.spec.name, "a replica that was given up came back and left");
+    }
+
+    /// Whether this replica was waited for still, and is no longer.
+    fn has_loaded(&mut self, replica: u64) -> bool {
+        let before = self.loading.len();
+        self.loading.retain(|loading| loading.replica != replica);
+        self.loading.len() < before
+    }
+
+    /// Where the model stands, said by the generation that serves.
+    fn says(&self, status: Status) {
+        let generation = &self.around.generation;
+        if generation.serves() {
+            self.model.set_status(status, Some(generation));
         }
     }
 
     fn on_tick(&mut self) {
         self.give_up_overrun();
+        self.give_up_loading();
         self.leaving.retain(|replica| !replica.has_left());
         let now = Instant::now();
+        if !self.around.generation.serves() {
+            // What doesn't serve keeps what it has; only its first replicas are tried again.
+            let missing = self.first.saturating_sub(self.replicas.len() + self.loading.len());
+            if missing > 0 && *self.progress.borrow() != Progress::Loaded && self.may_retry(now) {
+                self.start_replica();
+            }
+            return;
+        }
+        // Another generation may have set them last.
+        self.model.metrics.replicas.set(self.replicas.len() as i64);
+        self.model.metrics.replicas_stuck.set(self.stuck as i64);
         let load = self.model.queue.load();
         let lanes = self.around.generation.spec.replicas.batches_in_flight;
         let batch = self.model.spec.batch.max_batch_size;
@@ -166,14 +325,14 @@ impl Loop {
         let refuses = self.model.serving().is_err();
         let seen = Seen {
             live: self.replicas.len(),
-            starting: self.starting,
+            starting: self.loading.len(),
             stuck: self.stuck,
             queued: load.queued.max(usize::from(refuses)),
             short_for: since(self.short_since),
             spare_for: since(self.spare_since),
         };
         match scale::next(&self.around.generation.spec.replicas, &seen) {
-            Step::Start if self.retry.not_before.is_none_or(|moment| moment <= now) => self.start_replica(),
+            Step::Start if self.may_retry(now) => self.start_replica(),
             Step::Retire => {
                 self.spare_since = Some(now);
                 self.retire_one();
@@ -182,11 +341,17 @@ impl Loop {
         }
     }
 
+    fn may_retry(&self, now: Instant) -> bool {
+        // Each thread that hangs keeps its memory: beyond this many, another try only spreads the damage.
+        self.stuck <= self.around.generation.spec.replicas.stuck_max
+            && self.retry.not_before.is_none_or(|moment| moment <= now)
+    }
+
     fn start_replica(&mut self) {
         self.started_ever += 1;
         self.short_since = None;
         match Replica::start(self.started_ever, Arc::clone(&self.around)) {
-            Ok(()) => self.starting += 1,
+            Ok(()) => self.loading.push(Loading { replica: self.started_ever, since: Instant::now() }),
             Err(error) => {
                 self.pause_retries();
                 tracing::error!(model = self.model.spec.name, %error, "can't start a replica's thread");
@@ -204,9 +369,32 @@ impl Loop {
             retry_in = ?pause,
             "the pipeline didn't load"
         );
+        let reason = format!("the pipeline didn't load: {reason}");
+        self.progress.send_if_modified(|progress| {
+            let loading = *progress != Progress::Loaded;
+            if loading {
+                *progress = Progress::Failed(reason.clone());
+            }
+            loading
+        });
         if self.replicas.is_empty() {
-            self.model
-                .set_status(Status::Failed { reason: format!("the pipeline didn't load: {reason}") }, None);
+            self.says(Status::Failed { reason });
+        }
+    }
+
+    fn give_up_loading(&mut self) {
+        let limit = self.around.generation.spec.replicas.load_timeout;
+        let overdue = self.loading.iter().filter(|loading| loading.since.elapsed() >= limit).count();
+        self.loading.retain(|loading| loading.since.elapsed() < limit);
+        for _ in 0..overdue {
+            self.stuck += 1;
+            self.on_load_failed(&Failure {
+                kind: FailureKind::Permanent,
+                message: format!("`load` and `warmup` did not return within {limit:?} (load_timeout_seconds); their thread is left behind").into(),
+            });
+        }
+        if overdue > 0 {
+            self.on_replicas_changed();
         }
     }
 
@@ -273,23 +461,26 @@ impl Loop {
         }
         self.stuck += overrun;
         self.model.metrics.timed_out.inc_by(overrun as u64);
-        self.model.metrics.replicas_stuck.set(self.stuck as i64);
+        (0..overrun).for_each(|_| self.around.count(limit, false));
         self.on_replicas_changed();
         let bound = self.around.generation.spec.replicas.stuck_max;
-        if self.stuck > bound && self.replicas.is_empty() && self.starting == 0 {
+        if self.stuck > bound && self.replicas.is_empty() && self.loading.is_empty() {
             let reason = format!(
                 "{} threads hang in batches that overran batch_timeout_seconds, more than stuck_replicas_max ({bound}); no replica is started until some come back: find out why the pipeline hangs, or restart the host",
                 self.stuck
             );
             tracing::error!(model = self.model.spec.name, reason, "the model is stuck");
-            self.model.set_status(Status::Stuck { reason }, None);
+            self.says(Status::Stuck { reason });
         }
     }
 
     fn on_replicas_changed(&self) {
-        self.model.metrics.replicas.set(self.replicas.len() as i64);
+        if self.around.generation.serves() {
+            self.model.metrics.replicas.set(self.replicas.len() as i64);
+            self.model.metrics.replicas_stuck.set(self.stuck as i64);
+        }
         self.validate_with_first();
-        self.model.queue.wake_all();
+        self.model.queue.change_turns(|| {});
     }
 
     /// Inputs are validated by a replica that stays. Called before one is told to leave, so that nobody looks at it then.
@@ -302,4 +493,64 @@ impl Loop {
 /// Remembers since when something holds.
 fn keep(since: &mut Option<Instant>, now: Instant, holds: bool) {
     *since = if holds { since.or(Some(now)) } else { None };
+}
+
+/// A walk through a generation's replicas with a change of their data: each rests while its hook runs, and the others work.
+struct Walk {
+    model: Arc<Model>,
+    orders: mpsc::WeakSender<Order>,
+    limit: Duration,
+}
+
+impl Walk {
+    async fn through(
+        self,
+        replicas: Vec<Arc<Replica>>,
+        change: VolumeChange,
+        reply: oneshot::Sender<Vec<Result<(), String>>>,
+    ) {
+        let change = Arc::new(change);
+        let mut results = Vec::with_capacity(replicas.len());
+        for replica in replicas {
+            self.model.queue.change_turns(|| replica.park(true));
+            results.push(self.hook(&replica, &change).await);
+            self.model.queue.change_turns(|| replica.park(false));
+        }
+        // Whoever asked may have left.
+        let _ = reply.send(results);
+    }
+
+    async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), String> {
+        // One that has left meanwhile has nothing to change.
+        let Some(instance) = replica.instance() else { return Ok(()) };
+        let (done, result) = oneshot::channel();
+        let (change, orders) = (Arc::clone(change), self.orders.clone());
+        let run = move || {
+            let result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
+            drop(instance);
+            // The receiver is gone when the limit has passed, and the fleet perhaps too.
+            if done.send(result).is_err()
+                && let Some(orders) = orders.upgrade()
+            {
+                let _ = orders.blocking_send(Order::CameBack);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("volume hook".into()).spawn(run) {
+            return Err(format!("can't start a thread for on_volume_reload: {error}"));
+        }
+        match tokio::time::timeout(self.limit, result).await {
+            Ok(Ok(result)) => result.map_err(|failure| failure.message.to_string()),
+            Ok(Err(_)) => Err("on_volume_reload ended without a result".into()),
+            Err(_) => {
+                // A fleet that has ended has given it up already.
+                if let Some(orders) = self.orders.upgrade() {
+                    let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
+                }
+                Err(format!(
+                    "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
+                    self.limit
+                ))
+            }
+        }
+    }
 }

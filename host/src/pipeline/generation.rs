@@ -1,12 +1,15 @@
 //! A loaded plugin with a model's settings. It decodes inputs and builds instances, and never knows who runs them.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
 
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_loader::{Failure, Instance, Item, Plugin, Rejection};
 
-use super::explain;
+use super::{explain, vitals::Vitals};
 use crate::{
     config::ModelSpec,
     job::{Detail, JobError},
@@ -20,6 +23,10 @@ pub struct Generation {
     pub plugin: Plugin,
     /// The model's settings.
     pub spec: ModelSpec,
+    /// How it does.
+    pub vitals: Vitals,
+    /// Whether its replicas take work. Changed under the queue's lock, by `Queue::change_turns`, or to `false` by a lane.
+    serves: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
     validating: ArcSwapOption<Instance>,
     /// Built when the first bad input comes.
@@ -34,9 +41,22 @@ impl Generation {
             number,
             plugin,
             spec,
+            vitals: Vitals::default(),
+            serves: AtomicBool::new(false),
             validating: ArcSwapOption::empty(),
             input_schema: OnceLock::new(),
         })
+    }
+
+    /// Whether its replicas take work.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.serves.load(Ordering::SeqCst)
+    }
+
+    /// Says so.
+    pub fn set_serves(&self, serves: bool) {
+        self.serves.store(serves, Ordering::SeqCst);
     }
 
     /// Parses and validates one input. Runs code of the plugin, which is why large inputs come here on other threads

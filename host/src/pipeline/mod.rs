@@ -1,11 +1,13 @@
 //! Served models: a generation (a loaded plugin with a model's settings), its replicas (instances with threads that run
-//! stages) and the fleet that keeps as many of them as are wanted. It never knows HTTP or files.
+//! stages) and the fleet that keeps as many of them as are wanted. It never knows HTTP, nor where a plugin came from.
 
 mod explain;
 mod fleet;
 mod generation;
+mod golden;
 mod replica;
 mod scale;
+mod vitals;
 
 use std::sync::Arc;
 
@@ -20,8 +22,10 @@ use crate::{
 };
 
 pub use explain::malformed;
-pub use fleet::Fleet;
+pub use fleet::{Fleet, Progress, VolumeChange};
 pub use generation::Generation;
+pub use golden::{Golden, GoldenError};
+pub use vitals::Tally;
 
 /// A model by its name: what callers see of it while generations and replicas come and go.
 pub struct Model {
@@ -117,6 +121,18 @@ impl Model {
             self.serving.store(None);
             self.fail_waiting();
         }
+    }
+
+    /// Lets a generation take the jobs from now on, and the one before no more: at once for all lanes, so that nobody who
+    /// was answered by the new one is answered by the old one afterwards.
+    pub fn swap(&self, from: Option<&Arc<Generation>>, to: &Arc<Generation>) {
+        self.queue.change_turns(|| {
+            if let Some(from) = from {
+                from.set_serves(false);
+            }
+            to.set_serves(true);
+        });
+        self.set_status(Status::Ready, Some(to));
     }
 
     /// Answers the jobs that nobody will run.

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::Generation;
 use crate::{
-    dispatch::Queue,
+    dispatch::{Queue, Turn},
     job::{Job, JobError, ReplyHandle, RequestId},
     telemetry::ModelMetrics,
 };
@@ -27,8 +27,8 @@ use crate::{
 pub(super) enum Event {
     /// It is loaded and takes batches.
     Started(Arc<Replica>),
-    /// It could not be loaded.
-    Failed(Failure),
+    /// The replica of this number could not be loaded.
+    Failed(u64, Failure),
     /// A lane of a replica that was given up came back.
     CameBack,
 }
@@ -40,6 +40,8 @@ pub(super) struct Replica {
     pub(super) number: u64,
     lanes: Vec<Lane>,
     leave: AtomicBool,
+    /// Its instance is changing: batches wait in the queue, for other replicas or for the end of this.
+    parked: AtomicBool,
     running_lanes: AtomicUsize,
 }
 
@@ -69,8 +71,9 @@ pub(super) struct Surroundings {
     pub(super) events: mpsc::Sender<Event>,
 }
 
-/// Between two looks at an instance that somebody still looks at.
-const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+/// Between two looks at an instance that somebody still uses: in most cases to validate one input.
+const BETWEEN_LOOKS_MIN: Duration = Duration::from_millis(1);
+const BETWEEN_LOOKS_MAX: Duration = Duration::from_millis(100);
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
@@ -78,7 +81,7 @@ impl Replica {
         let name = thread_name(&around, number, 0);
         thread::Builder::new().name(name).spawn(move || match around.generation.instance() {
             Ok(instance) => Self::serve(number, &around, instance),
-            Err(failure) => drop(around.tell(Event::Failed(failure))),
+            Err(failure) => drop(around.tell(Event::Failed(number, failure))),
         })?;
         Ok(())
     }
@@ -91,6 +94,7 @@ impl Replica {
             number,
             lanes,
             leave: AtomicBool::new(false),
+            parked: AtomicBool::new(false),
             running_lanes: AtomicUsize::new(count),
         });
         if !around.tell(Event::Started(Arc::clone(&replica))) {
@@ -113,6 +117,21 @@ impl Replica {
     /// The instance, while it serves.
     pub(super) fn instance(&self) -> Option<Arc<Instance>> {
         self.instance.lock().clone()
+    }
+
+    /// Lets its lanes take no batch, or go on. Call it inside `Queue::change_turns`.
+    pub(super) fn park(&self, parked: bool) {
+        self.parked.store(parked, Ordering::SeqCst);
+    }
+
+    fn turn(&self, generation: &Generation) -> Turn {
+        if self.leave.load(Ordering::SeqCst) {
+            Turn::Leave
+        } else if !generation.serves() || self.parked.load(Ordering::SeqCst) {
+            Turn::Rest
+        } else {
+            Turn::Work
+        }
     }
 
     /// Asks it to leave after what it runs now. Wake the queue's lanes afterwards.
@@ -150,7 +169,7 @@ impl Replica {
         let lane = &self.lanes[index];
         let place = around.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
-        while let Some(batch) = around.queue.next_batch(place, || self.leave.load(Ordering::SeqCst)) {
+        while let Some(batch) = around.queue.next_batch(place, || self.turn(&around.generation)) {
             if !run(&instance, lane, batch, around) {
                 around.tell(Event::CameBack);
                 break;
@@ -166,8 +185,10 @@ impl Replica {
     /// input) was given another one before the lanes were told to leave, and is done in a moment.
     fn drop_instance(&self) {
         let Some(mut instance) = self.instance.lock().take() else { return };
+        let mut pause = BETWEEN_LOOKS_MIN;
         while let Err(shared) = Arc::try_unwrap(instance).map(drop) {
-            thread::sleep(BETWEEN_LOOKS);
+            thread::sleep(pause);
+            pause = (pause * 2).min(BETWEEN_LOOKS_MAX);
             instance = shared;
         }
     }
@@ -214,8 +235,12 @@ fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surrounding
         return false;
     }
     let size = items.len();
+    let begun = Instant::now();
     let outcomes = if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics) };
     let Some(Running { callers, .. }) = lane.running.lock().take() else { return false };
+    if size > 0 {
+        around.count(begun.elapsed(), speaks_for_its_generation(&outcomes, callers.len()));
+    }
     match outcomes {
         Ok(outcomes) if outcomes.len() == callers.len() => {
             for (caller, outcome) in callers.into_iter().zip(outcomes) {
@@ -261,7 +286,24 @@ fn stages(instance: &Instance, items: Vec<Item>, metrics: &ModelMetrics) -> Resu
     Ok(outcomes)
 }
 
+/// Whether anything in a batch went well; what an input is to blame for did.
+fn speaks_for_its_generation(outcomes: &Result<Vec<Outcome>, Failure>, callers: usize) -> bool {
+    let fit = |failure: &Failure| failure.kind == FailureKind::InvalidInput;
+    match outcomes {
+        Ok(outcomes) => {
+            outcomes.len() == callers
+                && outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(fit, |_| true))
+        }
+        Err(failure) => fit(failure),
+    }
+}
+
 impl Surroundings {
+    /// Counts a batch. The one that fails its generation's trial is its last: whoever minds the trial says what then serves.
+    pub(super) fn count(&self, took: Duration, succeeded: bool) {
+        self.generation.vitals.count(took, succeeded, || self.generation.set_serves(false));
+    }
+
     /// Whether anybody heard it: nobody listens any more when the host is shutting down.
     fn tell(&self, event: Event) -> bool {
         self.events.blocking_send(event).is_ok()

@@ -61,6 +61,7 @@ mod tests {
         idle_timeout: Duration::from_secs(10),
         batch_timeout: Duration::from_secs(1),
         stuck_max: 2,
+        load_timeout: Duration::from_secs(1),
     };
     const SEEN: Seen = Seen {
         live: 1,

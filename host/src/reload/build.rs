@@ -1,52 +1,114 @@
-//! Turns a file into an opened plugin: private copy, preflight, open. Blocking; it never touches what is served.
+//! Turns a private copy into an opened plugin: preflight, then open. Blocking; it never touches what is served. Each content
+//! is opened once in the life of the process, and their number is bounded.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
-    time::Duration,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use modalkit_loader::{
-    LoadError, Plugin, Store,
+    LoadError, Plugin, Staged, Store,
     preflight::{self, Preflight},
 };
+use parking_lot::Mutex;
+use prometheus::IntGauge;
 
+use super::journal::Phases;
 use crate::telemetry;
 
 /// Makes plugins of files.
 pub(super) struct Builder {
     store: Store,
     program: PathBuf,
-    limit: Duration,
-}
-
-/// What a file turned out to be.
-pub(super) enum Built {
-    Plugin(Plugin),
-    Same,
-    Other { found: String },
+    preflight_limit: Duration,
+    libraries_max: usize,
+    /// By content. Whoever holds an entry's lock opens it; others that want the same wait for that.
+    opened: Mutex<HashMap<String, Arc<Mutex<Option<Plugin>>>>>,
+    /// Libraries that are open, or about to be.
+    libraries: AtomicUsize,
+    gauge: IntGauge,
 }
 
 /// The argument that makes this program the preflight's child.
 pub const PREFLIGHT_COMMAND: &str = "preflight";
 
 impl Builder {
-    pub(super) fn new(store: Store, limit: Duration) -> Self {
+    pub(super) fn new(
+        store: Store,
+        preflight_limit: Duration,
+        libraries_max: usize,
+        gauge: IntGauge,
+    ) -> Self {
         // This very program, even where its file has been replaced since it started.
-        Self { store, program: PathBuf::from("/proc/self/exe"), limit }
+        let program = PathBuf::from("/proc/self/exe");
+        Self {
+            store,
+            program,
+            preflight_limit,
+            libraries_max,
+            opened: Mutex::default(),
+            libraries: AtomicUsize::new(0),
+            gauge,
+        }
     }
 
-    /// Opens the file, unless this content (`served`, a SHA-256) or another one is served already.
-    pub(super) fn build(&self, file: &Path, served: Option<&str>) -> Result<Built, LoadError> {
-        let staged = self.store.stage(file)?;
-        match served {
-            Some(served) if served == staged.sha256() => return Ok(Built::Same),
-            Some(_) => return Ok(Built::Other { found: staged.sha256().to_owned() }),
-            None => {}
-        }
-        let how = Preflight { program: &self.program, args: &[PREFLIGHT_COMMAND], limit: self.limit };
-        preflight::run(&staged, &how)?;
-        let plugin = Plugin::open(&staged)?;
-        plugin.attach(telemetry::plugin_level(), telemetry::plugin_line);
-        Ok(Built::Plugin(plugin))
+    /// Removes the private copies.
+    pub(super) fn close(&self) {
+        self.store.close();
     }
+
+    /// Makes a private copy.
+    pub(super) fn stage(&self, file: &Path) -> Result<Staged, LoadError> {
+        self.store.stage(file)
+    }
+
+    /// Opens a copy, or finds it opened.
+    pub(super) fn build(&self, staged: &Staged, phases: &mut Phases) -> Result<Plugin, LoadError> {
+        let entry = Arc::clone(self.opened.lock().entry(staged.sha256().to_owned()).or_default());
+        let mut plugin = entry.lock();
+        if let Some(plugin) = &*plugin {
+            return Ok(plugin.clone());
+        }
+        let room = |found: usize| (found < self.libraries_max).then_some(found + 1);
+        let opened = match self.libraries.fetch_update(Ordering::SeqCst, Ordering::SeqCst, room) {
+            Err(found) => Err(LoadError::TooManyLibraries { found, limit: self.libraries_max }),
+            Ok(_) => self.open(staged, phases).inspect_err(|_| {
+                self.libraries.fetch_sub(1, Ordering::SeqCst);
+            }),
+        };
+        self.gauge.set(self.libraries.load(Ordering::SeqCst) as i64);
+        match opened {
+            Ok(opened) => Ok(plugin.insert(opened).clone()),
+            Err(error) => {
+                staged.discard();
+                Err(error)
+            }
+        }
+    }
+
+    fn open(&self, staged: &Staged, phases: &mut Phases) -> Result<Plugin, LoadError> {
+        let how =
+            Preflight { program: &self.program, args: &[PREFLIGHT_COMMAND], limit: self.preflight_limit };
+        let begun = Instant::now();
+        let fit = preflight::run(staged, &how);
+        phases.preflight_ms = Some(milliseconds(begun));
+        fit?;
+        let begun = Instant::now();
+        // The same checks on the same bytes passed a moment ago in the other process, so this fails for want of memory at most.
+        let plugin = Plugin::open(staged)?;
+        plugin.attach(telemetry::plugin_level(), telemetry::plugin_line);
+        phases.open_ms = Some(milliseconds(begun));
+        Ok(plugin)
+    }
+}
+
+/// Since a moment, in milliseconds.
+pub(super) fn milliseconds(since: Instant) -> f64 {
+    // Whole microseconds: more digits would say nothing.
+    since.elapsed().as_micros() as f64 / 1e3
 }

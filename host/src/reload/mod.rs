@@ -1,48 +1,99 @@
-//! From files in volumes to serving generations. It owns the watch, the build and the typed outcome of each file, and is
-//! never on the path of a request.
+//! From files in volumes to serving generations: one watch a volume (`watch`), one machine a model (`machine`), and between
+//! them this loop, which knows which model uses what. It is never on the path of a request.
 
 pub mod build;
+mod journal;
+mod machine;
+mod report;
+mod usage;
 mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 
-use modalkit_loader::{LoadError, Plugin, Store};
+use modalkit_loader::{LoadError, Staged, Store, Trust};
+use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 
 use crate::{
-    config::Config,
+    config::{Config, ModelSpec, Volume},
     dispatch::Models,
-    pipeline::{Fleet, Generation, Model, Status},
+    pipeline::{Model, Status, VolumeChange},
     telemetry::Metrics,
 };
 use build::Builder;
-use watch::Found;
+use machine::{Event, INBOX_MAX, Machine, Order, What};
+use watch::{Bell, Told};
 
-/// What became of a plugin file.
-enum Outcome {
-    /// It is open, and these models use it.
-    Opened { plugin: Plugin, models: Vec<Arc<Model>> },
-    /// Its content is what is served already.
-    Unchanged,
-    /// Its content differs from what is served. The served one stays: replacing it needs a restart.
-    Superseded { serving: String, found: String },
-    /// No model uses it.
-    Unused,
-    /// It can't be served.
-    Refused { models: Vec<Arc<Model>>, error: LoadError },
-}
+pub use journal::{Cause, Entry, HookReport, Outcome, Phase, Phases, Source};
+pub use report::Report;
+
+/// Commands that wait for the loop, which carries each out at once; who sends more waits.
+const COMMANDS_MAX: usize = 64;
 
 /// The running loop.
 pub struct Reload {
     stop: oneshot::Sender<()>,
-    task: JoinHandle<Vec<Fleet>>,
+    task: JoinHandle<JoinSet<()>>,
+    _copies: Copies,
+}
+
+/// Removes the private copies, whether or not everybody has left by then: threads that hang in a plugin hold the folder's
+/// owner as well.
+struct Copies(Arc<Builder>);
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Takes what people ask for to the loop.
+#[derive(Clone)]
+pub struct Control(mpsc::Sender<Command>);
+
+/// Why nothing was done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlError {
+    /// No such model or volume; there are these.
+    Unknown(Vec<String>),
+    /// The host, or the model, is going away.
+    Stopping,
+}
+
+/// What a look through a volume led to.
+#[derive(Debug, Serialize)]
+pub struct VolumeReport {
+    /// Its name.
+    pub volume: String,
+    /// The models whose plugin lies there, or that use its data.
+    pub models: BTreeMap<String, VolumeModel>,
+}
+
+/// What it led to for one model.
+#[derive(Debug, Default, Serialize)]
+pub struct VolumeModel {
+    /// The change of its plugin; `None` where the content is what serves.
+    pub reload: Option<Entry>,
+    /// The call of `on_volume_reload`; `None` where the model doesn't use the volume's data.
+    pub hook: Option<HookReport>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
+
+enum Command {
+    /// To a model.
+    Tell(String, Event, Reply<()>),
+    /// Look through a volume, and tell everybody who uses it.
+    Volume(String, Reply<VolumeReport>),
+    /// The configuration is this now.
+    Configure(Box<Config>),
 }
 
 struct Loop {
@@ -50,130 +101,385 @@ struct Loop {
     models: Arc<Models>,
     metrics: Arc<Metrics>,
     builder: Arc<Builder>,
-    /// What is served of each plugin, by the plugin's name.
-    served: HashMap<String, String>,
-    fleets: Vec<Fleet>,
+    volumes: Vec<Volume>,
+    bells: Arc<[Bell]>,
+    /// Volumes that haven't been looked through yet.
+    unseen: Vec<bool>,
+    machines: HashMap<String, mpsc::Sender<Event>>,
+    running: JoinSet<()>,
+    /// Plugin files as they were told last, for models that come later.
+    files: BTreeMap<String, (PathBuf, Result<Staged, Arc<LoadError>>)>,
+    /// Looks that were asked for.
+    looks: Vec<Look>,
+}
+
+/// A look at a volume that somebody waits for.
+struct Look {
+    volume: usize,
+    /// What the volume's bell called it.
+    number: u64,
+    /// The models whose plugin it found changed.
+    found: Vec<String>,
+    reply: Reply<VolumeReport>,
 }
 
 impl Reload {
     /// Starts watching; the models of the configuration appear at once, as waiting for their plugins.
     ///
     /// # Errors
-    /// The private folder for copies can't be made.
-    pub fn start(config: Config, models: Arc<Models>, metrics: Arc<Metrics>) -> Result<Self, LoadError> {
-        for spec in config.models.values() {
-            models.add(spec.clone(), |spec| Model::new(spec, &metrics));
+    /// The private folder for copies can't be made, or a thread can't be started.
+    pub fn start(
+        config: Config,
+        models: Arc<Models>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, Control), LoadError> {
+        let server = &config.server;
+        let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
+        let builder = Arc::new(Builder::new(
+            Store::new(trust)?,
+            server.preflight_timeout,
+            server.generations_max,
+            metrics.libraries.clone(),
+        ));
+        let (tell, told) = mpsc::channel(COMMANDS_MAX);
+        let mut bells = Vec::new();
+        for (index, volume) in config.volumes.iter().enumerate() {
+            let (bell, mut found) = watch::start(volume, server, Arc::clone(&builder))?;
+            bells.push(bell);
+            let tell = tell.clone();
+            tokio::spawn(async move {
+                while let Some(found) = found.recv().await {
+                    if tell.send((index, found)).await.is_err() {
+                        return;
+                    }
+                }
+            });
         }
-        let builder = Arc::new(Builder::new(Store::new()?, config.server.preflight_timeout));
-        let watch = watch::start(&config.volumes, config.server.settle)?;
         let (stop, stopped) = oneshot::channel();
-        let state = Loop { config, models, metrics, builder, served: HashMap::new(), fleets: Vec::new() };
-        Ok(Self { stop, task: tokio::spawn(state.run(watch, stopped)) })
+        let (commands, commanded) = mpsc::channel(COMMANDS_MAX);
+        let copies = Copies(Arc::clone(&builder));
+        let mut state = Loop {
+            volumes: config.volumes.clone(),
+            unseen: vec![true; bells.len()],
+            bells: bells.into(),
+            config,
+            models,
+            metrics,
+            builder,
+            machines: HashMap::new(),
+            running: JoinSet::new(),
+            files: BTreeMap::new(),
+            looks: Vec::new(),
+        };
+        for spec in state.config.models.clone().into_values() {
+            state.add(spec);
+        }
+        let task = tokio::spawn(state.run(told, commanded, stopped));
+        Ok((Self { stop, task, _copies: copies }, Control(commands)))
     }
 
-    /// Takes no more files and lets every replica finish what it runs.
-    pub async fn stop(self, models: &Models) {
+    /// Takes no more changes and lets every replica finish what it runs.
+    pub async fn stop(self) {
+        let Self { stop, task, _copies } = self;
         // A loop that has ended needs no word.
-        let _ = self.stop.send(());
-        match self.task.await {
-            Ok(fleets) => {
-                let mut stopping = tokio::task::JoinSet::new();
-                fleets.into_iter().for_each(|fleet| drop(stopping.spawn(fleet.stop())));
-                stopping.join_all().await;
-            }
+        let _ = stop.send(());
+        match task.await {
+            Ok(machines) => drop(machines.join_all().await),
             Err(error) => tracing::error!(%error, "the reload loop ended before it was told to"),
-        }
-        for model in models.all().values() {
-            model.set_status(Status::Stopping, None);
         }
     }
 }
 
+impl Control {
+    /// Of a host that is going away.
+    #[cfg(test)]
+    pub fn of_nobody() -> Self {
+        Self(mpsc::channel(1).0)
+    }
+
+    /// How a model's reloads stand.
+    ///
+    /// # Errors
+    /// No such model, or it is going away.
+    pub async fn report(&self, model: &str) -> Result<Report, ControlError> {
+        self.ask(model, Event::Report).await
+    }
+
+    /// Takes what the volume holds, also where it is what serves; waits for the outcome.
+    ///
+    /// # Errors
+    /// No such model, or it is going away.
+    pub async fn reload(&self, model: &str) -> Result<Entry, ControlError> {
+        self.ask(model, |reply| Event::Order(Order { what: What::Reload, reply })).await
+    }
+
+    /// Goes back to the generation before; waits for the outcome.
+    ///
+    /// # Errors
+    /// No such model, or it is going away.
+    pub async fn roll_back(&self, model: &str) -> Result<Entry, ControlError> {
+        self.ask(model, |reply| Event::Order(Order { what: What::RollBack, reply })).await
+    }
+
+    /// Looks through a volume, takes what changed, and calls `on_volume_reload` on every model that uses it; waits for all
+    /// of it.
+    ///
+    /// # Errors
+    /// No such volume, or the host is going away.
+    pub async fn reload_volume(&self, volume: &str) -> Result<VolumeReport, ControlError> {
+        let (reply, report) = oneshot::channel();
+        self.send(Command::Volume(volume.to_owned(), reply)).await?;
+        report.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// Adds models that are new in a configuration and unloads those that are no longer in it. Other differences need a
+    /// restart; the log says which there are.
+    pub async fn configure(&self, config: Config) {
+        // A host that is going away has no use for it.
+        let _ = self.send(Command::Configure(Box::new(config))).await;
+    }
+
+    async fn ask<T>(
+        &self,
+        model: &str,
+        event: impl FnOnce(oneshot::Sender<T>) -> Event,
+    ) -> Result<T, ControlError> {
+        let (reply, answer) = oneshot::channel();
+        let (told, known) = oneshot::channel();
+        self.send(Command::Tell(model.to_owned(), event(reply), told)).await?;
+        known.await.unwrap_or(Err(ControlError::Stopping))?;
+        answer.await.map_err(|_| ControlError::Stopping)
+    }
+
+    async fn send(&self, command: Command) -> Result<(), ControlError> {
+        self.0.send(command).await.map_err(|_| ControlError::Stopping)
+    }
+}
+
 impl Loop {
-    async fn run(mut self, mut watch: mpsc::Receiver<Found>, mut stop: oneshot::Receiver<()>) -> Vec<Fleet> {
+    async fn run(
+        mut self,
+        mut told: mpsc::Receiver<(usize, Told)>,
+        mut commands: mpsc::Receiver<Command>,
+        mut stop: oneshot::Receiver<()>,
+    ) -> JoinSet<()> {
         loop {
-            let found = tokio::select! {
-                Some(found) = watch.recv() => found,
-                _ = &mut stop => return self.fleets,
-            };
-            for (plugin, file) in found.files {
-                let outcome = tokio::select! {
-                    outcome = self.take(&plugin, &file) => outcome,
-                    // What is being built is dropped with its thread.
-                    _ = &mut stop => return self.fleets,
+            tokio::select! {
+                Some((volume, told)) = told.recv() => self.on_told(volume, told).await,
+                Some(command) = commands.recv() => self.on_command(command).await,
+                // Models that were unloaded.
+                Some(_) = self.running.join_next() => {}
+                _ = &mut stop => break,
+            }
+        }
+        for machine in self.machines.values() {
+            // One that has ended needs no word.
+            let _ = machine.send(Event::Stop).await;
+        }
+        self.running
+    }
+
+    async fn on_told(&mut self, volume: usize, told: Told) {
+        match told {
+            Told::Plugin { name, path, staged } => {
+                self.files.insert(name.clone(), (path.clone(), staged.clone()));
+                for model in self.models_of(&name) {
+                    // So that nobody takes the host for ready before this file has been taken or refused.
+                    if matches!(*model.status(), Status::Waiting { .. }) {
+                        model.set_status(Status::Loading, None);
+                    }
+                    for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
+                        look.found.push(model.spec.name.clone());
+                    }
+                    self.tell(&model.spec.name, Event::File(path.clone(), staged.clone())).await;
+                }
+            }
+            Told::Gone { name, path } => {
+                self.files.remove(&name);
+                for model in self.users_of(&name) {
+                    self.tell(&model.spec.name, Event::Gone(path.clone())).await;
+                }
+            }
+            Told::Data { changed } => {
+                let change = self.change(volume, changed);
+                for model in self.readers_of(volume) {
+                    self.tell(&model.spec.name, Event::Data(change.clone())).await;
+                }
+            }
+            Told::Looked { quiet, asked } => {
+                self.unseen[volume] &= !quiet;
+                if !self.unseen.contains(&true) {
+                    self.models.set_complete();
+                }
+                self.conclude_looks(volume, asked).await;
+            }
+        }
+    }
+
+    async fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Tell(model, event, reply) => {
+                let told = match self.machines.get(&model) {
+                    None => Err(ControlError::Unknown(self.models.all().keys().cloned().collect())),
+                    Some(machine) => machine.send(event).await.map_err(|_| ControlError::Stopping),
                 };
-                self.conclude(&plugin, &file, outcome);
+                // Whoever asked may have left.
+                let _ = reply.send(told);
             }
-            if found.quiet {
-                self.models.set_complete();
+            Command::Volume(name, reply) => {
+                match self.volumes.iter().position(|volume| volume.name == name) {
+                    Some(volume) => {
+                        let number = self.bells[volume].ask();
+                        self.looks.push(Look { volume, number, found: Vec::new(), reply });
+                    }
+                    None => {
+                        let known = self.volumes.iter().map(|volume| volume.name.clone()).collect();
+                        let _ = reply.send(Err(ControlError::Unknown(known)));
+                    }
+                }
+            }
+            Command::Configure(config) => self.configure(*config).await,
+        }
+    }
+
+    /// A look is over: whoever asked for it waits now for the models that it concerns.
+    async fn conclude_looks(&mut self, volume: usize, asked: u64) {
+        let is_over = |look: &mut Look| look.volume == volume && look.number <= asked;
+        for Look { found, reply, .. } in self.looks.extract_if(.., is_over).collect::<Vec<_>>() {
+            let change = self.change(volume, Vec::new());
+            let mut reloads = Vec::new();
+            for model in found {
+                let (settled, entry) = oneshot::channel();
+                self.tell(&model, Event::Settled(settled)).await;
+                reloads.push((model, entry));
+            }
+            let mut hooks = Vec::new();
+            for model in self.readers_of(volume) {
+                let (hooked, report) = oneshot::channel();
+                self.tell(&model.spec.name, Event::Hook(change.clone(), hooked)).await;
+                hooks.push((model.spec.name.clone(), report));
+            }
+            let name = change.volume.clone();
+            tokio::spawn(async move {
+                let mut models: BTreeMap<String, VolumeModel> = BTreeMap::new();
+                for (model, entry) in reloads {
+                    models.entry(model).or_default().reload = entry.await.ok().flatten();
+                }
+                for (model, report) in hooks {
+                    models.entry(model).or_default().hook = report.await.ok();
+                }
+                // Whoever asked may have left.
+                let _ = reply.send(Ok(VolumeReport { volume: name, models }));
+            });
+        }
+    }
+
+    async fn configure(&mut self, config: Config) {
+        let removed: Vec<String> =
+            self.config.models.keys().filter(|name| !config.models.contains_key(*name)).cloned().collect();
+        let limit = self.config.server.drain_timeout;
+        for name in removed {
+            // First, so that no request finds a model that is leaving.
+            self.models.remove(&name);
+            if let Some(machine) = self.machines.remove(&name) {
+                tracing::info!(model = name, "the model is no longer configured; it is unloaded");
+                // One that has ended needs no word.
+                let _ = machine.send(Event::Unload(limit)).await;
+            }
+        }
+        for (name, spec) in &config.models {
+            match self.config.models.get(name) {
+                None => tracing::info!(model = name, "a new model is configured"),
+                Some(known) if known != spec => {
+                    tracing::warn!(
+                        model = name,
+                        "the model's entry has changed; restart the host to apply it"
+                    );
+                }
+                Some(_) => {}
+            }
+        }
+        self.config.models = config.models;
+        for spec in self.config.models.clone().into_values() {
+            if !self.machines.contains_key(&spec.name) {
+                let plugin = spec.plugin.clone();
+                self.add(spec);
+                self.tell_file(&plugin).await;
+            }
+        }
+        // A plugin that no entry names any more serves under its own name, as after a restart.
+        for plugin in self.files.keys().cloned().collect::<Vec<_>>() {
+            if self.users_of(&plugin).is_empty() {
+                self.models_of(&plugin);
+                self.tell_file(&plugin).await;
             }
         }
     }
 
-    async fn take(&self, name: &str, file: &Path) -> Outcome {
-        let models = self.models_of(name);
-        if models.is_empty() {
-            return Outcome::Unused;
-        }
-        for model in models.iter().filter(|_| !self.served.contains_key(name)) {
-            if matches!(*model.status(), Status::Waiting { .. } | Status::Failed { .. }) {
-                model.set_status(Status::Loading, None);
+    async fn tell_file(&mut self, plugin: &str) {
+        let Some((path, staged)) = self.files.get(plugin).cloned() else { return };
+        for model in self.users_of(plugin) {
+            if matches!(*model.status(), Status::Waiting { .. }) {
+                self.tell(&model.spec.name, Event::File(path.clone(), staged.clone())).await;
             }
-        }
-        let (builder, path) = (Arc::clone(&self.builder), file.to_owned());
-        let served = self.served.get(name).cloned();
-        let built = tokio::task::spawn_blocking(move || builder.build(&path, served.as_deref())).await;
-        let built = built
-            .unwrap_or_else(|error| Err(LoadError::Refused(format!("the host failed over it: {error}"))));
-        match built {
-            Ok(build::Built::Plugin(plugin)) => Outcome::Opened { plugin, models },
-            Ok(build::Built::Same) => Outcome::Unchanged,
-            Ok(build::Built::Other { found }) => {
-                Outcome::Superseded { serving: self.served.get(name).cloned().unwrap_or_default(), found }
-            }
-            Err(error) => Outcome::Refused { models, error },
         }
     }
 
-    fn conclude(&mut self, name: &str, file: &Path, outcome: Outcome) {
-        match outcome {
-            Outcome::Opened { plugin, models } => {
-                tracing::info!(plugin = name, file = %file.display(), sha256 = plugin.sha256(), version = plugin.version(), "plugin opened");
-                self.served.insert(name.to_owned(), plugin.sha256().to_owned());
-                for model in models {
-                    let generation = Generation::new(FIRST_GENERATION, plugin.clone(), model.spec.clone());
-                    self.fleets.push(Fleet::start(model, generation));
-                }
-            }
-            Outcome::Unused => {}
-            Outcome::Unchanged => tracing::debug!(plugin = name, "the file's content hasn't changed"),
-            Outcome::Superseded { serving, found } => {
-                tracing::warn!(plugin = name, file = %file.display(), serving, found, "the file has other content than the plugin that serves; restart the host to take it");
-            }
-            Outcome::Refused { models, error } => {
-                let mut reason = format!("{} was refused: {error}", file.display());
-                let mut cause = std::error::Error::source(&error);
-                while let Some(error) = cause {
-                    reason = format!("{reason}: {error}");
-                    cause = error.source();
-                }
-                tracing::error!(plugin = name, reason, "plugin refused");
-                for model in models.iter().filter(|model| model.serving().is_err()) {
-                    model.set_status(Status::Failed { reason: reason.clone() }, None);
-                }
-            }
+    async fn tell(&self, model: &str, event: Event) {
+        if let Some(machine) = self.machines.get(model) {
+            // One that has ended needs no word.
+            let _ = machine.send(event).await;
         }
+    }
+
+    fn change(&self, volume: usize, changed: Vec<String>) -> VolumeChange {
+        let volume = &self.volumes[volume];
+        VolumeChange {
+            volume: volume.name.clone(),
+            mount_point: volume.mount_point.display().to_string(),
+            changed,
+        }
+    }
+
+    fn add(&mut self, spec: ModelSpec) -> Arc<Model> {
+        let metrics = &self.metrics;
+        let model = self.models.add(spec, |spec| Model::new(spec, metrics));
+        let name = &model.spec.name;
+        if !self.machines.contains_key(name) {
+            let (events, inbox) = mpsc::channel(INBOX_MAX);
+            let used = self.volumes.iter().filter(|volume| usage::uses(&model.spec, volume));
+            let machine = Machine::new(
+                Arc::clone(&model),
+                Arc::clone(&self.builder),
+                self.metrics.reloads(name),
+                Arc::clone(&self.bells),
+                used.cloned().collect(),
+                (events.downgrade(), inbox),
+            );
+            self.machines.insert(name.clone(), events);
+            self.running.spawn(machine.run());
+        }
+        model
+    }
+
+    /// The models that read their data from a volume.
+    fn readers_of(&self, volume: usize) -> Vec<Arc<Model>> {
+        let volume = &self.volumes[volume];
+        self.models.all().values().filter(|model| usage::uses(&model.spec, volume)).cloned().collect()
+    }
+
+    /// The models that use a plugin.
+    fn users_of(&self, plugin: &str) -> Vec<Arc<Model>> {
+        self.models.all().values().filter(|model| model.spec.plugin == plugin).cloned().collect()
     }
 
     /// The models that are configured to use a plugin; else one of its own name, with the defaults.
-    fn models_of(&self, plugin: &str) -> Vec<Arc<Model>> {
-        let configured: Vec<Arc<Model>> =
-            self.models.all().values().filter(|model| model.spec.plugin == plugin).cloned().collect();
+    fn models_of(&mut self, plugin: &str) -> Vec<Arc<Model>> {
+        let configured = self.users_of(plugin);
         if !configured.is_empty() {
             return configured;
         }
-        let model =
-            self.models.add(self.config.defaults.named(plugin), |spec| Model::new(spec, &self.metrics));
+        let model = self.add(self.config.defaults.named(plugin));
         if model.spec.plugin != plugin {
             tracing::warn!(
                 plugin,
@@ -185,8 +491,3 @@ impl Loop {
         vec![model]
     }
 }
-
-const FIRST_GENERATION: u64 = 1;
-
-/// Plugin files by the name under which they are known: `NAME.so` and `libNAME.so` are both `NAME`.
-type PluginFiles = BTreeMap<String, PathBuf>;

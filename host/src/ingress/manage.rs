@@ -1,0 +1,93 @@
+//! What operators ask of single models and volumes: how they stand, a reload, a rollback. It finds the path's name, asks, and
+//! waits as long as it takes; who may ask was decided before.
+
+use hyper::Method;
+
+use super::Context;
+use crate::{
+    admin,
+    egress::{self, HttpResponse},
+};
+
+/// A management path, taken apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Managed<'p> {
+    /// `/models/{name}`
+    Model(&'p str),
+    /// `/models/{name}/reload`
+    ReloadModel(&'p str),
+    /// `/models/{name}/rollback`
+    RollBack(&'p str),
+    /// `/volumes/{name}/reload`
+    ReloadVolume(&'p str),
+}
+
+impl<'p> Managed<'p> {
+    /// `None` where the path is none of these.
+    pub(super) fn parse(path: &'p str) -> Option<Self> {
+        let mut steps = path.strip_prefix('/')?.split('/');
+        let path = (steps.next()?, steps.next()?, steps.next());
+        if steps.next().is_some() || path.1.is_empty() {
+            return None;
+        }
+        match path {
+            ("models", name, None) => Some(Self::Model(name)),
+            ("models", name, Some("reload")) => Some(Self::ReloadModel(name)),
+            ("models", name, Some("rollback")) => Some(Self::RollBack(name)),
+            ("volumes", name, Some("reload")) => Some(Self::ReloadVolume(name)),
+            _ => None,
+        }
+    }
+
+    /// The path as a label of metrics.
+    pub(super) fn endpoint(self) -> &'static str {
+        match self {
+            Self::Model(_) => "/models/{name}",
+            Self::ReloadModel(_) => "/models/{name}/reload",
+            Self::RollBack(_) => "/models/{name}/rollback",
+            Self::ReloadVolume(_) => "/volumes/{name}/reload",
+        }
+    }
+
+    /// The method that it takes.
+    pub(super) fn method(self) -> Method {
+        match self {
+            Self::Model(_) => Method::GET,
+            _ => Method::POST,
+        }
+    }
+
+    /// Asks, and waits for what comes of it.
+    pub(super) async fn answer(self, context: &Context) -> HttpResponse {
+        let control = &context.control;
+        let answered = match self {
+            Self::Model(name) => {
+                control.report(name).await.map(|report| admin::model(&context.models, name, &report))
+            }
+            Self::ReloadModel(name) => control.reload(name).await.map(|entry| egress::reloaded(&entry)),
+            Self::RollBack(name) => control.roll_back(name).await.map(|entry| egress::reloaded(&entry)),
+            Self::ReloadVolume(name) => {
+                control.reload_volume(name).await.map(|report| egress::volume_reloaded(&report))
+            }
+        };
+        answered.unwrap_or_else(|error| egress::control_error(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_paths_and_other_paths_are_nobodys() {
+        let parsed = |path| Managed::parse(path);
+        assert_eq!(parsed("/models/echo"), Some(Managed::Model("echo")));
+        assert_eq!(parsed("/models/echo/rollback"), Some(Managed::RollBack("echo")));
+        assert_eq!(parsed("/volumes/main/reload"), Some(Managed::ReloadVolume("main")));
+        for path in
+            ["/models", "/models/", "/models/a/b", "/models/a/reload/c", "/volumes/a", "/jobs/a", "models/a"]
+        {
+            assert_eq!(parsed(path), None, "{path}");
+        }
+    }
+}
