@@ -204,15 +204,18 @@ pub fn install(from: &Path, to: &Path) {
     put(&fs::read(from).expect("the file is read"), to);
 }
 
-/// Puts bytes in place in one step, writable by nobody else whatever the umask.
+/// Puts bytes in place in one step, writable by nobody else whatever the umask. Returns the moment of the rename.
 ///
 /// # Panics
 /// Where it can't.
-pub fn put(bytes: &[u8], to: &Path) {
-    let part = to.with_extension("part");
+pub fn put(bytes: &[u8], to: &Path) -> Instant {
+    let mut part = to.as_os_str().to_owned();
+    part.push(".part");
     fs::write(&part, bytes).expect("the file is written");
     fs::set_permissions(&part, fs::Permissions::from_mode(0o644)).expect("it is ours");
+    let now = Instant::now();
     fs::rename(&part, to).expect("the file is renamed");
+    now
 }
 
 /// Looks again and again until something holds.

@@ -5,7 +5,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{library, put};
@@ -47,12 +47,12 @@ impl Version {
         bytes
     }
 
-    /// Installs it in one step: written under another name, then renamed.
+    /// Installs it in one step: written under another name, then renamed. Returns the moment of the rename.
     ///
     /// # Panics
     /// Where it can't.
-    pub fn install(self, volume: &Path) {
-        put(&self.bytes(), &path(volume));
+    pub fn install(self, volume: &Path) -> Instant {
+        put(&self.bytes(), &path(volume))
     }
 
     /// Copies it in place, in pieces with pauses, as a slow network would.

@@ -13,6 +13,7 @@ mod elf;
 mod error;
 mod handles;
 mod library;
+mod modesty;
 pub mod preflight;
 mod store;
 
@@ -21,4 +22,5 @@ pub use error::{LoadError, OpenError};
 pub use handles::{Batch, Foreign, Instance, Item, Outcome};
 pub use library::{LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
+pub use modesty::be_modest;
 pub use store::{Staged, Store, Trust};

@@ -8,11 +8,12 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
 use modalkit_loader::{
-    LoadError, Plugin, Staged, Store,
+    LoadError, Plugin, Staged, Store, be_modest,
     preflight::{self, Preflight},
 };
 use parking_lot::Mutex;
@@ -95,7 +96,17 @@ impl Builder {
         let how =
             Preflight { program: &self.program, args: &[PREFLIGHT_COMMAND], limit: self.preflight_limit };
         let begun = Instant::now();
-        let fit = preflight::run(staged, &how);
+        // The child is as modest as the thread that starts it.
+        let fit = thread::scope(|scope| {
+            let preflight = || {
+                be_modest();
+                preflight::run(staged, &how)
+            };
+            scope
+                .spawn(preflight)
+                .join()
+                .unwrap_or_else(|_| Err(LoadError::Refused("the host failed over it; see its log".into())))
+        });
         phases.preflight_ms = Some(milliseconds(begun));
         fit?;
         let begun = Instant::now();

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use modalkit_loader::{LoadError, Staged};
+use modalkit_loader::{LoadError, Staged, be_modest};
 use notify::{
     EventKind, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
@@ -152,6 +152,8 @@ struct Thread {
 impl Thread {
     fn run(mut self, bell: &Receiver<()>, ring: &SyncSender<()>) {
         let mut watcher = self.watcher(ring);
+        // After the watcher, whose thread only rings.
+        be_modest();
         let mut said_quiet = false;
         let mut answered = 0;
         while !self.told.is_closed() {

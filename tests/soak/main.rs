@@ -1,0 +1,36 @@
+//! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind. Each
+//! part asserts what must hold and prints what was measured; `cargo xtask bench reload` and `cargo xtask soak` run it.
+
+#![allow(clippy::print_stdout, reason = "it prints what was measured")]
+
+mod failing;
+mod memory;
+mod race;
+mod reload;
+
+use std::{env, process::ExitCode, time::Instant};
+
+const PARTS: [(&str, fn()); 5] = [
+    ("reload", reload::alone),
+    ("neighbour", reload::beside_another_model),
+    ("failing", failing::updates),
+    ("memory", memory::of_200_reloads),
+    ("race", race::of_32_threads),
+];
+
+fn main() -> ExitCode {
+    let wanted: Vec<String> = env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|name| !PARTS.iter().any(|(known, _)| known == name)) {
+        println!("no part {unknown:?}; expected {:?}", PARTS.map(|(name, _)| name));
+        return ExitCode::from(2);
+    }
+    for (name, run) in PARTS {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            println!("\n== {name}");
+            let begun = Instant::now();
+            run();
+            println!("== {name}: {:.0} s", begun.elapsed().as_secs_f64());
+        }
+    }
+    ExitCode::SUCCESS
+}
