@@ -27,15 +27,6 @@ fn a_plugin_that_comes_later_serves_at_once_and_its_model_waits_until_then() {
 }
 
 #[test]
-fn other_content_under_a_served_name_is_said_and_leaves_what_serves() {
-    let host = Setup::new().plugin("echo").ready();
-    install(&library("puppet"), &host.volume().join("echo.so"));
-    let line = host.log_line("restart the host to take it");
-    assert_eq!(line["plugin"], "echo");
-    assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).1["translated_text"], "A");
-}
-
-#[test]
 fn a_shutdown_answers_what_was_admitted_and_exits_0() {
     let mut host = Setup::new().plugin("puppet").ready();
     thread::scope(|scope| {

@@ -1,50 +1,243 @@
-//! Files that are no plugin for this host: each is refused with a reason, while everything else serves.
+//! Files that are no plugin for this host: each is refused with a reason that says what was found, what was expected and what to
+//! do, while everything else serves.
 
-use std::fs;
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use modalkit_tests::{Host, Setup, install, library, wait_until};
+use modalkit_tests::{Host, Setup, built, install, library, put, wait_until, workspace};
 use serde_json::json;
 
-/// Enough for the ELF headers, and for nothing that they promise.
-const HEADERS_ONLY: usize = 8192;
-
+/// Waits for the refusal, sees that the others serve, and returns the reason.
 fn refused(host: &Host, name: &str) -> String {
-    wait_until("it was refused", || host.model(name)["state"] == "failed");
+    wait_until(&format!("{name} was refused"), || host.model(name)["state"] == "failed");
     assert_eq!(host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0, 200, "echo serves on");
     let (status, _) = host.post(&format!("/predict_sync?model_name={name}"), &json!({}));
     assert_eq!(status, 503);
     host.model(name)["reason"].as_str().unwrap().to_owned()
 }
 
+#[track_caller]
+fn says(reason: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(reason.contains(part), "{part:?} is not in {reason:?}");
+    }
+}
+
+/// A library from C, linked as these arguments say.
+fn compile(source: &str, folder: &Path, name: &str, args: &[&str]) -> PathBuf {
+    let (text, library) = (folder.join(format!("{name}.c")), folder.join(format!("{name}.so")));
+    fs::write(&text, source).unwrap();
+    let cc = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&text).args(args).output();
+    let cc = cc.expect("a C compiler, which the README asks for");
+    assert!(cc.status.success(), "{}", String::from_utf8_lossy(&cc.stderr));
+    library
+}
+
 #[test]
-fn each_unfit_file_says_what_was_found_and_what_to_do() {
+fn files_that_are_no_whole_library_of_this_machine() {
+    let host = Setup::new().plugin("echo").config("[server]\nsettle_timeout_seconds = 1").ready();
+    let volume = host.volume();
+    let whole = fs::read(library("echo")).unwrap();
+    put(b"this is no library, whoever looks at it, and however long that takes", &volume.join("text.so"));
+    says(
+        &refused(&host, "text"),
+        &["it is no ELF file, but a file that begins with \"this is no l\"", "cdylib"],
+    );
+    put(&[b"!<arch>\n".as_slice(), &[b' '; 80]].concat(), &volume.join("archive.so"));
+    says(&refused(&host, "archive"), &["a static library (ar)", "cdylib"]);
+    for (name, length) in [("beginning", 8192), ("half", whole.len() / 2), ("almost", whole.len() - 1)] {
+        put(&whole[..length], &volume.join(format!("{name}.so")));
+        let found = format!("and it has {length}");
+        says(&refused(&host, name), &["it is truncated: its headers speak of", &found, "copy it again"]);
+    }
+    let mut other = whole;
+    // `e_machine` says AArch64.
+    other[18..20].copy_from_slice(&183_u16.to_le_bytes());
+    put(&other, &volume.join("arm.so"));
+    says(&refused(&host, "arm"), &["it was built for AArch64", "this host runs on x86-64", "--target"]);
+    put(&fs::read(built().join("modalkit")).unwrap()[..64].repeat(100), &volume.join("headers.so"));
+    says(&refused(&host, "headers"), &["was refused"]);
+}
+
+#[test]
+fn libraries_that_are_no_plugin_for_this_host() {
     let host = Setup::new().plugin("echo").ready();
     let volume = host.volume();
-    fs::write(volume.join("text.so"), "this is no library").unwrap();
-    let whole = fs::read(library("echo")).unwrap();
-    fs::write(volume.join("half.so"), &whole[..HEADERS_ONLY]).unwrap();
-    for name in ["no_symbol", "crashes", "bad_output"] {
+    for name in ["no_symbol", "crashes", "bad_output", "other_layout"] {
         install(&library(name), &volume.join(format!("{name}.so")));
     }
-    let reason = refused(&host, "text");
-    assert!(reason.contains("the dynamic linker refuses the file") && reason.contains("cdylib"), "{reason}");
-    let reason = refused(&host, "half");
-    assert!(
-        reason.contains("the dynamic linker refuses the file") || reason.contains("it crashes when"),
-        "{reason}"
+    says(&refused(&host, "no_symbol"), &["it exports no modalkit plugin", "export_pipeline!"]);
+    says(&refused(&host, "crashes"), &["it crashes when it is opened (signal 6", "nothing else was harmed"]);
+    says(&refused(&host, "bad_output"), &["`Output` has a member `meta`"]);
+    let reason = refused(&host, "other_layout");
+    says(&reason, &["its layout differs from this host's although both say ABI 1", "rebuild it", "expected"]);
+    assert!(reason.len() < 900, "the first difference only, and not abi_stable's whole report: {reason}");
+}
+
+#[test]
+fn another_abi_number_is_named_with_who_built_it() {
+    let host = Setup::new().plugin("echo").ready();
+    // What stays readable for ever: plain C data behind one symbol.
+    let source = r#"
+        #include <stdint.h>
+        struct text { const char *start; uint64_t length; };
+        const struct { char magic[16]; uint32_t abi, aborts; struct text sdk, rustc; const void *header; }
+            modalkit_plugin_handshake = { "modalkit plugin", 999, 0, {"9.9.9", 5}, {"rustc 9.0.0", 11}, 0 };
+    "#;
+    let folder = tempfile::tempdir().unwrap();
+    install(&compile(source, folder.path(), "newer", &[]), &host.volume().join("newer.so"));
+    let reason = refused(&host, "newer");
+    says(
+        &reason,
+        &["built for plugin ABI 999 (SDK 9.9.9, rustc 9.0.0)", "this host has ABI 1", "rebuild it"],
     );
-    let reason = refused(&host, "no_symbol");
-    assert!(reason.contains("exports no modalkit plugin") && reason.contains("export_pipeline!"), "{reason}");
-    let reason = refused(&host, "crashes");
-    assert!(reason.contains("it crashes when it is opened (signal 6"), "{reason}");
-    let reason = refused(&host, "bad_output");
-    assert!(reason.contains("`Output` has a member `meta`"), "{reason}");
+}
+
+#[test]
+fn a_missing_library_is_named_and_one_beside_the_plugin_too() {
+    let host = Setup::new().plugin("echo").ready();
+    let folder = tempfile::tempdir().unwrap();
+    let beside = compile("int beside(void) { return 1; }", folder.path(), "libbeside-modalkit", &[]);
+    let source = "int beside(void); int needs(void) { return beside(); }";
+    let link = ["-Wl,-rpath,$ORIGIN", &format!("-L{}", folder.path().display()), "-lbeside-modalkit"];
+    let needs = compile(source, folder.path(), "needs", &link);
+    install(&needs, &host.volume().join("lonely.so"));
+    let reason = refused(&host, "lonely");
+    says(&reason, &["it needs the shared library libbeside-modalkit.so", "install it on this machine"]);
+    // With the library beside it in the volume. That is no plugin either, and is told so.
+    install(&beside, &host.volume().join("libbeside-modalkit.so"));
+    says(&refused(&host, "beside-modalkit"), &["it exports no modalkit plugin"]);
+    install(&needs, &host.volume().join("needs.so"));
+    says(
+        &refused(&host, "needs"),
+        &["libbeside-modalkit.so", "lies beside the plugin", "$ORIGIN", "link it statically"],
+    );
+}
+
+#[test]
+fn a_constructor_that_never_returns_is_given_up_and_leaves_no_process() {
+    let mut host = Setup::new().plugin("echo").config("[server]\npreflight_timeout_seconds = 60").ready();
+    let source =
+        "#include <unistd.h>\n__attribute__((constructor)) static void wait(void) { for (;;) sleep(1); }";
+    let folder = tempfile::tempdir().unwrap();
+    install(&compile(source, folder.path(), "waits", &[]), &host.volume().join("waits.so"));
+    let children = |id: u32| {
+        let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("stat"));
+        let parent = |stat: PathBuf| {
+            let text = fs::read_to_string(stat).unwrap_or_default();
+            text.rsplit(") ").next()?.split(' ').nth(1)?.parse::<u32>().ok()
+        };
+        processes.filter_map(parent).filter(|parent| *parent == id).count()
+    };
+    wait_until("it is tried", || children(host.id()) == 1);
+    assert_eq!(host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0, 200);
+    // However the host ends, its child does too.
+    let preflights = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("cmdline"));
+        let marker = host.temporary_folder().display().to_string();
+        processes.filter(|line| fs::read_to_string(line).unwrap_or_default().contains(&marker)).count()
+    };
+    assert_eq!(preflights(), 1);
+    host.signal("KILL");
+    wait_until("the child has ended", || preflights() == 0);
+    assert!(host.wait().code().is_none());
+
+    let host = Setup::new().plugin("echo").config("[server]\npreflight_timeout_seconds = 1").ready();
+    install(&folder.path().join("waits.so"), &host.volume().join("waits.so"));
+    says(&refused(&host, "waits"), &["it did not open within 1s", "constructors that wait"]);
+}
+
+#[test]
+fn a_plugin_whose_panics_would_end_the_host() {
+    let manifest = workspace().join("tests/abort/Cargo.toml");
+    let target = built().join("abort");
+    let build = Command::new("cargo")
+        .args(["build", "--manifest-path"])
+        .arg(&manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        .env_remove("CARGO_TARGET_DIR")
+        .status();
+    assert!(build.expect("cargo starts").success());
+    let host = Setup::new().plugin("echo").ready();
+    install(&target.join("debug/libabort.so"), &host.volume().join("abort.so"));
+    let reason = refused(&host, "abort");
+    says(
+        &reason,
+        &["compiled with panic = \"abort\"", "expected \"unwind\"", "remove `panic` from the Cargo profile"],
+    );
+}
+
+#[test]
+fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
+    let host = Setup::new().plugin("echo").ready();
+    let file = host.volume().join("puppet.so");
+    fs::copy(library("puppet"), &file).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
+    let reason = refused(&host, "puppet");
+    says(
+        &reason,
+        &["may be written by its group (mode 0664)", "chmod go-w", "server.plugins_of_any_mode = true"],
+    );
+    // The mode alone changes, and that is enough.
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);
+
+    let setup = Setup::new().plugin("puppet");
+    fs::set_permissions(setup.volume(), fs::Permissions::from_mode(0o777)).unwrap();
+    let host = setup.start();
+    wait_until("it was refused", || host.model("puppet")["state"] == "failed");
+    let reason = host.model("puppet")["reason"].as_str().unwrap().to_owned();
+    says(&reason, &["the folder ", "may be written by everybody (mode 0777)"]);
+
+    let setup = Setup::new().plugin("puppet").config("[server]\nplugins_of_any_mode = true");
+    fs::set_permissions(setup.volume(), fs::Permissions::from_mode(0o777)).unwrap();
+    let host = setup.ready();
+    assert_eq!(host.post("/predict_sync", &json!({})).0, 200);
+}
+
+#[test]
+fn a_file_of_somebody_else_is_refused_unless_said_so() {
+    let setup = Setup::new().plugin("puppet");
+    if std::os::unix::fs::chown(setup.volume().join("puppet.so"), Some(12_345), None).is_err() {
+        // Only root can give files away. Whoever else runs this has seen the rule in the loader's own tests.
+        return;
+    }
+    let host = setup.start();
+    wait_until("it was refused", || host.model("puppet")["state"] == "failed");
+    let reason = host.model("puppet")["reason"].as_str().unwrap().to_owned();
+    says(&reason, &["belongs to user 12345", "or root", "server.plugins_of_any_owner = true"]);
+    let setup = Setup::new().plugin("puppet").config("[server]\nplugins_of_any_owner = true");
+    std::os::unix::fs::chown(setup.volume().join("puppet.so"), Some(12_345), None).unwrap();
+    assert_eq!(setup.ready().post("/predict_sync", &json!({})).0, 200);
+}
+
+#[test]
+fn a_pinned_plugin_is_that_one_and_no_other() {
+    let pin = "0".repeat(64);
+    let entry = format!("[model_settings.model_entries.puppet]\nplugin_sha256 = \"{pin}\"");
+    let host = Setup::new().plugin("echo").plugin("puppet").config(&entry).start();
+    wait_until("echo serves", || host.model("echo")["state"] == "ready");
+    let reason = refused(&host, "puppet");
+    says(&reason, &["it has the SHA-256 ", &format!("the model's entry pins {pin}"), "plugin_sha256"]);
+    let found = reason.split("the SHA-256 ").nth(1).unwrap().split(',').next().unwrap();
+    let entry = format!("[model_settings.model_entries.puppet]\nplugin_sha256 = \"{found}\"");
+    let host = Setup::new().plugin("puppet").config(&entry).ready();
+    assert_eq!(host.post("/predict_sync", &json!({})).0, 200);
+    assert_eq!(host.report("puppet")["plugin_pinned"], true);
 }
 
 #[test]
 fn a_refused_file_that_is_replaced_by_a_fit_one_serves() {
     let host = Setup::new().plugin("echo").ready();
-    fs::write(host.volume().join("puppet.so"), "not yet").unwrap();
+    put(
+        b"not yet a library, but it will be one as soon as somebody has built it",
+        &host.volume().join("puppet.so"),
+    );
     refused(&host, "puppet");
     install(&library("puppet"), &host.volume().join("puppet.so"));
     wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);

@@ -237,24 +237,48 @@ fn unloadable(error: &libloading::Error) -> OpenError {
 
 /// abi_stable prints whole type trees, those of both sides for every difference; the first difference says enough.
 fn first_difference(error: &LibraryError) -> String {
-    let text = error.to_string();
-    condense(&text)
+    match error {
+        LibraryError::IncompatibleVersionNumber { expected_version, actual_version, .. } => {
+            format!("expected modalkit-abi {expected_version}, found {actual_version}")
+        }
+        other => condense(&other.to_string()),
+    }
 }
 
-/// The first mismatch in abi_stable's report, with what was expected and found.
+/// The first mismatch in abi_stable's report: of which type, what was expected, what was found.
 fn condense(report: &str) -> String {
     let lines: Vec<&str> = report.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let start = lines.iter().position(|line| line.starts_with("Error:")).unwrap_or(0);
-    let words = lines[start..].iter().take(DIFFERENCE_LINES).copied().collect::<Vec<_>>().join(" ");
+    let Some(error) = lines.iter().position(|line| line.starts_with("Error:")) else {
+        return brief(&lines);
+    };
+    let inside = lines[..error].iter().rposition(|line| line.ends_with("inside:")).unwrap_or(0);
+    let of = lines[inside..error].iter().find_map(|line| line.strip_prefix("type:")).unwrap_or("the table");
+    let what = lines[error].trim_start_matches("Error:");
+    let rest = &lines[error + 1..];
+    let end = rest.iter().position(|line| line.starts_with("Error:")).unwrap_or(rest.len());
+    let rest = &rest[..end];
+    match rest.iter().position(|line| *line == "Found:") {
+        Some(found) if rest.first() == Some(&"Expected:") => {
+            format!(
+                "in {of}, {what}: expected {}, found {}",
+                brief(&rest[1..found]),
+                brief(&rest[found + 1..])
+            )
+        }
+        _ => format!("in {of}, {what}: {}", brief(rest)),
+    }
+}
+
+fn brief(lines: &[&str]) -> String {
+    let words = lines.join(" ");
     match words.char_indices().nth(DIFFERENCE_CHARS) {
         Some((end, _)) => format!("{}...", &words[..end]),
         None => words,
     }
 }
 
-/// Of abi_stable's report: what is shown of the first difference.
-const DIFFERENCE_LINES: usize = 4;
-const DIFFERENCE_CHARS: usize = 400;
+/// What is shown of each side of a difference.
+const DIFFERENCE_CHARS: usize = 120;
 
 extern "C" fn forward(record: &LogRecord<'_>) {
     if let Some(sink) = LOG_SINK.get() {
@@ -294,6 +318,16 @@ mod tests {
             rustc_version: StaticStr::new("rustc 1.2.3"),
             header: &HEADER,
         }
+    }
+
+    #[test]
+    fn of_a_report_the_first_difference_is_told() {
+        let report = "Compared <this>:\n  --- Type Layout ---\n  type:Ref\nTo <other>:\n  type:Ref\n\n0 error(s).\n\n\
+                      1 error(s)inside:\n    <other>\n    field_name:0\n    type:PluginModule\n\n\
+                      Layout of expected type:\n  type:Other\n\n\
+                      Error:too many fields\nExpected:\n    14\nFound:\n    15\n\nError:another\nExpected:\n 1\nFound:\n 2\n";
+        assert_eq!(condense(report), "in PluginModule, too many fields: expected 14, found 15");
+        assert_eq!(condense("something else\n\n  entirely"), "something else entirely");
     }
 
     #[test]

@@ -94,18 +94,31 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
 /// The child's whole work: opens the file and returns the line to print.
 #[must_use]
 pub fn child(file: &Path) -> String {
-    // A constructor that never returns must not outlive the host that wanted to know. Without the thread it may.
-    drop(thread::Builder::new().name("parent".into()).spawn(|| {
-        // An error means what the end means: nobody is there.
-        let _ = io::copy(&mut io::stdin(), &mut io::sink());
-        process::abort();
-    }));
+    leave_with_the_parent();
     let verdict = match Plugin::open(&Staged::in_place(file)) {
         Ok(_) => Verdict::Fit,
         Err(OpenError::MissingLibrary { name, .. }) => Verdict::Needs(name),
         Err(error) => Verdict::Refused(error.to_string()),
     };
     serde_json::to_string(&verdict).expect("a verdict is a string at most")
+}
+
+/// A constructor that never returns must not outlive the host that wanted to know.
+fn leave_with_the_parent() {
+    let (started, waits) = mpsc::sync_channel(1);
+    let leave = move || {
+        let mut stdin = io::stdin().lock();
+        // It is waited for below.
+        let _ = started.send(());
+        // Nothing comes but the end; an error means the same.
+        let _ = io::copy(&mut stdin, &mut io::sink());
+        process::abort();
+    };
+    // Without the thread it outlives the host in that one case. A thread that has not quite started yet would wait for the
+    // dynamic linker's lock, which such a constructor holds for ever.
+    if thread::Builder::new().name("parent".into()).spawn(leave).is_ok() {
+        let _ = waits.recv();
+    }
 }
 
 fn describe(status: ExitStatus) -> String {
