@@ -7,6 +7,7 @@
 pub mod admin;
 pub mod admission;
 pub mod app;
+pub mod client;
 pub mod config;
 pub mod dispatch;
 pub mod egress;

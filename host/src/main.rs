@@ -1,16 +1,22 @@
 //! Flags, signals and exit codes of the `modalkit` program.
 //!
-//! Exit codes: 0 drained after a signal; 1 could not start, or the drain was cut off; 2 wrong usage or configuration;
-//! 130 a second signal.
+//! Exit codes: 0 drained after a signal, or done; 1 could not start, or the drain was cut off, or a running host was not
+//! reached or did not do what was asked; 2 wrong usage or configuration; 130 a second signal.
 
 #![forbid(unsafe_code)]
 
-use std::{env, path::PathBuf, process::ExitCode};
+use std::{
+    env,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use modalkit::{
     app::{self, Ended},
+    client::{self, Ask},
     config::{self, Config},
     telemetry,
 };
@@ -34,6 +40,31 @@ struct Cli {
 enum Command {
     /// Serve until SIGTERM or SIGINT (what happens without a command).
     Serve,
+    /// Show the models of a running host, or one of them with its history.
+    Models {
+        /// The model.
+        name: Option<String>,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Have a running host take a model's plugin from its volume again, or look through a volume.
+    Reload {
+        /// The model.
+        #[arg(required_unless_present = "volume")]
+        model: Option<String>,
+        /// The volume to look through instead.
+        #[arg(long, conflicts_with = "model")]
+        volume: Option<String>,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Have a running host go back to a model's generation before.
+    Rollback {
+        /// The model.
+        model: String,
+        #[command(flatten)]
+        host: Host,
+    },
     /// Open a plugin and say whether this host could take it; the host runs this on itself.
     #[command(hide = true)]
     Preflight {
@@ -42,22 +73,79 @@ enum Command {
     },
 }
 
+/// Which host, and how to print what it says.
+#[derive(clap::Args)]
+struct Host {
+    /// Where it listens. Default: what the configuration says.
+    #[arg(long, env = "MODALKIT_URL")]
+    url: Option<String>,
+    /// Print the host's own JSON.
+    #[arg(long)]
+    json: bool,
+}
+
 const COULD_NOT_SERVE: u8 = 1;
+const NOT_DONE: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 const SECOND_SIGNAL: u8 = 130;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Some(Command::Preflight { file }) = cli.command {
-        return preflight(&file);
+    match cli.command {
+        None | Some(Command::Serve) => start(&cli.config),
+        Some(Command::Preflight { file }) => preflight(&file),
+        Some(Command::Models { name, host }) => ask(&cli.config, &Ask::Models(name), &host),
+        Some(Command::Reload { model: Some(model), host, .. }) => {
+            ask(&cli.config, &Ask::Reload(model), &host)
+        }
+        Some(Command::Reload { volume, host, .. }) => {
+            ask(&cli.config, &Ask::ReloadVolume(volume.unwrap_or_default()), &host)
+        }
+        Some(Command::Rollback { model, host }) => ask(&cli.config, &Ask::RollBack(model), &host),
     }
-    let config = config::load(&cli.config, environment()).map_err(anyhow::Error::new).and_then(|config| {
+}
+
+/// Asks a running host, and ends with 1 where it didn't do what was asked.
+#[expect(clippy::print_stdout, reason = "what it says is what was asked for")]
+fn ask(files: &[PathBuf], what: &Ask, host: &Host) -> ExitCode {
+    let url = match &host.url {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None => match config::load(files, environment()) {
+            Ok(config) => url_of(config.server.listen),
+            Err(error) => {
+                complain(&anyhow::Error::new(error));
+                return ExitCode::from(WRONG_USAGE);
+            }
+        },
+    };
+    match client::ask(&url, what, host.json) {
+        Ok(answered) => {
+            print!("{}", answered.text);
+            if answered.done { ExitCode::SUCCESS } else { ExitCode::from(NOT_DONE) }
+        }
+        Err(error) => {
+            complain(&anyhow::Error::new(error));
+            ExitCode::from(NOT_DONE)
+        }
+    }
+}
+
+/// A host that listens everywhere is found here too.
+fn url_of(mut listen: SocketAddr) -> String {
+    if listen.ip().is_unspecified() {
+        listen.set_ip(if listen.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    format!("http://{listen}")
+}
+
+fn start(files: &[PathBuf]) -> ExitCode {
+    let config = config::load(files, environment()).map_err(anyhow::Error::new).and_then(|config| {
         telemetry::install_log(&config.server.log)
             .context("server.log is no list of levels such as \"info,modalkit=debug\"")?;
         Ok(config)
     });
     match config {
-        Ok(config) => serve(config, &cli.config),
+        Ok(config) => serve(config, files),
         Err(error) => {
             complain(&error);
             ExitCode::from(WRONG_USAGE)

@@ -504,3 +504,40 @@ fn two_files_of_one_name_are_told_and_the_first_counts() {
     assert_eq!(host.log_line("are the same plugin's; the first counts")["volume"], "test");
     assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).1["translated_text"], "A");
 }
+
+#[test]
+fn people_see_and_steer_it_from_the_command_line() {
+    let host = setup().plugin("echo").ready();
+    let modalkit = |args: &[&str]| {
+        let url = format!("http://{}", host.address);
+        let output = std::process::Command::new(modalkit_tests::built().join("modalkit"))
+            .args(args)
+            .env("MODALKIT_URL", url)
+            .output()
+            .unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout) + &text(output.stderr))
+    };
+    let (code, said) = modalkit(&["models"]);
+    assert!(code == 0 && said.lines().count() == 3 && said.contains("versioned  ready"), "{said}");
+    assert_eq!(
+        modalkit(&["rollback", "versioned"]),
+        (1, "versioned: refused: there is no generation to go back to\n".into())
+    );
+    assert_eq!(modalkit(&["reload", "versioned"]), (0, "versioned: swapped, generation 2 serves\n".into()));
+    assert_eq!(modalkit(&["rollback", "versioned"]), (0, "versioned: rolled back: asked for\n".into()));
+    let (code, said) = modalkit(&["reload", "--volume", "test"]);
+    assert!(code == 0 && said.contains("versioned: its plugin is as it was"), "{said}");
+    let (code, said) = modalkit(&["models", "versioned"]);
+    assert!(code == 0 && said.contains("generation    1") && said.contains("request  2"), "{said}");
+    let (code, said) = modalkit(&["models", "versioned", "--json"]);
+    assert_eq!(
+        (code, &serde_json::from_str::<Value>(&said).unwrap()["generation"]["number"]),
+        (0, &json!(1))
+    );
+    let (code, said) = modalkit(&["reload", "nobody"]);
+    assert!(code == 1 && said.contains("no such name; expected one of"), "{said}");
+    assert_eq!(modalkit(&["reload"]).0, 2);
+    let (code, said) = modalkit(&["models", "--url", "http://127.0.0.1:1"]);
+    assert!(code == 1 && said.contains("can't reach the host at http://127.0.0.1:1"), "{said}");
+}

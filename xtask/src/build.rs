@@ -2,6 +2,7 @@
 
 use std::{
     env, fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -58,7 +59,7 @@ pub(crate) fn plugin(name: &str) -> anyhow::Result<()> {
 
 /// Installs a built plugin, and the data that lies beside its source in `model/`.
 pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
-    fs::create_dir_all(volume).with_context(|| format!("can't make the volume {}", volume.display()))?;
+    make_volume(volume)?;
     for model in fs::read_dir(format!("plugins/{name}/model")).into_iter().flatten().flatten() {
         if model.path().extension().is_some_and(|kind| kind == "onnx") {
             put(&model.path(), &volume.join(model.file_name()))?;
@@ -70,6 +71,17 @@ pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
     Ok(installed)
 }
 
+/// Makes the folder that is watched, or sees that it is fit for code: the host takes no plugin from one that others may
+/// write, and with a umask of 002, as many systems have it, what is made here would be such a one.
+fn make_volume(volume: &Path) -> anyhow::Result<()> {
+    if volume.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(volume)
+        .and_then(|()| fs::set_permissions(volume, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("can't make the volume {}", volume.display()))
+}
+
 /// Where cargo puts what it builds in release.
 pub(crate) fn release() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from).join("release")
@@ -79,6 +91,8 @@ pub(crate) fn release() -> PathBuf {
 fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
     let name = to.file_name().context("the target has a name")?.to_string_lossy();
     let part = to.with_file_name(format!(".{name}.part"));
-    fs::copy(from, &part).with_context(|| format!("can't copy {} to {}", from.display(), part.display()))?;
+    fs::copy(from, &part)
+        .and_then(|_| fs::set_permissions(&part, fs::Permissions::from_mode(0o644)))
+        .with_context(|| format!("can't copy {} to {}", from.display(), part.display()))?;
     fs::rename(&part, to).with_context(|| format!("can't rename {} to {}", part.display(), to.display()))
 }

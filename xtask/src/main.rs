@@ -8,6 +8,8 @@ mod build;
 mod check;
 mod new_plugin;
 mod run;
+mod soak;
+mod watch;
 
 use std::{env, path::PathBuf, process::ExitCode};
 
@@ -16,13 +18,16 @@ use anyhow::{Context, bail};
 const USAGE: &str = "\
 cargo xtask COMMAND
 
-  run [--volume DIR]            build everything, start the host on config/modalkit.toml, say how to ask it
+  run [--volume DIR] [--watch]  build everything, start the host on config/modalkit.toml, say how to ask it;
+                                --watch: build and install a plugin again when its source changes
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
   test [ARGS...]                every test; ARGS go to `cargo test`
   ci                            formatting, lints, documentation, then every test
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
                                 (--rounds N, --seconds N, default 5 and 4)
+  bench reload                  200 reloads under load: what callers notice, and how soon new code answers
+  soak [PART...]                what takes longer than a test should: reload, neighbour, failing, memory, race
 
 The volume is target/volume unless --volume says otherwise.";
 
@@ -47,10 +52,14 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
     match command.as_str() {
         "run" => {
             let volume = take_volume(&mut args)?;
+            let watch = take_flag(&mut args, run::WATCH);
             nothing_else(&args)?;
-            run::run(&volume)?;
+            run::run(&volume, watch)?;
         }
-        run::FINISH => run::finish(&take_volume(&mut args)?)?,
+        run::FINISH => {
+            let volume = take_volume(&mut args)?;
+            run::finish(&volume, take_flag(&mut args, run::WATCH))?;
+        }
         "plugin" => {
             let volume = take_volume(&mut args)?;
             let [name] = args.as_slice() else { bail!("expected one plugin's name\n\n{USAGE}") };
@@ -66,10 +75,15 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             nothing_else(&args)?;
             check::ci()?;
         }
+        "soak" => soak::run(&args)?,
         "bench" => {
             let rounds = take_number(&mut args, "--rounds", 5)?;
             let seconds = take_number(&mut args, "--seconds", 4)?;
-            bench::run(&args, rounds, seconds)?;
+            if args == ["reload"] {
+                soak::run(&["reload".to_owned(), "neighbour".to_owned()])?;
+            } else {
+                bench::run(&args, rounds, seconds)?;
+            }
         }
         "help" | "--help" | "-h" => println!("{USAGE}"),
         other => bail!("no such command: {other}\n\n{USAGE}"),
@@ -89,6 +103,12 @@ fn take(args: &mut Vec<String>, flag: &str) -> anyhow::Result<Option<String>> {
         bail!("{flag} needs a value");
     }
     Ok(Some(args.remove(at)))
+}
+
+fn take_flag(args: &mut Vec<String>, flag: &str) -> bool {
+    let before = args.len();
+    args.retain(|arg| arg != flag);
+    args.len() < before
 }
 
 fn take_volume(args: &mut Vec<String>) -> anyhow::Result<PathBuf> {

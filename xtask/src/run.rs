@@ -15,17 +15,21 @@ use std::{
 
 use anyhow::Context;
 
-use crate::build;
+use crate::{build, watch::Sources};
 
 /// The command of the child.
 pub(crate) const FINISH: &str = "run-finish";
+/// The flag for building again what changes.
+pub(crate) const WATCH: &str = "--watch";
 const CONFIG: &str = "config/modalkit.toml";
 const DEFAULT_LISTEN: &str = "127.0.0.1:8000";
 /// How long the child waits for the host to answer before it prints how to ask it.
 const HOST_LOOKS: u32 = 100;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+/// Between two looks at the plugins' sources.
+const BETWEEN_SOURCES: Duration = Duration::from_millis(300);
 
-pub(crate) fn run(volume: &Path) -> anyhow::Result<()> {
+pub(crate) fn run(volume: &Path, watch: bool) -> anyhow::Result<()> {
     println!("building the host and its first plugin");
     build::cargo(&["build", "--release", "--package", "modalkit", "--package", "echo"])?;
     build::install("echo", volume)?;
@@ -36,6 +40,7 @@ pub(crate) fn run(volume: &Path) -> anyhow::Result<()> {
         .arg(FINISH)
         .arg("--volume")
         .arg(&volume)
+        .args(watch.then_some(WATCH))
         .spawn()
         .context("can't start the second half of `run`")?;
     let volumes = format!("{{{:?}: \"volume\"}}", volume.display().to_string());
@@ -47,8 +52,9 @@ pub(crate) fn run(volume: &Path) -> anyhow::Result<()> {
     Err(error).context("can't start the host")
 }
 
-/// Says how to ask the host, then builds and installs the other plugins; ends when the host does.
-pub(crate) fn finish(volume: &Path) -> anyhow::Result<()> {
+/// Says how to ask the host, then builds and installs the other plugins, and again what changes where that is wanted; ends
+/// when the host does.
+pub(crate) fn finish(volume: &Path, watch: bool) -> anyhow::Result<()> {
     let host = parent_id();
     let listen = env::var("MODALKIT_SERVER__LISTEN").unwrap_or_else(|_| DEFAULT_LISTEN.into());
     for _ in 0..HOST_LOOKS {
@@ -61,23 +67,45 @@ pub(crate) fn finish(volume: &Path) -> anyhow::Result<()> {
         thread::sleep(BETWEEN_LOOKS);
     }
     print_urls(&listen);
+    let mut sources = Sources::look()?;
     for name in build::plugins()?.into_iter().filter(|name| name != "echo") {
         println!("building the plugin {name}; it serves as soon as it is done");
-        let mut cargo = build::command(&["build", "--release", "--package", &name]).spawn()?;
-        while cargo.try_wait()?.is_none() {
-            if parent_id() != host {
-                return end_group();
-            }
-            thread::sleep(BETWEEN_LOOKS);
-        }
-        if cargo.wait()?.success() {
-            println!("installed {}", build::install(&name, volume)?.display());
-        } else {
-            println!("the plugin {name} did not build; the others serve on");
+        if !build_and_install(&name, volume, host)? {
+            return end_group();
         }
     }
     println!("all plugins are in {}", volume.display());
+    if !watch {
+        return Ok(());
+    }
+    println!("watching plugins/: what changes is built and installed again");
+    while parent_id() == host {
+        for name in sources.changed()? {
+            println!("the source of {name} has changed; building it");
+            if !build_and_install(&name, volume, host)? {
+                return end_group();
+            }
+        }
+        thread::sleep(BETWEEN_SOURCES);
+    }
     Ok(())
+}
+
+/// `false` when the host has ended meanwhile. A plugin that doesn't build leaves what serves.
+fn build_and_install(name: &str, volume: &Path, host: u32) -> anyhow::Result<bool> {
+    let mut cargo = build::command(&["build", "--release", "--package", name]).spawn()?;
+    while cargo.try_wait()?.is_none() {
+        if parent_id() != host {
+            return Ok(false);
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+    if cargo.wait()?.success() {
+        println!("installed {}", build::install(name, volume)?.display());
+    } else {
+        println!("the plugin {name} did not build; what serves goes on serving");
+    }
+    Ok(true)
 }
 
 /// Ends this process with everything it has started: cargo, and the compilers that cargo has started.

@@ -1,0 +1,406 @@
+//! A candidate's way: build, load, golden requests, swap. What fails before the swap leaves what serves, and its reason in the
+//! journal.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use modalkit_loader::{Instance, LoadError, Plugin, Staged};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Event, Machine, OutcomeReply, Serving, Standby, State, hooks::Changes};
+use crate::{
+    config::GoldenSpec,
+    pipeline::{Fleet, Generation, Golden, GoldenError, Progress, Status},
+    reload::{
+        build::{Builder, milliseconds},
+        journal::{Cause, Entry, Outcome, Phase, Phases, unix_ms},
+    },
+};
+
+/// Generations that one may go back to, one after the other.
+const PREVIOUS_MAX: usize = 32;
+
+/// What is to serve next.
+pub(super) struct Candidate {
+    pub(super) number: u64,
+    pub(super) cause: Cause,
+    pub(super) sha256: Option<String>,
+    pub(super) phases: Phases,
+    /// When the step under way began.
+    pub(super) begun: Instant,
+    /// How far its replicas have come, as far as was looked at.
+    pub(super) seen: Progress,
+    /// What changed after it began to load.
+    pub(super) missed: Changes,
+    /// It served before: no trial, and what it replaces is not gone back to.
+    pub(super) back: bool,
+    pub(super) waiting: Vec<OutcomeReply>,
+}
+
+/// Content that is not taken again by itself.
+pub(super) struct Refused {
+    pub(super) sha256: String,
+    /// It didn't load or answer, for which its data may be to blame: a change of them is another chance.
+    pub(super) by_data: bool,
+}
+
+impl Machine {
+    pub(super) fn candidate(&mut self, cause: Cause, sha256: Option<String>) -> Candidate {
+        self.candidates += 1;
+        Candidate {
+            number: self.candidates,
+            cause,
+            sha256,
+            phases: Phases::default(),
+            begun: Instant::now(),
+            seen: Progress::Loading,
+            missed: Changes::default(),
+            back: false,
+            waiting: Vec::new(),
+        }
+    }
+
+    pub(super) fn build(&mut self, candidate: Candidate, from: From) {
+        if matches!(self.serving, Serving::Nothing) {
+            self.model.set_status(Status::Loading, None);
+        }
+        let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
+        let pin = self.model.spec.plugin_sha256.clone();
+        let work = move || {
+            let mut phases = Phases::default();
+            let built = from.staged(&builder, &mut phases).and_then(|staged| {
+                check_pin(pin.as_deref(), &staged)?;
+                builder.build(&staged, &mut phases)
+            });
+            // A machine that has ended wants no plugin.
+            if let Some(myself) = myself.upgrade() {
+                let _ = myself.blocking_send(Event::Built(number, built.map(|plugin| (plugin, phases))));
+            }
+        };
+        self.state = State::Building(candidate);
+        tokio::task::spawn_blocking(work);
+    }
+
+    pub(super) fn on_built(&mut self, number: u64, built: Result<(Plugin, Phases), LoadError>) {
+        let mut candidate = match std::mem::replace(&mut self.state, State::Idle) {
+            State::Building(candidate) if candidate.number == number => candidate,
+            // Of one that was given up.
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        match built {
+            Ok((plugin, phases)) => {
+                candidate.phases = phases;
+                candidate.sha256 = Some(plugin.sha256().to_owned());
+                tracing::info!(
+                    model = self.model.spec.name,
+                    sha256 = plugin.sha256(),
+                    version = plugin.version(),
+                    "plugin opened"
+                );
+                self.generations += 1;
+                if !self.libraries.iter().any(|known| known.is_same(&plugin)) {
+                    self.libraries.push(plugin.clone());
+                }
+                let generation = Generation::new(self.generations, plugin, self.model.spec.clone());
+                self.load(candidate, generation);
+            }
+            Err(error) => {
+                let file = self.source.as_ref().map(|source| source.path.display().to_string());
+                let reason = format!("{} was refused: {}", file.unwrap_or_default(), error.chain());
+                if !error.may_pass() {
+                    self.remember_refused(&candidate, false);
+                }
+                self.refuse(candidate, Phase::Build, reason);
+            }
+        }
+    }
+
+    /// Loads as many replicas as serve now, so that the swap changes nothing but what they run.
+    pub(super) fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
+        if matches!(self.serving, Serving::OnTrial { .. }) {
+            // Three generations at once would be too much for most machines' memory.
+            self.retire_standby();
+        }
+        let limits = self.model.spec.replicas;
+        let now = usize::try_from(self.model.metrics.replicas.get()).unwrap_or_default();
+        let replicas = match self.serving {
+            Serving::Nothing => limits.min,
+            _ => now.clamp(limits.min, limits.max),
+        };
+        candidate.begun = Instant::now();
+        let fleet = Fleet::start(Arc::clone(&self.model), generation, replicas);
+        self.state = State::Loading(candidate, fleet);
+    }
+
+    pub(super) async fn on_progress(&mut self, progress: Progress) {
+        let State::Loading(mut candidate, fleet) = std::mem::replace(&mut self.state, State::Idle) else {
+            return;
+        };
+        let failed_before = matches!(candidate.seen, Progress::Failed(_));
+        candidate.seen = progress.clone();
+        match progress {
+            Progress::Loading => self.state = State::Loading(candidate, fleet),
+            Progress::Failed(reason) if matches!(self.serving, Serving::Nothing) => {
+                // There is nothing better: the fleet tries again, and its first replica serves.
+                self.model.set_status(Status::Failed { reason: reason.clone() }, None);
+                if !failed_before {
+                    let refused = Outcome::Refused { phase: Phase::Load, reason };
+                    let waiting = std::mem::take(&mut candidate.waiting);
+                    let entry = self.entry(&candidate, Some(fleet.generation.number), refused);
+                    self.write_down(entry, waiting);
+                }
+                self.state = State::Loading(candidate, fleet);
+            }
+            Progress::Failed(reason) => {
+                if candidate.back {
+                    // It may be gone back to another time.
+                    self.previous.push(Arc::clone(&fleet.generation));
+                } else {
+                    self.remember_refused(&candidate, true);
+                }
+                self.drop_fleet(fleet);
+                self.refuse(candidate, Phase::Load, reason);
+            }
+            Progress::Loaded => {
+                candidate.phases.load_ms = Some(milliseconds(candidate.begun));
+                candidate.begun = Instant::now();
+                let instance = fleet.instance().await;
+                match (self.model.spec.golden.clone(), instance) {
+                    (Some(golden), Some(instance)) if !candidate.back => {
+                        let ask = Ask {
+                            number: candidate.number,
+                            limit: self.model.spec.replicas.load_timeout,
+                            generation: Arc::clone(&fleet.generation),
+                            myself: self.myself.clone(),
+                        };
+                        self.state = State::Golden(candidate, fleet);
+                        tokio::spawn(ask.golden(golden, instance));
+                    }
+                    _ => self.swap(candidate, fleet).await,
+                }
+            }
+        }
+    }
+
+    pub(super) async fn on_asked(&mut self, number: u64, asked: Result<(), GoldenError>) {
+        let (mut candidate, fleet) = match std::mem::replace(&mut self.state, State::Idle) {
+            State::Golden(candidate, fleet) if candidate.number == number => (candidate, fleet),
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        candidate.phases.golden_ms = Some(milliseconds(candidate.begun));
+        match asked {
+            Ok(()) => self.swap(candidate, fleet).await,
+            Err(error) => {
+                let mut reason = error.to_string();
+                if let Some(cause) = std::error::Error::source(&error) {
+                    reason = format!("{reason}: {cause}");
+                }
+                self.remember_refused(&candidate, true);
+                self.drop_fleet(fleet);
+                self.refuse(candidate, Phase::Golden, reason);
+            }
+        }
+    }
+
+    pub(super) async fn swap(&mut self, mut candidate: Candidate, fleet: Fleet) {
+        let begun = Instant::now();
+        let probation = self.model.spec.reload.probation;
+        let old = match std::mem::replace(&mut self.serving, Serving::Nothing) {
+            Serving::Nothing => None,
+            Serving::Alone(old) => Some(old),
+            Serving::OnTrial { fleet: old, standby } => {
+                self.retire(standby.fleet, standby.entry);
+                Some(old)
+            }
+        };
+        let on_trial = old.as_ref().filter(|_| !candidate.back && !probation.time.is_zero());
+        if let Some(old) = on_trial {
+            // Before its first batch, which counts.
+            fleet.generation.vitals.try_beside(old.generation.vitals.tally(), probation);
+        }
+        let on_trial = on_trial.is_some();
+        // The point of no return: from here on the new generation answers.
+        self.model.swap(old.as_ref().map(|old| &old.generation), &fleet.generation);
+        self.metrics.generation.set(fleet.generation.number as i64);
+        candidate.phases.swap_ms = Some(milliseconds(begun));
+        self.refused = None;
+        let missed = std::mem::take(&mut candidate.missed);
+        let outcome = if candidate.back {
+            // What is in the volume was turned down by whoever asked for this.
+            if let Some(old) = &old {
+                let sha256 = old.generation.plugin.sha256().to_owned();
+                self.refused = Some(Refused { sha256, by_data: false });
+            }
+            Outcome::RolledBack { reason: "asked for".into() }
+        } else {
+            if let Some(old) = &old {
+                self.previous.push(Arc::clone(&old.generation));
+                if self.previous.len() > PREVIOUS_MAX {
+                    self.previous.remove(0);
+                }
+            }
+            Outcome::Swapped
+        };
+        let waiting = std::mem::take(&mut candidate.waiting);
+        let entry = self.entry(&candidate, Some(fleet.generation.number), outcome);
+        let entry = self.write_down(entry, waiting);
+        self.serving = match old {
+            None => Serving::Alone(fleet),
+            Some(old) if on_trial => {
+                let until = Instant::now() + probation.time;
+                Serving::OnTrial {
+                    fleet,
+                    standby: Standby { fleet: old, entry, until, missed: Changes::default() },
+                }
+            }
+            Some(old) => {
+                self.retire(old, entry);
+                Serving::Alone(fleet)
+            }
+        };
+        for missed in missed.0 {
+            self.call_hook(missed, Vec::new()).await;
+        }
+    }
+
+    pub(super) fn give_up_candidate(&mut self, outcome: Outcome) {
+        let candidate = match std::mem::replace(&mut self.state, State::Idle) {
+            State::Idle => return,
+            State::Building(candidate) => candidate,
+            State::Loading(candidate, fleet) | State::Golden(candidate, fleet) => {
+                self.drop_fleet(fleet);
+                candidate
+            }
+        };
+        self.conclude(candidate, outcome);
+    }
+
+    pub(super) fn refuse(&mut self, candidate: Candidate, phase: Phase, reason: String) {
+        if matches!(self.serving, Serving::Nothing) && matches!(self.state, State::Idle) {
+            self.model.set_status(Status::Failed { reason: reason.clone() }, None);
+        }
+        self.conclude(candidate, Outcome::Refused { phase, reason });
+    }
+
+    pub(super) fn remember_refused(&mut self, candidate: &Candidate, by_data: bool) {
+        if let Some(sha256) = candidate.sha256.clone() {
+            self.refused = Some(Refused { sha256, by_data });
+        }
+    }
+
+    pub(super) fn conclude(&mut self, mut candidate: Candidate, outcome: Outcome) {
+        let waiting = std::mem::take(&mut candidate.waiting);
+        let entry = self.entry(&candidate, None, outcome);
+        self.write_down(entry, waiting);
+    }
+
+    pub(super) fn entry(&self, candidate: &Candidate, generation: Option<u64>, outcome: Outcome) -> Entry {
+        Entry {
+            at_unix_ms: unix_ms(),
+            cause: candidate.cause,
+            generation,
+            plugin_sha256: candidate.sha256.clone(),
+            outcome,
+            phases: candidate.phases,
+        }
+    }
+
+    pub(super) fn write_down(&mut self, entry: Entry, waiting: Vec<OutcomeReply>) -> u64 {
+        let model = &self.model.spec.name;
+        let (generation, outcome) = (entry.generation, entry.outcome.word());
+        match &entry.outcome {
+            Outcome::Swapped => {
+                tracing::info!(model, generation, phases = ?entry.phases, "a new generation serves");
+            }
+            Outcome::RolledBack { reason } => {
+                tracing::warn!(model, generation, reason, "the generation before serves again");
+            }
+            Outcome::Refused { phase, reason } => {
+                tracing::error!(model, ?phase, reason, serving = self.generation_number(), "plugin refused")
+            }
+            Outcome::Superseded | Outcome::Stopped => {
+                tracing::info!(model, outcome, "a change was given up");
+            }
+        }
+        self.metrics.outcome(outcome).inc();
+        // Whoever asked may have left.
+        waiting.into_iter().for_each(|reply| drop(reply.send(entry.clone())));
+        self.journal.add(entry)
+    }
+}
+
+/// Where a candidate's library comes from.
+pub(super) enum From {
+    /// The watch's copy.
+    Staged(Staged),
+    /// The file, to be copied now.
+    File(PathBuf),
+}
+
+impl From {
+    fn staged(self, builder: &Builder, phases: &mut Phases) -> Result<Staged, LoadError> {
+        match self {
+            Self::Staged(staged) => Ok(staged),
+            Self::File(file) => {
+                let begun = Instant::now();
+                let staged = builder.stage(&file)?;
+                phases.stage_ms = Some(milliseconds(begun));
+                Ok(staged)
+            }
+        }
+    }
+}
+
+fn check_pin(pin: Option<&str>, staged: &Staged) -> Result<(), LoadError> {
+    match pin {
+        Some(expected) if expected != staged.sha256() => {
+            Err(LoadError::Pinned { expected: expected.to_owned(), found: staged.sha256().to_owned() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Asks a loaded instance golden requests on a thread of its own.
+struct Ask {
+    number: u64,
+    limit: Duration,
+    generation: Arc<Generation>,
+    myself: mpsc::WeakSender<Event>,
+}
+
+impl Ask {
+    async fn golden(self, spec: GoldenSpec, instance: Arc<Instance>) {
+        let (done, asked) = oneshot::channel();
+        let generation = self.generation;
+        let ask = move || {
+            let asked = Golden::read(&spec.file, spec.latency_max)
+                .and_then(|golden| golden.ask(&generation, &instance));
+            // Before the answer, so that nobody waits for this look at the instance.
+            drop(instance);
+            // The receiver is gone when the limit has passed.
+            let _ = done.send(asked);
+        };
+        let asked = match std::thread::Builder::new().name("golden".into()).spawn(ask) {
+            Ok(_) => tokio::time::timeout(self.limit, asked).await,
+            Err(source) => {
+                Ok(Ok(Err(GoldenError::Unreadable { path: "a thread to ask them".into(), source })))
+            }
+        };
+        let asked = match asked {
+            Ok(Ok(asked)) => asked,
+            Ok(Err(_)) | Err(_) => Err(GoldenError::Hung { limit: self.limit }),
+        };
+        if let Some(myself) = self.myself.upgrade() {
+            let _ = myself.send(Event::Asked(self.number, asked)).await;
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Changed data: `on_volume_reload` on what serves, one call at a time, and what has to be told later to whom it missed.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::{Event, HookReply, Machine, Serving};
+use crate::{
+    pipeline::VolumeChange,
+    reload::journal::{HookReport, unix_ms},
+};
+
+/// A call of `on_volume_reload` under way, and what came meanwhile.
+#[derive(Default)]
+pub(super) struct Hook {
+    pub(super) running: Option<(VolumeChange, Vec<HookReply>)>,
+    pub(super) next: Changes,
+    pub(super) waiting: Vec<HookReply>,
+}
+
+/// What changed, one entry a volume.
+#[derive(Default)]
+pub(super) struct Changes(pub(super) VecDeque<VolumeChange>);
+
+impl Machine {
+    pub(super) async fn call_hook(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
+        if let Serving::OnTrial { standby, .. } = &mut self.serving {
+            standby.missed.add(change.clone());
+        }
+        if self.hook.running.is_some() {
+            self.hook.next.add(change);
+            self.hook.waiting.extend(waiting);
+            return;
+        }
+        let fleet = match &self.serving {
+            Serving::Nothing => {
+                let report = self.hook_report(change, Vec::new());
+                waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
+                return;
+            }
+            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => fleet,
+        };
+        let results = fleet.volume_reload(change.clone()).await;
+        self.hook.running = Some((change, waiting));
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            // A fleet that ended in between has nothing that could be told.
+            let results = results.await.unwrap_or_default();
+            if let Some(myself) = myself.upgrade() {
+                let _ = myself.send(Event::Hooked(results)).await;
+            }
+        });
+    }
+
+    pub(super) async fn on_hooked(&mut self, results: Vec<Result<(), String>>) {
+        let Some((change, waiting)) = self.hook.running.take() else { return };
+        let report = self.hook_report(change, results);
+        self.journal.hooks += 1;
+        let model = &self.model.spec.name;
+        let failed = report.errors.iter().flatten().count();
+        for error in report.errors.iter().flatten() {
+            tracing::error!(
+                model,
+                volume = report.volume,
+                error,
+                "on_volume_reload failed; the pipeline serves on as it is"
+            );
+        }
+        if failed > 0 {
+            self.journal.hooks_failed += 1;
+            self.metrics.hooks_failed.inc();
+        } else {
+            tracing::info!(model, volume = report.volume, changed = ?report.changed, "model data reloaded");
+            self.metrics.hooks_ok.inc();
+        }
+        waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
+        self.journal.hook = Some(report);
+        if let Some(change) = self.hook.next.0.pop_front() {
+            let waiting = std::mem::take(&mut self.hook.waiting);
+            self.call_hook(change, waiting).await;
+        }
+    }
+
+    pub(super) fn hook_report(&self, change: VolumeChange, results: Vec<Result<(), String>>) -> HookReport {
+        HookReport {
+            at_unix_ms: unix_ms(),
+            volume: change.volume,
+            changed: change.changed,
+            errors: results.into_iter().map(Result::err).collect(),
+        }
+    }
+}
+
+impl Changes {
+    pub(super) fn add(&mut self, change: VolumeChange) {
+        match self.0.iter_mut().find(|known| known.volume == change.volume) {
+            Some(known) if known.changed.is_empty() || change.changed.is_empty() => {
+                // Nobody knows which files changed.
+                known.changed.clear();
+            }
+            Some(known) => {
+                let files: BTreeSet<String> = known.changed.drain(..).chain(change.changed).collect();
+                known.changed = files.into_iter().collect();
+            }
+            None => self.0.push_back(change),
+        }
+    }
+}

@@ -1,0 +1,508 @@
+//! One model's reloads: one loop over one enum of events. A change becomes a candidate, which is built, loaded and asked golden
+//! requests while the generation before serves on; then it is swapped in, and the old one stands by until the new one has
+//! passed its probation. It owns the model's fleets and what is remembered, and is never on the path of a request.
+//!
+//! ```text
+//! Idle --new content--> Building --> Loading --> Golden --swap--> Idle
+//!   what fails before the swap leaves what serves, and its reason in the journal
+//! Alone --swap--> OnTrial --passed--> Alone (the old one retired)
+//!                        `--failed--> Alone (the old one serves again)
+//! ```
+
+mod candidate;
+mod hooks;
+mod trial;
+
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use modalkit_loader::{LoadError, Plugin, Staged};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::{Interval, MissedTickBehavior},
+};
+
+use super::{
+    build::Builder,
+    journal::{Cause, Entry, HookReport, Journal, Outcome, Phase, Phases, Source},
+    report::Report,
+    watch::Bell,
+};
+use crate::{
+    config::Volume,
+    pipeline::{Fleet, Generation, GoldenError, Model, Progress, Status, VolumeChange},
+    telemetry::ReloadMetrics,
+};
+use candidate::{Candidate, From, Refused};
+use hooks::Hook;
+use trial::Standby;
+
+/// Events that wait; senders wait where there are more.
+pub(super) const INBOX_MAX: usize = 64;
+/// Orders that wait for the change under way.
+const ORDERS_MAX: usize = 1024;
+/// How often a trial is looked at: failures are judged as they happen, slowness by this.
+const TRIAL_TICK: Duration = Duration::from_millis(50);
+
+/// What a machine is told.
+pub(super) enum Event {
+    /// The plugin's file has been written: a copy of it, or why there is none.
+    File(PathBuf, Result<Staged, Arc<LoadError>>),
+    /// The plugin's file is gone.
+    Gone(PathBuf),
+    /// Model data changed.
+    Data(VolumeChange),
+    /// Somebody asks for a change and waits for its outcome.
+    Order(Order),
+    /// Somebody asks for a hook and waits for what it said.
+    Hook(VolumeChange, HookReply),
+    /// Somebody waits until nothing is under way.
+    Settled(oneshot::Sender<Option<Entry>>),
+    /// Somebody wants to know how things stand.
+    Report(oneshot::Sender<Report>),
+    /// The candidate of this number has been built, or not.
+    Built(u64, Result<(Plugin, Phases), LoadError>),
+    /// The candidate's first replicas have come this far.
+    Progress(Progress),
+    /// The candidate of this number was asked golden requests.
+    Asked(u64, Result<(), GoldenError>),
+    /// A generation that was replaced by this entry of the journal has left.
+    Left(u64),
+    /// A hook has run on every replica.
+    Hooked(Vec<Result<(), String>>),
+    /// The generation on trial failed it.
+    TrialFailed,
+    /// Time to look at the trial.
+    TrialTick,
+    /// `volume_reload_interval_seconds` has passed.
+    Interval,
+    /// The model goes: at most after this time, in which what is queued is run.
+    Unload(Duration),
+    /// The host goes.
+    Stop,
+}
+
+/// What somebody asks for.
+pub(super) struct Order {
+    pub(super) what: What,
+    pub(super) reply: OutcomeReply,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// Take what the volume holds, also where it is what serves.
+    Reload,
+    /// Go back to the generation before.
+    RollBack,
+}
+
+pub(super) type OutcomeReply = oneshot::Sender<Entry>;
+pub(super) type HookReply = oneshot::Sender<HookReport>;
+
+/// What is on its way to serve.
+enum State {
+    /// Nothing.
+    Idle,
+    /// A file is copied, tried in a process of its own and opened.
+    Building(Candidate),
+    /// Replicas load and warm up; they take no work.
+    Loading(Candidate, Fleet),
+    /// One of them is asked golden requests.
+    Golden(Candidate, Fleet),
+}
+
+/// What serves.
+enum Serving {
+    Nothing,
+    Alone(Fleet),
+    /// It serves, and the one before stands by until it has proven itself.
+    OnTrial {
+        fleet: Fleet,
+        standby: Standby,
+    },
+}
+
+pub(super) struct Machine {
+    model: Arc<Model>,
+    builder: Arc<Builder>,
+    metrics: ReloadMetrics,
+    bell: Arc<[Bell]>,
+    volumes: Vec<Volume>,
+    inbox: mpsc::Receiver<Event>,
+    myself: mpsc::WeakSender<Event>,
+    state: State,
+    serving: Serving,
+    previous: Vec<Arc<Generation>>,
+    orders: VecDeque<(What, Vec<OutcomeReply>)>,
+    settled: Vec<oneshot::Sender<Option<Entry>>>,
+    journal: Journal,
+    source: Option<Source>,
+    refused: Option<Refused>,
+    hook: Hook,
+    candidates: u64,
+    generations: u64,
+    /// Every library that it ever served with, by content.
+    libraries: Vec<Plugin>,
+    trial_tick: Interval,
+    hook_tick: Option<Interval>,
+}
+
+impl Machine {
+    pub(super) fn new(
+        model: Arc<Model>,
+        builder: Arc<Builder>,
+        metrics: ReloadMetrics,
+        bell: Arc<[Bell]>,
+        volumes: Vec<Volume>,
+        (myself, inbox): (mpsc::WeakSender<Event>, mpsc::Receiver<Event>),
+    ) -> Self {
+        let every = |period: Duration| {
+            let mut interval = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        };
+        Self {
+            trial_tick: every(TRIAL_TICK),
+            hook_tick: model.spec.reload.hook_interval.map(every),
+            model,
+            builder,
+            metrics,
+            bell,
+            volumes,
+            inbox,
+            myself,
+            state: State::Idle,
+            serving: Serving::Nothing,
+            previous: Vec::new(),
+            orders: VecDeque::new(),
+            settled: Vec::new(),
+            journal: Journal::default(),
+            source: None,
+            refused: None,
+            hook: Hook::default(),
+            candidates: 0,
+            generations: 0,
+            libraries: Vec::new(),
+        }
+    }
+
+    /// Runs until it is told to end, and then until every replica has left, but for those that hang.
+    pub(super) async fn run(mut self) {
+        let unload = loop {
+            match self.next().await {
+                Event::Stop => break None,
+                Event::Unload(limit) => break Some(limit),
+                event => self.on(event).await,
+            }
+            self.next_order().await;
+        };
+        self.leave(unload).await;
+    }
+
+    async fn next(&mut self) -> Event {
+        let candidate = async {
+            match &mut self.state {
+                State::Loading(candidate, fleet) => Event::Progress(fleet.beyond(&candidate.seen).await),
+                _ => std::future::pending().await,
+            }
+        };
+        let trial = async {
+            match &self.serving {
+                Serving::OnTrial { fleet, .. } => {
+                    tokio::select! {
+                        () = fleet.generation.vitals.failed_trial() => Event::TrialFailed,
+                        _ = self.trial_tick.tick() => Event::TrialTick,
+                    }
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        let interval = async {
+            match &mut self.hook_tick {
+                Some(interval) => interval.tick().await,
+                None => std::future::pending().await,
+            };
+            Event::Interval
+        };
+        tokio::select! {
+            biased;
+            // First, so that no more callers than needed meet a generation that fails.
+            event = trial => event,
+            event = candidate => event,
+            // The channel ends with the host.
+            event = self.inbox.recv() => event.unwrap_or(Event::Stop),
+            event = interval => event,
+        }
+    }
+
+    async fn on(&mut self, event: Event) {
+        match event {
+            Event::File(path, staged) => self.on_file(path, staged),
+            Event::Gone(path) => self.on_gone(&path),
+            Event::Data(change) => self.on_data(change).await,
+            Event::Order(order) => self.on_order(order),
+            Event::Hook(change, reply) => self.call_hook(change, vec![reply]).await,
+            Event::Settled(reply) => self.settled.push(reply),
+            // Whoever asked may have left.
+            Event::Report(reply) => drop(reply.send(self.report())),
+            Event::Built(number, built) => self.on_built(number, built),
+            Event::Progress(progress) => self.on_progress(progress).await,
+            Event::Asked(number, asked) => self.on_asked(number, asked).await,
+            Event::Left(entry) => self.on_left(entry),
+            Event::Hooked(results) => self.on_hooked(results).await,
+            Event::TrialFailed => self.end_trial().await,
+            Event::TrialTick => self.on_trial_tick().await,
+            Event::Interval => self.on_interval().await,
+            Event::Unload(_) | Event::Stop => unreachable!("`run` ends with them"),
+        }
+    }
+
+    fn on_file(&mut self, path: PathBuf, staged: Result<Staged, Arc<LoadError>>) {
+        if let Some(source) = self.source.as_ref().filter(|source| source.present && source.path != path) {
+            tracing::warn!(model = self.model.spec.name, serves = %source.path.display(), passed_over = %path.display(), "two files in the volumes have the name of this model's plugin; remove one");
+            return;
+        }
+        self.source = Some(Source { path, present: true });
+        let staged = match staged {
+            Ok(staged) => staged,
+            Err(error) => {
+                let mut candidate = self.candidate(Cause::File, None);
+                candidate.begun = Instant::now();
+                self.refuse(candidate, Phase::Build, error.chain());
+                return;
+            }
+        };
+        let sha256 = Some(staged.sha256());
+        let candidate = match &self.state {
+            State::Idle => None,
+            State::Building(candidate) | State::Loading(candidate, _) | State::Golden(candidate, _) => {
+                Some(candidate)
+            }
+        };
+        if let Some(candidate) = candidate {
+            if candidate.sha256.as_deref() == sha256 {
+                return;
+            }
+            // What it was made of is no longer in the volume.
+            self.give_up_candidate(Outcome::Superseded);
+        } else if self.serving_sha256() == sha256 {
+            tracing::debug!(model = self.model.spec.name, "the file has the content that serves");
+            return;
+        } else if self.refused.as_ref().map(|refused| refused.sha256.as_str()) == sha256 {
+            tracing::info!(
+                model = self.model.spec.name,
+                sha256,
+                "the file has content that was refused before; POST /models/NAME/reload tries it again"
+            );
+            return;
+        }
+        let candidate = self.candidate(Cause::File, Some(staged.sha256().to_owned()));
+        self.build(candidate, From::Staged(staged));
+    }
+
+    fn on_gone(&mut self, path: &Path) {
+        let Some(source) = self.source.as_mut().filter(|source| source.path == path) else { return };
+        source.present = false;
+        if !matches!(self.serving, Serving::Nothing) {
+            tracing::warn!(model = self.model.spec.name, file = %path.display(), "the plugin's file is gone; what is loaded serves on until the host ends");
+        }
+    }
+
+    async fn on_data(&mut self, change: VolumeChange) {
+        let another_chance = self.refused.as_ref().is_some_and(|refused| refused.by_data);
+        match &mut self.state {
+            State::Loading(candidate, _) | State::Golden(candidate, _) => {
+                candidate.missed.add(change.clone());
+            }
+            State::Idle if another_chance => {
+                tracing::info!(
+                    model = self.model.spec.name,
+                    "data changed; the plugin that didn't load is tried again"
+                );
+                self.refused = None;
+                self.orders.push_back((What::Reload, Vec::new()));
+            }
+            State::Idle | State::Building(_) => {}
+        }
+        self.call_hook(change, Vec::new()).await;
+    }
+
+    async fn on_interval(&mut self) {
+        self.bell.iter().for_each(Bell::ring);
+        for volume in self.volumes.clone() {
+            let change = VolumeChange {
+                volume: volume.name,
+                mount_point: volume.mount_point.display().to_string(),
+                changed: Vec::new(),
+            };
+            self.call_hook(change, Vec::new()).await;
+        }
+    }
+
+    fn on_order(&mut self, order: Order) {
+        let full = self.orders.len() >= ORDERS_MAX;
+        match self.orders.back_mut() {
+            // Those who ask for the same share one run of it.
+            Some((What::Reload, waiting)) if order.what == What::Reload => waiting.push(order.reply),
+            _ if full => {
+                let mut candidate = self.candidate(Cause::Request, None);
+                candidate.waiting.push(order.reply);
+                let reason = format!("{ORDERS_MAX} reloads and rollbacks wait already; come back later");
+                self.conclude(candidate, Outcome::Refused { phase: Phase::Build, reason });
+            }
+            _ => self.orders.push_back((order.what, vec![order.reply])),
+        }
+    }
+
+    async fn next_order(&mut self) {
+        while self.is_settled() {
+            let Some((what, waiting)) = self.orders.pop_front() else {
+                let last = self.journal.last().cloned();
+                // Whoever asked may have left.
+                self.settled.drain(..).for_each(|reply| drop(reply.send(last.clone())));
+                return;
+            };
+            self.give_up_candidate(Outcome::Superseded);
+            match what {
+                What::Reload => self.reload(waiting),
+                What::RollBack => self.roll_back(waiting).await,
+            }
+        }
+    }
+
+    /// Whether nothing is under way but what may go on for ever: a first generation that is tried again and again.
+    fn is_settled(&self) -> bool {
+        match &self.state {
+            State::Idle => true,
+            State::Loading(candidate, _) => matches!(candidate.seen, Progress::Failed(_)),
+            State::Building(_) | State::Golden(..) => false,
+        }
+    }
+
+    fn reload(&mut self, waiting: Vec<OutcomeReply>) {
+        let mut candidate = self.candidate(Cause::Request, None);
+        candidate.waiting = waiting;
+        match self.source.clone() {
+            Some(Source { path, present: true }) => self.build(candidate, From::File(path)),
+            Some(Source { path, .. }) => {
+                let reason = format!("expected the plugin at {}, and there is no file", path.display());
+                self.refuse(candidate, Phase::Build, reason);
+            }
+            None => {
+                let reason =
+                    format!("no volume holds {plugin}.so or lib{plugin}.so", plugin = self.model.spec.plugin);
+                self.refuse(candidate, Phase::Build, reason);
+            }
+        }
+    }
+
+    async fn roll_back(&mut self, waiting: Vec<OutcomeReply>) {
+        if matches!(self.serving, Serving::OnTrial { .. }) {
+            self.back_to_standby("asked for".into(), Cause::Request, waiting).await;
+            return;
+        }
+        let mut candidate = self.candidate(Cause::Request, None);
+        candidate.waiting = waiting;
+        candidate.back = true;
+        match self.previous.pop() {
+            Some(generation) => {
+                candidate.sha256 = Some(generation.plugin.sha256().to_owned());
+                self.load(candidate, generation);
+            }
+            None => {
+                let outcome = Outcome::Refused {
+                    phase: Phase::RollBack,
+                    reason: "there is no generation to go back to".into(),
+                };
+                self.conclude(candidate, outcome);
+            }
+        }
+    }
+
+    async fn leave(mut self, unload: Option<Duration>) {
+        self.give_up_candidate(Outcome::Stopped);
+        for (_, waiting) in std::mem::take(&mut self.orders) {
+            let mut candidate = self.candidate(Cause::Request, None);
+            candidate.waiting = waiting;
+            self.conclude(candidate, Outcome::Stopped);
+        }
+        // Whoever waits for a machine that has ended hears so.
+        self.settled.clear();
+        self.model.queue.drain();
+        if let Some(limit) = unload {
+            let begun = Instant::now();
+            while begun.elapsed() < limit && self.model.queue.load().queued > 0 {
+                tokio::time::sleep(TRIAL_TICK).await;
+            }
+        }
+        let mut leaving = JoinSet::new();
+        match self.serving {
+            Serving::Nothing => {}
+            Serving::Alone(fleet) => drop(leaving.spawn(fleet.stop())),
+            Serving::OnTrial { fleet, standby } => {
+                leaving.spawn(fleet.stop());
+                leaving.spawn(standby.fleet.stop());
+            }
+        }
+        leaving.join_all().await;
+        self.model.set_status(Status::Stopping, None);
+        if unload.is_some() {
+            tracing::info!(
+                model = self.model.spec.name,
+                "the model is no longer configured; it was unloaded"
+            );
+        }
+    }
+
+    fn generation(&self) -> Option<&Arc<Generation>> {
+        match &self.serving {
+            Serving::Nothing => None,
+            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => Some(&fleet.generation),
+        }
+    }
+
+    fn generation_number(&self) -> Option<u64> {
+        self.generation().map(|generation| generation.number)
+    }
+
+    fn serving_sha256(&self) -> Option<&str> {
+        self.generation().map(|generation| generation.plugin.sha256())
+    }
+
+    fn report(&self) -> Report {
+        let reload = match (&self.state, &self.serving) {
+            (State::Building(_), _) => "building",
+            (State::Loading(..), _) => "loading",
+            (State::Golden(..), _) => "golden",
+            (State::Idle, Serving::OnTrial { .. }) => "probation",
+            (State::Idle, _) => "idle",
+        };
+        let standby = match &self.serving {
+            Serving::OnTrial { standby, .. } => Some(&standby.fleet.generation),
+            _ => None,
+        };
+        let in_use: Vec<&Plugin> =
+            self.generation().into_iter().chain(standby).map(|generation| &generation.plugin).collect();
+        let retired =
+            self.libraries.iter().filter(|known| !in_use.iter().any(|plugin| plugin.is_same(known)));
+        Report {
+            reload,
+            standby: standby.map(|generation| generation.number),
+            previous: self.previous.last().map(|generation| generation.number),
+            source: self.source.clone(),
+            plugin_pinned: self.model.spec.plugin_sha256.is_some(),
+            generations: self.generations,
+            retired: retired.cloned().collect(),
+            vitals: self.generation().map(|generation| generation.vitals.tally()),
+            hook: self.journal.hook.clone(),
+            hooks: self.journal.hooks,
+            hooks_failed: self.journal.hooks_failed,
+            history: self.journal.history(),
+        }
+    }
+}
