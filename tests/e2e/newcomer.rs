@@ -6,9 +6,10 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
-use modalkit_tests::{built, signal, wait_until, workspace};
+use modalkit_tests::{built, signal, wait_at_most, wait_until, workspace};
 use serde_json::{Value, json};
 
 /// The tree without what is built: a newcomer's clone, with what isn't committed yet.
@@ -65,6 +66,9 @@ fn ask(port: u16, model: &str) -> Option<Value> {
     serde_json::from_str(&response.body_mut().read_to_string().ok()?).ok()
 }
 
+/// A small plugin, in release, on a machine that has other things to do.
+const BUILD_TIME_MAX: Duration = Duration::from_secs(600);
+
 #[test]
 fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
     let folder = tempfile::tempdir().unwrap();
@@ -77,7 +81,7 @@ fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
     assert!(newcomer.does(&["test", "--package", "sentiment"]).contains("2 passed"));
 
     let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
-    let mut run = newcomer.cargo(&["xtask", "run", "--volume", volume]);
+    let mut run = newcomer.cargo(&["xtask", "run", "--volume", volume, "--watch"]);
     run.env("MODALKIT_SERVER__LISTEN", format!("127.0.0.1:{port}")).env("TMPDIR", folder.path());
     let log = fs::File::create(folder.path().join("log")).unwrap();
     let mut run = Running(run.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
@@ -86,7 +90,7 @@ fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
     while !said().contains("modalkit serves at") {
         assert!(run.0.try_wait().unwrap().is_none(), "`cargo xtask run` ended: {}", said());
         wait_until("its log grows", || !said().is_empty());
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
     }
     wait_until("echo serves", || {
         ask(port, "echo").is_some_and(|answer| answer["translated_text"] == "HELLO")
@@ -95,6 +99,14 @@ fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
     newcomer.does(&["xtask", "plugin", "sentiment", "--volume", volume]);
     wait_until("the new pipeline serves", || {
         ask(port, "sentiment").is_some_and(|answer| answer["translated_text"] == "HELLO")
+    });
+
+    // From here on whatever changes in its source serves as soon as it is built.
+    let source = newcomer.tree.join("plugins/sentiment/src/lib.rs");
+    let changed = fs::read_to_string(&source).unwrap().replace("to_uppercase", "to_lowercase");
+    fs::write(&source, changed).unwrap();
+    wait_at_most(BUILD_TIME_MAX, "the changed pipeline serves", || {
+        ask(port, "sentiment").is_some_and(|answer| answer["translated_text"] == "hello")
     });
 
     signal(run.0.id(), "TERM");

@@ -8,7 +8,11 @@ use std::{
     process::Command,
 };
 
-use modalkit_tests::{Host, Setup, built, install, library, put, wait_until, workspace};
+use modalkit_tests::{
+    Host, Setup, built, install, library,
+    load::{ECHO, Load},
+    put, wait_until, workspace,
+};
 use serde_json::json;
 
 /// Waits for the refusal, sees that the others serve, and returns the reason.
@@ -27,6 +31,11 @@ fn says(reason: &str, parts: &[&str]) {
     }
 }
 
+/// Starts somebody who asks a second model all the time; what they saw is looked at in the end.
+fn neighbour(host: &Host) -> Load {
+    Load::start(host.address, 1, ECHO)
+}
+
 /// A library from C, linked as these arguments say.
 fn compile(source: &str, folder: &Path, name: &str, args: &[&str]) -> PathBuf {
     let (text, library) = (folder.join(format!("{name}.c")), folder.join(format!("{name}.so")));
@@ -40,6 +49,7 @@ fn compile(source: &str, folder: &Path, name: &str, args: &[&str]) -> PathBuf {
 #[test]
 fn files_that_are_no_whole_library_of_this_machine() {
     let host = Setup::new().plugin("echo").config("[server]\nsettle_timeout_seconds = 1").ready();
+    let neighbour = neighbour(&host);
     let volume = host.volume();
     let whole = fs::read(library("echo")).unwrap();
     put(b"this is no library, whoever looks at it, and however long that takes", &volume.join("text.so"));
@@ -61,11 +71,13 @@ fn files_that_are_no_whole_library_of_this_machine() {
     says(&refused(&host, "arm"), &["it was built for AArch64", "this host runs on x86-64", "--target"]);
     put(&fs::read(built().join("modalkit")).unwrap()[..64].repeat(100), &volume.join("headers.so"));
     says(&refused(&host, "headers"), &["was refused"]);
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
 fn libraries_that_are_no_plugin_for_this_host() {
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     let volume = host.volume();
     for name in ["no_symbol", "crashes", "bad_output", "other_layout"] {
         install(&library(name), &volume.join(format!("{name}.so")));
@@ -75,12 +87,14 @@ fn libraries_that_are_no_plugin_for_this_host() {
     says(&refused(&host, "bad_output"), &["`Output` has a member `meta`"]);
     let reason = refused(&host, "other_layout");
     says(&reason, &["its layout differs from this host's although both say ABI 1", "rebuild it", "expected"]);
-    assert!(reason.len() < 900, "the first difference only, and not abi_stable's whole report: {reason}");
+    assert!(reason.len() < 900, "the first difference only, and not the whole report: {reason}");
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
 fn another_abi_number_is_named_with_who_built_it() {
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     // What stays readable for ever: plain C data behind one symbol.
     let source = r#"
         #include <stdint.h>
@@ -95,11 +109,13 @@ fn another_abi_number_is_named_with_who_built_it() {
         &reason,
         &["built for plugin ABI 999 (SDK 9.9.9, rustc 9.0.0)", "this host has ABI 1", "rebuild it"],
     );
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
 fn a_missing_library_is_named_and_one_beside_the_plugin_too() {
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     let folder = tempfile::tempdir().unwrap();
     let beside = compile("int beside(void) { return 1; }", folder.path(), "libbeside-modalkit", &[]);
     let source = "int beside(void); int needs(void) { return beside(); }";
@@ -116,6 +132,7 @@ fn a_missing_library_is_named_and_one_beside_the_plugin_too() {
         &refused(&host, "needs"),
         &["libbeside-modalkit.so", "lies beside the plugin", "$ORIGIN", "link it statically"],
     );
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
@@ -147,8 +164,10 @@ fn a_constructor_that_never_returns_is_given_up_and_leaves_no_process() {
     assert!(host.wait().code().is_none());
 
     let host = Setup::new().plugin("echo").config("[server]\npreflight_timeout_seconds = 1").ready();
+    let neighbour = neighbour(&host);
     install(&folder.path().join("waits.so"), &host.volume().join("waits.so"));
     says(&refused(&host, "waits"), &["it did not open within 1s", "constructors that wait"]);
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
@@ -164,17 +183,20 @@ fn a_plugin_whose_panics_would_end_the_host() {
         .status();
     assert!(build.expect("cargo starts").success());
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     install(&target.join("debug/libabort.so"), &host.volume().join("abort.so"));
     let reason = refused(&host, "abort");
     says(
         &reason,
         &["compiled with panic = \"abort\"", "expected \"unwind\"", "remove `panic` from the Cargo profile"],
     );
+    neighbour.stop().assert_faultless();
 }
 
 #[test]
 fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     let file = host.volume().join("puppet.so");
     fs::copy(library("puppet"), &file).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
@@ -186,6 +208,7 @@ fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
     // The mode alone changes, and that is enough.
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
     wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);
+    neighbour.stop().assert_faultless();
 
     let setup = Setup::new().plugin("puppet");
     fs::set_permissions(setup.volume(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -222,7 +245,9 @@ fn a_pinned_plugin_is_that_one_and_no_other() {
     let entry = format!("[model_settings.model_entries.puppet]\nplugin_sha256 = \"{pin}\"");
     let host = Setup::new().plugin("echo").plugin("puppet").config(&entry).start();
     wait_until("echo serves", || host.model("echo")["state"] == "ready");
+    let neighbour = neighbour(&host);
     let reason = refused(&host, "puppet");
+    neighbour.stop().assert_faultless();
     says(&reason, &["it has the SHA-256 ", &format!("the model's entry pins {pin}"), "plugin_sha256"]);
     let found = reason.split("the SHA-256 ").nth(1).unwrap().split(',').next().unwrap();
     let entry = format!("[model_settings.model_entries.puppet]\nplugin_sha256 = \"{found}\"");
@@ -234,6 +259,7 @@ fn a_pinned_plugin_is_that_one_and_no_other() {
 #[test]
 fn a_refused_file_that_is_replaced_by_a_fit_one_serves() {
     let host = Setup::new().plugin("echo").ready();
+    let neighbour = neighbour(&host);
     put(
         b"not yet a library, but it will be one as soon as somebody has built it",
         &host.volume().join("puppet.so"),
@@ -241,6 +267,7 @@ fn a_refused_file_that_is_replaced_by_a_fit_one_serves() {
     refused(&host, "puppet");
     install(&library("puppet"), &host.volume().join("puppet.so"));
     wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);
+    neighbour.stop().assert_faultless();
 }
 
 #[test]

@@ -2,22 +2,18 @@
 //! then nothing changes.
 
 use std::{
-    fs,
-    os::unix::fs::symlink,
-    path::Path,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
 use modalkit_tests::{
-    Host, Setup, Version, install, library,
+    Host, Setup, Version,
+    changes::{NOTHING_HAPPENS, each_change_is_taken_once, ended},
+    install, library,
     load::{ECHO, Load, VERSIONED},
     put, version, wait_until,
 };
 use serde_json::{Value, json};
-
-/// Enough for a watch to have noticed whatever there was to notice: a look, a settling, a build.
-const NOTHING_HAPPENS: Duration = Duration::from_millis(1500);
 
 fn setup() -> Setup {
     let setup = Setup::new();
@@ -33,13 +29,6 @@ fn ask(host: &Host) -> Value {
 
 fn wait_for_version(host: &Host, number: u64) {
     wait_until(&format!("version {number} serves"), || ask(host)["version"] == number);
-}
-
-/// How many changes of this outcome the model's history holds.
-fn ended(host: &Host, outcome: &str) -> usize {
-    let report = host.report("versioned");
-    let history = report["history"].as_array().cloned().unwrap_or_default();
-    history.iter().filter(|entry| entry["outcome"] == outcome).count()
 }
 
 #[test]
@@ -81,47 +70,11 @@ fn a_slow_copy_in_place_is_one_reload_and_never_half_a_file() {
     assert_eq!((ended(&host, "swapped"), ended(&host, "refused")), (2, 0));
 }
 
-/// Touch, rewrite with the same bytes, deletion: no reload. A rename, a swap of the folder behind links: one each.
-fn each_change_is_taken_once(setup: Setup, volume: &Path) {
-    let path = version::path(volume);
-    let host = setup.ready();
-    let load = Load::start(host.address, 2, VERSIONED);
-    Version::good(2).install(volume);
-    wait_until("it answers", || load.newest() == 2);
-    assert_eq!(ended(&host, "swapped"), 2);
-
-    fs::File::options().append(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
-    thread::sleep(NOTHING_HAPPENS);
-    Version::good(2).install(volume);
-    fs::write(&path, Version::good(2).bytes()).unwrap();
-    thread::sleep(NOTHING_HAPPENS);
-    fs::remove_file(&path).unwrap();
-    assert_eq!(host.log_line("the plugin's file is gone")["model"], "versioned");
-    assert_eq!(host.report("versioned")["source"]["present"], false);
-    assert_eq!((ended(&host, "swapped"), ended(&host, "refused")), (2, 0), "{:#}", host.report("versioned"));
-
-    // As Kubernetes does it: the file is a link through `..data`, which is replaced in one step.
-    for number in [3, 4] {
-        let behind = volume.join(format!("..{number}"));
-        fs::create_dir(&behind).unwrap();
-        put(&Version::good(number).bytes(), &version::path(&behind));
-        symlink(behind.file_name().unwrap(), volume.join("..data_tmp")).unwrap();
-        fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
-        if !path.exists() {
-            symlink("..data/versioned.so", &path).unwrap();
-        }
-        wait_until("it answers", || load.newest() == number);
-    }
-    thread::sleep(NOTHING_HAPPENS);
-    load.stop().assert_faultless();
-    assert_eq!((ended(&host, "swapped"), ended(&host, "refused")), (4, 0), "{:#}", host.report("versioned"));
-}
-
 #[test]
 fn each_change_is_taken_once_with_events() {
     let setup = setup().config("[server.volumes.test]\nwatch = \"native\"");
     let volume = setup.volume();
-    each_change_is_taken_once(setup, &volume);
+    each_change_is_taken_once(&setup.ready(), &volume);
 }
 
 #[test]
@@ -129,7 +82,7 @@ fn each_change_is_taken_once_by_polling() {
     let config = "[server]\npoll_interval_ms = 100\n[server.volumes.test]\nwatch = \"poll\"";
     let setup = setup().config(config);
     let volume = setup.volume();
-    each_change_is_taken_once(setup, &volume);
+    each_change_is_taken_once(&setup.ready(), &volume);
 }
 
 #[test]

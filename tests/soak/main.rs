@@ -5,15 +5,17 @@
 
 mod failing;
 mod memory;
+mod mounts;
 mod race;
 mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 5] = [
+const PARTS: [(&str, fn()); 6] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
+    ("mounts", mounts::polled),
     ("memory", memory::of_200_reloads),
     ("race", race::of_32_threads),
 ];

@@ -2,6 +2,7 @@
 //!
 //! It finds what `cargo xtask test` has built beside the tests' own program, and never knows the host's inside.
 
+pub mod changes;
 pub mod load;
 pub mod version;
 
@@ -222,10 +223,18 @@ pub fn put(bytes: &[u8], to: &Path) -> Instant {
 ///
 /// # Panics
 /// Where it doesn't in [`PATIENCE`].
-pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    wait_at_most(PATIENCE, what, holds);
+}
+
+/// As [`wait_until`], for what takes longer than anything a host does: a build.
+///
+/// # Panics
+/// Where it doesn't hold within the limit.
+pub fn wait_at_most(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() {
-        assert!(begun.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
+        assert!(begun.elapsed() < limit, "waited {limit:?} in vain until {what}");
         thread::sleep(BETWEEN_LOOKS);
     }
 }

@@ -3,12 +3,13 @@
 //! This process becomes the host, so that signals and exit codes are the host's; a child finishes what is left.
 
 use std::{
+    collections::VecDeque,
     env,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     os::unix::process::{CommandExt, parent_id},
     path::Path,
-    process::Command,
+    process::{Child, Command},
     thread,
     time::Duration,
 };
@@ -67,50 +68,89 @@ pub(crate) fn finish(volume: &Path, watch: bool) -> anyhow::Result<()> {
         thread::sleep(BETWEEN_LOOKS);
     }
     print_urls(&listen);
-    let mut sources = Sources::look()?;
-    for name in build::plugins()?.into_iter().filter(|name| name != "echo") {
-        println!("building the plugin {name}; it serves as soon as it is done");
-        if !build_and_install(&name, volume, host)? {
-            return end_group();
+    let mut watched = if watch { Some(Sources::look()?) } else { None };
+    let mut wanted: VecDeque<String> = build::plugins()?.into_iter().filter(|name| name != "echo").collect();
+    loop {
+        while let Some(name) = wanted.pop_front() {
+            println!("building the plugin {name}; it serves as soon as it is done");
+            match build_and_install(&name, volume, host, watched.as_mut())? {
+                Built::Done => {}
+                Built::HostEnded => return Ok(()),
+                Built::Interrupted(changed) => {
+                    // Somebody waits for what changed; this one goes on afterwards, from where it was.
+                    wanted.push_back(name);
+                    changed.into_iter().for_each(|name| want(&mut wanted, name));
+                }
+            }
+        }
+        let Some(sources) = watched.as_mut() else { break };
+        println!(
+            "all plugins are in {}; what changes in plugins/ is built and installed again",
+            volume.display()
+        );
+        while wanted.is_empty() {
+            if parent_id() != host {
+                return Ok(());
+            }
+            thread::sleep(BETWEEN_SOURCES);
+            sources.changed()?.into_iter().for_each(|name| want(&mut wanted, name));
         }
     }
     println!("all plugins are in {}", volume.display());
-    if !watch {
-        return Ok(());
-    }
-    println!("watching plugins/: what changes is built and installed again");
-    while parent_id() == host {
-        for name in sources.changed()? {
-            println!("the source of {name} has changed; building it");
-            if !build_and_install(&name, volume, host)? {
-                return end_group();
-            }
-        }
-        thread::sleep(BETWEEN_SOURCES);
-    }
     Ok(())
 }
 
-/// `false` when the host has ended meanwhile. A plugin that doesn't build leaves what serves.
-fn build_and_install(name: &str, volume: &Path, host: u32) -> anyhow::Result<bool> {
+/// What changed last is wanted first.
+fn want(wanted: &mut VecDeque<String>, name: String) {
+    wanted.retain(|other| *other != name);
+    wanted.push_front(name);
+}
+
+enum Built {
+    /// Installed, or it said why not.
+    Done,
+    /// The sources of these changed meanwhile.
+    Interrupted(Vec<String>),
+    HostEnded,
+}
+
+/// A plugin that doesn't build leaves what serves.
+fn build_and_install(
+    name: &str,
+    volume: &Path,
+    host: u32,
+    mut watched: Option<&mut Sources>,
+) -> anyhow::Result<Built> {
     let mut cargo = build::command(&["build", "--release", "--package", name]).spawn()?;
     while cargo.try_wait()?.is_none() {
         if parent_id() != host {
-            return Ok(false);
+            end(&mut cargo)?;
+            return Ok(Built::HostEnded);
         }
         thread::sleep(BETWEEN_LOOKS);
+        if let Some(sources) = watched.as_mut() {
+            let changed = sources.changed()?;
+            if !changed.is_empty() {
+                println!("the sources of {changed:?} have changed");
+                end(&mut cargo)?;
+                return Ok(Built::Interrupted(changed));
+            }
+        }
     }
     if cargo.wait()?.success() {
         println!("installed {}", build::install(name, volume)?.display());
     } else {
         println!("the plugin {name} did not build; what serves goes on serving");
     }
-    Ok(true)
+    Ok(Built::Done)
 }
 
-/// Ends this process with everything it has started: cargo, and the compilers that cargo has started.
-fn end_group() -> anyhow::Result<()> {
-    build::run(Command::new("sh").args(["-c", &format!("kill -TERM -{}", std::process::id())]))
+/// Ends cargo. A compiler that it has started ends with the crate that it is at; cargo begins no other.
+fn end(cargo: &mut Child) -> anyhow::Result<()> {
+    // It may have ended by itself.
+    let _ = cargo.kill();
+    cargo.wait()?;
+    Ok(())
 }
 
 fn answers(listen: &str) -> bool {

@@ -3,7 +3,9 @@
 
 mod layers;
 mod raw;
+mod resolve;
 mod resolved;
+mod values;
 
 use std::path::PathBuf;
 
@@ -22,7 +24,7 @@ pub fn load(
     environment: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Config, ConfigError> {
     let raw = layers::merge(files, environment)?;
-    resolved::resolve(raw)
+    resolve::resolve(raw)
 }
 
 /// Why there is no configuration.

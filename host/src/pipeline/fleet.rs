@@ -3,7 +3,10 @@
 //! whether its generation serves.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -38,6 +41,7 @@ pub struct Fleet {
     pub generation: Arc<Generation>,
     orders: mpsc::Sender<Order>,
     progress: watch::Receiver<Progress>,
+    live: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -81,6 +85,8 @@ struct Loop {
     progress: watch::Sender<Progress>,
     /// Replicas to be loaded before anything else is decided.
     first: usize,
+    /// As many as `replicas` has.
+    live: Arc<AtomicUsize>,
     replicas: Vec<Arc<Replica>>,
     leaving: Vec<Arc<Replica>>,
     /// Replicas with a batch that overran; their other lanes may still run one.
@@ -117,7 +123,9 @@ impl Fleet {
             metrics: Arc::clone(&model.metrics),
             events,
         });
+        let live = Arc::new(AtomicUsize::new(0));
         let fleet = Loop {
+            live: Arc::clone(&live),
             model,
             around,
             orders: orders.downgrade(),
@@ -133,7 +141,7 @@ impl Fleet {
             short_since: None,
             spare_since: None,
         };
-        Self { generation, orders, progress, task: tokio::spawn(fleet.run(received, ordered)) }
+        Self { generation, orders, progress, live, task: tokio::spawn(fleet.run(received, ordered)) }
     }
 
     /// Waits until the first replicas have come further than this; returns how far.
@@ -142,6 +150,12 @@ impl Fleet {
             Ok(progress) => progress.clone(),
             Err(_) => Progress::Failed("the host's loop that loads replicas ended".into()),
         }
+    }
+
+    /// Loaded replicas.
+    #[must_use]
+    pub fn replicas(&self) -> usize {
+        self.live.load(Ordering::SeqCst)
     }
 
     /// An instance, to ask it something beside its work. `None` where there is none.
@@ -475,6 +489,7 @@ impl Loop {
     }
 
     fn on_replicas_changed(&self) {
+        self.live.store(self.replicas.len(), Ordering::SeqCst);
         if self.around.generation.serves() {
             self.model.metrics.replicas.set(self.replicas.len() as i64);
             self.model.metrics.replicas_stuck.set(self.stuck as i64);

@@ -123,16 +123,17 @@ impl Model {
         }
     }
 
-    /// Lets a generation take the jobs from now on, and the one before no more: at once for all lanes, so that nobody who
-    /// was answered by the new one is answered by the old one afterwards.
-    pub fn swap(&self, from: Option<&Arc<Generation>>, to: &Arc<Generation>) {
+    /// Lets a fleet take the jobs from now on, and the one before no more: at once for all lanes, so that nobody who was
+    /// answered by the new one is answered by the old one afterwards.
+    pub fn swap(&self, from: Option<&Fleet>, to: &Fleet) {
         self.queue.change_turns(|| {
             if let Some(from) = from {
-                from.set_serves(false);
+                from.generation.set_serves(false);
             }
-            to.set_serves(true);
+            to.generation.set_serves(true);
         });
-        self.set_status(Status::Ready, Some(to));
+        self.metrics.replicas.set(to.replicas() as i64);
+        self.set_status(Status::Ready, Some(&to.generation));
     }
 
     /// Answers the jobs that nobody will run.

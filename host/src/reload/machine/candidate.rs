@@ -229,7 +229,7 @@ impl Machine {
         }
         let on_trial = on_trial.is_some();
         // The point of no return: from here on the new generation answers.
-        self.model.swap(old.as_ref().map(|old| &old.generation), &fleet.generation);
+        self.model.swap(old.as_ref(), &fleet);
         self.metrics.generation.set(fleet.generation.number as i64);
         candidate.phases.swap_ms = Some(milliseconds(begun));
         self.refused = None;

@@ -48,7 +48,7 @@ impl Machine {
             Serving::OnTrial { fleet, standby } => {
                 // A verdict that has just fallen has stopped its lanes: they go on, and the candidate comes soon.
                 if fleet.generation.vitals.end_trial().is_some() {
-                    self.model.swap(None, &fleet.generation);
+                    self.model.swap(None, &fleet);
                 }
                 self.retire(standby.fleet, standby.entry);
                 Serving::Alone(fleet)
@@ -69,7 +69,7 @@ impl Machine {
         // So that nothing of it can stop lanes any more.
         let _ = fleet.generation.vitals.end_trial();
         let generation = Arc::clone(&standby.fleet.generation);
-        self.model.swap(Some(&fleet.generation), &generation);
+        self.model.swap(Some(&fleet), &standby.fleet);
         self.metrics.generation.set(generation.number as i64);
         self.previous.pop();
         self.refused = Some(Refused { sha256: fleet.generation.plugin.sha256().to_owned(), by_data: false });
