@@ -75,12 +75,14 @@ pub async fn run(
     let _ = shut_down.send(true);
     let (threads, connections) = serving.await?;
     let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
-    // What was answered last may be on its way to a slow reader.
-    let _ = tokio::time::timeout(WRITE_TIME_MAX.min(server.drain_timeout), connections.closed()).await;
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
     }
-    if tokio::time::timeout(LEAVE_TIME_MAX, reload.stop()).await.is_err() {
+    // What was answered last may be on its way to a slow reader; and who waits for a reload hears that it is over.
+    let written = tokio::time::timeout(WRITE_TIME_MAX.min(server.drain_timeout), connections.closed());
+    let left = tokio::time::timeout(LEAVE_TIME_MAX, reload.stop());
+    let (_, left) = tokio::join!(written, left);
+    if left.is_err() {
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);

@@ -63,10 +63,10 @@ pub fn ask(url: &str, ask: &Ask, json: bool) -> Result<Answered, ClientError> {
         .into();
     let (path, posted) = match ask {
         Ask::Models(None) => ("/models".to_owned(), false),
-        Ask::Models(Some(name)) => (format!("/models/{name}"), false),
-        Ask::Reload(name) => (format!("/models/{name}/reload"), true),
-        Ask::RollBack(name) => (format!("/models/{name}/rollback"), true),
-        Ask::ReloadVolume(name) => (format!("/volumes/{name}/reload"), true),
+        Ask::Models(Some(name)) => (format!("/models/{}", escaped(name)), false),
+        Ask::Reload(name) => (format!("/models/{}/reload", escaped(name)), true),
+        Ask::RollBack(name) => (format!("/models/{}/rollback", escaped(name)), true),
+        Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), true),
     };
     let whole = format!("{url}{path}");
     let sent = if posted { agent.post(&whole).send_empty() } else { agent.get(&whole).call() };
@@ -78,6 +78,15 @@ pub fn ask(url: &str, ask: &Ask, json: bool) -> Result<Answered, ClientError> {
         serde_json::from_str(&body).map_err(|_| ClientError::Foreign { url: whole, status })?;
     let text = if json { format!("{body}\n") } else { for_people(ask, &answer) };
     Ok(Answered { text, done: status == 200 })
+}
+
+/// A name as a step of a path.
+fn escaped(name: &str) -> String {
+    let byte = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(byte).to_string(),
+        other => format!("%{other:02X}"),
+    };
+    name.bytes().map(byte).collect()
 }
 
 fn for_people(ask: &Ask, answer: &Value) -> String {
@@ -180,9 +189,11 @@ fn volume(answer: &Value) -> String {
 
 fn outcome(entry: &Value) -> String {
     let words = word(&entry["outcome"]).replace('_', " ");
-    match entry["reason"].as_str() {
-        Some(reason) => format!("{words}: {reason}"),
-        None => format!("{words}, generation {} serves", word(&entry["generation"])),
+    match (entry["reason"].as_str(), words.as_str()) {
+        (Some(reason), _) => format!("{words}: {reason}"),
+        (None, "swapped") => format!("swapped, generation {} serves", word(&entry["generation"])),
+        (None, "superseded") => "superseded by a newer change".into(),
+        (None, _) => words,
     }
 }
 
@@ -255,6 +266,8 @@ mod tests {
         assert_eq!(for_people(&Ask::Reload("a".into()), &refused), "a: refused: it is no ELF file\n");
         let swapped = json!({"outcome": "swapped", "generation": 4});
         assert_eq!(for_people(&Ask::Reload("a".into()), &swapped), "a: swapped, generation 4 serves\n");
+        assert_eq!(for_people(&Ask::Reload("a".into()), &json!({"outcome": "stopped"})), "a: stopped\n");
+        assert_eq!(escaped("my model/é"), "my%20model%2F%C3%A9");
         let unknown = json!({"detail": "no such name; expected one of [\"a\"]"});
         assert!(for_people(&Ask::RollBack("b".into()), &unknown).starts_with("no such name"));
     }

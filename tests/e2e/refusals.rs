@@ -216,6 +216,9 @@ fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
     wait_until("it was refused", || host.model("puppet")["state"] == "failed");
     let reason = host.model("puppet")["reason"].as_str().unwrap().to_owned();
     says(&reason, &["the folder ", "may be written by everybody (mode 0777)"]);
+    // The folder's mode is all that changes.
+    fs::set_permissions(host.volume(), fs::Permissions::from_mode(0o755)).unwrap();
+    wait_until("it serves", || host.post("/predict_sync?model_name=puppet", &json!({})).0 == 200);
 
     let setup = Setup::new().plugin("puppet").config("[server]\nplugins_of_any_mode = true");
     fs::set_permissions(setup.volume(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -282,7 +285,7 @@ fn a_file_with_the_name_of_a_model_that_uses_another_plugin_leaves_that_model_al
 
 #[test]
 fn a_file_that_vanishes_before_it_settled_does_not_keep_the_host_from_being_ready() {
-    let setup = Setup::new().plugin("echo").config("[server]\nsettle_ms = 1000");
+    let setup = Setup::new().plugin("echo").config("[server]\nsettle_ms = 5000");
     fs::write(setup.volume().join("passing.so"), "half").unwrap();
     let host = setup.start();
     fs::remove_file(host.volume().join("passing.so")).unwrap();

@@ -147,7 +147,8 @@ fn a_first_generation_that_hangs_is_replaced_by_a_fit_one() {
 
 #[test]
 fn golden_requests_keep_wrong_and_slow_generations_out() {
-    let config = "[model_settings.model_entries.versioned]\ngolden = \"golden.json\"\ngolden_latency_ms = 20";
+    let config =
+        "[model_settings.model_entries.versioned]\ngolden = \"golden.json\"\ngolden_latency_ms = 200";
     let setup = setup().config(config);
     // Its answer holds the version, so that the file says which one may come next.
     let golden = |version: u64| {
@@ -163,10 +164,10 @@ fn golden_requests_keep_wrong_and_slow_generations_out() {
     let reason = entry["reason"].as_str().unwrap();
     assert_eq!(entry["phase"], "golden");
     assert!(reason.contains(r#"at /text, expected "GOLD", found "gold""#), "{reason}");
-    Version::bad(3, "slow").install(&host.volume());
+    Version::bad(3, "very-slow").install(&host.volume());
     wait_until("it was refused", || ended(&host, "refused") == 2);
     let reason = host.report("versioned")["history"][0]["reason"].as_str().unwrap().to_owned();
-    assert!(reason.contains("golden request 0 took 4") && reason.contains("golden_latency_ms"), "{reason}");
+    assert!(reason.contains("golden request 0 took ") && reason.contains("golden_latency_ms"), "{reason}");
     // Within the tolerance.
     Version::good(9).install(&host.volume());
     wait_until("it answers", || load.newest() == 9);
@@ -213,7 +214,7 @@ fn a_generation_that_fails_its_probation_is_taken_back() {
 
 #[test]
 fn a_probation_that_is_passed_retires_the_generation_before() {
-    let config = "[app_settings.deployment_config]\nprobation_seconds = 0.5";
+    let config = "[app_settings.deployment_config]\nprobation_seconds = 3";
     let host = setup().config(config).ready();
     Version::good(2).install(&host.volume());
     wait_for_version(&host, 2);
@@ -266,14 +267,14 @@ fn changed_data_reaches_every_replica_one_after_the_other() {
     wait_until("both replicas serve", || host.model("versioned")["replicas"] == 2);
     assert_eq!(ask(&host)["data"], "one");
     let load = Load::start(host.address, 4, VERSIONED);
-    // The hook takes half a second on each; the other answers meanwhile.
+    // The hook takes three seconds on each; the other answers meanwhile.
     let begun = Instant::now();
     put(b"slow", &file);
     wait_until("the hook has run", || host.report("versioned")["hooks"] == 1);
     let served = load.stop();
     served.assert_faultless();
     let slowest = served.percentile(1.0, begun, Instant::now());
-    assert!(slowest < 450.0, "somebody waited {slowest} ms for a hook");
+    assert!(slowest < 2000.0, "somebody waited {slowest} ms for a hook");
     let report = host.report("versioned");
     assert_eq!(
         (&report["hook"]["errors"], &report["hook"]["changed"]),
@@ -338,6 +339,8 @@ fn a_volume_is_looked_through_when_somebody_asks() {
     let model = &report["models"]["versioned"];
     assert_eq!((&model["reload"]["outcome"], &model["reload"]["generation"]), (&json!("swapped"), &json!(2)));
     assert_eq!(model["hook"]["errors"], json!([null]), "{report:#}");
+    assert_eq!(model["hook"]["changed"], json!(["versioned.txt"]), "{report:#}");
+    assert_eq!(host.report("versioned")["hooks"], 1);
     let answer = ask(&host);
     assert_eq!((&answer["version"], &answer["data"]), (&json!(2), &json!("new")));
     // Nothing new: the hook is called all the same, as it was asked for.
@@ -402,22 +405,48 @@ fn reloads_rollbacks_and_lists_at_once_lose_nothing() {
 }
 
 #[test]
-fn a_shutdown_in_the_middle_of_a_change_ends_in_time() {
-    for behaviour in ["load-slow", "load-hangs", "serves"] {
-        let mut host = setup().ready();
+fn a_shutdown_in_the_middle_of_a_change_ends_in_time_and_answers_what_is_inside() {
+    for behaviour in ["load-slow", "load-hangs", "serves", "very-slow"] {
+        let mut host = setup().plugin("puppet").ready();
+        let (address, body) = (host.address, json!({"do": "sleep", "ms": 700, "value": 7}));
+        let inside = thread::spawn(move || {
+            let url = format!("http://{address}/predict_sync?model_name=puppet");
+            let mut response = ureq::post(url).send(body.to_string()).unwrap();
+            response.body_mut().read_to_string().unwrap()
+        });
+        wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
         Version::bad(2, behaviour).install(&host.volume());
-        if behaviour == "serves" {
-            wait_until("it stands by", || host.report("versioned")["standby"] == 1);
-        } else {
+        if behaviour.starts_with("load") {
             wait_until("it loads", || host.report("versioned")["reload"] == "loading");
+        } else {
+            wait_until("it stands by", || host.report("versioned")["standby"] == 1);
         }
         let begun = Instant::now();
         host.signal("TERM");
+        assert!(inside.join().unwrap().contains("\"value\":7"), "{behaviour}");
         assert_eq!(host.wait().code(), Some(0), "{behaviour}");
         assert!(begun.elapsed() < Duration::from_secs(10), "{behaviour}: {:?}", begun.elapsed());
         let left = fs::read_dir(host.temporary_folder()).unwrap().count();
         assert_eq!(left, 0, "{behaviour}: private copies vanish with the host");
     }
+}
+
+#[test]
+fn a_plugin_that_takes_its_other_name_is_taken_along() {
+    let host = setup().ready();
+    // While both are there the first counts, and it is the newer one here.
+    let old = host.volume().join("versioned.so");
+    put(&Version::good(2).bytes(), &host.volume().join("libversioned.so"));
+    wait_for_version(&host, 2);
+    fs::remove_file(host.volume().join("libversioned.so")).unwrap();
+    wait_for_version(&host, 1);
+    fs::rename(&old, host.volume().join("libversioned.so")).unwrap();
+    wait_until("it is known by its new name", || {
+        let source = host.report("versioned")["source"].clone();
+        source["present"] == true && source["path"].as_str().unwrap().ends_with("libversioned.so")
+    });
+    put(&Version::good(3).bytes(), &host.volume().join("libversioned.so"));
+    wait_for_version(&host, 3);
 }
 
 #[test]

@@ -58,6 +58,7 @@ pub(crate) fn updates() {
             served.right + served.wrong,
             entry["reason"]
         );
+        assert!(took < Duration::from_secs(10), "longer than probation_seconds");
         let allowed = if what == "errors in probation" { BATCHES_MIN + LANES } else { 0 };
         assert!(served.wrong <= allowed, "{} failed, {allowed} may: {:#?}", served.wrong, served.faults);
         assert_eq!(host.report("versioned")["generation"]["number"], 1);

@@ -1,5 +1,6 @@
 //! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind. Each
-//! part asserts what must hold and prints what was measured; `cargo xtask bench reload` and `cargo xtask soak` run it.
+//! part asserts that nothing was lost or wrong, and prints what was measured: times depend on the machine, and are for people.
+//! `cargo xtask bench reload` and `cargo xtask soak` run it.
 
 #![allow(clippy::print_stdout, reason = "it prints what was measured")]
 

@@ -30,6 +30,7 @@ pub(crate) fn of_200_reloads() {
         reported / MIB,
         grown / reported
     );
+    assert!(grown <= 1.5 * reported, "it keeps more than it says");
     // Up to the last library.
     let mut opened = RELOADS + 5;
     while host.report("echo")["history"][0]["outcome"] == "swapped" {

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::Path,
     thread,
     time::{Duration, SystemTime},
@@ -56,13 +56,17 @@ pub fn each_change_is_taken_once(host: &Host, volume: &Path) {
     let pauses = [300, 1000, 50, 700, 200, 800].map(Duration::from_millis);
     Version::good(3).copy_slowly(volume, &pauses);
     answers(3);
+    // The same over what lies there, which is whole from the first piece on.
+    Version::good(4).write_slowly_over(volume, &pauses);
+    answers(4);
     fs::remove_file(&path).expect("it is removed");
 
     // As Kubernetes does it: the file is a link through `..data`, which is replaced in one step.
-    for number in [4, 5] {
+    for number in [5, 6] {
         let name = format!("..{number}");
         let behind = volume.join(&name);
         fs::create_dir(&behind).expect("a folder is made");
+        fs::set_permissions(&behind, fs::Permissions::from_mode(0o755)).expect("it is ours");
         put(&Version::good(number).bytes(), &version::path(&behind));
         symlink(name, volume.join("..data_tmp")).expect("a link is made");
         fs::rename(volume.join("..data_tmp"), volume.join("..data")).expect("the link is replaced");
@@ -73,5 +77,5 @@ pub fn each_change_is_taken_once(host: &Host, volume: &Path) {
     }
     thread::sleep(NOTHING_HAPPENS);
     load.stop().assert_faultless();
-    assert_eq!((ended(host, "swapped"), ended(host, "refused")), (5, 0), "{:#}", host.report("versioned"));
+    assert_eq!((ended(host, "swapped"), ended(host, "refused")), (6, 0), "{:#}", host.report("versioned"));
 }

@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -60,12 +61,23 @@ impl Version {
     /// # Panics
     /// Where it can't.
     pub fn copy_slowly(self, volume: &Path, pauses: &[Duration]) {
+        self.write_slowly(File::create(path(volume)), pauses);
+    }
+
+    /// Writes it in pieces over what is there, without cutting that off first.
+    ///
+    /// # Panics
+    /// Where it can't.
+    pub fn write_slowly_over(self, volume: &Path, pauses: &[Duration]) {
+        self.write_slowly(File::options().write(true).open(path(volume)), pauses);
+    }
+
+    fn write_slowly(self, file: io::Result<File>, pauses: &[Duration]) {
+        let mut file = file.expect("the file is opened");
+        file.set_permissions(fs::Permissions::from_mode(0o644)).expect("it is ours");
         let bytes = self.bytes();
-        let mut file = File::create(path(volume)).expect("the file is made");
-        for (piece, pause) in bytes
-            .chunks(bytes.len() / (pauses.len() + 1) + 1)
-            .zip(pauses.iter().copied().chain(std::iter::once(Duration::ZERO)))
-        {
+        let pauses = pauses.iter().copied().chain(std::iter::once(Duration::ZERO));
+        for (piece, pause) in bytes.chunks(bytes.len() / pauses.clone().count() + 1).zip(pauses) {
             file.write_all(piece).expect("a piece is written");
             thread::sleep(pause);
         }

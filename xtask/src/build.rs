@@ -71,15 +71,17 @@ pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
     Ok(installed)
 }
 
-/// Makes the folder that is watched, or sees that it is fit for code: the host takes no plugin from one that others may
+/// Makes the folder that is watched, and sees that it is fit for code: the host takes no plugin from one that others may
 /// write, and with a umask of 002, as many systems have it, what is made here would be such a one.
 fn make_volume(volume: &Path) -> anyhow::Result<()> {
-    if volume.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(volume)
-        .and_then(|()| fs::set_permissions(volume, fs::Permissions::from_mode(0o755)))
-        .with_context(|| format!("can't make the volume {}", volume.display()))
+    let made = fs::create_dir_all(volume).and_then(|()| fs::metadata(volume)).and_then(|metadata| {
+        let mode = metadata.permissions().mode();
+        if mode & 0o022 == 0 {
+            return Ok(());
+        }
+        fs::set_permissions(volume, fs::Permissions::from_mode(mode & !0o022))
+    });
+    made.with_context(|| format!("can't make {} a folder that only its owner may write", volume.display()))
 }
 
 /// Where cargo puts what it builds in release.

@@ -68,6 +68,12 @@ fn read(cache: &ReadCache<File>, length: u64) -> Result<(), OpenError> {
     let broken = |error: object::read::Error| OpenError::Unloadable { reason: error.to_string() };
     let header = FileHeader64::<Endianness>::parse(cache).map_err(broken)?;
     let endian = header.endian().map_err(broken)?;
+    // Counts that don't fit their fields stand elsewhere in the file, and could be anything: no linker writes as many.
+    if header.e_shnum(endian) == 0 || header.e_phnum(endian) == elf::PN_XNUM {
+        return Err(OpenError::Unloadable {
+            reason: "it has no table of sections that one could read".into(),
+        });
+    }
     // The table of sections is what a linker writes last.
     let sections_end = header
         .e_shoff(endian)

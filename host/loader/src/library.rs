@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, OnceLock},
 };
 
@@ -33,8 +33,8 @@ pub struct Plugin {
 struct Shared {
     module: PluginModuleRef,
     description: Description,
-    sha256: String,
-    path: PathBuf,
+    /// Keeps the file where debuggers look for it.
+    staged: Staged,
     rustc: &'static str,
     sdk: &'static str,
 }
@@ -54,8 +54,7 @@ impl Plugin {
             shared: Arc::new(Shared {
                 module,
                 description,
-                sha256: staged.sha256().to_owned(),
-                path: staged.path().to_owned(),
+                staged: staged.clone(),
                 // SAFETY: the magic was checked, and the library is never closed.
                 rustc: unsafe { handshake.rustc_version.get() },
                 // SAFETY: as above.
@@ -142,7 +141,7 @@ impl Plugin {
     /// SHA-256 of the file, in hexadecimal.
     #[must_use]
     pub fn sha256(&self) -> &str {
-        &self.shared.sha256
+        self.shared.staged.sha256()
     }
 
     pub(crate) fn module(&self) -> PluginModuleRef {
@@ -160,7 +159,10 @@ impl Plugin {
 /// shared with other processes by their share. 0 where the kernel doesn't say.
 #[must_use]
 pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
-    let paths: HashSet<&str> = plugins.into_iter().filter_map(|plugin| plugin.shared.path.to_str()).collect();
+    // The kernel names files by their real paths.
+    let path =
+        |plugin: &Plugin| plugin.shared.staged.path().canonicalize().ok()?.to_str().map(ToOwned::to_owned);
+    let paths: HashSet<String> = plugins.into_iter().filter_map(path).collect();
     // A file of some milliseconds: for reports, not for every request.
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
     let mut counts = false;

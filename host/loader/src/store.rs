@@ -3,11 +3,13 @@
 //! and who may change it is asked here, of the very file that is copied.
 
 use std::{
+    collections::HashMap,
     fmt,
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use sha2::{Digest, Sha256};
@@ -20,6 +22,31 @@ use crate::LoadError;
 pub struct Store {
     folder: TempDir,
     trust: Trust,
+    copies: Copies,
+}
+
+/// The copies that somebody holds, by content.
+type Copies = Arc<Mutex<HashMap<String, Weak<Copy>>>>;
+
+/// A file that goes with the last one who holds it.
+#[derive(Debug)]
+struct Copy {
+    path: PathBuf,
+    sha256: String,
+    all: Copies,
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where another copy of the same content has come meanwhile, the file is that one's.
+        if all.get(&self.sha256).is_some_and(|copy| copy.strong_count() > 0) {
+            return;
+        }
+        all.remove(&self.sha256);
+        // It is gone with the store at the latest.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Whose files are taken for code.
@@ -31,11 +58,11 @@ pub struct Trust {
     pub any_mode: bool,
 }
 
-/// A private copy.
-#[derive(Clone, PartialEq, Eq)]
+/// A private copy. Its file is removed with the last clone; a library that is mapped keeps one, so that debuggers and
+/// profilers find it by its path.
+#[derive(Clone)]
 pub struct Staged {
-    path: PathBuf,
-    sha256: String,
+    copy: Arc<Copy>,
     origin: PathBuf,
 }
 
@@ -48,7 +75,7 @@ impl Store {
         let folder = tempfile::Builder::new().prefix("modalkit-").tempdir().map_err(|source| {
             LoadError::Io { doing: "make a private folder in", path: std::env::temp_dir(), source }
         })?;
-        Ok(Self { folder, trust })
+        Ok(Self { folder, trust, copies: Copies::default() })
     }
 
     /// Removes the folder with every copy; what is mapped stays mapped.
@@ -85,21 +112,36 @@ impl Store {
         }
         let sha256 = hex(&hasher.finalize());
         let path = self.folder.path().join(format!("{sha256}.so"));
-        let staged = Staged { path, sha256, origin: file.to_owned() };
-        if fs::exists(&staged.path).map_err(unwritable)? {
-            return Ok(staged);
-        }
-        copy.persist(&staged.path).map_err(|error| unwritable(error.error))?;
-        Ok(staged)
+        let mut all = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all.get(&sha256).and_then(Weak::upgrade);
+        let copy = match known {
+            Some(copy) => copy,
+            None => {
+                copy.persist(&path).map_err(|error| unwritable(error.error))?;
+                let copy = Arc::new(Copy { path, sha256: sha256.clone(), all: Arc::clone(&self.copies) });
+                all.insert(sha256, Arc::downgrade(&copy));
+                copy
+            }
+        };
+        Ok(Staged { copy, origin: file.to_owned() })
     }
 
-    /// Asks the open file, which nobody can exchange any more, and the folder that it really lies in.
+    /// Asks the open file, which nobody can exchange any more, the folder that its name lies in, and the one that it really
+    /// lies in: who may write to one of these may put another file there.
     fn check_trust(&self, file: &Path, open: &File) -> Result<(), LoadError> {
         let unreadable = |source| LoadError::Io { doing: "look at", path: file.to_owned(), source };
+        let metadata = open.metadata().map_err(unreadable)?;
+        self.trust.check("the file", file, &metadata)?;
         let real = file.canonicalize().map_err(unreadable)?;
-        let folder = real.parent().unwrap_or(&real);
-        self.trust.check("the file", file, &open.metadata().map_err(unreadable)?)?;
-        self.trust.check("the folder", folder, &folder.metadata().map_err(unreadable)?)
+        let found = real.metadata().map_err(unreadable)?;
+        if (found.dev(), found.ino()) != (metadata.dev(), metadata.ino()) {
+            // Replaced between the two looks: the next one finds the new one.
+            return Err(unreadable(io::Error::other("it was replaced while it was read")));
+        }
+        for folder in [file.parent(), real.parent()].into_iter().flatten() {
+            self.trust.check("the folder", folder, &folder.metadata().map_err(unreadable)?)?;
+        }
+        Ok(())
     }
 }
 
@@ -140,7 +182,10 @@ impl Trust {
 impl Staged {
     /// A file that was staged by the parent of this process.
     pub(crate) fn in_place(file: &Path) -> Self {
-        Self { path: file.to_owned(), sha256: String::new(), origin: file.to_owned() }
+        // The parent's to remove: this process ends without dropping it.
+        let copy = Copy { path: file.to_owned(), sha256: String::new(), all: Copies::default() };
+        let copy = std::mem::ManuallyDrop::new(Arc::new(copy));
+        Self { copy: Arc::clone(&copy), origin: file.to_owned() }
     }
 
     /// The file that was copied.
@@ -149,29 +194,22 @@ impl Staged {
         &self.origin
     }
 
-    /// Removes the copy. To be called only where nothing has opened it: a library that is mapped is found by its path in
-    /// debuggers and profilers.
-    pub fn discard(&self) {
-        // It is gone with the store at the latest.
-        let _ = fs::remove_file(&self.path);
-    }
-
     /// The copy.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.copy.path
     }
 
     /// SHA-256 of the content, in hexadecimal.
     #[must_use]
     pub fn sha256(&self) -> &str {
-        &self.sha256
+        &self.copy.sha256
     }
 }
 
 impl fmt::Debug for Staged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Staged({})", self.sha256)
+        write!(f, "Staged({})", self.sha256())
     }
 }
 
@@ -236,6 +274,11 @@ mod tests {
         put(&one, b"changed", 0o644);
         assert_ne!(first.sha256(), store.stage(&one).unwrap().sha256());
         assert_eq!(fs::read(first.path()).unwrap(), b"content", "a copy outlives its source");
+        let (path, other) = (first.path().to_owned(), first.clone());
+        drop(first);
+        assert!(path.exists(), "somebody holds it still");
+        drop(other);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! From what was written to what it means: defaults, ranges, and which settings lie over which. It never knows who uses them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -116,6 +116,14 @@ fn volumes(
     if mounts.is_empty() {
         let mount = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
         mounts.push((mount, DEFAULT_VOLUME.to_owned()));
+    }
+    let mut seen = BTreeSet::new();
+    if let Some((_, twice)) = mounts.iter().find(|(_, name)| !seen.insert(name)) {
+        return Err(ConfigError::Range {
+            key: "app_settings.deployment_config.volumes".into(),
+            found: format!("two volumes named {twice:?}"),
+            expected: "a name of its own for each".into(),
+        });
     }
     let names: Vec<&String> = mounts.iter().map(|(_, name)| name).collect();
     if let Some(unknown) = settings.iter().flat_map(|map| map.keys()).find(|name| !names.contains(name)) {

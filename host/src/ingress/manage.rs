@@ -1,13 +1,25 @@
 //! What operators ask of single models and volumes: how they stand, a reload, a rollback. It finds the path's name, asks, and
 //! waits as long as it takes; who may ask was decided before.
 
-use hyper::Method;
+use std::sync::Arc;
 
-use super::Context;
+use hyper::{
+    HeaderMap, Method,
+    header::{FORWARDED, HeaderName, ORIGIN, VIA},
+};
+
+use super::{Context, request::percent_decoded};
 use crate::{
     admin,
     egress::{self, HttpResponse},
+    reload::ControlError,
 };
+
+/// Whether somebody else asks through a program on this machine: a proxy, or a page in a browser.
+pub(super) fn comes_from_elsewhere(headers: &HeaderMap) -> bool {
+    let x_forwarded_for = HeaderName::from_static("x-forwarded-for");
+    [ORIGIN, FORWARDED, VIA, x_forwarded_for].iter().any(|name| headers.contains_key(name))
+}
 
 /// A management path, taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,13 +73,24 @@ impl<'p> Managed<'p> {
     pub(super) async fn answer(self, context: &Context) -> HttpResponse {
         let control = &context.control;
         let answered = match self {
-            Self::Model(name) => {
-                control.report(name).await.map(|report| admin::model(&context.models, name, &report))
+            Self::Model(name) => match control.report(&percent_decoded(name)).await {
+                Ok(report) => {
+                    let (models, name) = (Arc::clone(&context.models), percent_decoded(name).into_owned());
+                    // It counts the memory of libraries, which takes longer than this thread's callers should wait.
+                    let made = context.blocking.spawn_blocking(move || admin::model(&models, &name, &report));
+                    made.await.map_err(|_| ControlError::Stopping)
+                }
+                Err(error) => Err(error),
+            },
+            Self::ReloadModel(name) => {
+                control.reload(&percent_decoded(name)).await.map(|entry| egress::reloaded(&entry))
             }
-            Self::ReloadModel(name) => control.reload(name).await.map(|entry| egress::reloaded(&entry)),
-            Self::RollBack(name) => control.roll_back(name).await.map(|entry| egress::reloaded(&entry)),
+            Self::RollBack(name) => {
+                control.roll_back(&percent_decoded(name)).await.map(|entry| egress::reloaded(&entry))
+            }
             Self::ReloadVolume(name) => {
-                control.reload_volume(name).await.map(|report| egress::volume_reloaded(&report))
+                let report = control.reload_volume(&percent_decoded(name)).await;
+                report.map(|report| egress::volume_reloaded(&report))
             }
         };
         answered.unwrap_or_else(|error| egress::control_error(&error))

@@ -79,7 +79,8 @@ pub(super) fn model_name(query: Option<&str>) -> Option<Cow<'_, str>> {
     query?.split('&').find_map(|pair| pair.strip_prefix("model_name=")).map(percent_decoded)
 }
 
-fn percent_decoded(text: &str) -> Cow<'_, str> {
+/// `%20` and `+` are blanks, as in a query.
+pub(super) fn percent_decoded(text: &str) -> Cow<'_, str> {
     if !text.contains(['%', '+']) {
         return Cow::Borrowed(text);
     }

@@ -13,7 +13,13 @@ use hyper::{
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Context, connection::Peer, manage::Managed, predict, request::put_id};
+use super::{
+    Context,
+    connection::Peer,
+    manage::{Managed, comes_from_elsewhere},
+    predict,
+    request::put_id,
+};
 use crate::{
     admin,
     egress::{HttpResponse, object_response},
@@ -44,7 +50,7 @@ pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<
 async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Managed<'_>) -> HttpResponse {
     let response = if head.method != managed.method() {
         wrong_method(if managed.method() == Method::GET { "GET" } else { "POST" })
-    } else if caller.to_canonical().is_loopback() {
+    } else if caller.to_canonical().is_loopback() && !comes_from_elsewhere(&head.headers) {
         managed.answer(context).await
     } else {
         for_loopback_only(managed.endpoint())
@@ -144,6 +150,10 @@ mod tests {
             };
             assert_eq!(status("192.0.2.7").await, 403, "{path}");
             assert_eq!(status("127.0.0.1").await, 503, "{path}: nobody is there to ask");
+            let request = Request::builder().uri(path).header("origin", "http://page.test");
+            let (proxied, ()) = request.method(method).body(()).unwrap().into_parts();
+            let answer = manage(&context, "127.0.0.1".parse().unwrap(), &proxied, managed).await;
+            assert_eq!(answer.status().as_u16(), 403, "{path} from a page in a browser");
         }
     }
 }

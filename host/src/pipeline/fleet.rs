@@ -83,6 +83,8 @@ struct Loop {
     /// For walks, which may outlive the fleet.
     orders: mpsc::WeakSender<Order>,
     progress: watch::Sender<Progress>,
+    /// It was told to end, and only waits for those that are still there.
+    stopping: bool,
     /// Replicas to be loaded before anything else is decided.
     first: usize,
     /// As many as `replicas` has.
@@ -103,6 +105,8 @@ struct Loop {
 struct Loading {
     replica: u64,
     since: Instant,
+    /// What changed after it began to read its data.
+    missed: Vec<VolumeChange>,
 }
 
 struct Retry {
@@ -130,6 +134,7 @@ impl Fleet {
             around,
             orders: orders.downgrade(),
             progress: report,
+            stopping: false,
             first: replicas.max(1),
             replicas: Vec::new(),
             leaving: Vec::new(),
@@ -206,6 +211,7 @@ impl Loop {
         }
         // Orders that come now are dropped, and their senders with them.
         drop(orders);
+        self.stopping = true;
         self.retire_all();
         while self.leaving.iter().any(|replica| !replica.has_left())
             || self.given_up.iter().any(|replica| replica.is_running())
@@ -234,12 +240,10 @@ impl Loop {
                 let _ = reply.send(self.replicas.first().and_then(|replica| replica.instance()));
             }
             Order::VolumeReload(change, reply) => {
-                let walk = Walk {
-                    model: Arc::clone(&self.model),
-                    orders: self.orders.clone(),
-                    limit: self.around.generation.spec.replicas.load_timeout,
-                };
-                tokio::spawn(walk.through(self.replicas.clone(), change, reply));
+                for loading in &mut self.loading {
+                    loading.missed.push(change.clone());
+                }
+                tokio::spawn(self.walk().through(self.replicas.clone(), change, reply));
             }
             Order::CameBack => self.came_back(),
             Order::GiveUp(replica) => {
@@ -260,13 +264,13 @@ impl Loop {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Started(replica) => {
-                if !self.has_loaded(replica.number) {
+                let Some(missed) = self.has_loaded(replica.number) else {
                     self.stuck = self.stuck.saturating_sub(1);
                     replica.leave();
                     self.leaving.push(replica);
                     self.on_replicas_changed();
                     return;
-                }
+                };
                 self.retry.pause = RETRY_MIN;
                 tracing::info!(
                     model = self.model.spec.name,
@@ -274,6 +278,15 @@ impl Loop {
                     replica = replica.number,
                     "replica started"
                 );
+                for change in missed {
+                    // Before its first batch.
+                    replica.park(true);
+                    tokio::spawn(self.walk().through(
+                        vec![Arc::clone(&replica)],
+                        change,
+                        oneshot::channel().0,
+                    ));
+                }
                 self.replicas.push(replica);
                 self.on_replicas_changed();
                 if self.replicas.len() >= self.first {
@@ -282,7 +295,7 @@ impl Loop {
                 self.says(Status::Ready);
             }
             Event::Failed(replica, failure) => {
-                if self.has_loaded(replica) {
+                if self.has_loaded(replica).is_some() {
                     self.on_load_failed(&failure);
                 } else {
                     self.stuck = self.stuck.saturating_sub(1);
@@ -298,17 +311,24 @@ impl Loop {
         tracing::warn!(model = self.model.spec.name, "a replica that was given up came back and left");
     }
 
-    /// Whether this replica was waited for still, and is no longer.
-    fn has_loaded(&mut self, replica: u64) -> bool {
-        let before = self.loading.len();
-        self.loading.retain(|loading| loading.replica != replica);
-        self.loading.len() < before
+    /// What a replica missed while it loaded; `None` where it was no longer waited for.
+    fn has_loaded(&mut self, replica: u64) -> Option<Vec<VolumeChange>> {
+        let at = self.loading.iter().position(|loading| loading.replica == replica)?;
+        Some(self.loading.remove(at).missed)
+    }
+
+    fn walk(&self) -> Walk {
+        Walk {
+            model: Arc::clone(&self.model),
+            orders: self.orders.clone(),
+            limit: self.around.generation.spec.replicas.load_timeout,
+        }
     }
 
     /// Where the model stands, said by the generation that serves.
     fn says(&self, status: Status) {
         let generation = &self.around.generation;
-        if generation.serves() {
+        if generation.serves() && !self.stopping {
             self.model.set_status(status, Some(generation));
         }
     }
@@ -329,6 +349,7 @@ impl Loop {
         // Another generation may have set them last.
         self.model.metrics.replicas.set(self.replicas.len() as i64);
         self.model.metrics.replicas_stuck.set(self.stuck as i64);
+        self.say_if_stuck();
         let load = self.model.queue.load();
         let lanes = self.around.generation.spec.replicas.batches_in_flight;
         let batch = self.model.spec.batch.max_batch_size;
@@ -365,7 +386,11 @@ impl Loop {
         self.started_ever += 1;
         self.short_since = None;
         match Replica::start(self.started_ever, Arc::clone(&self.around)) {
-            Ok(()) => self.loading.push(Loading { replica: self.started_ever, since: Instant::now() }),
+            Ok(()) => self.loading.push(Loading {
+                replica: self.started_ever,
+                since: Instant::now(),
+                missed: Vec::new(),
+            }),
             Err(error) => {
                 self.pause_retries();
                 tracing::error!(model = self.model.spec.name, %error, "can't start a replica's thread");
@@ -477,15 +502,22 @@ impl Loop {
         self.model.metrics.timed_out.inc_by(overrun as u64);
         (0..overrun).for_each(|_| self.around.count(limit, false));
         self.on_replicas_changed();
+        self.say_if_stuck();
+    }
+
+    /// A generation that took over from another may be as stuck as it was before.
+    fn say_if_stuck(&self) {
         let bound = self.around.generation.spec.replicas.stuck_max;
-        if self.stuck > bound && self.replicas.is_empty() && self.loading.is_empty() {
-            let reason = format!(
-                "{} threads hang in batches that overran batch_timeout_seconds, more than stuck_replicas_max ({bound}); no replica is started until some come back: find out why the pipeline hangs, or restart the host",
-                self.stuck
-            );
-            tracing::error!(model = self.model.spec.name, reason, "the model is stuck");
-            self.says(Status::Stuck { reason });
+        let hangs = self.stuck > bound && self.replicas.is_empty() && self.loading.is_empty();
+        if !hangs || self.model.serving().is_err() {
+            return;
         }
+        let reason = format!(
+            "{} threads hang in batches, loads or hooks that overran their time, more than stuck_replicas_max ({bound}); no replica is started until some come back: find out why the pipeline hangs, or restart the host",
+            self.stuck
+        );
+        tracing::error!(model = self.model.spec.name, reason, "the model is stuck");
+        self.says(Status::Stuck { reason });
     }
 
     fn on_replicas_changed(&self) {
@@ -557,7 +589,9 @@ impl Walk {
             Ok(Ok(result)) => result.map_err(|failure| failure.message.to_string()),
             Ok(Err(_)) => Err("on_volume_reload ended without a result".into()),
             Err(_) => {
-                // A fleet that has ended has given it up already.
+                // At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has
+                // given it up already.
+                replica.leave();
                 if let Some(orders) = self.orders.upgrade() {
                     let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
                 }

@@ -83,13 +83,7 @@ impl Builder {
             }),
         };
         self.gauge.set(self.libraries.load(Ordering::SeqCst) as i64);
-        match opened {
-            Ok(opened) => Ok(plugin.insert(opened).clone()),
-            Err(error) => {
-                staged.discard();
-                Err(error)
-            }
-        }
+        Ok(plugin.insert(opened?).clone())
     }
 
     fn open(&self, staged: &Staged, phases: &mut Phases) -> Result<Plugin, LoadError> {

@@ -120,6 +120,8 @@ struct Look {
     number: u64,
     /// The models whose plugin it found changed.
     found: Vec<String>,
+    /// The data that it found changed.
+    changed: Vec<String>,
     reply: Reply<VolumeReport>,
 }
 
@@ -295,9 +297,17 @@ impl Loop {
                 }
             }
             Told::Gone { name, path } => {
-                self.files.remove(&name);
+                if self.files.get(&name).is_some_and(|(known, _)| *known == path) {
+                    self.files.remove(&name);
+                }
                 for model in self.users_of(&name) {
                     self.tell(&model.spec.name, Event::Gone(path.clone())).await;
+                }
+            }
+            Told::Data { changed } if self.looks.iter().any(|look| look.volume == volume) => {
+                // Whoever waits for the look is told with everybody else, in one call.
+                for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
+                    look.changed.extend(changed.iter().cloned());
                 }
             }
             Told::Data { changed } => {
@@ -330,7 +340,13 @@ impl Loop {
                 match self.volumes.iter().position(|volume| volume.name == name) {
                     Some(volume) => {
                         let number = self.bells[volume].ask();
-                        self.looks.push(Look { volume, number, found: Vec::new(), reply });
+                        self.looks.push(Look {
+                            volume,
+                            number,
+                            found: Vec::new(),
+                            changed: Vec::new(),
+                            reply,
+                        });
                     }
                     None => {
                         let known = self.volumes.iter().map(|volume| volume.name.clone()).collect();
@@ -345,8 +361,8 @@ impl Loop {
     /// A look is over: whoever asked for it waits now for the models that it concerns.
     async fn conclude_looks(&mut self, volume: usize, asked: u64) {
         let is_over = |look: &mut Look| look.volume == volume && look.number <= asked;
-        for Look { found, reply, .. } in self.looks.extract_if(.., is_over).collect::<Vec<_>>() {
-            let change = self.change(volume, Vec::new());
+        for Look { found, changed, reply, .. } in self.looks.extract_if(.., is_over).collect::<Vec<_>>() {
+            let change = self.change(volume, changed);
             let mut reloads = Vec::new();
             for model in found {
                 let (settled, entry) = oneshot::channel();
@@ -387,8 +403,20 @@ impl Loop {
                 let _ = machine.send(Event::Unload(limit)).await;
             }
         }
+        let others = |config: &Config| format!("{:?}", (&config.server, &config.volumes, &config.defaults));
+        if others(&self.config) != others(&config) {
+            tracing::warn!(
+                "settings of the server, its volumes or all models have changed; restart the host to apply them"
+            );
+        }
         for (name, spec) in &config.models {
             match self.config.models.get(name) {
+                None if self.machines.contains_key(name) => {
+                    tracing::warn!(
+                        model = name,
+                        "a model that serves with the defaults has an entry now; restart the host to apply it"
+                    );
+                }
                 None => tracing::info!(model = name, "a new model is configured"),
                 Some(known) if known != spec => {
                     tracing::warn!(

@@ -36,6 +36,8 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
 const NATIVE_LOOK: Duration = Duration::from_secs(60);
 /// Model data whose writer nobody saw ending has settled after this.
 const DATA_SETTLE: Duration = Duration::from_secs(2);
+/// Between two tries to copy a file that could not be copied for reasons outside of it.
+const RETRY: Duration = Duration::from_secs(1);
 /// Data files up to this are compared by content: a touch or a rewrite with the same bytes is no change. Larger ones are
 /// compared by size, time and inode.
 const CONTENT_COMPARED_BYTES_MAX: u64 = 16 << 20;
@@ -99,6 +101,7 @@ pub(super) fn start(
         look,
         told,
         finished: Arc::default(),
+        written: Arc::default(),
         asked: Arc::clone(&asked),
         pause: match watching {
             Watching::Native => NATIVE_LOOK,
@@ -143,6 +146,8 @@ struct Thread {
     told: mpsc::Sender<Told>,
     /// Files whose writers have closed or renamed them.
     finished: Arc<Mutex<BTreeSet<PathBuf>>>,
+    /// Files that were written to and are open still, as far as events tell.
+    written: Arc<Mutex<BTreeSet<PathBuf>>>,
     asked: Arc<AtomicU64>,
     native: bool,
     pause: Duration,
@@ -156,16 +161,25 @@ impl Thread {
         be_modest();
         let mut said_quiet = false;
         let mut answered = 0;
+        let mut watched = self.look.identity();
         while !self.told.is_closed() {
             // Taken before the look, which sees at least what they speak of.
             let finished = std::mem::take(&mut *self.finished.lock());
             let asked = self.asked.load(Ordering::SeqCst);
-            let (found, next) = self.look.look(Instant::now(), &finished, asked > answered);
-            for told in found {
-                if self.told.blocking_send(told).is_err() {
-                    return;
-                }
+            let writing = self.written.lock().clone();
+            let now = Instant::now();
+            let hints = Hints { finished: &finished, writing: &writing, hurry: asked > answered };
+            let files = self.look.collect();
+            let (found, next) = self.look.plugins(now, &hints, &files);
+            if !self.tell(found) {
+                return;
             }
+            // After the plugins: there may be much of it.
+            let (found, later) = self.look.data(now, &hints, files);
+            if !self.tell(found) {
+                return;
+            }
+            let next = [next, later].into_iter().flatten().min();
             let quiet = self.look.is_quiet();
             if (quiet && !said_quiet || asked > answered)
                 && self.told.blocking_send(Told::Looked { quiet, asked }).is_err()
@@ -174,9 +188,11 @@ impl Thread {
             }
             said_quiet |= quiet;
             answered = asked;
-            if self.native && watcher.is_none() {
-                // The folder may have come meanwhile.
+            let now_there = self.look.identity();
+            if self.native && (watcher.is_none() || watched != now_there) {
+                // The folder may have come meanwhile, or another one may have taken its place.
                 watcher = self.watcher(ring);
+                watched = now_there;
             }
             let pause = if watcher.is_some() || !self.native { self.pause } else { self.poll_interval };
             // Whether something rang or the time is over: the next look tells. Many events ring once.
@@ -185,17 +201,29 @@ impl Thread {
         }
     }
 
+    /// `false` when nobody listens any more.
+    fn tell(&self, found: Vec<Told>) -> bool {
+        found.into_iter().all(|told| self.told.blocking_send(told).is_ok())
+    }
+
     fn watcher(&self, ring: &SyncSender<()>) -> Option<notify::RecommendedWatcher> {
         if !self.native {
             return None;
         }
-        let (ring, finished) = (ring.clone(), Arc::clone(&self.finished));
+        let (ring, finished, written) = (ring.clone(), Arc::clone(&self.finished), Arc::clone(&self.written));
         // Looking at a folder is an event as well: without these filters the watch would wake itself for ever.
         let on_event = move |event: notify::Result<notify::Event>| {
             let Ok(event) = event else { return };
-            if finishes(event.kind) {
-                // A file that the look doesn't know is forgotten with it.
-                finished.lock().extend(event.paths.last().cloned());
+            if let Some(path) = event.paths.last() {
+                if finishes(event.kind) {
+                    written.lock().remove(path);
+                    finished.lock().insert(path.clone());
+                } else if matches!(event.kind, EventKind::Modify(ModifyKind::Data(_))) {
+                    written.lock().insert(path.clone());
+                    finished.lock().remove(path);
+                } else if matches!(event.kind, EventKind::Remove(_)) {
+                    written.lock().remove(path);
+                }
             }
             if changes_something(event.kind) {
                 let _ = ring.try_send(());
@@ -206,7 +234,7 @@ impl Thread {
             .and_then(|mut watcher| watcher.watch(mount_point, RecursiveMode::Recursive).map(|()| watcher));
         watcher
             .inspect_err(|error| {
-                tracing::debug!(volume = self.look.volume, %error, every = ?self.poll_interval, "no events from this volume; it is polled");
+                tracing::warn!(volume = self.look.volume, %error, every = ?self.poll_interval, "no events from this volume; it is polled");
             })
             .ok()
     }
@@ -228,6 +256,16 @@ fn changes_something(kind: EventKind) -> bool {
     }
 }
 
+/// What a look knows beside what it sees.
+struct Hints<'h> {
+    /// Files whose writers have closed or renamed them since the last look.
+    finished: &'h BTreeSet<PathBuf>,
+    /// Files that are being written.
+    writing: &'h BTreeSet<PathBuf>,
+    /// Somebody waits: nothing needs to hold still.
+    hurry: bool,
+}
+
 /// What was seen of a volume, and what of it was told. Time is an argument.
 struct Look {
     volume: String,
@@ -239,6 +277,8 @@ struct Look {
     data: HashMap<PathBuf, Seen>,
     /// The first look finds what was there before: that is no change.
     data_known: bool,
+    /// Since when some data has been on its way.
+    data_moves_since: Option<Instant>,
     /// What was said once, and is not said again before it is over.
     complaint: Option<String>,
 }
@@ -250,6 +290,12 @@ struct Seen {
     /// Something was told of it before.
     known: bool,
     finished: bool,
+    /// It was written over since it was told: the same file with other content.
+    in_place: bool,
+    /// When to try again what may pass.
+    again: Option<Instant>,
+    /// Why it could not be copied.
+    complaint: Option<String>,
     /// SHA-256 of what was told last, for data that is compared by content.
     content: Option<[u8; 32]>,
 }
@@ -270,6 +316,10 @@ struct Files {
     plugins: BTreeMap<String, (PathBuf, Stamp)>,
     data: Vec<(PathBuf, Stamp)>,
     complaint: Option<String>,
+    /// Some folder could not be read: what isn't here may still be there.
+    partial: bool,
+    /// Folders that were entered: links may lead in circles.
+    entered: BTreeSet<(u64, u64)>,
 }
 
 impl Look {
@@ -283,6 +333,7 @@ impl Look {
             plugins: HashMap::new(),
             data: HashMap::new(),
             data_known: false,
+            data_moves_since: None,
             complaint: None,
         }
     }
@@ -292,33 +343,35 @@ impl Look {
         self.plugins.values().all(|seen| seen.told)
     }
 
-    /// What has settled since the last look, and when to look again where something hasn't. `hurry`: nothing needs to hold
-    /// still.
-    fn look(
-        &mut self,
-        now: Instant,
-        finished: &BTreeSet<PathBuf>,
-        hurry: bool,
-    ) -> (Vec<Told>, Option<Duration>) {
+    /// Which folder it is now, however it is called.
+    fn identity(&self) -> Option<(u64, u64)> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = fs::metadata(&self.mount_point).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    }
+
+    /// What lies in the volume.
+    fn collect(&mut self) -> Files {
         let mut files = Files::default();
-        let readable = match files.collect(&self.mount_point, 0) {
-            Ok(()) => true,
-            Err(error) => {
-                files.complaint = Some(format!("can't read the volume: {error}"));
-                false
-            }
-        };
+        if let Err(error) = files.collect(&self.mount_point, 0) {
+            files.complaint = Some(format!("can't read the volume: {error}"));
+            files.partial = true;
+        }
         if self.complaint != files.complaint {
             if let Some(complaint) = &files.complaint {
                 tracing::warn!(volume = self.volume, folder = %self.mount_point.display(), "{complaint}");
             }
             self.complaint.clone_from(&files.complaint);
         }
+        files
+    }
+
+    /// The plugins that have settled since the last look or are gone, and when to look again where something hasn't settled.
+    fn plugins(&mut self, now: Instant, hints: &Hints<'_>, files: &Files) -> (Vec<Told>, Option<Duration>) {
         let mut told = Vec::new();
         let mut next = None;
-        self.look_at_plugins(now, finished, hurry, &files.plugins, &mut told, &mut next);
-        // A folder that can't be read has lost nothing, as far as anybody knows.
-        if readable {
+        // What can't be read isn't gone, as far as anybody knows. What is gone is told first: a plugin may have another name now.
+        if !files.partial {
             self.plugins.retain(|path, seen| {
                 let there = files.plugins.values().any(|(known, _)| known == path);
                 if !there && seen.known {
@@ -328,17 +381,14 @@ impl Look {
                 there
             });
         }
-        if readable {
-            self.look_at_data(now, finished, hurry, files.data, &mut told, &mut next);
-        }
+        self.look_at_plugins(now, hints, &files.plugins, &mut told, &mut next);
         (told, next)
     }
 
     fn look_at_plugins(
         &mut self,
         now: Instant,
-        finished: &BTreeSet<PathBuf>,
-        hurry: bool,
+        hints: &Hints<'_>,
         files: &BTreeMap<String, (PathBuf, Stamp)>,
         told: &mut Vec<Told>,
         next: &mut Option<Duration>,
@@ -348,13 +398,23 @@ impl Look {
                 .plugins
                 .entry(path.clone())
                 .or_insert_with(|| Seen::new(stamp.clone(), now, self.settle));
-            seen.see(stamp, now, finished.contains(path));
-            if seen.told {
+            seen.see(stamp, now, hints.finished.contains(path));
+            let again = seen.again.is_some_and(|again| again <= now);
+            if seen.told && !again {
+                if let Some(again) = seen.again {
+                    sooner(next, again - now);
+                }
                 continue;
             }
             let still = now.saturating_duration_since(seen.since);
-            let mut wait = if seen.finished || hurry { Duration::ZERO } else { self.settle };
-            if still >= wait && !modalkit_loader::is_whole(path).unwrap_or(true) {
+            let mut wait = match seen.finished || hints.hurry {
+                true => Duration::ZERO,
+                // Written over without an end that anybody saw: there is nothing in the file that would tell.
+                false if seen.in_place => DATA_SETTLE.max(self.settle),
+                false => self.settle,
+            };
+            let unfinished = hints.writing.contains(path) && !seen.finished;
+            if still >= wait && (unfinished || !modalkit_loader::is_whole(path).unwrap_or(true)) {
                 wait = self.settle_timeout;
             }
             if still < wait {
@@ -367,31 +427,32 @@ impl Look {
                 sooner(next, self.settle);
                 continue;
             }
+            let complaint = staged.as_ref().err().filter(|error| error.may_pass()).map(LoadError::chain);
+            // The file may be as it was when its folder's mode, or the room for the copy, has changed.
+            seen.again = complaint.as_ref().map(|_| now + RETRY);
+            let same = complaint.is_some() && complaint == seen.complaint;
+            seen.complaint = complaint;
             seen.told = true;
             seen.known = true;
-            told.push(Told::Plugin {
-                name: name.clone(),
-                path: path.clone(),
-                staged: staged.map_err(Arc::new),
-            });
+            if !same {
+                told.push(Told::Plugin {
+                    name: name.clone(),
+                    path: path.clone(),
+                    staged: staged.map_err(Arc::new),
+                });
+            }
         }
     }
 
-    fn look_at_data(
-        &mut self,
-        now: Instant,
-        finished: &BTreeSet<PathBuf>,
-        hurry: bool,
-        files: Vec<(PathBuf, Stamp)>,
-        told: &mut Vec<Told>,
-        next: &mut Option<Duration>,
-    ) {
-        let there: BTreeSet<&PathBuf> = files.iter().map(|(path, _)| path).collect();
-        // What is loaded doesn't need its files any more: a file that is gone is no change.
-        self.data.retain(|path, _| there.contains(path));
-        let mut on_its_way = false;
-        for (path, stamp) in files {
-            let finished = finished.contains(&path);
+    /// The data that has settled since the last look.
+    fn data(&mut self, now: Instant, hints: &Hints<'_>, files: Files) -> (Vec<Told>, Option<Duration>) {
+        if !files.partial {
+            let there: BTreeSet<&PathBuf> = files.data.iter().map(|(path, _)| path).collect();
+            // What is loaded doesn't need its files any more: a file that is gone is no change.
+            self.data.retain(|path, _| there.contains(path));
+        }
+        for (path, stamp) in files.data {
+            let finished = hints.finished.contains(&path);
             let Some(seen) = self.data.get_mut(&path) else {
                 let mut seen = Seen::new(stamp, now, DATA_SETTLE);
                 seen.finished = finished;
@@ -404,25 +465,30 @@ impl Look {
             };
             seen.see(&stamp, now, finished);
         }
-        self.data_known = true;
-        for seen in self.data.values().filter(|seen| !seen.told) {
-            let wait = match (hurry, seen.finished) {
-                (true, _) => Duration::ZERO,
-                (_, true) => self.settle,
-                (_, false) => DATA_SETTLE.max(self.settle),
-            };
-            let still = now.saturating_duration_since(seen.since);
-            if still < wait {
-                sooner(next, wait - still);
-                on_its_way = true;
-            }
+        self.data_known |= !files.partial;
+        let wait_of = |seen: &Seen| match (hints.hurry, seen.finished) {
+            (true, _) => Duration::ZERO,
+            (_, true) => self.settle,
+            (_, false) => DATA_SETTLE.max(self.settle),
+        };
+        let waits = |seen: &Seen| {
+            wait_of(seen)
+                .checked_sub(now.saturating_duration_since(seen.since))
+                .filter(|wait| !wait.is_zero())
+        };
+        let longest = self.data.values().filter(|seen| !seen.told).filter_map(waits).max();
+        // What belongs together is told together: weights and the labels beside them. A file that never holds still holds up
+        // the others for so long only.
+        let since = *self.data_moves_since.get_or_insert(now);
+        if longest.is_some() && now.saturating_duration_since(since) < self.settle_timeout {
+            return (Vec::new(), longest);
         }
-        // What belongs together is told together: weights and the labels beside them.
-        if on_its_way {
-            return;
-        }
+        self.data_moves_since = longest.map(|_| now);
         let mut changed = Vec::new();
-        for (path, seen) in self.data.iter_mut().filter(|(_, seen)| !seen.told) {
+        for (path, seen) in &mut self.data {
+            if seen.told || waits(seen).is_some() {
+                continue;
+            }
             seen.told = true;
             let content = content(path, &seen.stamp);
             if content.is_none() || content != seen.content {
@@ -431,10 +497,9 @@ impl Look {
             }
             seen.content = content;
         }
-        if !changed.is_empty() {
-            changed.sort();
-            told.push(Told::Data { changed });
-        }
+        changed.sort();
+        let told = if changed.is_empty() { Vec::new() } else { vec![Told::Data { changed }] };
+        (told, longest)
     }
 }
 
@@ -447,11 +512,23 @@ impl Seen {
     fn new(stamp: Stamp, now: Instant, settle: Duration) -> Self {
         let age = stamp.modified.and_then(|modified| modified.elapsed().ok()).unwrap_or_default();
         let since = now.checked_sub(age.min(settle)).unwrap_or(now);
-        Self { stamp, since, told: false, known: false, finished: false, content: None }
+        Self {
+            stamp,
+            since,
+            told: false,
+            known: false,
+            finished: false,
+            in_place: false,
+            again: None,
+            complaint: None,
+            content: None,
+        }
     }
 
     fn see(&mut self, stamp: &Stamp, now: Instant, finished: bool) {
         if self.stamp != *stamp {
+            self.in_place = self.known && self.stamp.inode == stamp.inode;
+            self.again = None;
             self.stamp = stamp.clone();
             self.since = now;
             self.told = false;
@@ -480,7 +557,14 @@ impl Stamp {
 impl Files {
     /// Hidden files and folders are somebody's half-written ones, or the inside of a volume such as Kubernetes' `..data`.
     fn collect(&mut self, folder: &Path, depth: usize) -> io::Result<()> {
-        let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.flatten().map(|entry| entry.path()).collect();
+        use std::os::unix::fs::MetadataExt;
+        let this = fs::metadata(folder)?;
+        if !self.entered.insert((this.dev(), this.ino())) {
+            return Ok(());
+        }
+        let entries: io::Result<Vec<PathBuf>> =
+            fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect();
+        let mut entries = entries?;
         entries.sort();
         for path in entries {
             if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
@@ -493,8 +577,10 @@ impl Files {
                     self.complaint = Some(format!("folders deeper than {DEPTH_MAX} are not watched"));
                     continue;
                 }
-                // One that can't be read is told of at the top only.
-                let _ = self.collect(&path, depth + 1);
+                if let Err(error) = self.collect(&path, depth + 1) {
+                    self.complaint = Some(format!("can't read {} in the volume: {error}", path.display()));
+                    self.partial = true;
+                }
             } else if metadata.is_file() {
                 self.add(path, Stamp::of(&metadata), depth);
             }

@@ -69,6 +69,7 @@ impl Machine {
         }
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
         let pin = self.model.spec.plugin_sha256.clone();
+        let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
@@ -76,15 +77,22 @@ impl Machine {
                 builder.build(&staged, &mut phases)
             });
             // A machine that has ended wants no plugin.
-            if let Some(myself) = myself.upgrade() {
-                let _ = myself.blocking_send(Event::Built(number, built.map(|plugin| (plugin, phases))));
-            }
+            let _ = done.send(built.map(|plugin| (plugin, phases)));
         };
         self.state = State::Building(candidate);
-        tokio::task::spawn_blocking(work);
+        // A thread of its own: a library that takes long to be tried must not keep large requests from being parsed. Where
+        // there is none, or it ends early, the sender's end says so.
+        drop(std::thread::Builder::new().name("build".into()).spawn(work));
+        tokio::spawn(async move {
+            let failed = || LoadError::Refused("the host failed over it; see its log".into());
+            let built = built.await.unwrap_or_else(|_| Err(failed()));
+            if let Some(myself) = myself.upgrade() {
+                let _ = myself.send(Event::Built(number, built)).await;
+            }
+        });
     }
 
-    pub(super) fn on_built(&mut self, number: u64, built: Result<(Plugin, Phases), LoadError>) {
+    pub(super) async fn on_built(&mut self, number: u64, built: Result<(Plugin, Phases), LoadError>) {
         let mut candidate = match std::mem::replace(&mut self.state, State::Idle) {
             State::Building(candidate) if candidate.number == number => candidate,
             // Of one that was given up.
@@ -108,7 +116,7 @@ impl Machine {
                     self.libraries.push(plugin.clone());
                 }
                 let generation = Generation::new(self.generations, plugin, self.model.spec.clone());
-                self.load(candidate, generation);
+                self.load(candidate, generation).await;
             }
             Err(error) => {
                 let file = self.source.as_ref().map(|source| source.path.display().to_string());
@@ -119,19 +127,22 @@ impl Machine {
                 self.refuse(candidate, Phase::Build, reason);
             }
         }
+        if let Some((path, staged)) = self.later.take() {
+            self.on_file(path, Ok(staged));
+        }
     }
 
     /// Loads as many replicas as serve now, so that the swap changes nothing but what they run.
-    pub(super) fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
-        if matches!(self.serving, Serving::OnTrial { .. }) {
-            // Three generations at once would be too much for most machines' memory.
-            self.retire_standby();
-        }
+    pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
+        // Three generations at once would be too much for most machines' memory.
+        self.end_trial().await;
         let limits = self.model.spec.replicas;
-        let now = usize::try_from(self.model.metrics.replicas.get()).unwrap_or_default();
-        let replicas = match self.serving {
-            Serving::Nothing => limits.min,
-            _ => now.clamp(limits.min, limits.max),
+        let replicas = match &self.serving {
+            // The first one serves as soon as it can.
+            Serving::Nothing => 1,
+            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => {
+                fleet.replicas().clamp(limits.min, limits.max)
+            }
         };
         candidate.begun = Instant::now();
         let fleet = Fleet::start(Arc::clone(&self.model), generation, replicas);
@@ -267,7 +278,7 @@ impl Machine {
                 Serving::Alone(fleet)
             }
         };
-        for missed in missed.0 {
+        for (missed, _) in missed.0 {
             self.call_hook(missed, Vec::new()).await;
         }
     }
@@ -277,6 +288,13 @@ impl Machine {
             State::Idle => return,
             State::Building(candidate) => candidate,
             State::Loading(candidate, fleet) | State::Golden(candidate, fleet) => {
+                if candidate.back {
+                    // It may be gone back to another time.
+                    self.previous.push(Arc::clone(&fleet.generation));
+                } else if matches!(self.serving, Serving::Nothing) {
+                    // It was tried again and again, and nobody does that any more: a change of its data is a chance.
+                    self.remember_refused(&candidate, true);
+                }
                 self.drop_fleet(fleet);
                 candidate
             }

@@ -13,21 +13,19 @@ use crate::{
 pub(super) struct Hook {
     pub(super) running: Option<(VolumeChange, Vec<HookReply>)>,
     pub(super) next: Changes,
-    pub(super) waiting: Vec<HookReply>,
 }
 
-/// What changed, one entry a volume.
+/// What changed, one entry a volume, and who waits for its hook.
 #[derive(Default)]
-pub(super) struct Changes(pub(super) VecDeque<VolumeChange>);
+pub(super) struct Changes(pub(super) VecDeque<(VolumeChange, Vec<HookReply>)>);
 
 impl Machine {
     pub(super) async fn call_hook(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
         if let Serving::OnTrial { standby, .. } = &mut self.serving {
-            standby.missed.add(change.clone());
+            standby.missed.add(change.clone(), Vec::new());
         }
         if self.hook.running.is_some() {
-            self.hook.next.add(change);
-            self.hook.waiting.extend(waiting);
+            self.hook.next.add(change, waiting);
             return;
         }
         let fleet = match &self.serving {
@@ -73,8 +71,7 @@ impl Machine {
         }
         waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
         self.journal.hook = Some(report);
-        if let Some(change) = self.hook.next.0.pop_front() {
-            let waiting = std::mem::take(&mut self.hook.waiting);
+        if let Some((change, waiting)) = self.hook.next.0.pop_front() {
             self.call_hook(change, waiting).await;
         }
     }
@@ -90,17 +87,18 @@ impl Machine {
 }
 
 impl Changes {
-    pub(super) fn add(&mut self, change: VolumeChange) {
-        match self.0.iter_mut().find(|known| known.volume == change.volume) {
-            Some(known) if known.changed.is_empty() || change.changed.is_empty() => {
-                // Nobody knows which files changed.
-                known.changed.clear();
-            }
-            Some(known) => {
-                let files: BTreeSet<String> = known.changed.drain(..).chain(change.changed).collect();
-                known.changed = files.into_iter().collect();
-            }
-            None => self.0.push_back(change),
+    pub(super) fn add(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
+        let Some((known, others)) = self.0.iter_mut().find(|(known, _)| known.volume == change.volume) else {
+            self.0.push_back((change, waiting));
+            return;
+        };
+        others.extend(waiting);
+        if known.changed.is_empty() || change.changed.is_empty() {
+            // Nobody knows which files changed.
+            known.changed.clear();
+            return;
         }
+        let files: BTreeSet<String> = known.changed.drain(..).chain(change.changed).collect();
+        known.changed = files.into_iter().collect();
     }
 }

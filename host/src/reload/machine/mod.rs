@@ -143,6 +143,10 @@ pub(super) struct Machine {
     journal: Journal,
     source: Option<Source>,
     refused: Option<Refused>,
+    /// What the watch told of while a file was built whose content wasn't known yet.
+    later: Option<(PathBuf, Staged)>,
+    /// A second file with the plugin's name, for when the first goes.
+    passed_over: Option<(PathBuf, Result<Staged, Arc<LoadError>>)>,
     hook: Hook,
     candidates: u64,
     generations: u64,
@@ -184,6 +188,8 @@ impl Machine {
             journal: Journal::default(),
             source: None,
             refused: None,
+            later: None,
+            passed_over: None,
             hook: Hook::default(),
             candidates: 0,
             generations: 0,
@@ -244,13 +250,16 @@ impl Machine {
         match event {
             Event::File(path, staged) => self.on_file(path, staged),
             Event::Gone(path) => self.on_gone(&path),
-            Event::Data(change) => self.on_data(change).await,
+            Event::Data(change) => self.on_data(change, Vec::new()).await,
             Event::Order(order) => self.on_order(order),
-            Event::Hook(change, reply) => self.call_hook(change, vec![reply]).await,
+            Event::Hook(change, reply) if change.changed.is_empty() => {
+                self.call_hook(change, vec![reply]).await;
+            }
+            Event::Hook(change, reply) => self.on_data(change, vec![reply]).await,
             Event::Settled(reply) => self.settled.push(reply),
             // Whoever asked may have left.
             Event::Report(reply) => drop(reply.send(self.report())),
-            Event::Built(number, built) => self.on_built(number, built),
+            Event::Built(number, built) => self.on_built(number, built).await,
             Event::Progress(progress) => self.on_progress(progress).await,
             Event::Asked(number, asked) => self.on_asked(number, asked).await,
             Event::Left(entry) => self.on_left(entry),
@@ -265,35 +274,42 @@ impl Machine {
     fn on_file(&mut self, path: PathBuf, staged: Result<Staged, Arc<LoadError>>) {
         if let Some(source) = self.source.as_ref().filter(|source| source.present && source.path != path) {
             tracing::warn!(model = self.model.spec.name, serves = %source.path.display(), passed_over = %path.display(), "two files in the volumes have the name of this model's plugin; remove one");
+            self.passed_over = Some((path, staged));
             return;
         }
-        self.source = Some(Source { path, present: true });
+        self.source = Some(Source { path: path.clone(), present: true });
         let staged = match staged {
             Ok(staged) => staged,
             Err(error) => {
-                let mut candidate = self.candidate(Cause::File, None);
-                candidate.begun = Instant::now();
+                let candidate = self.candidate(Cause::File, None);
                 self.refuse(candidate, Phase::Build, error.chain());
                 return;
             }
         };
         let sha256 = Some(staged.sha256());
-        let candidate = match &self.state {
-            State::Idle => None,
-            State::Building(candidate) | State::Loading(candidate, _) | State::Golden(candidate, _) => {
-                Some(candidate)
-            }
-        };
-        if let Some(candidate) = candidate {
-            if candidate.sha256.as_deref() == sha256 {
+        let serves = self.serving_sha256() == sha256;
+        let refused = self.refused.as_ref().map(|refused| refused.sha256.as_str()) == sha256;
+        match &self.state {
+            State::Building(candidate) if candidate.sha256.is_none() => {
+                self.later = Some((path, staged));
                 return;
             }
-            // What it was made of is no longer in the volume.
-            self.give_up_candidate(Outcome::Superseded);
-        } else if self.serving_sha256() == sha256 {
+            State::Building(candidate) | State::Loading(candidate, _) | State::Golden(candidate, _) => {
+                if candidate.sha256.as_deref() == sha256 {
+                    return;
+                }
+                // What came from the volume is no longer in it. What somebody asked for gives way to new content only.
+                if candidate.cause == Cause::File || !serves && !refused {
+                    self.give_up_candidate(Outcome::Superseded);
+                }
+            }
+            State::Idle => {}
+        }
+        if serves {
             tracing::debug!(model = self.model.spec.name, "the file has the content that serves");
             return;
-        } else if self.refused.as_ref().map(|refused| refused.sha256.as_str()) == sha256 {
+        }
+        if refused {
             tracing::info!(
                 model = self.model.spec.name,
                 sha256,
@@ -306,18 +322,23 @@ impl Machine {
     }
 
     fn on_gone(&mut self, path: &Path) {
+        if self.passed_over.as_ref().is_some_and(|(other, _)| other == path) {
+            self.passed_over = None;
+        }
         let Some(source) = self.source.as_mut().filter(|source| source.path == path) else { return };
         source.present = false;
-        if !matches!(self.serving, Serving::Nothing) {
+        if let Some((path, staged)) = self.passed_over.take() {
+            self.on_file(path, staged);
+        } else if !matches!(self.serving, Serving::Nothing) {
             tracing::warn!(model = self.model.spec.name, file = %path.display(), "the plugin's file is gone; what is loaded serves on until the host ends");
         }
     }
 
-    async fn on_data(&mut self, change: VolumeChange) {
+    async fn on_data(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
         let another_chance = self.refused.as_ref().is_some_and(|refused| refused.by_data);
         match &mut self.state {
             State::Loading(candidate, _) | State::Golden(candidate, _) => {
-                candidate.missed.add(change.clone());
+                candidate.missed.add(change.clone(), Vec::new());
             }
             State::Idle if another_chance => {
                 tracing::info!(
@@ -329,7 +350,7 @@ impl Machine {
             }
             State::Idle | State::Building(_) => {}
         }
-        self.call_hook(change, Vec::new()).await;
+        self.call_hook(change, waiting).await;
     }
 
     async fn on_interval(&mut self) {
@@ -367,7 +388,6 @@ impl Machine {
                 self.settled.drain(..).for_each(|reply| drop(reply.send(last.clone())));
                 return;
             };
-            self.give_up_candidate(Outcome::Superseded);
             match what {
                 What::Reload => self.reload(waiting),
                 What::RollBack => self.roll_back(waiting).await,
@@ -388,7 +408,10 @@ impl Machine {
         let mut candidate = self.candidate(Cause::Request, None);
         candidate.waiting = waiting;
         match self.source.clone() {
-            Some(Source { path, present: true }) => self.build(candidate, From::File(path)),
+            Some(Source { path, present: true }) => {
+                self.give_up_candidate(Outcome::Superseded);
+                self.build(candidate, From::File(path));
+            }
             Some(Source { path, .. }) => {
                 let reason = format!("expected the plugin at {}, and there is no file", path.display());
                 self.refuse(candidate, Phase::Build, reason);
@@ -410,9 +433,12 @@ impl Machine {
         candidate.waiting = waiting;
         candidate.back = true;
         match self.previous.pop() {
-            Some(generation) => {
-                candidate.sha256 = Some(generation.plugin.sha256().to_owned());
-                self.load(candidate, generation);
+            Some(before) => {
+                self.give_up_candidate(Outcome::Superseded);
+                candidate.sha256 = Some(before.plugin.sha256().to_owned());
+                // Its fleet may still be leaving, with threads that hang: they must have nothing in common with the new one.
+                let generation = Generation::new(before.number, before.plugin.clone(), before.spec.clone());
+                self.load(candidate, generation).await;
             }
             None => {
                 let outcome = Outcome::Refused {
@@ -426,6 +452,8 @@ impl Machine {
 
     async fn leave(mut self, unload: Option<Duration>) {
         self.give_up_candidate(Outcome::Stopped);
+        // Whoever serves now does so to the end.
+        self.end_trial().await;
         for (_, waiting) in std::mem::take(&mut self.orders) {
             let mut candidate = self.candidate(Cause::Request, None);
             candidate.waiting = waiting;

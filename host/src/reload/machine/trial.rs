@@ -33,7 +33,8 @@ impl Machine {
         generation.vitals.judge(|| generation.set_serves(false));
     }
 
-    /// The verdict: passed, so that the old one goes; failed, so that it serves again.
+    /// The verdict: passed, so that the old one goes; failed, so that it serves again. A newer candidate that needs the room
+    /// brings it about early.
     pub(super) async fn end_trial(&mut self) {
         let Serving::OnTrial { fleet, .. } = &self.serving else { return };
         match fleet.generation.vitals.end_trial() {
@@ -42,14 +43,9 @@ impl Machine {
         }
     }
 
-    /// As [`Machine::end_trial`], where a newer candidate needs the room: the one that serves now is not judged further.
-    pub(super) fn retire_standby(&mut self) {
+    fn retire_standby(&mut self) {
         self.serving = match std::mem::replace(&mut self.serving, Serving::Nothing) {
             Serving::OnTrial { fleet, standby } => {
-                // A verdict that has just fallen has stopped its lanes: they go on, and the candidate comes soon.
-                if fleet.generation.vitals.end_trial().is_some() {
-                    self.model.swap(None, &fleet);
-                }
                 self.retire(standby.fleet, standby.entry);
                 Serving::Alone(fleet)
             }
@@ -79,7 +75,7 @@ impl Machine {
         let entry = self.write_down(entry, waiting);
         self.serving = Serving::Alone(standby.fleet);
         self.retire(fleet, entry);
-        for missed in standby.missed.0 {
+        for (missed, _) in standby.missed.0 {
             self.call_hook(missed, Vec::new()).await;
         }
     }
