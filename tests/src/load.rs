@@ -49,7 +49,8 @@ pub struct Served {
     pub latencies: Vec<(Instant, u32)>,
 }
 
-const FAULTS_MAX: usize = 5;
+/// Faults of one caller that are remembered.
+pub const FAULTS_MAX: usize = 5;
 
 impl Load {
     /// Starts this many callers.
