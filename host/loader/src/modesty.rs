@@ -1,7 +1,7 @@
 //! Lets a thread stand back behind those that answer callers. It owns one system call.
 
-/// As `nice` counts: a thirtieth of what a thread of the usual priority gets where both want to run.
-const NICE: i32 = 15;
+/// As `nice` counts; the most there is.
+const NICE: i32 = 19;
 /// What such a thread runs before one that answers callers may take its place: the least that the kernel takes.
 const SLICE_NANOSECONDS: u64 = 100_000;
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
     path::PathBuf,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -176,18 +175,6 @@ impl Journal {
 pub(super) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Swapped => f.write_str("swapped"),
-            Self::RolledBack { reason } => write!(f, "rolled back: {reason}"),
-            Self::Refused { reason, .. } => write!(f, "refused: {reason}"),
-            Self::Superseded => f.write_str("superseded by a newer change"),
-            Self::Stopped => f.write_str("stopped"),
-        }
-    }
 }
 
 impl Outcome {

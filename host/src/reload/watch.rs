@@ -108,6 +108,7 @@ pub(super) fn start(
             _ => server.poll_interval,
         },
         native: watching != Watching::Poll,
+        told_no_events: false,
         poll_interval: server.poll_interval,
     };
     let rings = ring.clone();
@@ -150,6 +151,7 @@ struct Thread {
     written: Arc<Mutex<BTreeSet<PathBuf>>>,
     asked: Arc<AtomicU64>,
     native: bool,
+    told_no_events: bool,
     pause: Duration,
     poll_interval: Duration,
 }
@@ -206,7 +208,7 @@ impl Thread {
         found.into_iter().all(|told| self.told.blocking_send(told).is_ok())
     }
 
-    fn watcher(&self, ring: &SyncSender<()>) -> Option<notify::RecommendedWatcher> {
+    fn watcher(&mut self, ring: &SyncSender<()>) -> Option<notify::RecommendedWatcher> {
         if !self.native {
             return None;
         }
@@ -234,9 +236,13 @@ impl Thread {
             .and_then(|mut watcher| watcher.watch(mount_point, RecursiveMode::Recursive).map(|()| watcher));
         watcher
             .inspect_err(|error| {
-                tracing::warn!(volume = self.look.volume, %error, every = ?self.poll_interval, "no events from this volume; it is polled");
+                // It is tried again and again, for the folder may come.
+                if !std::mem::replace(&mut self.told_no_events, true) {
+                    tracing::warn!(volume = self.look.volume, %error, every = ?self.poll_interval, "no events from this volume; it is polled");
+                }
             })
             .ok()
+            .inspect(|_| self.told_no_events = false)
     }
 }
 
@@ -627,4 +633,131 @@ fn content(path: &Path, stamp: &Stamp) -> Option<[u8; 32]> {
         return None;
     }
     fs::read(path).ok().map(|bytes| Sha256::digest(bytes).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use modalkit_loader::{Store, Trust};
+
+    use super::*;
+    use crate::config;
+
+    struct Watched {
+        look: Look,
+        folder: tempfile::TempDir,
+        begun: Instant,
+    }
+
+    impl Watched {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let server = config::load(&[], []).unwrap().server;
+            let store = Store::new(Trust { any_owner: false, any_mode: false }).unwrap();
+            let gauge = crate::telemetry::Metrics::new().libraries.clone();
+            let builder = Arc::new(Builder::new(store, Duration::from_secs(1), 1, gauge));
+            let volume =
+                Volume { name: "v".into(), mount_point: folder.path().to_owned(), watch: Watching::Poll };
+            Self { look: Look::new(&volume, &server, builder), folder, begun: Instant::now() }
+        }
+
+        /// Written at a moment from which it has not held still at all.
+        fn write(&self, name: &str, content: &[u8]) -> PathBuf {
+            let path = self.folder.path().join(name);
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+            let later = SystemTime::now() + Duration::from_secs(3600);
+            fs::File::options().append(true).open(&path).unwrap().set_modified(later).unwrap();
+            path
+        }
+
+        /// What is told after this many milliseconds.
+        fn told(&mut self, after_ms: u64, finished: &[&PathBuf]) -> Vec<String> {
+            let finished = finished.iter().map(|path| (*path).clone()).collect();
+            let hints = Hints { finished: &finished, writing: &BTreeSet::new(), hurry: false };
+            let now = self.begun + Duration::from_millis(after_ms);
+            let files = self.look.collect();
+            let (mut told, _) = self.look.plugins(now, &hints, &files);
+            told.extend(self.look.data(now, &hints, files).0);
+            let words = |told: Told| match told {
+                Told::Plugin { name, staged: Ok(_), .. } => name,
+                Told::Plugin { name, staged: Err(error), .. } => format!("{name}: {error}"),
+                Told::Gone { name, .. } => format!("{name} is gone"),
+                Told::Data { changed } => changed.join(" "),
+                Told::Looked { .. } => unreachable!("the thread tells that"),
+            };
+            told.into_iter().map(words).collect()
+        }
+    }
+
+    #[test]
+    fn names_are_read_from_files() {
+        let name = |path: &str| plugin_name(Path::new(path));
+        assert_eq!(name("/v/echo.so").as_deref(), Some("echo"));
+        assert_eq!(name("/v/libecho.so").as_deref(), Some("echo"));
+        assert_eq!((name("/v/lib.so"), name("/v/echo.so.part")), (None, None));
+    }
+
+    #[test]
+    fn a_plugin_is_told_once_when_it_has_held_still_or_its_writer_has_ended() {
+        let mut watched = Watched::new();
+        let text = [b'x'; 100];
+        watched.write("echo.so", &text);
+        watched.write(".hidden.so", &text);
+        assert!(watched.told(0, &[]).is_empty() && watched.told(199, &[]).is_empty());
+        assert_eq!(watched.told(200, &[]), ["echo"]);
+        assert!(watched.told(900, &[]).is_empty());
+        let path = watched.write("echo.so", &[b'y'; 101]);
+        assert_eq!(watched.told(1000, &[&path]), ["echo"]);
+        // What was told of isn't gone before it is; another name for it comes after.
+        fs::rename(&path, watched.folder.path().join("libecho.so")).unwrap();
+        let new = watched.folder.path().join("libecho.so");
+        assert_eq!(watched.told(1100, &[&new]), ["echo is gone", "echo"]);
+    }
+
+    #[test]
+    fn half_a_library_waits_for_the_rest_up_to_the_timeout() {
+        let mut watched = Watched::new();
+        let whole = fs::read(std::env::current_exe().unwrap()).unwrap();
+        watched.write("half.so", &whole[..5000]);
+        assert!(watched.told(0, &[]).is_empty() && watched.told(9_999, &[]).is_empty());
+        assert_eq!(watched.told(10_000, &[]), ["half"]);
+    }
+
+    #[test]
+    fn a_refusal_for_its_folder_is_looked_at_again() {
+        let mut watched = Watched::new();
+        let path = watched.write("echo.so", &[b'x'; 100]);
+        let mode = |mode| {
+            fs::set_permissions(path.parent().unwrap(), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode(0o777);
+        assert!(watched.told(0, &[&path])[0].contains("may be written by everybody"));
+        assert!(watched.told(1500, &[]).is_empty(), "the same is told once");
+        mode(0o755);
+        assert_eq!(watched.told(3000, &[]), ["echo"]);
+    }
+
+    #[test]
+    fn data_is_told_together_and_by_content() {
+        let mut watched = Watched::new();
+        watched.write("weights.bin", b"one");
+        assert!(watched.told(0, &[]).is_empty(), "what was there before is no change");
+        let weights = watched.write("weights.bin", b"two");
+        watched.write("labels.txt", b"new");
+        assert!(watched.told(100, &[&weights]).is_empty(), "the labels are on their way");
+        assert_eq!(watched.told(2_100, &[]), ["labels.txt weights.bin"]);
+        watched.write("weights.bin", b"two");
+        fs::remove_file(watched.folder.path().join("labels.txt")).unwrap();
+        assert!(watched.told(3_000, &[]).is_empty() && watched.told(9_000, &[]).is_empty());
+        // A file that never holds still holds up the others for so long only.
+        watched.write("weights.bin", b"three");
+        for moment in 0..10 {
+            watched.write("log.bin", &vec![0; moment + 1]);
+            assert!(watched.told(10_000 + 1_000 * moment as u64, &[]).is_empty());
+        }
+        watched.write("log.bin", &[1; 99]);
+        assert_eq!(watched.told(20_500, &[]), ["weights.bin"]);
+    }
 }

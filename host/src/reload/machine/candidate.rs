@@ -291,7 +291,7 @@ impl Machine {
                 if candidate.back {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
-                } else if matches!(self.serving, Serving::Nothing) {
+                } else if matches!(candidate.seen, Progress::Failed(_)) {
                     // It was tried again and again, and nobody does that any more: a change of its data is a chance.
                     self.remember_refused(&candidate, true);
                 }
