@@ -229,6 +229,7 @@ fn people_reload_and_roll_back() {
     let host = setup().ready();
     let (status, entry) = host.post("/models/versioned/rollback", &Value::Null);
     assert_eq!((status, &entry["phase"]), (409, &json!("roll_back")), "{entry}");
+    assert_eq!(host.report("versioned")["last"], entry);
     // The same content: a new generation all the same.
     let (status, entry) = host.post("/models/versioned/reload", &Value::Null);
     assert_eq!((status, &entry["outcome"], &entry["generation"]), (200, &json!("swapped"), &json!(2)));

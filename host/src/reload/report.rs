@@ -33,6 +33,8 @@ pub struct Report {
     pub hooks: u64,
     /// Of those, the ones that failed on some replica.
     pub hooks_failed: u64,
+    /// The last change: how it ended, and why.
+    pub last: Option<Entry>,
     /// The last changes, the newest first.
     pub history: Vec<Entry>,
 }

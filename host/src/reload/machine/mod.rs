@@ -530,6 +530,7 @@ impl Machine {
             hook: self.journal.hook.clone(),
             hooks: self.journal.hooks,
             hooks_failed: self.journal.hooks_failed,
+            last: self.journal.last().cloned(),
             history: self.journal.history(),
         }
     }
