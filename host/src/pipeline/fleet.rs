@@ -68,7 +68,7 @@ pub struct VolumeChange {
 }
 
 enum Order {
-    VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), String>>>),
+    VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), Failure>>>),
     /// A hook overran its time; its replica is given up.
     GiveUp(Arc<Replica>),
     /// That hook has returned after all.
@@ -172,7 +172,7 @@ impl Fleet {
 
     /// Runs `on_volume_reload` on one replica after the other. What comes back has one entry for each; it ends with the
     /// fleet.
-    pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), String>>> {
+    pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), Failure>>> {
         let (reply, results) = oneshot::channel();
         // A fleet that has ended drops the reply, which says so.
         let _ = self.orders.send(Order::VolumeReload(change, reply)).await;
@@ -427,10 +427,9 @@ impl Loop {
         self.loading.retain(|loading| loading.since.elapsed() < limit);
         for _ in 0..overdue {
             self.stuck += 1;
-            self.on_load_failed(&Failure {
-                kind: FailureKind::Permanent,
-                message: format!("`load` and `warmup` did not return within {limit:?} (load_timeout_seconds); their thread is left behind").into(),
-            });
+            self.on_load_failed(&failure(format!(
+                "`load` and `warmup` did not return within {limit:?} (load_timeout_seconds); their thread is left behind"
+            )));
         }
         if overdue > 0 {
             self.on_replicas_changed();
@@ -554,7 +553,7 @@ impl Walk {
         self,
         replicas: Vec<Arc<Replica>>,
         change: VolumeChange,
-        reply: oneshot::Sender<Vec<Result<(), String>>>,
+        reply: oneshot::Sender<Vec<Result<(), Failure>>>,
     ) {
         let change = Arc::new(change);
         let mut results = Vec::with_capacity(replicas.len());
@@ -567,7 +566,7 @@ impl Walk {
         let _ = reply.send(results);
     }
 
-    async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), String> {
+    async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), Failure> {
         // One that has left meanwhile has nothing to change.
         let Some(instance) = replica.instance() else { return Ok(()) };
         let (done, result) = oneshot::channel();
@@ -583,11 +582,11 @@ impl Walk {
             }
         };
         if let Err(error) = thread::Builder::new().name("volume hook".into()).spawn(run) {
-            return Err(format!("can't start a thread for on_volume_reload: {error}"));
+            return Err(failure(format!("can't start a thread for on_volume_reload: {error}")));
         }
         match tokio::time::timeout(self.limit, result).await {
-            Ok(Ok(result)) => result.map_err(|failure| failure.message.to_string()),
-            Ok(Err(_)) => Err("on_volume_reload ended without a result".into()),
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(failure("on_volume_reload ended without a result".into())),
             Err(_) => {
                 // At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has
                 // given it up already.
@@ -595,11 +594,16 @@ impl Walk {
                 if let Some(orders) = self.orders.upgrade() {
                     let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
                 }
-                Err(format!(
+                Err(failure(format!(
                     "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
                     self.limit
-                ))
+                )))
             }
         }
     }
+}
+
+/// What the host has to say in the plugin's stead.
+fn failure(message: String) -> Failure {
+    Failure { kind: FailureKind::Permanent, message: message.into() }
 }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_loader::{Failure, Instance};
+use modalkit_loader::{Failure, FailureKind, Instance};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
@@ -113,7 +113,7 @@ impl Golden {
     /// The first request that isn't answered as the file says.
     pub fn ask(&self, generation: &Generation, instance: &Instance) -> Result<(), GoldenError> {
         for (place, case) in self.cases.iter().enumerate() {
-            let answer = |failed: String| GoldenError::Failed { place, reason: failed };
+            let answer = |failure: Failure| GoldenError::Failed { place, reason: failure.message.into() };
             let found = answer_of(generation, instance, case).map_err(answer)?;
             if let Some((at, expected, found)) = difference(&case.output, &found, case.tolerance, "") {
                 return Err(GoldenError::Wrong { place, at, expected, found });
@@ -135,16 +135,16 @@ impl Golden {
     }
 }
 
-fn answer_of(generation: &Generation, instance: &Instance, case: &Case) -> Result<Value, String> {
-    let said = |failure: Failure| failure.message.to_string();
+fn answer_of(generation: &Generation, instance: &Instance, case: &Case) -> Result<Value, Failure> {
+    let failure = |message: String| Failure { kind: FailureKind::Permanent, message: message.into() };
     let decoded = generation.plugin.decode(Some(instance), case.input.get().as_bytes());
-    let item = decoded.map_err(|rejection| format!("the input was turned down: {rejection:?}"))?;
+    let item = decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
     let mut batch = instance.begin(vec![item]).expect("the same plugin decoded it");
-    batch.preprocess().map_err(said)?;
-    batch.predict().map_err(said)?;
-    let outcome = batch.postprocess().map_err(said)?.pop().ok_or("the plugin returned no outcome")?;
-    let json = outcome.map_err(said)?;
-    let mut answer: Value = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
+    batch.preprocess()?;
+    batch.predict()?;
+    let outcome = batch.postprocess()?.pop();
+    let json = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
+    let mut answer: Value = serde_json::from_slice(&json).map_err(|error| failure(error.to_string()))?;
     if let Some(members) = answer.as_object_mut() {
         members.remove("status");
     }

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use modalkit_loader::Failure;
+
 use super::{Event, HookReply, Machine, Serving};
 use crate::{
     pipeline::VolumeChange,
@@ -48,7 +50,7 @@ impl Machine {
         });
     }
 
-    pub(super) async fn on_hooked(&mut self, results: Vec<Result<(), String>>) {
+    pub(super) async fn on_hooked(&mut self, results: Vec<Result<(), Failure>>) {
         let Some((change, waiting)) = self.hook.running.take() else { return };
         let report = self.hook_report(change, results);
         self.journal.hooks += 1;
@@ -76,12 +78,15 @@ impl Machine {
         }
     }
 
-    pub(super) fn hook_report(&self, change: VolumeChange, results: Vec<Result<(), String>>) -> HookReport {
+    pub(super) fn hook_report(&self, change: VolumeChange, results: Vec<Result<(), Failure>>) -> HookReport {
         HookReport {
             at_unix_ms: unix_ms(),
             volume: change.volume,
             changed: change.changed,
-            errors: results.into_iter().map(Result::err).collect(),
+            errors: results
+                .into_iter()
+                .map(|result| result.err().map(|failure| failure.message.into()))
+                .collect(),
         }
     }
 }

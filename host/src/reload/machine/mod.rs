@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_loader::{LoadError, Plugin, Staged};
+use modalkit_loader::{Failure, LoadError, Plugin, Staged};
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
@@ -74,7 +74,7 @@ pub(super) enum Event {
     /// A generation that was replaced by this entry of the journal has left.
     Left(u64),
     /// A hook has run on every replica.
-    Hooked(Vec<Result<(), String>>),
+    Hooked(Vec<Result<(), Failure>>),
     /// The generation on trial failed it.
     TrialFailed,
     /// Time to look at the trial.
