@@ -3,7 +3,8 @@
 //! library, and never knows models.
 //!
 //! A plugin file has settled when it is whole (its ELF section table lies within it) and its writer has closed or renamed it, or
-//! it has held still for `settle_ms`. Model data says nothing of itself: without such an event it must hold still for longer.
+//! it has held still for `settle_ms`. One that events show being written waits for its end, for `settle_timeout` at most; one
+//! that was written over in place, with nobody seen, holds still for longer. So does model data, which says nothing of itself.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
