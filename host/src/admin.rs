@@ -7,24 +7,27 @@ use hyper::{
     header::{HeaderValue, RETRY_AFTER},
 };
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
+    access::Access,
     admission::Gate,
+    config::ModelSpec,
     dispatch::{self, Models},
     egress::{HttpResponse, object_response, text_response},
     pipeline::{Generation, Model, Status},
+    reconfigure,
     reload::Report,
     telemetry::{METRICS_CONTENT_TYPE, Metrics},
 };
 
 /// `GET /health`: the process answers, and how its models are.
 #[must_use]
-pub fn health(models: &Models) -> HttpResponse {
+pub fn health(models: &Models, reasons: bool) -> HttpResponse {
     let all = models.all();
     let healthy = all.values().all(|model| is_ready(model));
-    let models: BTreeMap<&String, Arc<Status>> =
-        all.iter().map(|(name, model)| (name, model.status())).collect();
+    let models: BTreeMap<&String, Value> =
+        all.iter().map(|(name, model)| (name, shown(&model.status(), reasons))).collect();
     let status = if healthy { "ok" } else { "degraded" };
     object_response(StatusCode::OK, &json!({"status": status, "models": models}))
 }
@@ -37,21 +40,38 @@ pub fn live() -> HttpResponse {
 
 /// `GET /readyz`: the volumes have been looked through, every model serves and new requests are taken.
 #[must_use]
-pub fn ready(models: &Models, gate: &Gate) -> HttpResponse {
+pub fn ready(models: &Models, gate: &Gate, access: &Access, reasons: bool) -> HttpResponse {
     let all = models.all();
-    let waiting: BTreeMap<&String, Arc<Status>> = all
+    let waiting: BTreeMap<&String, Value> = all
         .iter()
         .filter(|(_, model)| !is_ready(model))
-        .map(|(name, model)| (name, model.status()))
+        .map(|(name, model)| (name, shown(&model.status(), reasons)))
         .collect();
-    if waiting.is_empty() && models.are_complete() && !gate.is_closed() {
+    let keys = access.missing();
+    if waiting.is_empty() && keys.is_empty() && models.are_complete() && !gate.is_closed() {
         return object_response(StatusCode::OK, &json!({"ready": true}));
     }
     let looking = !models.are_complete();
-    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting});
+    let keys = if reasons { json!(keys) } else { json!(keys.len()) };
+    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys});
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response
+}
+
+/// `GET /config`: every setting with its value and where that comes from, and what became of the last change. Secrets are hidden.
+#[must_use]
+pub fn config(now: &reconfigure::Now) -> HttpResponse {
+    let rows: Vec<Value> = now
+        .loaded
+        .rows()
+        .into_iter()
+        .map(|row| json!({"key": row.key, "value": row.value, "from": row.at}))
+        .collect();
+    let body = json!({
+        "app_name": now.loaded.config.app_name, "settings": rows, "warnings": now.loaded.warnings, "last_change": now.last,
+    });
+    object_response(StatusCode::OK, &body)
 }
 
 /// `GET /metrics`.
@@ -114,26 +134,27 @@ struct WholeReport<'a> {
 /// A model, and what was seen of it at one moment.
 struct Seen<'a> {
     model: &'a Model,
+    spec: Arc<ModelSpec>,
     status: Arc<Status>,
     serving: Option<Arc<Generation>>,
 }
 
 impl<'a> Seen<'a> {
     fn of(model: &'a Arc<Model>) -> Self {
-        Self { model, status: model.status(), serving: model.serving().ok() }
+        Self { model, spec: model.spec(), status: model.status(), serving: model.serving().ok() }
     }
 
     fn report(&self) -> ModelReport<'_> {
-        let Self { model, status, serving } = self;
+        let Self { model, spec, status, serving } = self;
         ModelReport {
-            name: &model.spec.name,
+            name: &model.name,
             status,
-            plugin: &model.spec.plugin,
+            plugin: &spec.plugin,
             replicas: model.metrics.replicas.get(),
             replicas_stuck: model.metrics.replicas_stuck.get(),
             queued: model.metrics.queued.get(),
-            max_batch_size: model.spec.batch.max_batch_size,
-            wait_ms: model.spec.batch.wait.as_millis(),
+            max_batch_size: spec.batch.max_batch_size,
+            wait_ms: spec.batch.wait.as_millis(),
             generation: serving.as_ref().map(|generation| GenerationReport {
                 number: generation.number,
                 plugin_name: generation.plugin.name(),
@@ -144,6 +165,15 @@ impl<'a> Seen<'a> {
             }),
         }
     }
+}
+
+/// A status; for those who may not look inside, without its reason.
+fn shown(status: &Status, reasons: bool) -> Value {
+    let mut whole = json!(status);
+    if let Some(members) = whole.as_object_mut().filter(|_| !reasons) {
+        members.retain(|key, _| key == "state");
+    }
+    whole
 }
 
 fn is_ready(model: &Model) -> bool {

@@ -11,7 +11,7 @@ use crate::job::JobError;
 
 /// Counts what is inside and closes for a shutdown.
 pub struct Gate {
-    requests_max: usize,
+    requests_max: AtomicUsize,
     requests: Count,
     jobs: Count,
     closed: AtomicBool,
@@ -34,12 +34,17 @@ impl Gate {
     #[must_use]
     pub fn new(requests_max: usize) -> Arc<Self> {
         Arc::new(Self {
-            requests_max,
+            requests_max: requests_max.into(),
             requests: Count::default(),
             jobs: Count::default(),
             closed: AtomicBool::new(false),
             left: Notify::new(),
         })
+    }
+
+    /// Lets this many in from now on; those inside stay.
+    pub fn set_requests_max(&self, requests_max: usize) {
+        self.requests_max.store(requests_max, Ordering::Relaxed);
     }
 
     /// Lets a request in, where there is room and the host isn't draining.
@@ -53,7 +58,7 @@ impl Gate {
         if self.is_closed() {
             return Err(JobError::Unavailable("the server is shutting down".into()));
         }
-        if inside >= self.requests_max {
+        if inside >= self.requests_max.load(Ordering::Relaxed) {
             return Err(JobError::Busy("too many requests are in flight (allow_concurrent_inputs_handler)"));
         }
         Ok(permit)

@@ -8,13 +8,15 @@ use tokio::{
 };
 
 use crate::{
+    access::{self, Access},
     admission::Gate,
-    config::Config,
+    config::{Loaded, Sources},
     dispatch::Models,
-    ingress::{self, Context},
+    ingress::{self, Certificate, Context},
     jobs::Jobs,
+    mounts, reconfigure,
     reload::Reload,
-    telemetry::Metrics,
+    telemetry::{LogLevels, Metrics},
 };
 
 /// How long threads get to leave after the last answer: plugins close files and devices meanwhile.
@@ -32,20 +34,26 @@ pub enum Ended {
     CutOff,
 }
 
-/// Serves until `stop` is ready, then drains. Configurations that come through `changes` are applied as far as they can be
-/// without a restart.
+/// Serves until `stop` is ready, then drains. The configuration is read again when its files change and at each hang-up, and
+/// applied as far as it can be without a restart.
 ///
 /// # Errors
 /// The address is taken, or the private folder for plugins can't be made.
 pub async fn run(
-    config: Config,
-    mut changes: mpsc::Receiver<Config>,
+    sources: Sources,
+    loaded: Loaded,
+    log: LogLevels,
+    hang_ups: mpsc::Receiver<()>,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
-    for key in &config.without_effect {
-        tracing::warn!(key, "this key has no effect in this version");
-    }
+    let loaded = Arc::new(loaded);
+    let config = loaded.config.clone();
+    loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    mounts::put_in_place(&config.mounts).await;
     let server = config.server.clone();
+    // For connections that this host opens itself. Another may have been installed before by whoever runs it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let certificate = server.tls.clone().map(Certificate::read).transpose()?;
     let listener = bind(server.listen).await?;
     let address = listener.local_addr()?;
 
@@ -54,18 +62,44 @@ pub async fn run(
     let gate = Gate::new(config.requests_max);
     let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
     let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
-    let context = Context::new(server.clone(), Arc::clone(&gate), models, jobs, metrics, control.clone());
+    let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
+    let (tell_keys, specs) = watch::channel(loaded.config.auth.clone());
+    let running = reconfigure::Running {
+        control: control.clone(),
+        models: Arc::clone(&models),
+        gate: Arc::clone(&gate),
+        keys: tell_keys,
+        log,
+    };
+    let (reconfigure, configuration) = reconfigure::prepare(sources, loaded, running);
+    let context = Context::new(
+        server.clone(),
+        Arc::clone(&access),
+        Arc::clone(&gate),
+        models,
+        jobs,
+        metrics,
+        control,
+        configuration,
+    );
     let (shut_down, shutdown) = watch::channel(false);
-    let listener = ingress::Listener::new(listener, context)?;
+    let scheme = if certificate.is_some() { "https" } else { "http" };
+    let acceptor = certificate.as_ref().map(Certificate::acceptor);
+    let listener = ingress::Listener::new(listener, context, acceptor)?;
     let serving = tokio::spawn(listener.serve(shutdown));
-    tracing::info!(%address, url = format!("http://{address}"), "listening");
-
-    let mut stop = std::pin::pin!(stop);
-    loop {
-        tokio::select! {
-            Some(config) = changes.recv() => control.configure(config).await,
-            () = &mut stop => break,
+    let follow = async {
+        match certificate {
+            Some(certificate) => certificate.follow().await,
+            None => std::future::pending().await,
         }
+    };
+    tracing::info!(%address, url = format!("{scheme}://{address}"), "listening");
+
+    tokio::select! {
+        never = reconfigure.run(hang_ups) => match never {},
+        never = follow => match never {},
+        never = access::refresh(access, specs) => match never {},
+        () = stop => {}
     }
 
     let begun = Instant::now();

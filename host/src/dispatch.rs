@@ -151,10 +151,8 @@ impl Queue {
     /// An empty queue.
     #[must_use]
     pub fn new(policy: BatchPolicy, metrics: Arc<ModelMetrics>) -> Self {
-        let policy =
-            Policy { max_batch_size: policy.max_batch_size, wait: policy.wait, queue_max: policy.queue_max };
         let state = State {
-            batcher: Batcher::new(policy),
+            batcher: Batcher::new(of_config(policy)),
             free: Vec::new(),
             asleep: 0,
             timer: None,
@@ -227,6 +225,13 @@ impl Queue {
         self.metrics.queued.set(state.batcher.len() as i64);
         drop(state);
         self.metrics.skipped_cancelled.inc_by(cancelled.len() as u64);
+    }
+
+    /// Makes batches like this from now on.
+    pub fn set_policy(&self, policy: BatchPolicy) {
+        self.state.lock().batcher.set_policy(of_config(policy));
+        // Lanes that wait for a batch to fill look at the new limits.
+        self.work.notify_all();
     }
 
     /// Takes jobs from now on.
@@ -376,6 +381,10 @@ impl State {
             self.timer = None;
         }
     }
+}
+
+fn of_config(policy: BatchPolicy) -> Policy {
+    Policy { max_batch_size: policy.max_batch_size, wait: policy.wait, queue_max: policy.queue_max }
 }
 
 /// The error for more items than a queue can ever hold.

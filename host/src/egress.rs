@@ -5,15 +5,17 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     Response, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
+    header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use modalkit_loader::{Failure, FailureKind};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::{
+    access::AccessError,
     dispatch,
     job::{Detail, JobError, Reply},
+    reconfigure::Change,
     reload::{ControlError, Entry, Outcome, VolumeModel, VolumeReport},
 };
 
@@ -87,6 +89,42 @@ pub fn with_meta(answer: &[u8], meta: &[u8]) -> Bytes {
     body.extend_from_slice(meta);
     body.push(b'}');
     body.into()
+}
+
+/// Why a caller was not let in.
+#[must_use]
+pub fn denied(access: &AccessError) -> HttpResponse {
+    let status = match access {
+        AccessError::Missing { .. } | AccessError::Wrong { .. } => StatusCode::UNAUTHORIZED,
+        AccessError::Forbidden(_) => StatusCode::FORBIDDEN,
+        AccessError::TooOften(_) | AccessError::TooMany => StatusCode::TOO_MANY_REQUESTS,
+        AccessError::Unknown => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let mut response = object_response(status, &json!({"detail": access.to_string()}));
+    let headers = response.headers_mut();
+    if status == StatusCode::UNAUTHORIZED {
+        headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    let wait = match access {
+        AccessError::TooOften(wait) => Some(wait.as_secs() + 1),
+        AccessError::TooMany | AccessError::Unknown => Some(dispatch::RETRY_AFTER.as_secs()),
+        _ => None,
+    };
+    if let Some(seconds) = wait {
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+/// What became of a changed configuration: 409 where everything stayed as it was.
+#[must_use]
+pub fn reconfigured(change: &Change) -> HttpResponse {
+    let status = match change {
+        Change::Unchanged | Change::Applied { .. } => StatusCode::OK,
+        Change::Refused { .. } => StatusCode::CONFLICT,
+        Change::Stopping => return unavailable("it is shutting down"),
+    };
+    object_response(status, change)
 }
 
 /// Status and body of an error.

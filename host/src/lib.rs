@@ -4,16 +4,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod admin;
 pub mod admission;
 pub mod app;
-pub mod client;
 pub mod config;
 pub mod dispatch;
 pub mod egress;
 pub mod ingress;
 pub mod job;
 pub mod jobs;
+pub mod mounts;
 pub mod pipeline;
+pub mod reconfigure;
 pub mod reload;
 pub mod telemetry;

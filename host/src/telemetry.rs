@@ -6,12 +6,18 @@
 use std::{io::IsTerminal, sync::Arc};
 
 use modalkit_loader::LogLevel;
+use parking_lot::RwLock;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder, exponential_buckets,
 };
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::{Level, level_filters::LevelFilter};
+use tracing_subscriber::{
+    filter::{ParseError, Targets},
+    layer::SubscriberExt,
+    reload,
+    util::SubscriberInitExt,
+};
 
 /// Content type of [`Metrics::render`].
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -35,6 +41,8 @@ pub struct Metrics {
     reloads: IntCounterVec,
     hooks: IntCounterVec,
     generation: IntGaugeVec,
+    /// Calls by key (its name; empty where none was recognised) and outcome: `ok`, `limited`, `refused`.
+    pub calls_by_key: IntCounterVec,
     /// Plugin libraries that this process has opened: none is ever closed.
     pub libraries: IntGauge,
     /// Requests inside the host.
@@ -213,6 +221,11 @@ impl Metrics {
                 &["model", "outcome"],
             ),
             generation: gauges("modalkit_generation", "the generation that serves"),
+            calls_by_key: counter(
+                "modalkit_key_calls_total",
+                "calls by key and what became of them",
+                &["key", "outcome"],
+            ),
             libraries: gauge("modalkit_plugin_libraries", "plugin libraries opened, none is ever closed"),
             requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
             connections: gauge("modalkit_connections", "open connections"),
@@ -285,27 +298,63 @@ fn resident_bytes() -> Option<f64> {
     Some(kibibytes * 1024.0)
 }
 
+/// Changes the log's levels while the host runs.
+#[derive(Clone)]
+pub struct LogLevels(reload::Handle<Targets, tracing_subscriber::Registry>);
+
+/// The levels as they were said: lines of plugins are held against them by their own modules.
+static LEVELS: RwLock<Option<Targets>> = RwLock::new(None);
+
+/// What lines of plugins are logged under here.
+const PLUGIN_TARGET: &str = "plugin";
+
+impl LogLevels {
+    /// Whether these are levels such as `info,modalkit=debug`.
+    ///
+    /// # Errors
+    /// They aren't.
+    pub fn check(&self, levels: &str) -> Result<(), ParseError> {
+        levels.parse::<Targets>().map(drop)
+    }
+
+    /// Logs at these levels from now on; levels that are none change nothing. Plugins are told by [`plugin_level`].
+    pub fn set(&self, levels: &str) {
+        if let Ok(levels) = levels.parse::<Targets>() {
+            // It fails where the subscriber is gone, and then nobody logs.
+            let _ = self.0.reload(with_plugins(&levels));
+            *LEVELS.write() = Some(levels);
+        }
+    }
+}
+
 /// Sends the log to standard error: for people on a terminal, as JSON lines otherwise.
 ///
 /// # Errors
 /// `levels` isn't a list of levels such as `info,modalkit=debug`.
-pub fn install_log(levels: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter: Targets = levels.parse()?;
+pub fn install_log(levels: &str) -> Result<LogLevels, ParseError> {
+    let levels: Targets = levels.parse()?;
+    let (filter, handle) = reload::Layer::new(with_plugins(&levels));
+    *LEVELS.write() = Some(levels);
     let people = std::io::stderr().is_terminal();
     let for_people = people.then(|| tracing_subscriber::fmt::layer().with_writer(std::io::stderr));
     let for_machines = (!people)
         .then(|| tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(std::io::stderr));
-    tracing_subscriber::registry()
-        .with(for_people.with_filter(filter.clone()))
-        .with(for_machines.with_filter(filter))
-        .init();
-    Ok(())
+    tracing_subscriber::registry().with(filter).with(for_people).with(for_machines).init();
+    Ok(LogLevels(handle))
+}
+
+/// Lines of plugins have been held against the levels before they come here.
+fn with_plugins(levels: &Targets) -> Targets {
+    levels.clone().with_target(PLUGIN_TARGET, LevelFilter::TRACE)
 }
 
 /// The least severe level that plugins need to send.
 #[must_use]
 pub fn plugin_level() -> LogLevel {
-    match LevelFilter::current() {
+    let levels = LEVELS.read();
+    let Some(levels) = levels.as_ref() else { return LogLevel::Off };
+    let all = levels.iter().map(|(_, level)| level).chain(levels.default_level());
+    match all.max().unwrap_or(LevelFilter::OFF) {
         LevelFilter::OFF => LogLevel::Off,
         LevelFilter::ERROR => LogLevel::Error,
         LevelFilter::WARN => LogLevel::Warn,
@@ -317,17 +366,19 @@ pub fn plugin_level() -> LogLevel {
 
 /// Takes a line of a plugin's into the host's log.
 pub fn plugin_line(level: LogLevel, model: &str, target: &str, message: &str, fields: &str) {
+    let wanted =
+        |level: Level| LEVELS.read().as_ref().is_some_and(|levels| levels.would_enable(target, &level));
     macro_rules! line {
         ($event:ident) => {
-            tracing::$event!(target: "plugin", model, from = target, fields, "{message}")
+            tracing::$event!(target: PLUGIN_TARGET, model, from = target, fields, "{message}")
         };
     }
     match level {
-        LogLevel::Off => {}
-        LogLevel::Error => line!(error),
-        LogLevel::Warn => line!(warn),
-        LogLevel::Info => line!(info),
-        LogLevel::Debug => line!(debug),
-        LogLevel::Trace => line!(trace),
+        LogLevel::Error if wanted(Level::ERROR) => line!(error),
+        LogLevel::Warn if wanted(Level::WARN) => line!(warn),
+        LogLevel::Info if wanted(Level::INFO) => line!(info),
+        LogLevel::Debug if wanted(Level::DEBUG) => line!(debug),
+        LogLevel::Trace if wanted(Level::TRACE) => line!(trace),
+        _ => {}
     }
 }

@@ -1,7 +1,12 @@
 //! What a pipeline is given when it is loaded and when a volume changes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -22,6 +27,17 @@ pub struct LoadContext<S> {
     pub(crate) all_model_data_folder: PathBuf,
     pub(crate) common_settings: Value,
     pub(crate) settings: S,
+    pub(crate) secrets: Secrets,
+}
+
+/// Secrets by name. Printed, it shows the names.
+#[derive(Clone, Default)]
+pub(crate) struct Secrets(pub(crate) BTreeMap<String, String>);
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.keys()).finish()
+    }
 }
 
 impl<S> LoadContext<S> {
@@ -68,6 +84,20 @@ impl<S> LoadContext<S> {
         &self.settings
     }
 
+    /// A secret that the model's `deployment_config` names in `secrets`; `None` where it isn't named there, or the host found
+    /// none of this name. A folder of secrets named `NAME` gives each of its files as `NAME/FILE`.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{LoadContext, NoSettings, PipelineError};
+    /// fn token(ctx: &LoadContext<NoSettings>) -> Result<&str, PipelineError> {
+    ///     ctx.secret("hub-token").ok_or_else(|| PipelineError::permanent("name hub-token in the model's `secrets`"))
+    /// }
+    /// ```
+    #[must_use]
+    pub fn secret(&self, name: &str) -> Option<&str> {
+        self.secrets.0.get(name).map(String::as_str)
+    }
+
     /// The settings, to be kept.
     ///
     /// ```
@@ -109,7 +139,7 @@ impl<S> LoadContext<S> {
 /// let error = TestKit::new().settings(serde_json::json!({"top_k": 3})).load::<Plain>().err().unwrap();
 /// assert!(error.to_string().contains("`top_k`"));
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct NoSettings {}
 
 /// What changed in a volume, for [`crate::InferencePipeline::on_volume_reload`].

@@ -15,12 +15,13 @@ use modalkit_abi::{
         library::{LibHeader, RootModuleResult},
         marker_type::ErasedPrefix,
         prefix_type::{PrefixRefTrait, PrefixTypeTrait},
-        std_types::{RErr, ROk, ROption, RResult, RSlice, RString},
+        std_types::{RErr, ROk, ROption, RResult, RSlice, RStr, RString},
     },
 };
 
 use crate::{
     InferencePipeline, PipelineError, VolumeReload,
+    context::parse_settings,
     forward::{self, serving},
     instance::{Batch, Instance, Refusal, parse, render},
     schema,
@@ -95,6 +96,7 @@ pub fn constructor_of<P: InferencePipeline>(name: &'static str, version: &'stati
     let module = PluginModule {
         describe: describe::<P>,
         attach,
+        check_settings: check_settings::<P>,
         load: load::<P>,
         warmup: warmup::<P>,
         volume_reload: volume_reload::<P>,
@@ -120,6 +122,7 @@ extern "C" fn describe<P: InferencePipeline>() -> RResult<Description, Failure> 
             version: version.into(),
             input_schema: schema::of_input::<P::Input>().to_string().into(),
             output_schema: schema::of_output::<P::Output>()?.to_string().into(),
+            settings_schema: schema::of_settings::<P::Settings>().to_string().into(),
         })
     })
 }
@@ -131,6 +134,10 @@ extern "C" fn attach(host: HostApi) {
     });
     // A plugin whose log can't be connected still serves; there is nowhere to say so.
     drop(attached);
+}
+
+extern "C" fn check_settings<P: InferencePipeline>(json: RStr<'_>) -> RResult<(), Failure> {
+    guarded(|| parse_settings::<P::Settings>(&json).map(drop))
 }
 
 extern "C" fn load<P: InferencePipeline>(args: LoadArgs<'_>) -> RResult<InstanceHandle, Failure> {

@@ -6,7 +6,8 @@ use modalkit_abi::LoadArgs;
 use parking_lot::{ArcRwLockReadGuard, RawRwLock, RwLock};
 
 use crate::{
-    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, context::parse_settings,
+    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload,
+    context::{Secrets, parse_settings},
     object,
 };
 
@@ -32,6 +33,9 @@ impl<P: InferencePipeline> Instance<P> {
             common_settings: serde_json::from_str(&args.common_settings)
                 .map_err(|error| PipelineError::permanent(error).context("`common` is no JSON"))?,
             settings: parse_settings(&args.settings)?,
+            secrets: Secrets(
+                args.secrets.iter().map(|secret| (secret.name.into(), secret.value.into())).collect(),
+            ),
         };
         Ok(Self {
             model: args.model_name.as_str().into(),

@@ -36,7 +36,7 @@ pub type Outcome<T> = Result<T, PipelineError>;
 /// use serde::{Deserialize, Serialize};
 /// use serde_json::json;
 ///
-/// #[derive(Deserialize)]
+/// #[derive(Deserialize, JsonSchema)]
 /// struct Settings {
 ///     scale: f64,
 /// }
@@ -105,8 +105,8 @@ pub type Outcome<T> = Result<T, PipelineError>;
 /// ```
 pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// The pipeline's own keys of the model's entry in the configuration; [`crate::NoSettings`] where it has none.
-    /// A key that it doesn't know is an error at load.
-    type Settings: DeserializeOwned;
+    /// A key that it doesn't know is an error before load; its JSON Schema lets the host name the line and the nearest key.
+    type Settings: DeserializeOwned + JsonSchema;
     /// One request. Its JSON Schema explains to callers what was wrong with theirs.
     type Input: DeserializeOwned + JsonSchema + Send + Sync + 'static;
     /// One answer: a JSON object, without members named `status`, `error` or `meta`, which the host adds.

@@ -3,11 +3,12 @@
 
 use std::path::PathBuf;
 
-use modalkit_abi::LoadArgs;
+use modalkit_abi::{LoadArgs, Secret};
 use serde_json::{Value, json};
 
 use crate::{
     InferencePipeline, Outcome, PipelineError, VolumeReload,
+    context::Secrets,
     instance::{Instance, parse, render},
     schema,
 };
@@ -51,6 +52,7 @@ pub struct TestKit {
     all_model_data_folder: PathBuf,
     common_settings: Value,
     settings: Value,
+    secrets: Secrets,
 }
 
 impl Default for TestKit {
@@ -68,6 +70,7 @@ impl TestKit {
             all_model_data_folder: ".".into(),
             common_settings: json!({}),
             settings: json!({}),
+            secrets: Secrets::default(),
         }
     }
 
@@ -99,6 +102,13 @@ impl TestKit {
         self
     }
 
+    /// Gives a secret.
+    #[must_use]
+    pub fn secret(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.secrets.0.insert(name.into(), value.into());
+        self
+    }
+
     /// Checks the pipeline's types, then runs its `load` and `warmup`.
     ///
     /// # Errors
@@ -107,11 +117,18 @@ impl TestKit {
         schema::of_output::<P::Output>()?;
         let folder = self.all_model_data_folder.to_string_lossy();
         let (common, settings) = (self.common_settings.to_string(), self.settings.to_string());
+        let secrets: Vec<Secret<'_>> = self
+            .secrets
+            .0
+            .iter()
+            .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
+            .collect();
         let instance = Instance::load(&LoadArgs {
             model_name: self.model_name.as_str().into(),
             all_model_data_folder: folder.as_ref().into(),
             common_settings: common.as_str().into(),
             settings: settings.as_str().into(),
+            secrets: secrets.as_slice().into(),
         })?;
         instance.warmup()?;
         Ok(LoadedPipeline { instance })

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use modalkit::config;
+use modalkit::config::{self, Environment};
 use modalkit_tests::{Setup, wait_until, workspace};
 use serde_json::{Value, json};
 
@@ -128,15 +128,86 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
 #[test]
 fn the_reference_configuration_shows_the_defaults() {
     let file = workspace().join("config/modalkit.toml");
-    let shown = config::load(&[file], []).unwrap();
-    let default = config::load(&[], []).unwrap();
+    let shown = config::load(&[file], &Environment::default()).unwrap();
+    let default = config::load(&[], &Environment::default()).unwrap();
+    assert_eq!(shown.warnings, []);
+    let (shown, default) = (shown.config, default.config);
     assert_eq!(format!("{:?}", shown.server), format!("{:?}", default.server));
     assert_eq!(shown.defaults.batch, default.defaults.batch);
     assert_eq!(shown.defaults.replicas, default.defaults.replicas);
     assert_eq!(shown.defaults.reload, default.defaults.reload);
     assert_eq!(shown.requests_max, default.requests_max);
-    assert!(shown.without_effect.is_empty());
     assert_eq!(shown.models.keys().collect::<Vec<_>>(), ["digits", "echo"]);
+}
+
+/// Every key with its default, by its path; names of the user's own are `*`.
+fn keys(schema: &Value, path: &str, found: &mut Vec<(String, Option<Value>)>) {
+    let inside = |step: &str| if path.is_empty() { step.to_owned() } else { format!("{path}.{step}") };
+    let properties = schema["properties"].as_object();
+    for (key, inner) in properties.into_iter().flatten() {
+        keys(inner, &inside(key), found);
+    }
+    if schema["additionalProperties"]["properties"].is_object() {
+        keys(&schema["additionalProperties"], &inside("*"), found);
+    } else if properties.is_none() {
+        found.push((path.to_owned(), schema.get("default").cloned()));
+    }
+}
+
+/// The value behind a path; `*` is any name.
+fn behind(value: &Value, path: &str) -> Option<Value> {
+    let Some((step, rest)) = path.split_once('.').or(Some((path, ""))).filter(|_| !path.is_empty()) else {
+        return Some(value.clone());
+    };
+    match (step, value) {
+        ("*", Value::Object(members)) => members.values().find_map(|member| behind(member, rest)),
+        _ => behind(value.get(step)?, rest),
+    }
+}
+
+#[test]
+fn the_reference_configuration_has_every_key_with_its_default() {
+    let text = fs::read_to_string(workspace().join("config/modalkit.toml")).unwrap();
+    // With what stands behind a # as well.
+    let is_written = |line: &str| {
+        let word = line.split([' ', '.']).next().unwrap_or_default();
+        line.starts_with('[')
+            || line.contains(" = ")
+                && word.bytes().all(|byte| byte.is_ascii_lowercase() || b"_0123456789".contains(&byte))
+                && line.split(' ').nth(1) == Some("=")
+    };
+    let uncommented = |line: &str| match line.strip_prefix("# ").filter(|line| is_written(line)) {
+        Some(written) => written.to_owned(),
+        None => line.to_owned(),
+    };
+    let whole: String = text.lines().map(|line| uncommented(line) + "\n").collect();
+    let whole: Value = serde_json::to_value(toml::from_str::<toml::Table>(&whole).unwrap()).unwrap();
+    let schema = config::schema();
+    let faults: Vec<String> = jsonschema::validator_for(&schema)
+        .unwrap()
+        .iter_errors(&whole)
+        .map(|error| error.to_string())
+        .collect();
+    assert!(faults.is_empty(), "{faults:?}");
+    let mut known = Vec::new();
+    keys(&schema, "", &mut known);
+    assert!(known.len() > 80, "{known:?}");
+    for (path, default) in known {
+        // An entry's own batches and deployment have the keys of the application's.
+        if path.starts_with("model_settings.model_entries.*.") && path.contains("_config.") {
+            continue;
+        }
+        let shown =
+            behind(&whole, &path).unwrap_or_else(|| panic!("{path} is missing in config/modalkit.toml"));
+        let is_example = [
+            "app_settings.deployment_config.mounts",
+            "app_settings.build_config.env",
+            "model_settings.common",
+        ];
+        if let Some(default) = default.filter(|_| !is_example.contains(&path.as_str())) {
+            assert_eq!(shown, default, "{path}: the default in config/modalkit.toml");
+        }
+    }
 }
 
 /// The README's fenced blocks.

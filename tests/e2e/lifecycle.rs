@@ -118,13 +118,10 @@ fn wrong_configurations_end_with_2_and_a_hint() {
     assert!(said.contains("server.insecure = true"), "{said}");
     let (status, said) = Setup::new().config("[servr]").refuses_to_start();
     assert_eq!(status.code(), Some(2));
-    assert!(
-        said.contains("unknown field `servr`") && said.contains("modalkit.toml") && said.contains("line 1"),
-        "{said}"
-    );
+    assert!(said.contains("modalkit.toml:1:2  servr") && said.contains("did you mean server?"), "{said}");
     let (status, said) = Setup::new().variable("MODALKIT_SERVER__BODY_BYTES_MAX", "lots").refuses_to_start();
     assert_eq!(status.code(), Some(2));
-    assert!(said.contains("environment") && said.contains("body_bytes_max"), "{said}");
+    assert!(said.contains("$MODALKIT_SERVER__BODY_BYTES_MAX  server.body_bytes_max"), "{said}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod architecture;
 mod batching;
+mod configuration;
 mod digits;
 mod failures;
 mod hostile;

@@ -101,8 +101,12 @@ impl<J> Batcher<J> {
     /// An empty queue.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        let policy = Policy { max_batch_size: policy.max_batch_size.max(1), ..policy };
-        Self { policy, queue: Queue::new(), draining: false }
+        Self { policy: sensible(policy), queue: Queue::new(), draining: false }
+    }
+
+    /// Replaces the limits; what waits already stays, however much it is.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = sensible(policy);
     }
 
     /// The limits.
@@ -190,4 +194,9 @@ impl<J> Batcher<J> {
         !self.is_empty()
             && (self.queue.len() >= self.policy.max_batch_size || self.draining || self.policy.wait.is_zero())
     }
+}
+
+/// A batch of none would never end the queue.
+fn sensible(policy: Policy) -> Policy {
+    Policy { max_batch_size: policy.max_batch_size.max(1), ..policy }
 }

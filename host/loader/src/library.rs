@@ -1,7 +1,7 @@
 //! One opened library: handshake first, then layout, then calls.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::Path,
     sync::{Arc, OnceLock},
 };
@@ -9,7 +9,7 @@ use std::{
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
     ABI_VERSION, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LoadArgs, LogLevel, LogRecord, MAGIC,
-    PluginModuleRef,
+    PluginModuleRef, Secret,
     abi_stable::{
         library::{AbiHeaderRef, LibHeader, LibraryError},
         std_types::{ROption, RResult},
@@ -28,6 +28,20 @@ static LOG_SINK: OnceLock<LogSink> = OnceLock::new();
 #[derive(Clone)]
 pub struct Plugin {
     shared: Arc<Shared>,
+}
+
+/// What a pipeline is loaded with.
+pub struct Load<'a> {
+    /// The model's name.
+    pub model_name: &'a str,
+    /// The folder that holds every model's data.
+    pub all_model_data_folder: &'a str,
+    /// What all models have in common: a JSON object.
+    pub common_settings: &'a str,
+    /// The model's own keys: a JSON object.
+    pub settings: &'a str,
+    /// Secrets by name.
+    pub secrets: &'a BTreeMap<String, String>,
 }
 
 struct Shared {
@@ -70,22 +84,30 @@ impl Plugin {
         self.module().attach()(HostApi { log: forward, level });
     }
 
+    /// Says whether a JSON object is what the pipeline takes as a model's own keys.
+    ///
+    /// # Errors
+    /// Why it isn't.
+    pub fn check_settings(&self, settings: &str) -> Result<(), Failure> {
+        self.module().check_settings()(settings.into()).into_result()
+    }
+
     /// Builds a pipeline; takes as long as the author's `load`.
     ///
     /// # Errors
     /// What the pipeline's `load` said.
-    pub fn load(
-        &self,
-        model_name: &str,
-        all_model_data_folder: &str,
-        common_settings: &str,
-        settings: &str,
-    ) -> Result<Instance, Failure> {
+    pub fn load(&self, with: &Load<'_>) -> Result<Instance, Failure> {
+        let secrets: Vec<Secret<'_>> = with
+            .secrets
+            .iter()
+            .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
+            .collect();
         let args = LoadArgs {
-            model_name: model_name.into(),
-            all_model_data_folder: all_model_data_folder.into(),
-            common_settings: common_settings.into(),
-            settings: settings.into(),
+            model_name: with.model_name.into(),
+            all_model_data_folder: with.all_model_data_folder.into(),
+            common_settings: with.common_settings.into(),
+            settings: with.settings.into(),
+            secrets: secrets.as_slice().into(),
         };
         self.module().load()(args).into_result().map(|handle| Instance::new(self.clone(), handle))
     }
@@ -136,6 +158,12 @@ impl Plugin {
     #[must_use]
     pub fn output_schema(&self) -> &str {
         &self.shared.description.output_schema
+    }
+
+    /// JSON Schema of the model's own keys.
+    #[must_use]
+    pub fn settings_schema(&self) -> &str {
+        &self.shared.description.settings_schema
     }
 
     /// SHA-256 of the file, in hexadecimal.

@@ -1,71 +1,199 @@
-//! Configuration: what was written (`raw`) and what it means (`resolved`) are different types. It owns files,
-//! environment and limits, and never knows who uses them.
+//! Configuration: what was written (`keys`) and what it means (`resolved`) are different types. It owns files, environment and
+//! limits, and never knows who uses them.
+//!
+//! Each file and the environment become located values (`node`), each of these a typed layer (`layer`, `keys`, `types`); layers
+//! are merged, later ones over earlier ones, and the whole is resolved. What is wrong in any of them is told at once (`fault`).
 
-mod layers;
-mod raw;
+mod auth;
+mod environment;
+mod fault;
+mod files;
+mod keys;
+mod layer;
+mod node;
 mod resolve;
 mod resolved;
-mod values;
+mod secrets;
+mod types;
 
-use std::path::PathBuf;
-
-pub use resolved::{
-    BatchPolicy, Config, GoldenSpec, ModelSpec, Probation, ReloadPolicy, Replicas, Server, Volume, Watching,
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::PathBuf,
 };
+
+use serde_json::{Value as Json, json};
+
+pub use environment::Environment;
+pub use fault::{Fault, Faults, Place, Warning};
+pub use layer::Row;
+pub use resolved::{
+    AuthSpec, BatchPolicy, Config, GoldenSpec, KeyLimits, KeySource, KeySpec, ModelSpec, Mount, Probation,
+    ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec, TlsFiles, Volume, Watching,
+};
+
+pub use secrets::{Secrets, read_file as read_secret};
+
+use keys::Root;
+use layer::{Reader, Setting};
+use node::{Node, Value};
+
+/// What was read: the configuration, and how it came about.
+pub struct Loaded {
+    /// What it means.
+    pub config: Config,
+    /// What was written without any effect.
+    pub warnings: Vec<Warning>,
+    written: Root,
+}
+
+/// Where a configuration is read from, to be read again.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    files: Vec<PathBuf>,
+}
+
+impl Sources {
+    /// These files, the process's environment and `.env`.
+    #[must_use]
+    pub fn new(files: Vec<PathBuf>) -> Self {
+        Self { files }
+    }
+
+    /// Reads them.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn load(&self) -> Result<Loaded, Faults> {
+        load(&self.files, &Environment::of_process()?)
+    }
+
+    /// Differs where what the files say differs.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let dot_env = PathBuf::from(environment::DOT_ENV);
+        for file in self.files.iter().chain([&dot_env]) {
+            // A file that can't be read is as good as none.
+            std::fs::read(file).ok().hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+}
 
 /// Reads the files, lays the environment over them and resolves the whole.
 ///
-/// `files`: later ones win. `environment`: every variable; those that don't start with `MODALKIT_` are passed over.
+/// `files`: later ones win.
 ///
 /// # Errors
-/// A file can't be read or parsed, or a value is out of its range.
-pub fn load(
-    files: &[PathBuf],
-    environment: impl IntoIterator<Item = (String, String)>,
-) -> Result<Config, ConfigError> {
-    let raw = layers::merge(files, environment)?;
-    resolve::resolve(raw)
+/// Everything that is wrong: files that can't be read or parsed, unknown keys, wrong types, values out of their range, and values
+/// that contradict each other.
+pub fn load(files: &[PathBuf], environment: &Environment) -> Result<Loaded, Faults> {
+    let (mut faults, mut warnings) = (Vec::new(), Vec::new());
+    let mut read = Vec::new();
+    for path in files {
+        match files::read(path) {
+            Ok(file) => read.push(file),
+            Err(broken) => faults.extend(broken),
+        }
+    }
+    let roots: Vec<_> = read.iter().map(|file| &file.root).collect();
+    let variables = environment.layer(&roots, Root::KEYS, &mut faults);
+    let layers = read.iter().map(|file| (&file.root, file.lenient)).chain([(&variables, false)]);
+    let mut written = Root::default();
+    for (node, lenient) in layers {
+        let mut reader = Reader { faults: &mut faults, warnings: &mut warnings, lenient, home };
+        if let Some(layer) = Root::read(&without_comments(node), "", &mut reader) {
+            written.merge(layer);
+        }
+    }
+    written.warn("", &mut warnings);
+    let config = resolve::resolve(&written, environment, &mut faults, &mut warnings);
+    warnings.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
+    Faults::or(faults, Loaded { config, warnings, written })
 }
 
-/// Why there is no configuration.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A file can't be read.
-    #[error("can't read the configuration file {}", path.display())]
-    Unreadable {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A file isn't TOML, or has keys or types that don't belong there. The text names line and column.
-    #[error("in {}: {error}", path.display())]
-    Malformed {
-        /// Which.
-        path: PathBuf,
-        /// What the parser said.
-        error: toml::de::Error,
-    },
-    /// A variable has a name or value that doesn't belong there.
-    #[error("in the environment variables MODALKIT_…: {0}")]
-    Environment(toml::de::Error),
-    /// Two environment variables contradict each other.
-    #[error("the environment variable {name} names a key inside {parent}, which has a value of its own")]
-    Nested {
-        /// The variable.
-        name: String,
-        /// The key above.
-        parent: String,
-    },
-    /// A value is outside its range.
-    #[error("{key} is {found}; expected {expected}")]
-    Range {
-        /// The key's path.
-        key: String,
-        /// What it holds.
-        found: String,
-        /// What it may hold.
-        expected: String,
-    },
+impl Loaded {
+    /// Every setting with its value and where that comes from, defaults included; a model's batches and deployment as they are for
+    /// it, wherever that was said.
+    #[must_use]
+    pub fn rows(&self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        self.written.rows("", &Place::Default, true, &mut rows);
+        let models = self.written.model_settings();
+        let app = self.written.app_settings();
+        for (name, entry) in models.model_entries.value().into_iter().flat_map(|entries| entries.iter()) {
+            let key = layer::child("model_settings.model_entries", name);
+            let own = |table: &str| format!("{key}.{table}.");
+            rows.retain(|row| {
+                !row.key.starts_with(&own("batch_config")) && !row.key.starts_with(&own("deployment_config"))
+            });
+            let after = rows
+                .iter()
+                .rposition(|row| row.key.starts_with(&format!("{key}.")))
+                .map_or(rows.len(), |at| at + 1);
+            let mut effective = Vec::new();
+            let batch = entry.batch_config.value().cloned().unwrap_or_default().0.over(&app.batch_config());
+            batch.rows(&format!("{key}.batch_config"), &Place::Default, true, &mut effective);
+            let deployment =
+                entry.deployment_config.value().cloned().unwrap_or_default().0.over(&app.deployment_config());
+            deployment.rows(&format!("{key}.deployment_config"), &Place::Default, true, &mut effective);
+            let of_the_host = |row: &Row| {
+                let name = row.key.strip_prefix(&own("deployment_config")).unwrap_or_default();
+                resolve::OF_THE_HOST.contains(&name.split(['.', '[']).next().unwrap_or_default())
+            };
+            rows.splice(after..after, effective.into_iter().filter(|row| !of_the_host(row)));
+        }
+        rows
+    }
+
+    /// What is wrong with a key that resolved well, where it was written.
+    #[must_use]
+    pub fn fault(&self, key: &str, expected: &str, found: &str) -> Fault {
+        let at = self.rows().into_iter().find(|row| row.key == key).map_or(Place::Default, |row| row.at);
+        Fault::new(&at, key, expected, found)
+    }
+
+    /// The settings as a configuration file in JSON would hold them, defaults included. Secrets are hidden.
+    #[must_use]
+    pub fn json(&self) -> Json {
+        self.written.json(true)
+    }
+}
+
+/// The table that a key of this name belongs to, where there is just one.
+fn home(name: &str) -> Option<String> {
+    fn look(schema: &Json, path: &str, name: &str, found: &mut Vec<String>) {
+        for (key, inner) in schema["properties"].as_object().into_iter().flatten() {
+            if key == name && !path.is_empty() {
+                found.push(path.to_owned());
+            }
+            look(inner, &layer::child(path, key), name, found);
+            look(&inner["additionalProperties"], &format!("{}.NAME", layer::child(path, key)), name, found);
+        }
+    }
+    let mut found = Vec::new();
+    look(&Root::schema(), "", name, &mut found);
+    // What a model may say for itself is the same as what the application says.
+    found.retain(|path| !path.contains(".NAME") || !path.contains("_config"));
+    found.pop().filter(|_| found.is_empty())
+}
+
+/// Keys at the top that begin with `$` are about the file: `$schema` for editors, and what `check --json` adds.
+fn without_comments(root: &Node) -> Node {
+    let mut root = root.clone();
+    if let Value::Map(entries) = &mut root.value {
+        entries.retain(|entry| !entry.name.starts_with('$'));
+    }
+    root
+}
+
+/// The JSON Schema of configuration files.
+#[must_use]
+pub fn schema() -> Json {
+    let mut schema = Root::schema();
+    if let Some(members) = schema.as_object_mut() {
+        members.insert("$schema".into(), json!("https://json-schema.org/draft/2020-12/schema"));
+        members.insert("title".into(), json!("modalkit"));
+    }
+    schema
 }

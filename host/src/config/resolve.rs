@@ -1,395 +1,320 @@
-//! From what was written to what it means: defaults, ranges, and which settings lie over which. It never knows who uses them.
+//! From what was written to what it means: which settings lie over which, and what must fit together. Single values were looked
+//! at when they were read. It never knows who uses them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use super::{
-    BatchPolicy, Config, ConfigError, GoldenSpec, ModelSpec, Probation, ReloadPolicy, Replicas, Server,
-    Volume, Watching,
-    raw::{self, Raw},
-    values::{milliseconds, number, real, seconds},
+    BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, ReloadPolicy,
+    Replicas, Secrets, Server, Settings, TlsFiles, Volume, Warning, Watching, auth,
+    fault::listed,
+    keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
+    layer::{Row, Setting, child},
+    types::{MountKind, Watch},
 };
 
-const MAX_BATCH_SIZE_MAX: u64 = 1000;
-const WAIT_MS_MAX: u64 = 600_000;
-const REPLICAS_MAX: u64 = 256;
-const THREADS_MAX: u64 = 1024;
-/// Each library that touches a thread-local keeps a pthread key, of which a process has 1,024; others need some too.
-const GENERATIONS_MAX: u64 = 768;
+const DEFAULT_VOLUME: &str = "volume";
+/// The application's name ends with the value of this, or else with that.
+const POSTFIX: (&str, &str) = ("MODALKIT_APP_POSTFIX", "-dev");
+/// Keys of a deployment that count for the whole host.
+pub(super) const OF_THE_HOST: [&str; 5] =
+    ["volumes", "allow_concurrent_inputs_handler", "mounts", "secure", "region"];
 
-pub(super) fn resolve(raw: Raw) -> Result<Config, ConfigError> {
-    let app = raw.app_settings.unwrap_or_default();
-    let models = raw.model_settings.unwrap_or_default();
-    let batch = app.batch_config.clone().unwrap_or_default();
-    let deployment = app.deployment_config.clone().unwrap_or_default();
-
-    let mut without_effect = Vec::new();
-    note_unused(
-        "app_settings",
-        &[
-            ("auth_config", &app.auth_config),
-            ("build_config", &app.build_config),
-            ("queue_config", &app.queue_config),
-        ],
-        &mut without_effect,
-    );
-    note_unused_deployment("app_settings.deployment_config", &deployment, &mut without_effect);
-    if app.app_prefix.is_some() {
-        without_effect.push("app_settings.app_prefix".into());
-    }
-
-    let folder = models.local_model_repository_folder.map(PathBuf::from);
-    let raw_server = raw.server.unwrap_or_default();
-    let volumes = volumes(deployment.volumes.clone(), folder.as_ref(), raw_server.volumes.as_ref())?;
+/// What doesn't fit together is added to the faults; what comes back then is of no use.
+pub(super) fn resolve(
+    written: &Root,
+    environment: &Environment,
+    faults: &mut Vec<Fault>,
+    warnings: &mut Vec<Warning>,
+) -> Config {
+    let (app, models) = (written.app_settings(), written.model_settings());
+    let deployment = app.deployment_config();
+    let folder = models.local_model_repository_folder.value().map(PathBuf::from);
+    let volumes = volumes(&deployment, folder.as_ref(), &written.server(), faults);
     let all_model_data_folder = folder.or_else(|| volumes.first().map(|volume| volume.mount_point.clone()));
-    let defaults = ModelSpec {
-        name: String::new(),
-        plugin: String::new(),
-        batch: batch_policy("app_settings.batch_config", &batch, &raw::BatchConfig::default())?,
-        replicas: replicas(
-            "app_settings.deployment_config",
-            &deployment,
-            &raw::DeploymentConfig::default(),
-            batch_size(&batch, None),
-        )?,
-        all_model_data_folder: all_model_data_folder.unwrap_or_else(|| DEFAULT_VOLUME.into()),
-        common_settings: json(&models.common.unwrap_or_default()),
-        settings: "{}".into(),
-        plugin_sha256: None,
-        volumes: None,
-        golden: None,
-        reload: reload_policy(
-            "app_settings.deployment_config",
-            &deployment,
-            &raw::DeploymentConfig::default(),
-        )?,
+    let mut context = Resolver {
+        app: &app,
+        common: models.common().0.json().to_string(),
+        folder: all_model_data_folder.unwrap_or_else(|| DEFAULT_VOLUME.into()),
+        volumes: &volumes,
+        environment,
+        secrets_folder: written.server().secrets_folder().into(),
+        faults,
+        warnings,
     };
-    let mut specs = BTreeMap::new();
-    for (name, entry) in models.model_entries.unwrap_or_default() {
-        let key = format!("model_settings.model_entries.{name}");
-        let own_batch = entry.batch_config.unwrap_or_default();
-        let own = entry.deployment_config.unwrap_or_default();
-        note_unused_deployment(&format!("{key}.deployment_config"), &own, &mut without_effect);
-        let batch_size = batch_size(&own_batch, Some(&batch));
-        let spec = ModelSpec {
-            plugin: entry.plugin.unwrap_or_else(|| name.clone()),
-            batch: batch_policy(&format!("{key}.batch_config"), &own_batch, &batch)?,
-            replicas: replicas(&format!("{key}.deployment_config"), &own, &deployment, batch_size)?,
-            reload: reload_policy(&format!("{key}.deployment_config"), &own, &deployment)?,
-            settings: json(&entry.settings),
-            plugin_sha256: entry.plugin_sha256.map(|found| sha256(&key, &found)).transpose()?,
-            volumes: entry.volumes.map(|names| known_volumes(&key, names, &volumes)).transpose()?,
-            golden: golden(&key, entry.golden, entry.golden_latency_ms, &defaults.all_model_data_folder)?,
-            ..defaults.named(&name)
-        };
-        specs.insert(name, spec);
-    }
-    Ok(Config {
-        server: server(&raw_server)?,
-        volumes,
+    let defaults = context.model("", &ModelEntry::default(), "app_settings");
+    let entries = models.model_entries.value().cloned().unwrap_or_default();
+    let specs: BTreeMap<String, ModelSpec> = entries
+        .iter()
+        .map(|(name, entry)| {
+            let key = child("model_settings.model_entries", name);
+            (name.to_owned(), context.model(name, entry, &key))
+        })
+        .collect();
+    let auth = auth::resolve(written, environment, faults, warnings);
+    auth::check_exposure(written, &auth, faults);
+    Config {
+        app_name: format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1)),
+        server: server(&written.server(), auth::tls(written, faults)),
+        auth,
+        requests_max: deployment.allow_concurrent_inputs_handler().0 as usize,
+        mounts: mounts(&deployment),
         models: specs,
         defaults,
-        requests_max: number(
-            "app_settings.deployment_config.allow_concurrent_inputs_handler",
-            deployment.allow_concurrent_inputs_handler,
-            1024,
-            1,
-            u64::from(u32::MAX),
-        )?,
-        without_effect,
-    })
+        volumes,
+    }
 }
 
-const DEFAULT_VOLUME: &str = "volume";
+/// What all models have in common, and where faults go.
+struct Resolver<'a> {
+    app: &'a AppSettings,
+    common: String,
+    folder: PathBuf,
+    volumes: &'a [Volume],
+    environment: &'a Environment,
+    secrets_folder: PathBuf,
+    faults: &'a mut Vec<Fault>,
+    warnings: &'a mut Vec<Warning>,
+}
+
+impl Resolver<'_> {
+    fn model(&mut self, name: &str, entry: &ModelEntry, key: &str) -> ModelSpec {
+        let own_deployment = entry.deployment_config.value().cloned().unwrap_or_default().0;
+        self.warn_of_the_host(&own_deployment, &child(key, "deployment_config"));
+        let batch = entry.batch_config.value().cloned().unwrap_or_default().0.over(&self.app.batch_config());
+        let deployment = own_deployment.over(&self.app.deployment_config());
+        let batch_policy = batch_policy(&batch);
+        ModelSpec {
+            name: name.to_owned(),
+            plugin: entry.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
+            batch: batch_policy,
+            replicas: self.replicas(&deployment, batch_policy.max_batch_size as u64, key),
+            all_model_data_folder: self.folder.clone(),
+            common_settings: self.common.clone(),
+            settings: Settings::new(entry.settings.0.clone(), key),
+            secrets: self.secrets(&deployment, key),
+            plugin_sha256: entry.plugin_sha256.value().map(|digest| digest.0.clone()),
+            volumes: self.known_volumes(entry, key),
+            golden: self.golden(entry, key),
+            reload: reload_policy(&deployment),
+        }
+    }
+
+    fn warn_of_the_host(&mut self, own: &DeploymentConfig, key: &str) {
+        let mut rows = Vec::new();
+        own.rows("", &Place::Default, false, &mut rows);
+        for name in OF_THE_HOST {
+            let of_name = |row: &&Row| row.key.split(['.', '[']).next() == Some(name);
+            if let Some(row) = rows.iter().find(of_name) {
+                let why = "it counts for the whole host: say it in app_settings.deployment_config".to_owned();
+                self.warnings.push(Warning { at: row.at.clone(), key: child(key, name), why });
+            }
+        }
+    }
+
+    fn replicas(&mut self, deployment: &DeploymentConfig, batch_size: u64, key: &str) -> Replicas {
+        let min = deployment.min_replicas().0;
+        let least = min.max(1);
+        let max = deployment.concurrency_limit.value().map_or(least, |limit| limit.0);
+        if max < least {
+            self.faults.push(Fault::new(
+                &deployment.concurrency_limit.at(),
+                &format!("{}.concurrency_limit", deployment_of(key)),
+                format!("at least min_replicas, which is {min} ({})", deployment.min_replicas.at()),
+                format!("the number {max}"),
+            ));
+        }
+        // Inputs at once count only where they are more than a batch.
+        let whole_batches = (deployment.allow_concurrent_inputs().0 / batch_size).clamp(1, 1024);
+        let batches = deployment.batches_in_flight.value().map_or(whole_batches, |batches| batches.0);
+        Replicas {
+            min: min as usize,
+            max: max as usize,
+            batches_in_flight: batches as usize,
+            idle_timeout: Duration::from_secs(deployment.container_idle_timeout().0),
+            batch_timeout: deployment.batch_timeout_seconds().duration(),
+            stuck_max: deployment.stuck_replicas_max().0 as usize,
+            load_timeout: deployment.load_timeout_seconds().duration(),
+        }
+    }
+
+    fn secrets(&mut self, deployment: &DeploymentConfig, key: &str) -> Secrets {
+        let names = deployment.secrets();
+        let (secrets, missing) = Secrets::find(&names, self.environment, &self.secrets_folder);
+        for name in missing {
+            let why = format!(
+                "there is no secret {name:?}: neither a variable of the environment nor a file or folder in {}",
+                self.secrets_folder.display()
+            );
+            let warning =
+                Warning { at: deployment.secrets.at(), key: format!("{}.secrets", deployment_of(key)), why };
+            // What the application says holds for many models, and is said once.
+            if !self.warnings.iter().any(|known| (&known.at, &known.why) == (&warning.at, &warning.why)) {
+                self.warnings.push(warning);
+            }
+        }
+        secrets
+    }
+
+    fn known_volumes(&mut self, entry: &ModelEntry, key: &str) -> Option<Vec<String>> {
+        let names = entry.volumes.value()?;
+        let known = || self.volumes.iter().map(|volume| volume.name.as_str());
+        for unknown in names.iter().filter(|name| !known().any(|known| known == *name)) {
+            let expected = format!("names of volumes: {}", listed(known()));
+            let fault =
+                Fault::new(&entry.volumes.at(), &child(key, "volumes"), expected, format!("{unknown:?}"));
+            let fault = fault.meant(unknown, known());
+            self.faults.push(fault);
+        }
+        Some(names.clone())
+    }
+
+    fn golden(&mut self, entry: &ModelEntry, key: &str) -> Option<GoldenSpec> {
+        let latency = entry.golden_latency_ms.value().map(|latency| Duration::from_millis(latency.0));
+        match (entry.golden.value(), latency) {
+            (Some(file), latency_max) => {
+                // What stands with the model's data moves with it.
+                Some(GoldenSpec { file: self.folder.join(file), latency_max })
+            }
+            (None, None) => None,
+            (None, Some(_)) => {
+                self.faults.push(Fault::new(
+                    &entry.golden_latency_ms.at(),
+                    &child(key, "golden_latency_ms"),
+                    "golden beside it: the file with the requests that are timed",
+                    "a time without requests",
+                ));
+                None
+            }
+        }
+    }
+}
+
+/// The deployment's key for a model's, or for all.
+fn deployment_of(key: &str) -> String {
+    child(key, "deployment_config")
+}
 
 fn volumes(
-    written: Option<BTreeMap<String, String>>,
+    deployment: &DeploymentConfig,
     folder: Option<&PathBuf>,
-    settings: Option<&BTreeMap<String, raw::ServerVolume>>,
-) -> Result<Vec<Volume>, ConfigError> {
-    let mut mounts: Vec<(PathBuf, String)> =
-        written.unwrap_or_default().into_iter().map(|(mount, name)| (mount.into(), name)).collect();
+    server: &keys::Server,
+    faults: &mut Vec<Fault>,
+) -> Vec<Volume> {
+    let key = "app_settings.deployment_config.volumes";
+    let written = deployment.volumes.value().cloned().unwrap_or_default();
+    let mut mounts: Vec<(PathBuf, String, Place)> =
+        written.entries.into_iter().map(|(mount, (name, at))| (mount.into(), name, at)).collect();
     if mounts.is_empty() {
         let mount = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
-        mounts.push((mount, DEFAULT_VOLUME.to_owned()));
+        mounts.push((mount, DEFAULT_VOLUME.to_owned(), Place::Default));
     }
     let mut seen = BTreeSet::new();
-    if let Some((_, twice)) = mounts.iter().find(|(_, name)| !seen.insert(name)) {
-        return Err(ConfigError::Range {
-            key: "app_settings.deployment_config.volumes".into(),
-            found: format!("two volumes named {twice:?}"),
-            expected: "a name of its own for each".into(),
-        });
+    for (_, twice, at) in mounts.iter().filter(|(_, name, _)| !seen.insert(name.clone())) {
+        let found = format!("a second volume named {twice:?}");
+        faults.push(Fault::new(at, key, "a name of its own for each volume", found));
     }
-    let names: Vec<&String> = mounts.iter().map(|(_, name)| name).collect();
-    if let Some(unknown) = settings.iter().flat_map(|map| map.keys()).find(|name| !names.contains(name)) {
-        return Err(ConfigError::Range {
-            key: "server.volumes".into(),
-            found: format!("{unknown:?}"),
-            expected: format!("one of the names in app_settings.deployment_config.volumes: {names:?}"),
-        });
+    let names: Vec<&str> = mounts.iter().map(|(_, name, _)| name.as_str()).collect();
+    let settings = server.volumes.value().cloned().unwrap_or_default();
+    for (name, (_, at)) in settings.entries.iter().filter(|(name, _)| !names.contains(&name.as_str())) {
+        let expected = format!("the name of a volume in {key}: {}", listed(names.iter().copied()));
+        let fault = Fault::new(at, &child("server.volumes", name), expected, format!("{name:?}"));
+        faults.push(fault.meant(name, names.iter().copied()));
     }
-    let watching = |name: &str| match settings.and_then(|map| map.get(name)?.watch.as_deref()) {
-        None => Ok(Watching::Fitting),
-        Some("native") => Ok(Watching::Native),
-        Some("poll") => Ok(Watching::Poll),
-        Some("both") => Ok(Watching::Both),
-        Some(other) => Err(ConfigError::Range {
-            key: format!("server.volumes.{name}.watch"),
-            found: format!("{other:?}"),
-            expected: "\"native\", \"poll\" or \"both\"".into(),
-        }),
+    let watch = |name: &str| match settings.entries.get(name).and_then(|(volume, _)| volume.watch.value()) {
+        None => Watching::Fitting,
+        Some(Watch::Native) => Watching::Native,
+        Some(Watch::Poll) => Watching::Poll,
+        Some(Watch::Both) => Watching::Both,
     };
-    let volume =
-        |(mount_point, name): (PathBuf, String)| Ok(Volume { watch: watching(&name)?, name, mount_point });
-    mounts.into_iter().map(volume).collect()
+    let volume = |(mount_point, name, _): &(PathBuf, String, Place)| Volume {
+        watch: watch(name),
+        name: name.clone(),
+        mount_point: mount_point.clone(),
+    };
+    mounts.iter().map(volume).collect()
 }
 
-fn reload_policy(
-    key: &str,
-    own: &raw::DeploymentConfig,
-    over: &raw::DeploymentConfig,
-) -> Result<ReloadPolicy, ConfigError> {
-    let interval = own.volume_reload_interval_seconds.or(over.volume_reload_interval_seconds);
-    // The Python library says -1 for "only on change".
-    let hook_interval = interval.filter(|seconds| *seconds != -1.0);
-    let share = own.probation_failed_share_max.or(over.probation_failed_share_max);
-    let ratio = own.probation_p99_ratio_max.or(over.probation_p99_ratio_max);
-    let time = own.probation_seconds.or(over.probation_seconds).unwrap_or(10.0);
-    Ok(ReloadPolicy {
-        hook_interval: hook_interval
-            .map(|found| seconds(&format!("{key}.volume_reload_interval_seconds"), Some(found), found))
-            .transpose()?,
+fn mounts(deployment: &DeploymentConfig) -> Vec<Mount> {
+    let mount = |mount: &keys::Mount| {
+        Some(Mount {
+            from: Path::new(mount.local_path.value()?).to_owned(),
+            to: Path::new(mount.remote_path.value()?).to_owned(),
+            folder: mount.r#type() == MountKind::Dir,
+        })
+    };
+    deployment.mounts().iter().filter_map(mount).collect()
+}
+
+fn batch_policy(batch: &BatchConfig) -> BatchPolicy {
+    BatchPolicy {
+        max_batch_size: batch.max_batch_size().0 as usize,
+        wait: Duration::from_millis(batch.wait_ms().0),
+        queue_max: batch.queue_max().0 as usize,
+    }
+}
+
+fn reload_policy(deployment: &DeploymentConfig) -> ReloadPolicy {
+    let interval = deployment.volume_reload_interval_seconds().0;
+    ReloadPolicy {
+        // Below zero it is -1, for "only on change".
+        hook_interval: (interval > 0.0).then(|| Duration::from_secs_f64(interval)),
         probation: Probation {
-            time: match time {
-                0.0 => Duration::ZERO,
-                time => seconds(&format!("{key}.probation_seconds"), Some(time), time)?,
-            },
-            batches_min: number(
-                &format!("{key}.probation_batches_min"),
-                own.probation_batches_min.or(over.probation_batches_min),
-                10,
-                1,
-                1 << 32,
-            )? as u64,
-            failed_share_max: real(&format!("{key}.probation_failed_share_max"), share, 0.1, 0.0, 1.0)?,
-            p99_ratio_max: real(&format!("{key}.probation_p99_ratio_max"), ratio, 3.0, 1.0, 1e6)?,
+            time: Duration::from_secs_f64(deployment.probation_seconds().0),
+            batches_min: deployment.probation_batches_min().0,
+            failed_share_max: deployment.probation_failed_share_max().0,
+            p99_ratio_max: deployment.probation_p99_ratio_max().0,
         },
-    })
-}
-
-fn sha256(key: &str, found: &str) -> Result<String, ConfigError> {
-    if found.len() == 64 && found.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return Ok(found.to_ascii_lowercase());
-    }
-    Err(ConfigError::Range {
-        key: format!("{key}.plugin_sha256"),
-        found: format!("{found:?}"),
-        expected: "64 hexadecimal digits, as `sha256sum` prints them".into(),
-    })
-}
-
-fn known_volumes(key: &str, names: Vec<String>, volumes: &[Volume]) -> Result<Vec<String>, ConfigError> {
-    let known: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
-    match names.iter().find(|name| !known.contains(&name.as_str())) {
-        None => Ok(names),
-        Some(unknown) => Err(ConfigError::Range {
-            key: format!("{key}.volumes"),
-            found: format!("{unknown:?}"),
-            expected: format!("names of volumes: {known:?}"),
-        }),
     }
 }
 
-fn golden(
-    key: &str,
-    file: Option<String>,
-    latency_ms: Option<u64>,
-    folder: &Path,
-) -> Result<Option<GoldenSpec>, ConfigError> {
-    match (file, latency_ms) {
-        (None, None) => Ok(None),
-        (None, Some(found)) => Err(ConfigError::Range {
-            key: format!("{key}.golden_latency_ms"),
-            found: found.to_string(),
-            expected: "golden beside it: the file with the requests that are timed".into(),
-        }),
-        (Some(file), latency) => Ok(Some(GoldenSpec {
-            // What stands with the model's data moves with it.
-            file: folder.join(file),
-            latency_max: latency
-                .map(|found| milliseconds(&format!("{key}.golden_latency_ms"), Some(found), found))
-                .transpose()?,
-        })),
-    }
-}
-
-fn server(raw: &raw::Server) -> Result<Server, ConfigError> {
-    let listen = raw.listen.as_deref().unwrap_or("127.0.0.1:8000");
-    let listen: SocketAddr = listen.parse().map_err(|_| ConfigError::Range {
-        key: "server.listen".into(),
-        found: format!("{listen:?}"),
-        expected: "an IP address and a port, such as 127.0.0.1:8000 or [::1]:0".into(),
-    })?;
-    if !listen.ip().is_loopback() && raw.insecure != Some(true) {
-        return Err(ConfigError::Range {
-            key: "server.listen".into(),
-            found: listen.to_string(),
-            expected: "a loopback address, since anybody who reaches another one could use this server; where a proxy or a firewall guards it, set server.insecure = true".into(),
-        });
-    }
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let request_timeout_max =
-        milliseconds("server.request_timeout_ms_max", raw.request_timeout_ms_max, 600_000)?;
-    let request_timeout = milliseconds("server.request_timeout_ms", raw.request_timeout_ms, 60_000)?;
-    Ok(Server {
+fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
+    let listen = written.listen().0;
+    let milliseconds = |count: u64| Duration::from_millis(count);
+    let request_timeout_max = milliseconds(written.request_timeout_ms_max().0);
+    Server {
         listen,
-        io_threads: number("server.io_threads", raw.io_threads, cores, 1, THREADS_MAX)?,
-        connections_max: number("server.connections_max", raw.connections_max, 4096, 1, 1 << 20)?,
-        header_timeout: milliseconds("server.header_timeout_ms", raw.header_timeout_ms, 30_000)?,
-        body_timeout: milliseconds("server.body_timeout_ms", raw.body_timeout_ms, 30_000)?,
-        body_bytes_max: number("server.body_bytes_max", raw.body_bytes_max, 8 << 20, 1, 1 << 32)?,
-        decode_inline_bytes_max: number(
-            "server.decode_inline_bytes_max",
-            raw.decode_inline_bytes_max,
-            16 << 10,
-            0,
-            1 << 32,
-        )?,
-        request_timeout: request_timeout.min(request_timeout_max),
+        io_threads: written.io_threads() as usize,
+        connections_max: written.connections_max().0 as usize,
+        header_timeout: milliseconds(written.header_timeout_ms().0),
+        body_timeout: milliseconds(written.body_timeout_ms().0),
+        body_bytes_max: written.body_bytes_max().0 as usize,
+        decode_inline_bytes_max: written.decode_inline_bytes_max().0 as usize,
+        request_timeout: milliseconds(written.request_timeout_ms().0).min(request_timeout_max),
         request_timeout_max,
-        drain_timeout: Duration::from_secs(number(
-            "server.drain_timeout_seconds",
-            raw.drain_timeout_seconds,
-            30,
-            0,
-            86_400,
-        )? as u64),
-        preflight_timeout: Duration::from_secs(number(
-            "server.preflight_timeout_seconds",
-            raw.preflight_timeout_seconds,
-            30,
-            1,
-            3_600,
-        )? as u64),
-        settle: Duration::from_millis(number("server.settle_ms", raw.settle_ms, 200, 1, 60_000)? as u64),
-        settle_timeout: Duration::from_secs(number(
-            "server.settle_timeout_seconds",
-            raw.settle_timeout_seconds,
-            10,
-            1,
-            86_400,
-        )? as u64),
-        poll_interval: milliseconds("server.poll_interval_ms", raw.poll_interval_ms, 2_000)?,
-        generations_max: number("server.generations_max", raw.generations_max, 256, 1, GENERATIONS_MAX)?,
-        plugins_of_any_owner: raw.plugins_of_any_owner.unwrap_or(false),
-        plugins_of_any_mode: raw.plugins_of_any_mode.unwrap_or(false),
-        jobs_max: number("server.jobs_max", raw.jobs_max, 10_000, 1, 1 << 32)?,
-        log: raw.log.clone().unwrap_or_else(|| "info".into()),
-    })
-}
-
-fn batch_size(own: &raw::BatchConfig, over: Option<&raw::BatchConfig>) -> u64 {
-    own.max_batch_size.or(over.and_then(|over| over.max_batch_size)).unwrap_or(1).max(1)
-}
-
-fn batch_policy(
-    key: &str,
-    own: &raw::BatchConfig,
-    over: &raw::BatchConfig,
-) -> Result<BatchPolicy, ConfigError> {
-    let max_batch_size = own.max_batch_size.or(over.max_batch_size);
-    let max_batch_size = number(&format!("{key}.max_batch_size"), max_batch_size, 1, 1, MAX_BATCH_SIZE_MAX)?;
-    let wait_ms = number(&format!("{key}.wait_ms"), own.wait_ms.or(over.wait_ms), 0, 0, WAIT_MS_MAX)?;
-    let queue_max = number(&format!("{key}.queue_max"), own.queue_max.or(over.queue_max), 4096, 1, 1 << 24)?;
-    Ok(BatchPolicy { max_batch_size, wait: Duration::from_millis(wait_ms as u64), queue_max })
-}
-
-fn replicas(
-    key: &str,
-    own: &raw::DeploymentConfig,
-    over: &raw::DeploymentConfig,
-    batch_size: u64,
-) -> Result<Replicas, ConfigError> {
-    let min =
-        number(&format!("{key}.min_replicas"), own.min_replicas.or(over.min_replicas), 1, 0, REPLICAS_MAX)?;
-    let limit = own.concurrency_limit.or(over.concurrency_limit);
-    let least = min.max(1) as u64;
-    let max = number(&format!("{key}.concurrency_limit"), limit, least, least, REPLICAS_MAX)?;
-    // Inputs at once count only where they are more than a batch.
-    let inputs = own.allow_concurrent_inputs.or(over.allow_concurrent_inputs);
-    let inputs = number(&format!("{key}.allow_concurrent_inputs"), inputs, 1, 1, u64::from(u32::MAX))? as u64;
-    let batches = own.batches_in_flight.or(over.batches_in_flight);
-    let batches_in_flight = number(
-        &format!("{key}.batches_in_flight"),
-        batches,
-        (inputs / batch_size).clamp(1, THREADS_MAX),
-        1,
-        THREADS_MAX,
-    )?;
-    let idle = own.container_idle_timeout.or(over.container_idle_timeout);
-    let stuck_max = own.stuck_replicas_max.or(over.stuck_replicas_max);
-    Ok(Replicas {
-        min,
-        max,
-        batches_in_flight,
-        idle_timeout: Duration::from_secs(number(
-            &format!("{key}.container_idle_timeout"),
-            idle,
-            180,
-            1,
-            u64::from(u32::MAX),
-        )? as u64),
-        batch_timeout: seconds(
-            &format!("{key}.batch_timeout_seconds"),
-            own.batch_timeout_seconds.or(over.batch_timeout_seconds),
-            300.0,
-        )?,
-        stuck_max: number(&format!("{key}.stuck_replicas_max"), stuck_max, 2, 0, REPLICAS_MAX)?,
-        load_timeout: seconds(
-            &format!("{key}.load_timeout_seconds"),
-            own.load_timeout_seconds.or(over.load_timeout_seconds),
-            600.0,
-        )?,
-    })
-}
-
-fn json(table: &toml::Table) -> String {
-    serde_json::to_string(table).expect("TOML tables have string keys and finite or nameable values")
-}
-
-fn note_unused(parent: &str, keys: &[(&str, &Option<toml::Value>)], into: &mut Vec<String>) {
-    into.extend(keys.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| format!("{parent}.{key}")));
-}
-
-fn note_unused_deployment(parent: &str, raw: &raw::DeploymentConfig, into: &mut Vec<String>) {
-    let keys = [
-        ("gpu", &raw.gpu),
-        ("region", &raw.region),
-        ("retries", &raw.retries),
-        ("secrets", &raw.secrets),
-        ("mounts", &raw.mounts),
-        ("cloud_bucket_mounts", &raw.cloud_bucket_mounts),
-        ("secure", &raw.secure),
-    ];
-    note_unused(parent, &keys, into);
+        drain_timeout: Duration::from_secs(written.drain_timeout_seconds().0),
+        preflight_timeout: Duration::from_secs(written.preflight_timeout_seconds().0),
+        settle: milliseconds(written.settle_ms().0),
+        settle_timeout: Duration::from_secs(written.settle_timeout_seconds().0),
+        poll_interval: milliseconds(written.poll_interval_ms().0),
+        generations_max: written.generations_max().0 as usize,
+        plugins_of_any_owner: written.plugins_of_any_owner(),
+        plugins_of_any_mode: written.plugins_of_any_mode(),
+        jobs_max: written.jobs_max().0 as usize,
+        log: written.log(),
+        secrets_folder: written.secrets_folder().into(),
+        tls,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Faults, Loaded, load};
 
-    fn from(text: &str) -> Result<Config, ConfigError> {
-        resolve(toml::from_str(text).unwrap())
+    fn from(text: &str) -> Result<Loaded, Faults> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("modalkit.toml");
+        std::fs::write(&file, text).unwrap();
+        load(&[file], &Environment::default())
     }
 
     #[test]
     fn a_model_overrides_the_application() {
-        let config = from(
+        let loaded = from(
             "[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 5\n\
              [app_settings.deployment_config]\nconcurrency_limit = 4\ngpu = \"any\"\n\
              [model_settings.common]\ndevice = \"cpu\"\n\
@@ -397,28 +322,23 @@ mod tests {
              deployment_config = { allow_concurrent_inputs = 32 }\n",
         )
         .unwrap();
+        let config = &loaded.config;
         let digits = &config.models["digits"];
-        assert_eq!((digits.plugin.as_str(), digits.settings.as_str()), ("onnx", r#"{"top_k":3}"#));
+        assert_eq!((digits.plugin.as_str(), digits.settings.json()), ("onnx", r#"{"top_k":3}"#.to_owned()));
         assert_eq!((digits.batch.max_batch_size, digits.batch.wait), (8, Duration::from_millis(1)));
         assert_eq!((digits.replicas.max, digits.replicas.batches_in_flight), (4, 4));
         assert_eq!(digits.common_settings, r#"{"device":"cpu"}"#);
-        assert_eq!(config.without_effect, ["app_settings.deployment_config.gpu"]);
+        assert_eq!(loaded.warnings.len(), 1);
+        assert_eq!(loaded.warnings[0].key, "app_settings.deployment_config.gpu");
         assert_eq!(config.defaults.named("echo").replicas.batches_in_flight, 1);
+        assert_eq!(config.app_name, "modalkit-dev");
     }
 
     #[test]
     fn only_loopback_is_served_unless_said_otherwise() {
-        let error = from("[server]\nlisten = \"0.0.0.0:8000\"\n").unwrap_err().to_string();
+        let error = from("[server]\nlisten = \"0.0.0.0:8000\"\n").err().unwrap().to_string();
         assert!(error.contains("server.insecure = true"), "{error}");
         assert!(from("[server]\nlisten = \"0.0.0.0:8000\"\ninsecure = true\n").is_ok());
         assert!(from("[server]\nlisten = \"[::1]:0\"\n").is_ok());
-    }
-
-    #[test]
-    fn a_value_out_of_range_says_what_is_expected() {
-        let error = from("[app_settings.batch_config]\nmax_batch_size = 0\n").unwrap_err().to_string();
-        assert_eq!(error, "app_settings.batch_config.max_batch_size is 0; expected a number from 1 to 1000");
-        assert!(from("[app_settings.deployment_config]\nmin_replicas = 3\nconcurrency_limit = 2\n").is_err());
-        assert!(from("[app_settings.deployment_config]\nbatch_timeout_seconds = nan\n").is_err());
     }
 }

@@ -1,7 +1,15 @@
 //! What the configuration means: every value present, in its unit and within its range. It knows nothing of how it was
 //! written.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{
+    Fault, Secrets,
+    fault::{listed, nearest},
+    keys::ModelEntry,
+    node::Node,
+    types::HIDDEN,
+};
 
 /// The whole configuration.
 #[derive(Clone, Debug)]
@@ -16,8 +24,135 @@ pub struct Config {
     pub defaults: ModelSpec,
     /// Requests in flight per listener.
     pub requests_max: usize,
-    /// Known keys that were written and have no effect in this version.
-    pub without_effect: Vec<String>,
+    /// What this application is called: in traces, say.
+    pub app_name: String,
+    /// Who may call.
+    pub auth: AuthSpec,
+    /// What is put in place at the start.
+    pub mounts: Vec<Mount>,
+}
+
+/// Who may call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AuthSpec {
+    /// The header that holds a caller's key, in lower case.
+    pub header: String,
+    /// The keys.
+    pub keys: Vec<KeySpec>,
+    /// What `Modal-Key` and `Modal-Secret` must say, where they must be sent; `None` inside where nobody knows.
+    pub modal: Option<Option<(SecretText, SecretText)>>,
+    /// Where parameters are asked for.
+    pub ssm: SsmSpec,
+    /// Between two looks at keys that lie elsewhere.
+    pub refresh: Duration,
+    /// The folder with the files of secrets.
+    pub secrets_folder: PathBuf,
+}
+
+impl AuthSpec {
+    /// Whether anybody is asked who they are.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.modal.is_some() || !self.keys.is_empty()
+    }
+}
+
+/// One key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeySpec {
+    /// Its name, which is no secret.
+    pub name: String,
+    /// Where its value is.
+    pub source: KeySource,
+    /// Whether it may manage the host.
+    pub manages: bool,
+    /// Whether its answers may say where their time went.
+    pub explains: bool,
+    /// How much it may call.
+    pub limits: KeyLimits,
+}
+
+/// Where a key's value is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeySource {
+    /// Here.
+    Value(SecretText),
+    /// In the file of this secret.
+    Secret(String),
+    /// In this parameter of SSM.
+    Ssm(String),
+}
+
+impl KeySource {
+    /// The value, where it is here.
+    #[must_use]
+    pub fn value(&self) -> Option<&str> {
+        match self {
+            Self::Value(text) => Some(text),
+            Self::Secret(_) | Self::Ssm(_) => None,
+        }
+    }
+}
+
+/// A text that is nobody's business; printed, it says so.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretText(pub(super) String);
+
+impl std::ops::Deref for SecretText {
+    type Target = String;
+
+    fn deref(&self) -> &String {
+        &self.0
+    }
+}
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(HIDDEN)
+    }
+}
+
+/// How much a key may call.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct KeyLimits {
+    /// Requests a second.
+    pub requests_per_second: Option<f64>,
+    /// Requests at once after a pause.
+    pub burst: Option<u32>,
+    /// Requests in flight.
+    pub concurrency_max: Option<usize>,
+}
+
+// The configuration holds no NaN: ranges keep it out.
+impl Eq for KeyLimits {}
+
+/// Where parameters are asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SsmSpec {
+    /// Another address than the region's own.
+    pub endpoint: Option<String>,
+    /// The region.
+    pub region: String,
+}
+
+/// The files of HTTPS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate and those between it and its authority, in PEM.
+    pub certificate: PathBuf,
+    /// Its private key, in PEM.
+    pub private_key: PathBuf,
+}
+
+/// A file or folder that is put in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// What is copied.
+    pub from: PathBuf,
+    /// Where it is put.
+    pub to: PathBuf,
+    /// Whether it is a folder.
+    pub folder: bool,
 }
 
 /// `server`.
@@ -61,6 +196,10 @@ pub struct Server {
     pub jobs_max: usize,
     /// Log levels: `info`, or `info,modalkit=debug`.
     pub log: String,
+    /// The folder with one file for each secret.
+    pub secrets_folder: PathBuf,
+    /// The files of HTTPS; `None` for HTTP.
+    pub tls: Option<TlsFiles>,
 }
 
 /// A watched folder.
@@ -102,8 +241,10 @@ pub struct ModelSpec {
     pub all_model_data_folder: PathBuf,
     /// `model_settings.common` as JSON.
     pub common_settings: String,
-    /// The pipeline's own keys as JSON.
-    pub settings: String,
+    /// The pipeline's own keys.
+    pub settings: Settings,
+    /// Its secrets.
+    pub secrets: Secrets,
     /// The only content of its plugin that is taken: a SHA-256, in hexadecimal.
     pub plugin_sha256: Option<String>,
     /// The volumes whose changes it hears of, where they don't follow from its paths.
@@ -112,6 +253,63 @@ pub struct ModelSpec {
     pub golden: Option<GoldenSpec>,
     /// How a new generation is brought in.
     pub reload: ReloadPolicy,
+}
+
+/// A pipeline's own keys, and where each was written.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    node: Node,
+    key: String,
+}
+
+impl Settings {
+    pub(super) fn new(node: Node, key: &str) -> Self {
+        Self { node, key: key.to_owned() }
+    }
+
+    /// As a JSON object.
+    #[must_use]
+    pub fn json(&self) -> String {
+        self.node.json().to_string()
+    }
+
+    /// What is wrong with the value at the end of this path, as its pipeline says it; `known` are the pipeline's keys.
+    #[must_use]
+    pub fn fault(&self, path: &[&str], said: &str, unknown: bool, known: &[&str]) -> Fault {
+        let key = path.iter().fold(self.key.clone(), |key, step| super::layer::child(&key, step));
+        let mut at = self.node.place_of(path.iter().copied());
+        if let (true, Some(first)) = (path.is_empty(), self.node.entries().first()) {
+            at = first.at.clone();
+        }
+        if let (true, [name]) = (unknown, path)
+            && let Some(entry) = self.node.entries().iter().find(|entry| entry.name == *name)
+        {
+            at = entry.at.clone();
+        }
+        if unknown && let [name] = path {
+            let found = format!("the unknown key {name}");
+            // It may have been meant for the host.
+            return match nearest(name, known.iter().chain(ModelEntry::KEYS).copied()) {
+                Some(near) => Fault::new(&at, &key, "a key of the pipeline's settings or of an entry", found)
+                    .hint(format!("did you mean {near}?")),
+                None => {
+                    let known = listed(known.iter().copied());
+                    Fault::new(&at, &key, format!("a key of the pipeline's settings: {known}"), found)
+                }
+            };
+        }
+        match said.strip_prefix("expected ").and_then(|said| said.split_once(", found ")) {
+            Some((expected, found)) => Fault::new(&at, &key, expected, found),
+            None => Fault::new(&at, &key, "what the pipeline's settings say of it", said),
+        }
+    }
+}
+
+/// What a pipeline gets is what counts: a line that was added above changes nothing.
+impl PartialEq for Settings {
+    fn eq(&self, other: &Self) -> bool {
+        self.node.json() == other.node.json()
+    }
 }
 
 /// `golden` of a model's entry.

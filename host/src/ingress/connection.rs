@@ -24,11 +24,13 @@ use hyper_util::{
     server::graceful::GracefulConnection,
 };
 use tokio::{
-    io::Interest,
+    io::{AsyncRead, AsyncWrite, Interest},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::timeout,
 };
+
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     Context,
@@ -62,22 +64,23 @@ pub struct Listener {
     listener: TcpListener,
     threads: Vec<IoThread>,
     context: Arc<Context>,
+    tls: Option<TlsAcceptor>,
 }
 
 impl Listener {
-    /// Starts the threads.
+    /// Starts the threads; with an acceptor, connections begin with a handshake of TLS.
     ///
     /// # Errors
     /// The system gives no more threads.
-    pub fn new(listener: TcpListener, context: Arc<Context>) -> io::Result<Self> {
+    pub fn new(listener: TcpListener, context: Arc<Context>, tls: Option<TlsAcceptor>) -> io::Result<Self> {
         let threads = (0..context.server.io_threads).map(IoThread::start).collect::<io::Result<_>>()?;
-        Ok(Self { listener, threads, context })
+        Ok(Self { listener, threads, context, tls })
     }
 
     /// Accepts connections until `shutdown` turns true, and closes the port then. Open connections end with the request
     /// they are in; their threads live on in the value that is returned.
     pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> (Vec<IoThread>, Connections) {
-        let Self { listener, threads, context } = self;
+        let Self { listener, threads, context, tls } = self;
         let places = Arc::new(Semaphore::new(context.server.connections_max));
         for thread in threads.iter().cycle() {
             let place = tokio::select! {
@@ -97,7 +100,7 @@ impl Listener {
                         timer: ConnectionTimer::default(),
                         asked: AtomicBool::new(false),
                     });
-                    thread.runtime.spawn(run(peer, stream, place, shutdown.clone()));
+                    thread.runtime.spawn(run(peer, stream, tls.clone(), place, shutdown.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "can't accept a connection");
@@ -127,6 +130,7 @@ impl Connections {
 async fn run(
     peer: Arc<Peer>,
     stream: std::net::TcpStream,
+    tls: Option<TlsAcceptor>,
     _place: OwnedSemaphorePermit,
     mut shutdown: watch::Receiver<bool>,
 ) {
@@ -135,14 +139,43 @@ async fn run(
     let Ok(stream) = TcpStream::from_std(stream) else { return };
     // Answers are whole when they are written; waiting to fill a packet would only delay them.
     let _ = stream.set_nodelay(true);
-    let detected = tokio::select! {
-        detected = timeout(peer.context.server.header_timeout, speaks_http2(&stream)) => detected,
+    let begun = timeout(peer.context.server.header_timeout, begin(stream, tls));
+    let begun = tokio::select! {
+        begun = begun => begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         () = ended(&mut shutdown) => return,
     };
-    let Ok(Ok(http2)) = detected else {
-        tracing::debug!(peer = %peer.address, "a connection ended before it asked for anything");
-        return;
+    match begun {
+        Ok(Begun::Plain(stream, http2)) => speak(stream, http2, peer, shutdown).await,
+        Ok(Begun::Tls(stream, http2)) => Box::pin(speak(*stream, http2, peer, shutdown)).await,
+        Err(error) => {
+            tracing::debug!(peer = %peer.address, %error, "a connection ended before it asked for anything");
+        }
+    }
+}
+
+/// A connection that has said which protocol it speaks.
+enum Begun {
+    Plain(TcpStream, bool),
+    Tls(Box<TlsStream<TcpStream>>, bool),
+}
+
+async fn begin(stream: TcpStream, tls: Option<TlsAcceptor>) -> io::Result<Begun> {
+    let Some(tls) = tls else {
+        let http2 = speaks_http2(&stream).await?;
+        return Ok(Begun::Plain(stream, http2));
     };
+    let stream = tls.accept(stream).await?;
+    // Who speaks HTTP/2 over TLS says so in the handshake.
+    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    Ok(Begun::Tls(Box::new(stream), http2))
+}
+
+async fn speak(
+    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    http2: bool,
+    peer: Arc<Peer>,
+    shutdown: watch::Receiver<bool>,
+) {
     let service = service_fn({
         let peer = Arc::clone(&peer);
         move |request| {

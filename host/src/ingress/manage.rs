@@ -1,22 +1,39 @@
 //! What operators ask of single models and volumes: how they stand, a reload, a rollback. It finds the path's name, asks, and
 //! waits as long as it takes; who may ask was decided before.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use hyper::{
     HeaderMap, Method,
     header::{FORWARDED, HeaderName, ORIGIN, VIA},
 };
 
-use super::{Context, request::percent_decoded};
+use super::{
+    Context,
+    request::{Headers, percent_decoded},
+};
 use crate::{
+    access::AccessError,
     admin,
     egress::{self, HttpResponse},
     reload::ControlError,
 };
 
+/// Whether a caller may look at the host's inside and change it: with a key that manages; where there is none, from this machine.
+pub(super) fn may_manage(context: &Context, caller: IpAddr, headers: &HeaderMap) -> Result<(), AccessError> {
+    if context.access.has_management_keys() {
+        return context.access.manage(&Headers(headers));
+    }
+    if caller.to_canonical().is_loopback() && !comes_from_elsewhere(headers) {
+        return Ok(());
+    }
+    Err(AccessError::Forbidden(
+        "this answers callers on this machine only; a key with management = true opens it to others",
+    ))
+}
+
 /// Whether somebody else asks through a program on this machine: a proxy, or a page in a browser.
-pub(super) fn comes_from_elsewhere(headers: &HeaderMap) -> bool {
+fn comes_from_elsewhere(headers: &HeaderMap) -> bool {
     let x_forwarded_for = HeaderName::from_static("x-forwarded-for");
     [ORIGIN, FORWARDED, VIA, x_forwarded_for].iter().any(|name| headers.contains_key(name))
 }
@@ -32,11 +49,20 @@ pub(super) enum Managed<'p> {
     RollBack(&'p str),
     /// `/volumes/{name}/reload`
     ReloadVolume(&'p str),
+    /// `/config`
+    Config,
+    /// `/config/reload`
+    ReloadConfig,
 }
 
 impl<'p> Managed<'p> {
     /// `None` where the path is none of these.
     pub(super) fn parse(path: &'p str) -> Option<Self> {
+        match path {
+            "/config" => return Some(Self::Config),
+            "/config/reload" => return Some(Self::ReloadConfig),
+            _ => {}
+        }
         let mut steps = path.strip_prefix('/')?.split('/');
         let path = (steps.next()?, steps.next()?, steps.next());
         if steps.next().is_some() || path.1.is_empty() {
@@ -58,13 +84,15 @@ impl<'p> Managed<'p> {
             Self::ReloadModel(_) => "/models/{name}/reload",
             Self::RollBack(_) => "/models/{name}/rollback",
             Self::ReloadVolume(_) => "/volumes/{name}/reload",
+            Self::Config => "/config",
+            Self::ReloadConfig => "/config/reload",
         }
     }
 
     /// The method that it takes.
     pub(super) fn method(self) -> Method {
         match self {
-            Self::Model(_) => Method::GET,
+            Self::Model(_) | Self::Config => Method::GET,
             _ => Method::POST,
         }
     }
@@ -92,6 +120,8 @@ impl<'p> Managed<'p> {
                 let report = control.reload_volume(&percent_decoded(name)).await;
                 report.map(|report| egress::volume_reloaded(&report))
             }
+            Self::Config => Ok(admin::config(&context.configuration.now())),
+            Self::ReloadConfig => Ok(egress::reconfigured(&context.configuration.reload().await)),
         };
         answered.unwrap_or_else(|error| egress::control_error(&error))
     }

@@ -10,22 +10,27 @@ mod predict;
 mod request;
 mod routes;
 mod timer;
+mod tls;
 
 use std::sync::Arc;
 
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
-    admission::Gate, config::Server, dispatch::Models, jobs::Jobs, reload::Control, telemetry::Metrics,
+    access::Access, admission::Gate, config::Server, dispatch::Models, jobs::Jobs, reconfigure,
+    reload::Control, telemetry::Metrics,
 };
 
 pub use connection::Listener;
 use request::RequestIds;
+pub use tls::{Certificate, TlsError};
 
 /// What every request needs.
 pub struct Context {
     /// Limits and timeouts.
     pub server: Server,
+    /// Who may call.
+    pub access: Arc<Access>,
     /// Who may enter.
     pub gate: Arc<Gate>,
     /// Who answers.
@@ -34,8 +39,10 @@ pub struct Context {
     pub jobs: Arc<Jobs>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
-    /// Where changes are asked for.
+    /// Where changes of plugins are asked for.
     pub control: Control,
+    /// The configuration in force, and where a new look at it is asked for.
+    pub configuration: reconfigure::Handle,
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
@@ -46,22 +53,27 @@ pub struct Context {
 impl Context {
     /// Puts it together. The runtime it is called on parses large inputs.
     #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "the composition root names each part once")]
     pub fn new(
         server: Server,
+        access: Arc<Access>,
         gate: Arc<Gate>,
         models: Arc<Models>,
         jobs: Arc<Jobs>,
         metrics: Arc<Metrics>,
         control: Control,
+        configuration: reconfigure::Handle,
     ) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
             server,
+            access,
             gate,
             models,
             jobs,
             metrics,
             control,
+            configuration,
             ids: RequestIds::new(),
             blocking: Handle::current(),
             decoding: Arc::new(Semaphore::new(cores)),

@@ -40,7 +40,7 @@ pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &Request
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
 pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
-        let queue_max = call.model.spec.batch.queue_max;
+        let queue_max = call.model.spec().batch.queue_max;
         let items =
             examine(peer, &call, move |generation, body| decode_list(generation, body, queue_max)).await?;
         if items.is_empty() {
@@ -74,7 +74,7 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
 pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
         let opened = examine(peer, &call, Opened::decode).await?;
-        let job_id = peer.context.jobs.accept(&call.model.spec.name)?;
+        let job_id = peer.context.jobs.accept(&call.model.name)?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
         let job =
             Job { request_id: id.clone(), input: opened.message, item: Some(opened.item), reply: handle };
@@ -117,6 +117,10 @@ async fn run(
     answer: impl AsyncFnOnce(Call<'_>) -> Result<HttpResponse, JobError>,
 ) -> (Option<Arc<Model>>, HttpResponse) {
     let context = &*peer.context;
+    let _caller = match context.access.admit(&request::Headers(&head.headers)) {
+        Ok(caller) => caller,
+        Err(denied) => return (None, egress::denied(&denied)),
+    };
     let _permit = match context.gate.enter() {
         Ok(permit) => permit,
         Err(error) => return (None, egress::error(&error)),
@@ -150,7 +154,7 @@ async fn run(
     };
     let response = answered.unwrap_or_else(|error| {
         if matches!(error, JobError::Lost) {
-            tracing::error!(model = model.spec.name, request_id = %id, "a job was lost inside the host");
+            tracing::error!(model = model.name, request_id = %id, "a job was lost inside the host");
         }
         egress::error(&error)
     });
@@ -230,11 +234,11 @@ fn count(
         (Some(model), StatusCode::OK, "/predict_batch") => model.metrics.ok_batch.inc(),
         (Some(model), StatusCode::OK, _) => model.metrics.ok_async.inc(),
         (model, ..) => {
-            let name = model.map_or("", |model| &model.spec.name);
+            let name = model.map_or("", |model| &model.name);
             context.metrics.requests(name, endpoint, status.as_u16()).inc();
         }
     }
-    let model = model.map_or("", |model| model.spec.name.as_str());
+    let model = model.map_or("", |model| model.name.as_str());
     if status.is_server_error() {
         tracing::warn!(request_id = %id, endpoint, model, status = status.as_u16(), "request failed");
     } else {

@@ -13,6 +13,7 @@ use hyper::{
 };
 
 use crate::{
+    access::Shown,
     config::Server,
     job::{Deadline, Detail, JobError, RequestId},
 };
@@ -43,6 +44,15 @@ impl RequestIds {
             || RequestId::Made { process: self.process, number: self.next.fetch_add(1, Ordering::Relaxed) },
             |id| RequestId::Given(Bytes::copy_from_slice(id.as_bytes())),
         )
+    }
+}
+
+/// What access looks at.
+pub(super) struct Headers<'a>(pub(super) &'a HeaderMap);
+
+impl Shown for Headers<'_> {
+    fn header(&self, name: &str) -> Option<&[u8]> {
+        self.0.get(name).map(HeaderValue::as_bytes)
     }
 }
 

@@ -16,13 +16,13 @@ use uuid::Uuid;
 use super::{
     Context,
     connection::Peer,
-    manage::{Managed, comes_from_elsewhere},
+    manage::{Managed, may_manage},
     predict,
-    request::put_id,
+    request::{Headers, put_id},
 };
 use crate::{
     admin,
-    egress::{HttpResponse, object_response},
+    egress::{self, HttpResponse, object_response},
 };
 
 /// The paths of this host. Their names are labels of metrics.
@@ -50,10 +50,11 @@ pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<
 async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Managed<'_>) -> HttpResponse {
     let response = if head.method != managed.method() {
         wrong_method(if managed.method() == Method::GET { "GET" } else { "POST" })
-    } else if caller.to_canonical().is_loopback() && !comes_from_elsewhere(&head.headers) {
-        managed.answer(context).await
     } else {
-        for_loopback_only(managed.endpoint())
+        match may_manage(context, caller, &head.headers) {
+            Ok(()) => managed.answer(context).await,
+            Err(denied) => egress::denied(&denied),
+        }
     };
     context.metrics.requests("", managed.endpoint(), response.status().as_u16()).inc();
     response
@@ -65,22 +66,29 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
     let job = path.strip_prefix("/jobs/").filter(|id| !id.is_empty() && !id.contains('/'));
     let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
     let is_get = head.method == Method::GET;
+    // Reasons hold paths and the like.
+    let may_look = || may_manage(context, caller, &head.headers).is_ok();
     let response = match endpoint {
-        "/health" if is_get => admin::health(&context.models),
+        "/health" if is_get => admin::health(&context.models, may_look()),
         "/livez" if is_get => admin::live(),
-        "/readyz" if is_get => admin::ready(&context.models, &context.gate),
-        "/metrics" | "/models" if is_get && !caller.to_canonical().is_loopback() => for_loopback_only(path),
-        "/metrics" if is_get => {
-            context.metrics.requests_in_flight.set(context.gate.requests() as i64);
-            admin::metrics(&context.metrics)
-        }
-        "/models" if is_get => admin::models(&context.models),
-        "/jobs/{id}" if is_get => report(context, job.unwrap_or_default()),
+        "/readyz" if is_get => admin::ready(&context.models, &context.gate, &context.access, may_look()),
+        "/metrics" | "/models" if is_get => match may_manage(context, caller, &head.headers) {
+            Err(denied) => egress::denied(&denied),
+            Ok(()) if endpoint == "/models" => admin::models(&context.models),
+            Ok(()) => {
+                context.metrics.requests_in_flight.set(context.gate.requests() as i64);
+                admin::metrics(&context.metrics)
+            }
+        },
+        "/jobs/{id}" if is_get => match context.access.admit(&Headers(&head.headers)) {
+            Ok(_caller) => report(context, job.unwrap_or_default()),
+            Err(denied) => egress::denied(&denied),
+        },
         known if GET_ONLY.contains(&known) => wrong_method("GET"),
         "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
         _ => {
             let detail = format!(
-                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload and GET /models/{{name}}, {}",
+                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload, /config/reload and GET /models/{{name}}, /config, {}",
                 GET_ONLY.join(", ")
             );
             return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
@@ -102,11 +110,6 @@ fn report(context: &Context, id: &str) -> HttpResponse {
     }
 }
 
-fn for_loopback_only(path: &str) -> HttpResponse {
-    let detail = format!("{path} answers callers on this machine only");
-    object_response(StatusCode::FORBIDDEN, &json!({"detail": detail}))
-}
-
 fn wrong_method(expected: &'static str) -> HttpResponse {
     let detail = format!("expected the method {expected}");
     let mut response = object_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"detail": detail}));
@@ -119,15 +122,35 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{admission::Gate, config, jobs::Jobs, reload::Control, telemetry::Metrics};
+    use crate::{
+        access::Access,
+        admission::Gate,
+        config::{self, AuthSpec},
+        jobs::Jobs,
+        reconfigure,
+        reload::Control,
+        telemetry::Metrics,
+    };
 
     #[tokio::test]
     async fn management_endpoints_answer_callers_on_this_machine_only() {
-        let config = config::load(&[], []).unwrap();
+        let loaded = config::load(&[], &config::Environment::default()).unwrap();
         let metrics = Metrics::new();
         let jobs = Arc::new(Jobs::new(1, metrics.jobs.clone()));
-        let context =
-            Context::new(config.server, Gate::new(1), Arc::default(), jobs, metrics, Control::of_nobody());
+        let context = {
+            let server = loaded.config.server.clone();
+            let configuration = reconfigure::Handle::of_nobody(loaded);
+            Context::new(
+                server,
+                Access::new(AuthSpec::default(), metrics.calls_by_key.clone()),
+                Gate::new(1),
+                Arc::default(),
+                jobs,
+                metrics,
+                Control::of_nobody(),
+                configuration,
+            )
+        };
         let status = |caller: &str, path: &str| {
             let (head, ()) = Request::builder().uri(path).body(()).unwrap().into_parts();
             elsewhere(&context, caller.parse().unwrap(), &head).status().as_u16()

@@ -273,7 +273,7 @@ impl Loop {
                 };
                 self.retry.pause = RETRY_MIN;
                 tracing::info!(
-                    model = self.model.spec.name,
+                    model = self.model.name,
                     generation = self.around.generation.number,
                     replica = replica.number,
                     "replica started"
@@ -308,7 +308,7 @@ impl Loop {
     fn came_back(&mut self) {
         self.stuck = self.stuck.saturating_sub(1);
         self.on_replicas_changed();
-        tracing::warn!(model = self.model.spec.name, "a replica that was given up came back and left");
+        tracing::warn!(model = self.model.name, "a replica that was given up came back and left");
     }
 
     /// What a replica missed while it loaded; `None` where it was no longer waited for.
@@ -321,7 +321,7 @@ impl Loop {
         Walk {
             model: Arc::clone(&self.model),
             orders: self.orders.clone(),
-            limit: self.around.generation.spec.replicas.load_timeout,
+            limit: self.model.spec().replicas.load_timeout,
         }
     }
 
@@ -351,8 +351,9 @@ impl Loop {
         self.model.metrics.replicas_stuck.set(self.stuck as i64);
         self.say_if_stuck();
         let load = self.model.queue.load();
+        let spec = self.model.spec();
         let lanes = self.around.generation.spec.replicas.batches_in_flight;
-        let batch = self.model.spec.batch.max_batch_size;
+        let batch = spec.batch.max_batch_size;
         keep(&mut self.short_since, now, load.queued >= batch && load.free_lanes == 0);
         keep(&mut self.spare_since, now, load.spare_lanes >= lanes);
         let since = |moment: Option<Instant>| moment.map_or(Duration::ZERO, |moment| now - moment);
@@ -366,7 +367,7 @@ impl Loop {
             short_for: since(self.short_since),
             spare_for: since(self.spare_since),
         };
-        match scale::next(&self.around.generation.spec.replicas, &seen) {
+        match scale::next(&spec.replicas, &seen) {
             Step::Start if self.may_retry(now) => self.start_replica(),
             Step::Retire => {
                 self.spare_since = Some(now);
@@ -378,7 +379,7 @@ impl Loop {
 
     fn may_retry(&self, now: Instant) -> bool {
         // Each thread that hangs keeps its memory: beyond this many, another try only spreads the damage.
-        self.stuck <= self.around.generation.spec.replicas.stuck_max
+        self.stuck <= self.model.spec().replicas.stuck_max
             && self.retry.not_before.is_none_or(|moment| moment <= now)
     }
 
@@ -393,7 +394,7 @@ impl Loop {
             }),
             Err(error) => {
                 self.pause_retries();
-                tracing::error!(model = self.model.spec.name, %error, "can't start a replica's thread");
+                tracing::error!(model = self.model.name, %error, "can't start a replica's thread");
             }
         }
     }
@@ -402,7 +403,7 @@ impl Loop {
         let pause = self.pause_retries();
         let reason = failure.message.to_string();
         tracing::error!(
-            model = self.model.spec.name,
+            model = self.model.name,
             generation = self.around.generation.number,
             error = reason,
             retry_in = ?pause,
@@ -422,7 +423,7 @@ impl Loop {
     }
 
     fn give_up_loading(&mut self) {
-        let limit = self.around.generation.spec.replicas.load_timeout;
+        let limit = self.model.spec().replicas.load_timeout;
         let overdue = self.loading.iter().filter(|loading| loading.since.elapsed() >= limit).count();
         self.loading.retain(|loading| loading.since.elapsed() < limit);
         for _ in 0..overdue {
@@ -446,7 +447,7 @@ impl Loop {
         // The youngest: the oldest validates.
         if let Some(replica) = self.replicas.pop() {
             tracing::info!(
-                model = self.model.spec.name,
+                model = self.model.name,
                 replica = replica.number,
                 "replica retired: there was no work"
             );
@@ -467,7 +468,7 @@ impl Loop {
 
     fn give_up_overrun(&mut self) {
         let now = Instant::now();
-        let limit = self.around.generation.spec.replicas.batch_timeout;
+        let limit = self.model.spec().replicas.batch_timeout;
         let mut overrun = 0;
         let mut given_up = Vec::new();
         for replicas in [&mut self.replicas, &mut self.leaving] {
@@ -488,7 +489,7 @@ impl Loop {
         self.validate_with_first();
         for replica in given_up {
             tracing::error!(
-                model = self.model.spec.name,
+                model = self.model.name,
                 replica = replica.number,
                 ?limit,
                 "a batch overran batch_timeout_seconds; its replica is given up and replaced"
@@ -506,7 +507,7 @@ impl Loop {
 
     /// A generation that took over from another may be as stuck as it was before.
     fn say_if_stuck(&self) {
-        let bound = self.around.generation.spec.replicas.stuck_max;
+        let bound = self.model.spec().replicas.stuck_max;
         let hangs = self.stuck > bound && self.replicas.is_empty() && self.loading.is_empty();
         if !hangs || self.model.serving().is_err() {
             return;
@@ -515,7 +516,7 @@ impl Loop {
             "{} threads hang in batches, loads or hooks that overran their time, more than stuck_replicas_max ({bound}); no replica is started until some come back: find out why the pipeline hangs, or restart the host",
             self.stuck
         );
-        tracing::error!(model = self.model.spec.name, reason, "the model is stuck");
+        tracing::error!(model = self.model.name, reason, "the model is stuck");
         self.says(Status::Stuck { reason });
     }
 

@@ -7,7 +7,7 @@ use std::sync::{
 
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
-use modalkit_loader::{Failure, Instance, Item, Plugin, Rejection};
+use modalkit_loader::{Failure, Instance, Item, Load, Plugin, Rejection};
 
 use super::{explain, vitals::Vitals};
 use crate::{
@@ -96,7 +96,13 @@ impl Generation {
     pub fn instance(&self) -> Result<Instance, Failure> {
         let spec = &self.spec;
         let folder = spec.all_model_data_folder.to_string_lossy();
-        let instance = self.plugin.load(&spec.name, &folder, &spec.common_settings, &spec.settings)?;
+        let instance = self.plugin.load(&Load {
+            model_name: &spec.name,
+            all_model_data_folder: &folder,
+            common_settings: &spec.common_settings,
+            settings: &spec.settings.json(),
+            secrets: spec.secrets.values(),
+        })?;
         instance.warmup()?;
         Ok(instance)
     }

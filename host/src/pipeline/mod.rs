@@ -7,6 +7,7 @@ mod generation;
 mod golden;
 mod replica;
 mod scale;
+mod settings;
 mod vitals;
 
 use std::sync::Arc;
@@ -25,16 +26,18 @@ pub use explain::malformed;
 pub use fleet::{Fleet, Progress, VolumeChange};
 pub use generation::Generation;
 pub use golden::{Golden, GoldenError};
+pub use settings::check_settings;
 pub use vitals::Tally;
 
 /// A model by its name: what callers see of it while generations and replicas come and go.
 pub struct Model {
-    /// How it is served.
-    pub spec: ModelSpec,
+    /// Its name.
+    pub name: String,
     /// Its jobs.
     pub queue: Arc<Queue>,
     /// Its metrics.
     pub metrics: Arc<ModelMetrics>,
+    spec: ArcSwap<ModelSpec>,
     serving: ArcSwapOption<Generation>,
     status: ArcSwap<Status>,
 }
@@ -77,8 +80,22 @@ impl Model {
             metrics,
             serving: ArcSwapOption::empty(),
             status: ArcSwap::from_pointee(Status::Waiting { expected }),
-            spec,
+            name: spec.name.clone(),
+            spec: ArcSwap::from_pointee(spec),
         })
+    }
+
+    /// How it is served now. A generation keeps what it was loaded with.
+    #[must_use]
+    pub fn spec(&self) -> Arc<ModelSpec> {
+        self.spec.load_full()
+    }
+
+    /// Serves it like this from now on: its batches at once, its replicas as they come and go. What its pipeline is loaded with
+    /// reaches generations that are loaded later.
+    pub fn respec(&self, spec: ModelSpec) {
+        self.queue.set_policy(spec.batch);
+        self.spec.store(Arc::new(spec));
     }
 
     /// The generation that takes jobs now.
@@ -87,7 +104,7 @@ impl Model {
     /// [`JobError::Unavailable`], with the reason.
     pub fn serving(&self) -> Result<Arc<Generation>, JobError> {
         self.serving.load_full().ok_or_else(|| {
-            let name = &self.spec.name;
+            let name = &self.name;
             JobError::Unavailable(match &*self.status() {
                 Status::Waiting { expected } => {
                     format!("the model {name} waits for its plugin {expected} in a volume")
@@ -139,8 +156,7 @@ impl Model {
     /// Answers the jobs that nobody will run.
     fn fail_waiting(&self) {
         for job in self.queue.close() {
-            job.reply
-                .send(Err(JobError::Unavailable(format!("the model {} stopped serving", self.spec.name))));
+            job.reply.send(Err(JobError::Unavailable(format!("the model {} stopped serving", self.name))));
         }
     }
 }

@@ -44,6 +44,10 @@ pub(super) fn next(limits: &Replicas, seen: &Seen) -> Step {
     if coming < limits.min || wakes || grows {
         return Step::Start;
     }
+    // The limit itself may have been lowered.
+    if seen.live > limits.max.max(1) {
+        return Step::Retire;
+    }
     if seen.live > limits.min && seen.queued == 0 && seen.spare_for >= limits.idle_timeout {
         return Step::Retire;
     }
@@ -87,6 +91,13 @@ mod tests {
         assert_eq!(next(&LIMITS, &spare), Step::Retire);
         assert_eq!(next(&LIMITS, &Seen { live: 1, ..spare }), Step::Stay);
         assert_eq!(next(&LIMITS, &Seen { queued: 1, ..spare }), Step::Stay);
+    }
+
+    #[test]
+    fn a_lowered_limit_is_kept_also_under_load() {
+        let many = Seen { live: 4, queued: 9, ..SEEN };
+        assert_eq!(next(&LIMITS, &many), Step::Retire);
+        assert_eq!(next(&LIMITS, &Seen { live: 3, ..many }), Step::Stay);
     }
 
     #[test]

@@ -13,14 +13,17 @@ use std::{
 };
 
 use modalkit_loader::{
-    LoadError, Plugin, Staged, Store, be_modest,
+    LoadError, Plugin, Staged, Store, Trust, be_modest,
     preflight::{self, Preflight},
 };
 use parking_lot::Mutex;
 use prometheus::IntGauge;
 
 use super::journal::Phases;
-use crate::telemetry;
+use crate::{
+    config::{Server, Volume},
+    telemetry,
+};
 
 /// Makes plugins of files.
 pub(super) struct Builder {
@@ -86,6 +89,15 @@ impl Builder {
         Ok(plugin.insert(opened?).clone())
     }
 
+    /// Tells every opened plugin which lines are worth sending. Those that are being opened hear it then.
+    pub(super) fn tell_log_level(&self) {
+        for entry in self.opened.lock().values() {
+            if let Some(plugin) = entry.try_lock().as_deref().and_then(Option::as_ref) {
+                plugin.attach(telemetry::plugin_level(), telemetry::plugin_line);
+            }
+        }
+    }
+
     fn open(&self, staged: &Staged, phases: &mut Phases) -> Result<Plugin, LoadError> {
         let how =
             Preflight { program: &self.program, args: &[PREFLIGHT_COMMAND], limit: self.preflight_limit };
@@ -110,6 +122,26 @@ impl Builder {
         phases.open_ms = Some(milliseconds(begun));
         Ok(plugin)
     }
+}
+
+/// Opens a plugin as a host would, in a process of its own first; the file is not served.
+///
+/// # Errors
+/// Why a host would not take it.
+pub fn inspect(file: &Path, server: &Server) -> Result<Plugin, LoadError> {
+    let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
+    let gauge = IntGauge::new("libraries", "nobody reads it").expect("a constant name");
+    let builder = Builder::new(Store::new(trust)?, server.preflight_timeout, 1, gauge);
+    builder.build(&builder.stage(file)?, &mut Phases::default())
+}
+
+/// The file of a plugin of this name in the volumes.
+#[must_use]
+pub fn find(plugin: &str, volumes: &[Volume]) -> Option<PathBuf> {
+    let files = volumes.iter().flat_map(|volume| {
+        [format!("{plugin}.so"), format!("lib{plugin}.so")].map(|name| volume.mount_point.join(name))
+    });
+    files.into_iter().find(|file| file.is_file())
 }
 
 /// Since a moment, in milliseconds.

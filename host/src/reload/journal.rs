@@ -57,6 +57,8 @@ pub enum Cause {
     File,
     /// Somebody asked for it.
     Request,
+    /// The model's entry says something else now.
+    Configuration,
     /// A generation did worse than the one before.
     Probation,
 }

@@ -2,6 +2,7 @@
 //! them this loop, which knows which model uses what. It is never on the path of a request.
 
 pub mod build;
+mod configure;
 mod journal;
 mod machine;
 mod report;
@@ -31,6 +32,7 @@ use build::Builder;
 use machine::{Event, INBOX_MAX, Machine, Order, What};
 use watch::{Bell, Told};
 
+pub use configure::ModelChanges;
 pub use journal::{Cause, Entry, HookReport, Outcome, Phase, Phases, Source};
 pub use report::Report;
 
@@ -92,8 +94,8 @@ enum Command {
     Tell(String, Event, Reply<()>),
     /// Look through a volume, and tell everybody who uses it.
     Volume(String, Reply<VolumeReport>),
-    /// The configuration is this now.
-    Configure(Box<Config>),
+    /// Serve these models; those without an entry like this.
+    Configure(BTreeMap<String, ModelSpec>, Box<ModelSpec>, oneshot::Sender<ModelChanges>),
 }
 
 struct Loop {
@@ -234,11 +236,18 @@ impl Control {
         report.await.unwrap_or(Err(ControlError::Stopping))
     }
 
-    /// Adds models that are new in a configuration and unloads those that are no longer in it. Other differences need a
-    /// restart; the log says which there are.
-    pub async fn configure(&self, config: Config) {
-        // A host that is going away has no use for it.
-        let _ = self.send(Command::Configure(Box::new(config))).await;
+    /// Serves these models from now on: adds, changes and unloads what differs. New generations come in afterwards, as any do.
+    ///
+    /// # Errors
+    /// The host is going away.
+    pub async fn configure(
+        &self,
+        models: BTreeMap<String, ModelSpec>,
+        defaults: ModelSpec,
+    ) -> Result<ModelChanges, ControlError> {
+        let (reply, changes) = oneshot::channel();
+        self.send(Command::Configure(models, Box::new(defaults), reply)).await?;
+        changes.await.map_err(|_| ControlError::Stopping)
     }
 
     async fn ask<T>(
@@ -291,9 +300,9 @@ impl Loop {
                         model.set_status(Status::Loading, None);
                     }
                     for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
-                        look.found.push(model.spec.name.clone());
+                        look.found.push(model.name.clone());
                     }
-                    self.tell(&model.spec.name, Event::File(path.clone(), staged.clone())).await;
+                    self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
                 }
             }
             Told::Gone { name, path } => {
@@ -301,7 +310,7 @@ impl Loop {
                     self.files.remove(&name);
                 }
                 for model in self.users_of(&name) {
-                    self.tell(&model.spec.name, Event::Gone(path.clone())).await;
+                    self.tell(&model.name, Event::Gone(path.clone())).await;
                 }
             }
             Told::Data { changed } if self.looks.iter().any(|look| look.volume == volume) => {
@@ -313,7 +322,7 @@ impl Loop {
             Told::Data { changed } => {
                 let change = self.change(volume, changed);
                 for model in self.readers_of(volume) {
-                    self.tell(&model.spec.name, Event::Data(change.clone())).await;
+                    self.tell(&model.name, Event::Data(change.clone())).await;
                 }
             }
             Told::Looked { quiet, asked } => {
@@ -354,7 +363,11 @@ impl Loop {
                     }
                 }
             }
-            Command::Configure(config) => self.configure(*config).await,
+            Command::Configure(models, defaults, reply) => {
+                let changes = self.configure(models, *defaults).await;
+                // Whoever asked may have left.
+                let _ = reply.send(changes);
+            }
         }
     }
 
@@ -372,8 +385,8 @@ impl Loop {
             let mut hooks = Vec::new();
             for model in self.readers_of(volume) {
                 let (hooked, report) = oneshot::channel();
-                self.tell(&model.spec.name, Event::Hook(change.clone(), hooked)).await;
-                hooks.push((model.spec.name.clone(), report));
+                self.tell(&model.name, Event::Hook(change.clone(), hooked)).await;
+                hooks.push((model.name.clone(), report));
             }
             let name = change.volume.clone();
             tokio::spawn(async move {
@@ -387,69 +400,6 @@ impl Loop {
                 // Whoever asked may have left.
                 let _ = reply.send(Ok(VolumeReport { volume: name, models }));
             });
-        }
-    }
-
-    async fn configure(&mut self, config: Config) {
-        let removed: Vec<String> =
-            self.config.models.keys().filter(|name| !config.models.contains_key(*name)).cloned().collect();
-        let limit = self.config.server.drain_timeout;
-        for name in removed {
-            // First, so that no request finds a model that is leaving.
-            self.models.remove(&name);
-            if let Some(machine) = self.machines.remove(&name) {
-                tracing::info!(model = name, "the model is no longer configured; it is unloaded");
-                // One that has ended needs no word.
-                let _ = machine.send(Event::Unload(limit)).await;
-            }
-        }
-        let others = |config: &Config| format!("{:?}", (&config.server, &config.volumes, &config.defaults));
-        if others(&self.config) != others(&config) {
-            tracing::warn!(
-                "settings of the server, its volumes or all models have changed; restart the host to apply them"
-            );
-        }
-        for (name, spec) in &config.models {
-            match self.config.models.get(name) {
-                None if self.machines.contains_key(name) => {
-                    tracing::warn!(
-                        model = name,
-                        "a model that serves with the defaults has an entry now; restart the host to apply it"
-                    );
-                }
-                None => tracing::info!(model = name, "a new model is configured"),
-                Some(known) if known != spec => {
-                    tracing::warn!(
-                        model = name,
-                        "the model's entry has changed; restart the host to apply it"
-                    );
-                }
-                Some(_) => {}
-            }
-        }
-        self.config.models = config.models;
-        for spec in self.config.models.clone().into_values() {
-            if !self.machines.contains_key(&spec.name) {
-                let plugin = spec.plugin.clone();
-                self.add(spec);
-                self.tell_file(&plugin).await;
-            }
-        }
-        // A plugin that no entry names any more serves under its own name, as after a restart.
-        for plugin in self.files.keys().cloned().collect::<Vec<_>>() {
-            if self.users_of(&plugin).is_empty() {
-                self.models_of(&plugin);
-                self.tell_file(&plugin).await;
-            }
-        }
-    }
-
-    async fn tell_file(&mut self, plugin: &str) {
-        let Some((path, staged)) = self.files.get(plugin).cloned() else { return };
-        for model in self.users_of(plugin) {
-            if matches!(*model.status(), Status::Waiting { .. }) {
-                self.tell(&model.spec.name, Event::File(path.clone(), staged.clone())).await;
-            }
         }
     }
 
@@ -472,10 +422,10 @@ impl Loop {
     fn add(&mut self, spec: ModelSpec) -> Arc<Model> {
         let metrics = &self.metrics;
         let model = self.models.add(spec, |spec| Model::new(spec, metrics));
-        let name = &model.spec.name;
+        let name = &model.name;
         if !self.machines.contains_key(name) {
             let (events, inbox) = mpsc::channel(INBOX_MAX);
-            let used = self.volumes.iter().filter(|volume| usage::uses(&model.spec, volume));
+            let used = self.volumes.iter().filter(|volume| usage::uses(&model.spec(), volume));
             let machine = Machine::new(
                 Arc::clone(&model),
                 Arc::clone(&self.builder),
@@ -493,12 +443,12 @@ impl Loop {
     /// The models that read their data from a volume.
     fn readers_of(&self, volume: usize) -> Vec<Arc<Model>> {
         let volume = &self.volumes[volume];
-        self.models.all().values().filter(|model| usage::uses(&model.spec, volume)).cloned().collect()
+        self.models.all().values().filter(|model| usage::uses(&model.spec(), volume)).cloned().collect()
     }
 
     /// The models that use a plugin.
     fn users_of(&self, plugin: &str) -> Vec<Arc<Model>> {
-        self.models.all().values().filter(|model| model.spec.plugin == plugin).cloned().collect()
+        self.models.all().values().filter(|model| model.spec().plugin == plugin).cloned().collect()
     }
 
     /// The models that are configured to use a plugin; else one of its own name, with the defaults.
@@ -508,10 +458,10 @@ impl Loop {
             return configured;
         }
         let model = self.add(self.config.defaults.named(plugin));
-        if model.spec.plugin != plugin {
+        if model.spec().plugin != plugin {
             tracing::warn!(
                 plugin,
-                uses = model.spec.plugin,
+                uses = model.spec().plugin,
                 "a file in the volume has the name of a model that uses another plugin; it is not loaded"
             );
             return Vec::new();

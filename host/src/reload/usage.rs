@@ -20,7 +20,7 @@ pub(super) fn uses(spec: &ModelSpec, volume: &Volume) -> bool {
     };
     folder.starts_with(&mount)
         || mount.starts_with(&folder)
-        || in_settings(&spec.settings)
+        || in_settings(&spec.settings.json())
         || in_settings(&spec.common_settings)
 }
 
@@ -57,7 +57,7 @@ mod tests {
              [model_settings.model_entries.named]\nvolumes = [\"other\"]\n",
         )
         .unwrap();
-        let config = config::load(&[file.path().to_owned()], []).unwrap();
+        let config = config::load(&[file.path().to_owned()], &config::Environment::default()).unwrap().config;
         let volumes = [("models", "/mnt/models"), ("index", "/mnt/index"), ("other", "/mnt/other")];
         let used = |model: &str| {
             let used =

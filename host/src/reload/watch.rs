@@ -654,7 +654,7 @@ mod tests {
     impl Watched {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
-            let server = config::load(&[], []).unwrap().server;
+            let server = config::load(&[], &config::Environment::default()).unwrap().config.server;
             let store = Store::new(Trust { any_owner: false, any_mode: false }).unwrap();
             let gauge = crate::telemetry::Metrics::new().libraries.clone();
             let builder = Arc::new(Builder::new(store, Duration::from_secs(1), 1, gauge));

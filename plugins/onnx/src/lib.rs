@@ -33,7 +33,7 @@ use classify::{Classifier, Label};
 use model::Model;
 
 /// The keys of a model's entry.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 struct Settings {
     /// The model's file, within the folder of all models' data.
     path: PathBuf,

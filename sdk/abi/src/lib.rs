@@ -19,7 +19,7 @@ mod module;
 pub use handshake::{ABI_VERSION, HANDSHAKE_SYMBOL, Handshake, MAGIC, StaticStr};
 pub use module::{
     BatchHandle, Description, Failure, FailureKind, HostApi, InstanceHandle, ItemHandle, LoadArgs, LogLevel,
-    LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, VolumeChange,
+    LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, Secret, VolumeChange,
 };
 
 pub use abi_stable;

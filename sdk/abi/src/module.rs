@@ -8,6 +8,8 @@
 //! holds one gives it back exactly once, to the `drop_*` function of its kind or to a function whose text says that
 //! it takes it over. Items belong to the library, not to an instance: any instance of the same library may run them.
 
+use std::fmt;
+
 use abi_stable::{
     StableAbi, declare_root_module_statics,
     library::RootModule,
@@ -176,6 +178,24 @@ pub struct Description {
     pub input_schema: RString,
     /// JSON Schema of one output.
     pub output_schema: RString,
+    /// JSON Schema of the model's own keys.
+    pub settings_schema: RString,
+}
+
+/// A secret's name and value.
+#[repr(C)]
+#[derive(StableAbi, Clone)]
+pub struct Secret<'a> {
+    /// Its name.
+    pub name: RStr<'a>,
+    /// What nobody else should see.
+    pub value: RStr<'a>,
+}
+
+impl fmt::Debug for Secret<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secret").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// What a pipeline is loaded with.
@@ -190,6 +210,8 @@ pub struct LoadArgs<'a> {
     pub common_settings: RStr<'a>,
     /// The model's own keys of its entry, a JSON object.
     pub settings: RStr<'a>,
+    /// The secrets that its deployment names.
+    pub secrets: RSlice<'a, Secret<'a>>,
 }
 
 /// What changed in a volume.
@@ -218,6 +240,8 @@ pub struct PluginModule {
     pub describe: extern "C" fn() -> RResult<Description, Failure>,
     /// Connects the plugin's own `tracing`, `log` and panic hook to the host's log. Calling it again changes the level.
     pub attach: extern "C" fn(HostApi),
+    /// Says whether a JSON object is the model's own keys, as `load` would find them.
+    pub check_settings: extern "C" fn(RStr<'_>) -> RResult<(), Failure>,
     /// Builds a pipeline.
     pub load: extern "C" fn(LoadArgs<'_>) -> RResult<InstanceHandle, Failure>,
     /// Runs the pipeline's `warmup`.

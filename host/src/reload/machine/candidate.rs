@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Event, Machine, OutcomeReply, Serving, Standby, State, hooks::Changes};
 use crate::{
-    config::GoldenSpec,
+    config::{GoldenSpec, ModelSpec},
     pipeline::{Fleet, Generation, Golden, GoldenError, Progress, Status},
     reload::{
         build::{Builder, milliseconds},
@@ -68,7 +68,7 @@ impl Machine {
             self.model.set_status(Status::Loading, None);
         }
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
-        let pin = self.model.spec.plugin_sha256.clone();
+        let pin = self.model.spec().plugin_sha256.clone();
         let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
@@ -106,7 +106,7 @@ impl Machine {
                 candidate.phases = phases;
                 candidate.sha256 = Some(plugin.sha256().to_owned());
                 tracing::info!(
-                    model = self.model.spec.name,
+                    model = self.model.name,
                     sha256 = plugin.sha256(),
                     version = plugin.version(),
                     "plugin opened"
@@ -115,7 +115,8 @@ impl Machine {
                 if !self.libraries.iter().any(|known| known.is_same(&plugin)) {
                     self.libraries.push(plugin.clone());
                 }
-                let generation = Generation::new(self.generations, plugin, self.model.spec.clone());
+                let generation =
+                    Generation::new(self.generations, plugin, ModelSpec::clone(&self.model.spec()));
                 self.load(candidate, generation).await;
             }
             Err(error) => {
@@ -136,7 +137,7 @@ impl Machine {
     pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
         // Three generations at once would be too much for most machines' memory.
         self.end_trial().await;
-        let limits = self.model.spec.replicas;
+        let limits = self.model.spec().replicas;
         let replicas = match &self.serving {
             // The first one serves as soon as it can.
             Serving::Nothing => 1,
@@ -182,11 +183,11 @@ impl Machine {
                 candidate.phases.load_ms = Some(milliseconds(candidate.begun));
                 candidate.begun = Instant::now();
                 let instance = fleet.instance().await;
-                match (self.model.spec.golden.clone(), instance) {
+                match (self.model.spec().golden.clone(), instance) {
                     (Some(golden), Some(instance)) if !candidate.back => {
                         let ask = Ask {
                             number: candidate.number,
-                            limit: self.model.spec.replicas.load_timeout,
+                            limit: self.model.spec().replicas.load_timeout,
                             generation: Arc::clone(&fleet.generation),
                             myself: self.myself.clone(),
                         };
@@ -224,7 +225,7 @@ impl Machine {
 
     pub(super) async fn swap(&mut self, mut candidate: Candidate, fleet: Fleet) {
         let begun = Instant::now();
-        let probation = self.model.spec.reload.probation;
+        let probation = self.model.spec().reload.probation;
         let old = match std::mem::replace(&mut self.serving, Serving::Nothing) {
             Serving::Nothing => None,
             Serving::Alone(old) => Some(old),
@@ -333,7 +334,7 @@ impl Machine {
     }
 
     pub(super) fn write_down(&mut self, entry: Entry, waiting: Vec<OutcomeReply>) -> u64 {
-        let model = &self.model.spec.name;
+        let model = &self.model.name;
         let (generation, outcome) = (entry.generation, entry.outcome.word());
         match &entry.outcome {
             Outcome::Swapped => {

@@ -54,7 +54,7 @@ impl Machine {
         let Some((change, waiting)) = self.hook.running.take() else { return };
         let report = self.hook_report(change, results);
         self.journal.hooks += 1;
-        let model = &self.model.spec.name;
+        let model = &self.model.name;
         let failed = report.errors.iter().flatten().count();
         for error in report.errors.iter().flatten() {
             tracing::error!(

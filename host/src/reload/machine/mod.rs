@@ -10,6 +10,7 @@
 //! ```
 
 mod candidate;
+mod configure;
 mod hooks;
 mod trial;
 
@@ -34,10 +35,12 @@ use super::{
     watch::Bell,
 };
 use crate::{
-    config::Volume,
+    config::{ModelSpec, Volume},
     pipeline::{Fleet, Generation, GoldenError, Model, Progress, Status, VolumeChange},
     telemetry::ReloadMetrics,
 };
+pub(super) use configure::needs_a_generation;
+
 use candidate::{Candidate, From, Refused};
 use hooks::Hook;
 use trial::Standby;
@@ -49,6 +52,9 @@ const ORDERS_MAX: usize = 1024;
 /// How often a trial is looked at: failures are judged as they happen, slowness by this.
 const TRIAL_TICK: Duration = Duration::from_millis(50);
 
+/// A plugin's file: a copy of it, or why there is none.
+pub(super) type PluginFile = (PathBuf, Result<Staged, Arc<LoadError>>);
+
 /// What a machine is told.
 pub(super) enum Event {
     /// The plugin's file has been written: a copy of it, or why there is none.
@@ -57,6 +63,8 @@ pub(super) enum Event {
     Gone(PathBuf),
     /// Model data changed.
     Data(VolumeChange),
+    /// The model is to be served like this, with data from these volumes; and its plugin's file, where one is there.
+    Configure(Box<ModelSpec>, Vec<Volume>, Option<PluginFile>),
     /// Somebody asks for a change and waits for its outcome.
     Order(Order),
     /// Somebody asks for a hook and waits for what it said.
@@ -156,6 +164,12 @@ pub(super) struct Machine {
     hook_tick: Option<Interval>,
 }
 
+fn every(period: Duration) -> Interval {
+    let mut interval = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
 impl Machine {
     pub(super) fn new(
         model: Arc<Model>,
@@ -165,14 +179,9 @@ impl Machine {
         volumes: Vec<Volume>,
         (myself, inbox): (mpsc::WeakSender<Event>, mpsc::Receiver<Event>),
     ) -> Self {
-        let every = |period: Duration| {
-            let mut interval = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
-            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            interval
-        };
         Self {
             trial_tick: every(TRIAL_TICK),
-            hook_tick: model.spec.reload.hook_interval.map(every),
+            hook_tick: model.spec().reload.hook_interval.map(every),
             model,
             builder,
             metrics,
@@ -251,6 +260,7 @@ impl Machine {
             Event::File(path, staged) => self.on_file(path, staged),
             Event::Gone(path) => self.on_gone(&path),
             Event::Data(change) => self.on_data(change, Vec::new()).await,
+            Event::Configure(spec, volumes, file) => self.on_configure(*spec, volumes, file).await,
             Event::Order(order) => self.on_order(order),
             Event::Hook(change, reply) if change.changed.is_empty() => {
                 self.call_hook(change, vec![reply]).await;
@@ -273,7 +283,7 @@ impl Machine {
 
     fn on_file(&mut self, path: PathBuf, staged: Result<Staged, Arc<LoadError>>) {
         if let Some(source) = self.source.as_ref().filter(|source| source.present && source.path != path) {
-            tracing::warn!(model = self.model.spec.name, serves = %source.path.display(), passed_over = %path.display(), "two files in the volumes have the name of this model's plugin; remove one");
+            tracing::warn!(model = self.model.name, serves = %source.path.display(), passed_over = %path.display(), "two files in the volumes have the name of this model's plugin; remove one");
             self.passed_over = Some((path, staged));
             return;
         }
@@ -306,12 +316,12 @@ impl Machine {
             State::Idle => {}
         }
         if serves {
-            tracing::debug!(model = self.model.spec.name, "the file has the content that serves");
+            tracing::debug!(model = self.model.name, "the file has the content that serves");
             return;
         }
         if refused {
             tracing::info!(
-                model = self.model.spec.name,
+                model = self.model.name,
                 sha256,
                 "the file has content that was refused before; POST /models/NAME/reload tries it again"
             );
@@ -330,7 +340,7 @@ impl Machine {
         if let Some((path, staged)) = self.passed_over.take() {
             self.on_file(path, staged);
         } else if !matches!(self.serving, Serving::Nothing) {
-            tracing::warn!(model = self.model.spec.name, file = %path.display(), "the plugin's file is gone; what is loaded serves on until the host ends");
+            tracing::warn!(model = self.model.name, file = %path.display(), "the plugin's file is gone; what is loaded serves on until the host ends");
         }
     }
 
@@ -342,7 +352,7 @@ impl Machine {
             }
             State::Idle if another_chance => {
                 tracing::info!(
-                    model = self.model.spec.name,
+                    model = self.model.name,
                     "data changed; the plugin that didn't load is tried again"
                 );
                 self.refused = None;
@@ -417,8 +427,10 @@ impl Machine {
                 self.refuse(candidate, Phase::Build, reason);
             }
             None => {
-                let reason =
-                    format!("no volume holds {plugin}.so or lib{plugin}.so", plugin = self.model.spec.plugin);
+                let reason = format!(
+                    "no volume holds {plugin}.so or lib{plugin}.so",
+                    plugin = self.model.spec().plugin
+                );
                 self.refuse(candidate, Phase::Build, reason);
             }
         }
@@ -480,10 +492,7 @@ impl Machine {
         leaving.join_all().await;
         self.model.set_status(Status::Stopping, None);
         if unload.is_some() {
-            tracing::info!(
-                model = self.model.spec.name,
-                "the model is no longer configured; it was unloaded"
-            );
+            tracing::info!(model = self.model.name, "the model is no longer configured; it was unloaded");
         }
     }
 
@@ -523,7 +532,7 @@ impl Machine {
             standby: standby.map(|generation| generation.number),
             previous: self.previous.last().map(|generation| generation.number),
             source: self.source.clone(),
-            plugin_pinned: self.model.spec.plugin_sha256.is_some(),
+            plugin_pinned: self.model.spec().plugin_sha256.is_some(),
             generations: self.generations,
             retired: retired.cloned().collect(),
             vitals: self.generation().map(|generation| generation.vitals.tally()),

@@ -1,16 +1,29 @@
 //! The commands that ask a running host: its models, a reload, a rollback. It speaks to the host as anybody could, over HTTP,
 //! and writes what people read, or the host's own JSON.
 
-use std::{fmt::Write, time::Duration};
+use std::{
+    fmt::Write,
+    fs, io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use modalkit::config::{self, Environment};
 use serde_json::Value;
+
+use super::{
+    DONE, NOT_DONE, WRONG_USAGE,
+    args::Host,
+    print::{complain, print, table},
+};
 
 /// How long the host may take to take a connection. A reload itself may take as long as a model's load does.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub(crate) enum Ask {
     /// All models, or one with its history.
     Models(Option<String>),
     /// A model's plugin, taken from its volume again.
@@ -19,11 +32,46 @@ pub enum Ask {
     ReloadVolume(String),
     /// A model's generation before.
     RollBack(String),
+    /// The configuration in force.
+    Config,
+    /// The configuration, read again.
+    ReloadConfig,
+    /// What became of a job.
+    Job(String),
+    /// An answer.
+    Predict {
+        /// Of which model.
+        model: Option<String>,
+        /// To this JSON.
+        input: String,
+        /// How it is asked for.
+        how: How,
+    },
+}
+
+/// How an answer is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// And waited for.
+    Now,
+    /// To each input of a list.
+    Batch,
+    /// As an asynchronous job.
+    Later,
+}
+
+/// An input as it is said on the command line: JSON, `@FILE`, or `-` for standard input.
+pub(crate) fn input(said: &str) -> io::Result<String> {
+    match said.strip_prefix('@') {
+        Some(file) => fs::read_to_string(file),
+        None if said == "-" => io::read_to_string(io::stdin()),
+        None => Ok(said.to_owned()),
+    }
 }
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub(crate) enum ClientError {
     /// Nobody answered.
     #[error("can't reach the host at {url}; say where it listens with --url or MODALKIT_URL")]
     Unreachable {
@@ -32,6 +80,15 @@ pub enum ClientError {
         /// What happened.
         #[source]
         source: Box<ureq::Error>,
+    },
+    /// The certificate of an authority can't be used.
+    #[error("can't use the certificate in {}", path.display())]
+    Authority {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The answer is none of this host's.
     #[error("{url} answered {status} with something that is no JSON; is it a modalkit host?")]
@@ -43,41 +100,126 @@ pub enum ClientError {
     },
 }
 
+/// The most bytes that an answer may have.
+const ANSWER_BYTES_MAX: u64 = 1 << 30;
+
 /// What the host answered, to be printed; and whether it did what was asked.
-pub struct Answered {
+pub(crate) struct Answered {
     /// The text, with its last line's end.
-    pub text: String,
+    pub(crate) text: String,
     /// Whether that was done.
-    pub done: bool,
+    pub(crate) done: bool,
+}
+
+/// Asks a running host and prints what it says; not done where it didn't do what was asked.
+pub(crate) fn run(what: &Ask, host: &Host, files: &[PathBuf], environment: &Environment) -> u8 {
+    let url = match &host.url {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None => match config::load(files, environment) {
+            Ok(loaded) => url_of(loaded.config.server.listen, loaded.config.server.tls.is_some()),
+            Err(faults) => {
+                complain(&anyhow::Error::new(faults));
+                return WRONG_USAGE;
+            }
+        },
+    };
+    match ask(&url, what, host) {
+        Ok(answered) => {
+            print(&answered.text);
+            if answered.done { DONE } else { NOT_DONE }
+        }
+        Err(error) => {
+            complain(&anyhow::Error::new(error));
+            NOT_DONE
+        }
+    }
+}
+
+/// A host that listens everywhere is found here too.
+fn url_of(mut listen: SocketAddr, tls: bool) -> String {
+    if listen.ip().is_unspecified() {
+        listen.set_ip(if listen.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    format!("{}://{listen}", if tls { "https" } else { "http" })
 }
 
 /// Asks the host at `url`, which has no slash at its end.
 ///
 /// # Errors
 /// It can't be reached, or isn't a host of this kind.
-pub fn ask(url: &str, ask: &Ask, json: bool) -> Result<Answered, ClientError> {
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT_TIMEOUT))
-        .build()
-        .into();
-    let (path, posted) = match ask {
-        Ask::Models(None) => ("/models".to_owned(), false),
-        Ask::Models(Some(name)) => (format!("/models/{}", escaped(name)), false),
-        Ask::Reload(name) => (format!("/models/{}/reload", escaped(name)), true),
-        Ask::RollBack(name) => (format!("/models/{}/rollback", escaped(name)), true),
-        Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), true),
+fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
+    let agent = agent(host.ca.as_deref())?;
+    let model = |name: &Option<String>| match name {
+        Some(name) => format!("?model_name={}", escaped(name)),
+        None => String::new(),
+    };
+    let (path, body) = match ask {
+        Ask::Models(None) => ("/models".to_owned(), None),
+        Ask::Models(Some(name)) => (format!("/models/{}", escaped(name)), None),
+        Ask::Reload(name) => (format!("/models/{}/reload", escaped(name)), Some(String::new())),
+        Ask::RollBack(name) => (format!("/models/{}/rollback", escaped(name)), Some(String::new())),
+        Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), Some(String::new())),
+        Ask::Config => ("/config".to_owned(), None),
+        Ask::ReloadConfig => ("/config/reload".to_owned(), Some(String::new())),
+        Ask::Job(id) => (format!("/jobs/{}", escaped(id)), None),
+        Ask::Predict { model: name, input, how: How::Now } => {
+            (format!("/predict_sync{}", model(name)), Some(input.clone()))
+        }
+        Ask::Predict { model: name, input, how: How::Batch } => {
+            (format!("/predict_batch{}", model(name)), Some(input.clone()))
+        }
+        Ask::Predict { model: name, input, how: How::Later } => {
+            (format!("/predict_async{}", model(name)), Some(format!("{{\"message\": {input}}}")))
+        }
     };
     let whole = format!("{url}{path}");
-    let sent = if posted { agent.post(&whole).send_empty() } else { agent.get(&whole).call() };
+    let bearer = host.key.as_ref().map(|key| format!("Bearer {key}"));
+    let sent = match body {
+        Some(body) => {
+            let request = agent.post(&whole).header("content-type", "application/json");
+            match &bearer {
+                Some(bearer) => request.header("authorization", bearer),
+                None => request,
+            }
+            .send(body)
+        }
+        None => match &bearer {
+            Some(bearer) => agent.get(&whole).header("authorization", bearer),
+            None => agent.get(&whole),
+        }
+        .call(),
+    };
     let unreachable = |source| ClientError::Unreachable { url: url.to_owned(), source: Box::new(source) };
     let mut response = sent.map_err(unreachable)?;
     let status = response.status().as_u16();
-    let body = response.body_mut().read_to_string().map_err(unreachable)?;
+    let body =
+        response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string().map_err(unreachable)?;
     let answer: Value =
         serde_json::from_str(&body).map_err(|_| ClientError::Foreign { url: whole, status })?;
-    let text = if json { format!("{body}\n") } else { for_people(ask, &answer) };
-    Ok(Answered { text, done: status == 200 })
+    let text = if host.json { format!("{body}\n") } else { for_people(ask, &answer) };
+    let hint = match status {
+        401 if host.key.is_none() => "show a key: MODALKIT_KEY or --key\n",
+        _ => "",
+    };
+    Ok(Answered { text: text + hint, done: status == 200 })
+}
+
+fn agent(ca: Option<&Path>) -> Result<ureq::Agent, ClientError> {
+    let mut tls = ureq::tls::TlsConfig::builder();
+    if let Some(path) = ca {
+        let unusable = |source: Box<dyn std::error::Error + Send + Sync>| ClientError::Authority {
+            path: path.to_owned(),
+            source,
+        };
+        let pem = fs::read(path).map_err(|error| unusable(error.into()))?;
+        let certificate = ureq::tls::Certificate::from_pem(&pem).map_err(|error| unusable(error.into()))?;
+        tls = tls.root_certs(ureq::tls::RootCerts::new_with_certs(&[certificate]));
+    }
+    let config = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .tls_config(tls.build());
+    Ok(config.build().into())
 }
 
 /// A name as a step of a path.
@@ -90,15 +232,75 @@ fn escaped(name: &str) -> String {
 }
 
 fn for_people(ask: &Ask, answer: &Value) -> String {
-    if let Some(detail) = answer["detail"].as_str() {
-        return format!("{detail}\n");
+    match &answer["detail"] {
+        Value::String(detail) => return format!("{detail}\n"),
+        Value::Array(details) => return details.iter().map(fault_of_input).collect(),
+        _ => {}
     }
     match ask {
         Ask::Models(None) => models(answer),
         Ask::Models(Some(_)) => model(answer),
         Ask::Reload(name) | Ask::RollBack(name) => format!("{name}: {}\n", outcome(answer)),
         Ask::ReloadVolume(_) => volume(answer),
+        Ask::Config => settings(answer),
+        Ask::ReloadConfig => change(answer),
+        Ask::Job(_) | Ask::Predict { .. } => format!("{answer:#}\n"),
     }
+}
+
+/// Where, and what is wrong with it.
+fn fault_of_input(detail: &Value) -> String {
+    let steps = detail["loc"].as_array().into_iter().flatten().skip(1).map(word);
+    let place = steps.collect::<Vec<_>>().join(".");
+    format!("{}{}{}\n", place, if place.is_empty() { "" } else { ": " }, word(&detail["msg"]))
+}
+
+fn settings(answer: &Value) -> String {
+    let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned)];
+    for row in answer["settings"].as_array().into_iter().flatten() {
+        rows.push([word(&row["key"]), word(&row["value"]), word(&row["from"])]);
+    }
+    let mut text = table(&rows);
+    if !answer["last_change"].is_null() {
+        let _ = write!(
+            text,
+            "\n{} ago: {}",
+            ago(&answer["last_change"]["at_unix_ms"]),
+            change(&answer["last_change"])
+        );
+    }
+    text
+}
+
+/// What became of a changed configuration.
+fn change(answer: &Value) -> String {
+    let names =
+        |value: &Value| value.as_array().into_iter().flatten().map(word).collect::<Vec<_>>().join(", ");
+    let mut text = format!("{}\n", word(&answer["outcome"]));
+    for (what, list) in answer["models"].as_object().into_iter().flatten() {
+        let list = names(list);
+        if !list.is_empty() {
+            let _ = writeln!(text, "{what}: {list}");
+        }
+    }
+    let restart = names(&answer["restart"]);
+    if !restart.is_empty() {
+        let _ = writeln!(text, "restart the host to apply: {restart}");
+    }
+    for fault in answer["errors"].as_array().into_iter().flatten() {
+        let _ = writeln!(
+            text,
+            "\n{}  {}\n  expected  {}\n  found     {}",
+            word(&fault["at"]),
+            word(&fault["key"]),
+            word(&fault["expected"]),
+            word(&fault["found"])
+        );
+        if let Some(help) = fault["help"].as_str() {
+            let _ = writeln!(text, "  help      {help}");
+        }
+    }
+    text
 }
 
 fn models(answer: &Value) -> String {
@@ -222,20 +424,6 @@ fn word(value: &Value) -> String {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     }
-}
-
-/// Columns as wide as their widest cell, the last as long as it is.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
-    let widths: [usize; N] = std::array::from_fn(width);
-    let mut text = String::new();
-    for row in rows {
-        let cells: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
-    }
-    text
 }
 
 #[cfg(test)]

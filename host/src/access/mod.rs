@@ -1,0 +1,236 @@
+//! Who may call: keys, their permissions and limits. It owns the keys' digests, never the keys themselves, and never knows what a
+//! request asks for.
+
+mod keys;
+mod refresh;
+mod ssm;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use prometheus::IntCounterVec;
+
+use crate::config::{AuthSpec, KeySpec};
+use keys::{Key, KeySet, Limits};
+
+pub use keys::{ConcurrencyPermit, Digest, Digester};
+pub use refresh::run as refresh;
+pub use ssm::SsmError;
+
+/// What a request shows of itself: looked up by whoever knows its headers.
+pub trait Shown {
+    /// The value of this header, as it was sent.
+    fn header(&self, name: &str) -> Option<&[u8]>;
+}
+
+/// Who may call, as the configuration says now.
+pub struct Access {
+    now: ArcSwap<Rules>,
+    digester: Digester,
+    /// Limits by key, so that a new configuration doesn't forget who has called how often.
+    limits: Mutex<Vec<(KeySpec, Arc<Limits>)>>,
+    /// Calls by key and what became of them.
+    calls: IntCounterVec,
+}
+
+/// The rules at one moment.
+struct Rules {
+    spec: AuthSpec,
+    keys: KeySet,
+    /// `Modal-Key` and `Modal-Secret`, where they must be sent; `None` inside where nobody knows them.
+    modal: Option<Option<(Digest, Digest)>>,
+    /// Keys that were named and whose value isn't known, and why.
+    missing: Vec<String>,
+}
+
+/// A caller who may call.
+#[derive(Debug, Default)]
+pub struct Caller {
+    /// Whether it may ask for changes and look at the host's inside.
+    pub manages: bool,
+    /// Whether its answers may say where their time went.
+    pub explains: bool,
+    _permit: Option<ConcurrencyPermit>,
+}
+
+/// Why a caller may not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AccessError {
+    /// No key was sent.
+    Missing {
+        /// The header that it is expected in.
+        header: String,
+    },
+    /// The key is none of ours.
+    Wrong {
+        /// The header that it is expected in.
+        header: String,
+    },
+    /// The key is right and may not do this.
+    Forbidden(&'static str),
+    /// The key has called too often: come back after this time.
+    TooOften(Duration),
+    /// The key has too many requests in flight.
+    TooMany,
+    /// Nobody knows the keys yet: come back.
+    Unknown,
+}
+
+/// The headers of `secure`.
+const MODAL_HEADERS: [&str; 2] = ["modal-key", "modal-secret"];
+
+impl Access {
+    /// The rules of a configuration, with the values that it has itself; others come with [`refresh`].
+    #[must_use]
+    pub fn new(spec: AuthSpec, calls: IntCounterVec) -> Arc<Self> {
+        let access = Self {
+            now: ArcSwap::from_pointee(Rules::of_nobody()),
+            digester: Digester::new(),
+            limits: Mutex::default(),
+            calls,
+        };
+        access.set(spec, |_| Err("it has not been fetched yet".to_owned()));
+        Arc::new(access)
+    }
+
+    /// Replaces the rules; `value` finds the values of keys that lie elsewhere.
+    fn set(&self, spec: AuthSpec, value: impl Fn(&KeySpec) -> Result<String, String>) {
+        let (mut keys, mut missing) = (Vec::new(), Vec::new());
+        for key in &spec.keys {
+            match key.source.value().map_or_else(|| value(key), |text| Ok(text.to_owned())) {
+                Ok(text) if text.is_empty() => {
+                    missing.push(format!("the key {}: its value is empty", key.name))
+                }
+                Ok(text) => keys.push(Key {
+                    digest: self.digester.digest(text.as_bytes()),
+                    manages: key.manages,
+                    explains: key.explains || key.manages,
+                    limits: self.limits_of(key),
+                    calls: self.calls.with_label_values(&[key.name.as_str(), "ok"]),
+                    refused: self.calls.with_label_values(&[key.name.as_str(), "limited"]),
+                }),
+                Err(reason) => missing.push(format!("the key {}: {reason}", key.name)),
+            }
+        }
+        let digest = |text: &String| self.digester.digest(text.as_bytes());
+        let modal =
+            spec.modal.as_ref().map(|pair| pair.as_ref().map(|pair| (digest(&pair.0), digest(&pair.1))));
+        if let Some(None) = modal {
+            missing.push("secure: there are no secrets modal-key and modal-secret".to_owned());
+        }
+        self.now.store(Arc::new(Rules { spec, keys: KeySet::new(keys), modal, missing }));
+    }
+
+    fn limits_of(&self, key: &KeySpec) -> Arc<Limits> {
+        let mut known = self.limits.lock();
+        if let Some((_, limits)) =
+            known.iter().find(|(spec, _)| spec.name == key.name && spec.limits == key.limits)
+        {
+            return Arc::clone(limits);
+        }
+        let limits = Arc::new(Limits::new(&key.limits));
+        known.retain(|(spec, _)| spec.name != key.name);
+        known.push((key.clone(), Arc::clone(&limits)));
+        limits
+    }
+
+    /// What keeps callers out who should come in: keys whose values nobody knows.
+    #[must_use]
+    pub fn missing(&self) -> Vec<String> {
+        self.now.load().missing.clone()
+    }
+
+    /// Whether any key manages: then only such a key does, and nobody for being on this machine.
+    #[must_use]
+    pub fn has_management_keys(&self) -> bool {
+        self.now.load().spec.keys.iter().any(|key| key.manages)
+    }
+
+    /// Lets a caller in, or says why not. Takes a place among the key's calls until the caller is dropped.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn admit(&self, request: &impl Shown) -> Result<Caller, AccessError> {
+        let rules = self.now.load();
+        if rules.modal.is_none() && rules.spec.keys.is_empty() {
+            return Ok(Caller::default());
+        }
+        rules.check_modal(&self.digester, request).inspect_err(|_| self.refused())?;
+        if rules.spec.keys.is_empty() {
+            return Ok(Caller::default());
+        }
+        let key = rules.key_of(&self.digester, request).inspect_err(|_| self.refused())?;
+        let permit = key.limits.enter().inspect_err(|_| key.refused.inc())?;
+        key.calls.inc();
+        Ok(Caller { manages: key.manages, explains: key.explains, _permit: permit })
+    }
+
+    /// Whether a request shows a key that manages. Takes no place: who looks after a host isn't kept out by its load.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn manage(&self, request: &impl Shown) -> Result<(), AccessError> {
+        let rules = self.now.load();
+        let key = rules.key_of(&self.digester, request).inspect_err(|_| self.refused())?;
+        if !key.manages {
+            return Err(AccessError::Forbidden(
+                "this key may call models and not manage the host (management = true)",
+            ));
+        }
+        Ok(())
+    }
+
+    fn refused(&self) {
+        self.calls.with_label_values(&["", "refused"]).inc();
+    }
+}
+
+impl Rules {
+    fn of_nobody() -> Self {
+        let spec = AuthSpec::default();
+        Self { spec, keys: KeySet::new(Vec::new()), modal: None, missing: Vec::new() }
+    }
+
+    fn key_of(&self, digester: &Digester, request: &impl Shown) -> Result<&Key, AccessError> {
+        let header = &self.spec.header;
+        let bearer = || request.header("authorization").and_then(|value| value.strip_prefix(b"Bearer "));
+        let Some(shown) = request.header(header).or_else(bearer) else {
+            return Err(AccessError::Missing { header: header.clone() });
+        };
+        match self.keys.find(&digester.digest(shown)) {
+            Some(key) => Ok(key),
+            // It may be one of those.
+            None if !self.missing.is_empty() && self.keys.is_empty() => Err(AccessError::Unknown),
+            None => Err(AccessError::Wrong { header: header.clone() }),
+        }
+    }
+
+    fn check_modal(&self, digester: &Digester, request: &impl Shown) -> Result<(), AccessError> {
+        let Some(expected) = &self.modal else { return Ok(()) };
+        let (key, secret) = expected.as_ref().ok_or(AccessError::Unknown)?;
+        let [key_header, secret_header] = MODAL_HEADERS;
+        let header = || format!("{key_header} and {secret_header}");
+        let (Some(shown_key), Some(shown_secret)) =
+            (request.header(key_header), request.header(secret_header))
+        else {
+            return Err(AccessError::Missing { header: header() });
+        };
+        // Both are looked at, whatever the first says.
+        let right = digester.digest(shown_key).matches(key) & digester.digest(shown_secret).matches(secret);
+        if right { Ok(()) } else { Err(AccessError::Wrong { header: header() }) }
+    }
+}
+
+impl fmt::Display for AccessError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing { header } => write!(f, "expected a key in the header {header}, found none"),
+            Self::Wrong { header } => write!(f, "the key in the header {header} is none of this host's"),
+            Self::Forbidden(why) => f.write_str(why),
+            Self::TooOften(_) => f.write_str("this key has called too often (requests_per_second)"),
+            Self::TooMany => f.write_str("this key has too many requests in flight (concurrency_max)"),
+            Self::Unknown => f.write_str("the host doesn't know its keys yet; its log says why"),
+        }
+    }
+}

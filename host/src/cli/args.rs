@@ -1,0 +1,155 @@
+//! What may be said on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use modalkit::config::Environment;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; after a signal: everything that was admitted was answered
+  1    not done: the host could not start or was cut off, a running host did not do what was asked, `check` found errors,
+       or `inspect` would not take the file
+  2    wrong usage, or a wrong configuration to start with
+  130  a second signal";
+
+/// Serves machine-learning pipelines: plugins in watched folders, over HTTP.
+#[derive(Parser)]
+#[command(version, about, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Configuration files, TOML, YAML or JSON; later ones win. The environment (MODALKIT_…__…) beats them. Default:
+    /// MODALKIT_CONFIG, with commas between them.
+    #[arg(long, value_delimiter = ',', global = true)]
+    config: Vec<PathBuf>,
+    /// What to do; serve where nothing is said.
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Serve until SIGTERM or SIGINT (what happens without a command).
+    Serve,
+    /// Print every setting with its value and where that comes from, and everything that is wrong.
+    Check {
+        /// Print the settings as a configuration file in JSON, with `$provenance` and `$warnings`, or the errors.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what a plugin says of itself, and whether this host would take it.
+    Inspect {
+        /// The library.
+        file: PathBuf,
+        /// Print JSON, with the schemas of input, output and settings.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What there is to be configured.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Show the models of a running host, or one of them with its history.
+    Models {
+        /// The model.
+        name: Option<String>,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Have a running host take a model's plugin from its volume again, or look through a volume.
+    Reload {
+        /// The model.
+        #[arg(required_unless_present = "volume")]
+        model: Option<String>,
+        /// The volume to look through instead.
+        #[arg(long, conflicts_with = "model")]
+        volume: Option<String>,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Have a running host go back to a model's generation before.
+    Rollback {
+        /// The model.
+        model: String,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Ask a running host's model for an answer.
+    Predict {
+        /// The model; may be left out where one is served.
+        model: Option<String>,
+        /// The input: JSON, `@FILE`, or `-` for standard input. With --batch a list of inputs.
+        #[arg(long, short, default_value = "-")]
+        input: String,
+        /// Send a list of inputs.
+        #[arg(long, conflicts_with = "later")]
+        batch: bool,
+        /// Send the input as an asynchronous job, and print its id.
+        #[arg(long = "async")]
+        later: bool,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Show what became of an asynchronous job of a running host.
+    Jobs {
+        /// The job's id.
+        id: String,
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Print a script that completes this command line in a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Open a plugin and say whether this host could take it; the host runs this on itself.
+    #[command(hide = true)]
+    Preflight {
+        /// The library.
+        file: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print the JSON Schema of configuration files, for editors.
+    Schema,
+    /// Show the configuration that a running host has in force, and what became of its last change.
+    Show {
+        #[command(flatten)]
+        host: Host,
+    },
+    /// Have a running host read its configuration again.
+    Reload {
+        #[command(flatten)]
+        host: Host,
+    },
+}
+
+/// Which host, and how to print what it says.
+#[derive(Args)]
+pub(crate) struct Host {
+    /// Where it listens. Default: what the configuration says.
+    #[arg(long, env = "MODALKIT_URL")]
+    pub(crate) url: Option<String>,
+    /// Print the host's own JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The file with the authority of its certificate, in PEM, where that is one of your own.
+    #[arg(long, env = "MODALKIT_CA")]
+    pub(crate) ca: Option<PathBuf>,
+    /// The key to show it. Better given in the environment, where other users don't see it.
+    #[arg(long, env = "MODALKIT_KEY", hide_env_values = true)]
+    pub(crate) key: Option<String>,
+}
+
+impl Cli {
+    /// The files that were named, here or in the environment.
+    pub(crate) fn files(&self, environment: &Environment) -> Vec<PathBuf> {
+        if !self.config.is_empty() {
+            return self.config.clone();
+        }
+        let named = environment.get("MODALKIT_CONFIG").unwrap_or_default();
+        named.split(',').map(str::trim).filter(|name| !name.is_empty()).map(PathBuf::from).collect()
+    }
+}

@@ -1,0 +1,105 @@
+//! `inspect`: what a plugin says of itself, and whether this host would take it.
+
+use std::path::{Path, PathBuf};
+
+use modalkit::{
+    config::{self, Environment},
+    reload::build,
+};
+use modalkit_loader::{ABI_VERSION, Plugin};
+use serde_json::{Value, json};
+
+use super::{
+    DONE, NOT_DONE, WRONG_USAGE,
+    print::{Colour, coloured, complain, print},
+};
+
+pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_json: bool) -> u8 {
+    // Whose files are taken, and how long they may take to open, stands in the configuration.
+    let loaded = match config::load(files, environment) {
+        Ok(loaded) => loaded,
+        Err(faults) => {
+            complain(&anyhow::Error::new(faults));
+            return WRONG_USAGE;
+        }
+    };
+    match build::inspect(file, &loaded.config.server) {
+        Ok(plugin) => {
+            print(&if as_json { in_json(&plugin) } else { for_people(&plugin) });
+            DONE
+        }
+        Err(error) => {
+            let reason = error.chain();
+            print(&if as_json {
+                format!("{:#}\n", json!({"taken": false, "reason": reason, "abi_version": ABI_VERSION}))
+            } else {
+                format!(
+                    "{}: this host would not take {}: {reason}\n",
+                    coloured("refused", Colour::Red),
+                    file.display()
+                )
+            });
+            NOT_DONE
+        }
+    }
+}
+
+fn in_json(plugin: &Plugin) -> String {
+    // The SDK wrote them.
+    let schema = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let whole = json!({
+        "taken": true, "name": plugin.name(), "version": plugin.version(), "sha256": plugin.sha256(),
+        "abi_version": ABI_VERSION, "sdk_version": plugin.sdk(), "rustc_version": plugin.rustc(),
+        "input_schema": schema(plugin.input_schema()), "output_schema": schema(plugin.output_schema()),
+        "settings_schema": schema(plugin.settings_schema()),
+    });
+    format!("{whole:#}\n")
+}
+
+fn for_people(plugin: &Plugin) -> String {
+    let mut text = format!(
+        "{} {}, {}\n\nsha256  {}\nabi     {ABI_VERSION}\nsdk     {}\nrustc   {}\n",
+        plugin.name(),
+        plugin.version(),
+        coloured("this host would take it", Colour::Green),
+        plugin.sha256(),
+        plugin.sdk(),
+        plugin.rustc(),
+    );
+    let schemas = [
+        ("input", plugin.input_schema()),
+        ("output", plugin.output_schema()),
+        ("settings: the model's own keys", plugin.settings_schema()),
+    ];
+    for (name, schema) in schemas {
+        text.push_str(&format!("\n{}\n{}", coloured(name, Colour::Grey), members(schema)));
+    }
+    text
+}
+
+/// A schema's members, a line each: whether they must be there, of which type, what they are.
+fn members(schema: &str) -> String {
+    let schema: Value = serde_json::from_str(schema).unwrap_or_default();
+    let Some(properties) = schema["properties"].as_object().filter(|properties| !properties.is_empty())
+    else {
+        return "  none; --json prints the schema\n".to_owned();
+    };
+    let required: Vec<&str> =
+        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let rows: Vec<[String; 4]> = properties
+        .iter()
+        .map(|(name, property)| {
+            let kind = match &property["type"] {
+                Value::String(kind) => kind.clone(),
+                Value::Array(kinds) => {
+                    kinds.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" or ")
+                }
+                _ => "see --json".to_owned(),
+            };
+            let must = if required.contains(&name.as_str()) { "required" } else { "optional" };
+            let about = property["description"].as_str().unwrap_or_default().replace('\n', " ");
+            [format!("  {name}"), kind, must.to_owned(), about]
+        })
+        .collect();
+    super::print::table(&rows)
+}

@@ -1,0 +1,92 @@
+//! The command line: what there is to be said (`args`), and a module for each kind of command. It owns exit codes, and decides
+//! nothing about serving.
+
+pub(crate) mod args;
+mod ask;
+mod check;
+mod inspect;
+mod print;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use modalkit::config::{self, Environment, Faults};
+
+use args::{Cli, Command, ConfigCommand};
+use ask::{Ask, How};
+use print::{complain, print};
+
+/// Drained after a signal, or done.
+pub(crate) const DONE: u8 = 0;
+/// The host could not start or its drain was cut off; what was asked of a running host was not done; `check` found errors;
+/// `inspect` would not take the file.
+pub(crate) const NOT_DONE: u8 = 1;
+/// Wrong usage or, where the host was to be started, a wrong configuration.
+pub(crate) const WRONG_USAGE: u8 = 2;
+/// A second signal.
+pub(crate) const SECOND_SIGNAL: u8 = 130;
+
+/// Carries a command out.
+pub(crate) fn run(cli: Cli) -> ExitCode {
+    let environment = match Environment::of_process() {
+        Ok(environment) => environment,
+        Err(faults) => return refuse(&faults, &cli),
+    };
+    let files = cli.files(&environment);
+    let code = match cli.command {
+        None | Some(Command::Serve) => serve::run(files),
+        Some(Command::Check { json }) => check::run(&files, &environment, json),
+        Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
+        Some(Command::Config { command: ConfigCommand::Schema }) => {
+            print(&format!("{:#}\n", config::schema()));
+            DONE
+        }
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "modalkit", &mut std::io::stdout());
+            DONE
+        }
+        Some(Command::Preflight { file }) => {
+            // On a line of its own, whatever the library printed before.
+            print(&format!("\n{}\n", modalkit_loader::preflight::child(&file)));
+            DONE
+        }
+        Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
+        Some(Command::Reload { model: Some(model), host, .. }) => {
+            ask::run(&Ask::Reload(model), &host, &files, &environment)
+        }
+        Some(Command::Reload { volume, host, .. }) => {
+            ask::run(&Ask::ReloadVolume(volume.unwrap_or_default()), &host, &files, &environment)
+        }
+        Some(Command::Config { command: ConfigCommand::Show { host } }) => {
+            ask::run(&Ask::Config, &host, &files, &environment)
+        }
+        Some(Command::Config { command: ConfigCommand::Reload { host } }) => {
+            ask::run(&Ask::ReloadConfig, &host, &files, &environment)
+        }
+        Some(Command::Jobs { id, host }) => ask::run(&Ask::Job(id), &host, &files, &environment),
+        Some(Command::Predict { model, input, batch, later, host }) => match ask::input(&input) {
+            Ok(input) => {
+                let how = match (batch, later) {
+                    (true, _) => How::Batch,
+                    (_, true) => How::Later,
+                    _ => How::Now,
+                };
+                ask::run(&Ask::Predict { model, input, how }, &host, &files, &environment)
+            }
+            Err(error) => {
+                complain(&anyhow::Error::new(error).context("can't read the input"));
+                WRONG_USAGE
+            }
+        },
+        Some(Command::Rollback { model, host }) => {
+            ask::run(&Ask::RollBack(model), &host, &files, &environment)
+        }
+    };
+    ExitCode::from(code)
+}
+
+fn refuse(faults: &Faults, cli: &Cli) -> ExitCode {
+    complain(&anyhow::Error::new(faults.clone()));
+    ExitCode::from(if matches!(cli.command, Some(Command::Check { .. })) { NOT_DONE } else { WRONG_USAGE })
+}

@@ -1,0 +1,107 @@
+//! `serve`: signals, the control runtime, and how the run's end becomes an exit code.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use modalkit::{
+    app::{self, Ended},
+    config::{Loaded, Sources},
+    telemetry::{self, LogLevels},
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+
+use super::{DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::complain};
+
+pub(crate) fn run(files: Vec<PathBuf>) -> u8 {
+    let sources = Sources::new(files);
+    let loaded = match sources.load() {
+        Ok(loaded) => loaded,
+        Err(faults) => {
+            complain(&anyhow::Error::new(faults));
+            return WRONG_USAGE;
+        }
+    };
+    let log = match telemetry::install_log(&loaded.config.server.log) {
+        Ok(log) => log,
+        Err(error) => {
+            let fault = loaded.fault("server.log", "levels such as info,modalkit=debug", &error.to_string());
+            complain(&anyhow::anyhow!("{fault}"));
+            return WRONG_USAGE;
+        }
+    };
+    serve(sources, loaded, log)
+}
+
+fn serve(sources: Sources, loaded: Loaded, log: LogLevels) -> u8 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Connections have threads of their own; what is left is to accept, to watch and to scale.
+        .worker_threads(1)
+        // Large inputs, one for each core, and the building of plugins.
+        .max_blocking_threads(cores + 2)
+        .thread_name("control")
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&anyhow::Error::new(error).context("can't start the async runtime"));
+            return NOT_DONE;
+        }
+    };
+    let code = runtime.block_on(async {
+        let (mut terminate, mut interrupt, mut hang_up) = match signals() {
+            Ok(signals) => signals,
+            Err(error) => {
+                complain(&error);
+                return NOT_DONE;
+            }
+        };
+        let (first, stop) = tokio::sync::oneshot::channel();
+        let second = async {
+            next(&mut terminate, &mut interrupt).await;
+            // The run may have ended by itself.
+            let _ = first.send(());
+            next(&mut terminate, &mut interrupt).await;
+        };
+        let stop = async { drop(stop.await) };
+        let (hung_up, hang_ups) = mpsc::channel(1);
+        let pass_on = async {
+            while hang_up.recv().await.is_some() {
+                // One that waits stands for any number.
+                let _ = hung_up.try_send(());
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = app::run(sources, loaded, log, hang_ups, stop) => match ended {
+                Ok(Ended::Drained) => DONE,
+                Ok(Ended::CutOff) => NOT_DONE,
+                Err(error) => {
+                    complain(&error);
+                    NOT_DONE
+                }
+            },
+            () = second => SECOND_SIGNAL,
+            () = pass_on => NOT_DONE,
+        }
+    });
+    // Threads inside plugin code can't be told to stop; the process ends with them.
+    runtime.shutdown_background();
+    code
+}
+
+fn signals() -> anyhow::Result<(Signal, Signal, Signal)> {
+    let listen = |kind| signal(kind).context("can't listen for signals");
+    Ok((listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?, listen(SignalKind::hangup())?))
+}
+
+async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -1,0 +1,206 @@
+//! Who may call, resolved: which keys there are, and where each one's value is. A host that others reach asks them, or says that it
+//! doesn't.
+
+use super::{
+    AuthSpec, Environment, Fault, KeyLimits, KeySource, KeySpec, SecretText, SsmSpec, TlsFiles, Warning,
+    fault::listed,
+    keys::{ApiKey, Root},
+    layer::child,
+    secrets,
+};
+
+const KEY: &str = "app_settings.auth_config";
+/// The name of the one key.
+const DEFAULT_NAME: &str = "default";
+/// The secrets that `secure` compares with.
+const MODAL_SECRETS: (&str, &str) = ("modal-key", "modal-secret");
+const SOURCES: [&str; 4] = ["api_key", "variable", "secret", "ssm_key"];
+const DEFAULT_REGION: &str = "us-east-1";
+
+pub(super) fn resolve(
+    written: &Root,
+    environment: &Environment,
+    faults: &mut Vec<Fault>,
+    warnings: &mut Vec<Warning>,
+) -> AuthSpec {
+    let (app, server) = (written.app_settings(), written.server());
+    let deployment = app.deployment_config();
+    let auth = app.auth_config.value().cloned().unwrap_or_default();
+    let region = || {
+        let own = auth.ssm_region.value().or_else(|| deployment.region.value()).map(String::as_str);
+        own.or_else(|| environment.get("AWS_REGION")).unwrap_or(DEFAULT_REGION).to_owned()
+    };
+    let mut keys = Vec::new();
+    let one = ApiKey { api_key: auth.api_key.clone(), ssm_key: auth.ssm_key.clone(), ..ApiKey::default() };
+    if one != ApiKey::default() {
+        keys.extend(key(DEFAULT_NAME, &one, KEY, environment, faults));
+    }
+    for (name, spec) in auth.keys.value().into_iter().flat_map(|keys| keys.iter()) {
+        let path = child(&child(KEY, "keys"), name);
+        if name == DEFAULT_NAME && !keys.is_empty() {
+            let fault = Fault::new(
+                &spec.at(),
+                &path,
+                "another name",
+                "the name of the key that api_key or ssm_key gives",
+            );
+            faults.push(fault);
+        }
+        keys.extend(key(name, spec, &path, environment, faults));
+    }
+    // One that is wrong has been told.
+    let is_wrong = faults.iter().any(|fault| fault.key.starts_with(KEY));
+    if app.auth_config.value().is_some()
+        && !is_wrong
+        && keys.is_empty()
+        && auth.keys.value().is_none_or(|keys| keys.entries.is_empty())
+    {
+        let fault = Fault::new(
+            &app.auth_config.at(),
+            KEY,
+            "api_key, ssm_key or keys",
+            "no key that anybody could have",
+        );
+        faults.push(fault);
+    }
+    let header = auth.auth_header();
+    if header.is_empty() || !header.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    {
+        let expected = "the name of a header: letters, digits, - and _";
+        faults.push(Fault::new(
+            &auth.auth_header.at(),
+            &child(KEY, "auth_header"),
+            expected,
+            format!("{header:?}"),
+        ));
+    }
+    AuthSpec {
+        header: header.to_ascii_lowercase(),
+        keys,
+        modal: deployment.secure().then(|| {
+            let folder = server.secrets_folder();
+            let value = |name| secrets::value(name, environment, folder.as_ref()).map(SecretText);
+            let pair = value(MODAL_SECRETS.0).zip(value(MODAL_SECRETS.1));
+            if pair.is_none() {
+                let why = format!(
+                    "there are no secrets {:?} and {:?}, neither in the environment nor in {folder}: nobody is let in",
+                    MODAL_SECRETS.0, MODAL_SECRETS.1
+                );
+                let key = "app_settings.deployment_config.secure".to_owned();
+                warnings.push(Warning { at: deployment.secure.at(), key, why });
+            }
+            pair
+        }),
+        ssm: SsmSpec { endpoint: auth.ssm_endpoint.value().cloned(), region: region() },
+        refresh: auth.refresh_seconds().duration(),
+        secrets_folder: server.secrets_folder().into(),
+    }
+}
+
+fn key(
+    name: &str,
+    spec: &ApiKey,
+    path: &str,
+    environment: &Environment,
+    faults: &mut Vec<Fault>,
+) -> Option<KeySpec> {
+    let written = [
+        spec.api_key.value().is_some(),
+        spec.variable.value().is_some(),
+        spec.secret.value().is_some(),
+        spec.ssm_key.value().is_some(),
+    ];
+    let names: Vec<&str> =
+        SOURCES.iter().zip(written).filter(|(_, written)| *written).map(|(name, _)| *name).collect();
+    if names.len() != 1 {
+        let expected = format!("one of {}", listed(SOURCES));
+        faults.push(Fault::new(&spec.at(), path, expected, listed(names)));
+        return None;
+    }
+    let source = if let Some(key) = spec.api_key.value() {
+        KeySource::Value(SecretText(key.0.clone()))
+    } else if let Some(variable) = spec.variable.value() {
+        let Some(value) = environment.get(variable).filter(|value| !value.is_empty()) else {
+            let key = child(path, "variable");
+            let found = format!("{variable}, which is not set");
+            faults.push(Fault::new(
+                &spec.variable.at(),
+                &key,
+                "a variable of the environment that holds the key",
+                found,
+            ));
+            return None;
+        };
+        KeySource::Value(SecretText(value.to_owned()))
+    } else if let Some(secret) = spec.secret.value() {
+        KeySource::Secret(secret.clone())
+    } else {
+        KeySource::Ssm(spec.ssm_key.value()?.clone())
+    };
+    let limits = KeyLimits {
+        requests_per_second: spec.requests_per_second.value().map(|rate| rate.0),
+        burst: spec.burst.value().map(|burst| burst.0 as u32),
+        concurrency_max: spec.concurrency_max.value().map(|limit| limit.0 as usize),
+    };
+    if limits.burst.is_some() && limits.requests_per_second.is_none() {
+        let expected = "requests_per_second beside it, which it is an exception of";
+        faults.push(Fault::new(&spec.burst.at(), &child(path, "burst"), expected, "a burst without a rate"));
+    }
+    Some(KeySpec {
+        name: name.to_owned(),
+        source,
+        manages: spec.management(),
+        explains: spec.explain(),
+        limits,
+    })
+}
+
+impl ApiKey {
+    /// Where anything of it was written.
+    fn at(&self) -> super::Place {
+        let places = [
+            self.api_key.at(),
+            self.variable.at(),
+            self.secret.at(),
+            self.ssm_key.at(),
+            self.management.at(),
+        ];
+        places.into_iter().find(|place| *place != super::Place::Default).unwrap_or(super::Place::Default)
+    }
+}
+
+/// The files of HTTPS: both, or none.
+pub(super) fn tls(written: &Root, faults: &mut Vec<Fault>) -> Option<TlsFiles> {
+    let server = written.server();
+    let tls = server.tls.value()?;
+    match (tls.certificate.value(), tls.private_key.value()) {
+        (Some(certificate), Some(private_key)) => {
+            Some(TlsFiles { certificate: certificate.into(), private_key: private_key.into() })
+        }
+        (certificate, _) => {
+            let found = if certificate.is_some() { "certificate alone" } else { "no certificate" };
+            let fault = Fault::new(
+                &server.tls.at(),
+                "server.tls",
+                "certificate and private_key, two files in PEM",
+                found,
+            );
+            faults.push(fault);
+            None
+        }
+    }
+}
+
+/// Whether others than this machine's own programs are let in unasked.
+pub(super) fn check_exposure(written: &Root, auth: &AuthSpec, faults: &mut Vec<Fault>) {
+    let server = written.server();
+    let listen = server.listen().0;
+    if listen.ip().is_loopback() || auth.asks() || server.insecure() {
+        return;
+    }
+    let expected = "a loopback address, since anybody who reaches another one could use this server";
+    let fault = Fault::new(&server.listen.at(), "server.listen", expected, listen.to_string());
+    faults.push(fault.hint(
+        "set app_settings.auth_config.api_key, so that callers show a key; or, where a proxy or a firewall guards it, server.insecure = true",
+    ));
+}

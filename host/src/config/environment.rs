@@ -1,0 +1,164 @@
+//! The environment: variables of the process, and below them those of a `.env` file. It turns those that name keys into located
+//! values, and never knows what keys mean.
+
+use std::{collections::BTreeMap, env, fs, path::Path, sync::Arc};
+
+use super::{
+    fault::{Fault, Place},
+    node::{Entry, Node, Value},
+};
+
+/// Variables start with this; the keys of a path are joined by two underscores.
+const PREFIX: &str = "MODALKIT_";
+const SEPARATOR: &str = "__";
+/// Read in the current folder.
+pub(super) const DOT_ENV: &str = ".env";
+
+/// Variables, each with where it was set.
+#[derive(Clone, Debug, Default)]
+pub struct Environment(BTreeMap<String, (String, Place)>);
+
+impl Environment {
+    /// Of this process, over `.env` in the current folder where there is one. Variables that aren't UTF-8 are passed over.
+    ///
+    /// # Errors
+    /// `.env` can't be read, or isn't lines of `NAME=value`.
+    pub fn of_process() -> Result<Self, super::Faults> {
+        let mut all = Self::dot_env(Path::new(DOT_ENV)).map_err(super::Faults::from)?;
+        let set = env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        all.extend(Self::from_iter(set));
+        Ok(all)
+    }
+
+    /// What a `.env` file sets; nothing where there is none.
+    pub(super) fn dot_env(path: &Path) -> Result<Self, Vec<Fault>> {
+        let shared: Arc<Path> = path.into();
+        let whole = Place::Whole(Arc::clone(&shared));
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => {
+                return Err(vec![Fault::new(&whole, "", "a file that can be read", error.to_string())]);
+            }
+        };
+        let mut all = Self::default();
+        for item in dotenvy::Iter::new(text.as_bytes()) {
+            // What the parser says shows the line, which may hold a secret.
+            let (name, value) = item.map_err(|error| {
+                let line = match &error {
+                    dotenvy::Error::LineParse(line, _) => text.lines().position(|known| known == line),
+                    _ => None,
+                };
+                let at = line.map_or(whole.clone(), |line| Place::File {
+                    path: Arc::clone(&shared),
+                    line: line as u32 + 1,
+                    column: 1,
+                });
+                vec![Fault::new(
+                    &at,
+                    "",
+                    "lines of NAME=value, quoted where the value has blanks",
+                    "another line",
+                )]
+            })?;
+            let sets = |line: &str| {
+                let line = line.trim_start().trim_start_matches("export ").trim_start();
+                line.strip_prefix(name.as_str()).is_some_and(|rest| rest.trim_start().starts_with('='))
+            };
+            let line = text.lines().position(sets).unwrap_or_default() as u32 + 1;
+            let at = Place::DotEnv { path: Arc::clone(&shared), line, name: name.as_str().into() };
+            all.0.insert(name, (value, at));
+        }
+        Ok(all)
+    }
+
+    /// Lays later variables over these.
+    pub(super) fn extend(&mut self, later: Self) {
+        self.0.extend(later.0);
+    }
+
+    /// The value of a variable, by its exact name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(|(value, _)| value.as_str())
+    }
+
+    /// The variables that name keys, as one layer. A map that is given whole, as JSON, replaces what the files say there; a
+    /// longer path changes one key of it. Names are matched without regard to case, against what the files have.
+    /// `sections`: the keys at the top, which one variable may give whole.
+    pub(super) fn layer(&self, files: &[&Node], sections: &[&str], faults: &mut Vec<Fault>) -> Node {
+        let mut root = Node::map(Place::Default);
+        let mut named: Vec<_> = self.0.iter().filter(|(name, _)| names_a_key(name, sections)).collect();
+        // Shorter paths first: a whole map, then single keys of it.
+        named.sort_by_key(|(name, _)| (name.matches(SEPARATOR).count(), name.as_str()));
+        for (name, (value, at)) in named {
+            let path: Vec<&str> = name[PREFIX.len()..].split(SEPARATOR).collect();
+            if let Some(empty) = path.iter().position(|step| step.is_empty()) {
+                let key = path[..empty].join(".");
+                faults.push(Fault::new(
+                    at,
+                    &key,
+                    "names of keys with two underscores between them",
+                    format!("the name {name}"),
+                ));
+                continue;
+            }
+            let value = Node::new(Value::Variable(value.clone()), at.clone());
+            if let Err(above) = put(&mut root, files, &path, value) {
+                let found = format!("the variable {name}, and another that gives {above} a value of its own");
+                faults.push(Fault::new(at, &above, "either a whole value or single keys in it", found));
+            }
+        }
+        root
+    }
+}
+
+impl FromIterator<(String, String)> for Environment {
+    fn from_iter<I: IntoIterator<Item = (String, String)>>(variables: I) -> Self {
+        let placed = |(name, value): (String, String)| {
+            let at = Place::Variable(name.as_str().into());
+            (name, (value, at))
+        };
+        Self(variables.into_iter().map(placed).collect())
+    }
+}
+
+/// Puts a value where a path leads. The error is the key on the way that is no table.
+fn put(root: &mut Node, files: &[&Node], path: &[&str], value: Node) -> Result<(), String> {
+    let (mut node, mut like, mut walked) = (root, files.to_vec(), Vec::new());
+    for (index, step) in path.iter().enumerate() {
+        // A map that was given as JSON is opened for the keys in it.
+        if matches!(node.value, Value::Variable(_)) {
+            *node = node.opened();
+        }
+        let at = value.at.clone();
+        let Value::Map(entries) = &mut node.value else { return Err(walked.join(".")) };
+        let known = like.iter().flat_map(|file| file.entries()).map(|entry| &entry.name);
+        let own = entries.iter().map(|entry| &entry.name);
+        let name = own.chain(known).find(|name| name.eq_ignore_ascii_case(step)).cloned();
+        let name = name.unwrap_or_else(|| step.to_ascii_lowercase());
+        like = like.into_iter().filter_map(|file| file.get(&name)).collect();
+        walked.push(name.clone());
+        let last = index + 1 == path.len();
+        let place = match entries.iter().position(|entry| entry.name == name) {
+            Some(place) => place,
+            None => {
+                entries.push(Entry { name, at: at.clone(), node: Node::map(at) });
+                entries.len() - 1
+            }
+        };
+        node = &mut entries[place].node;
+        if last {
+            *node = value;
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+fn names_a_key(name: &str, sections: &[&str]) -> bool {
+    let prefixed = name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX));
+    let is_section = || sections.iter().any(|section| section.eq_ignore_ascii_case(&name[PREFIX.len()..]));
+    prefixed && (name.contains(SEPARATOR) || is_section())
+}

@@ -1,0 +1,233 @@
+//! Reads TOML, YAML and JSON files into located values. It knows no key.
+
+use std::{fmt, fs, ops::Range, path::Path, sync::Arc};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, SeqAccess, Visitor},
+};
+use serde_saphyr::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    fault::{Fault, Place},
+    node::{Entry, Node, Value},
+};
+
+/// Errors of syntax that one file is told: each may lead to others that are none.
+const SYNTAX_FAULTS_MAX: usize = 5;
+
+/// A file's values, and whether keys that nobody knows are passed over in it: the Python library writes YAML, and passes
+/// over what it doesn't know.
+pub(super) struct File {
+    pub(super) root: Node,
+    pub(super) lenient: bool,
+}
+
+pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
+    let shared: Arc<Path> = path.into();
+    let text = fs::read_to_string(path).map_err(|error| {
+        let fault =
+            Fault::new(&Place::Whole(Arc::clone(&shared)), "", "a file that can be read", error.to_string());
+        vec![fault.hint("name the files with --config, or in MODALKIT_CONFIG with commas between them")]
+    })?;
+    parse(&text, &shared)
+}
+
+fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
+    match path.extension().and_then(|kind| kind.to_str()) {
+        Some("yaml" | "yml") => Ok(File { root: yaml(text, path)?, lenient: true }),
+        // JSON is a part of YAML.
+        Some("json") => Ok(File { root: yaml(text, path)?, lenient: false }),
+        _ => Ok(File { root: toml(text, path)?, lenient: false }),
+    }
+}
+
+fn toml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
+    let (table, errors) = DeTable::parse_recoverable(text);
+    let lines = Lines { text, path };
+    if errors.is_empty() {
+        return Ok(Node::new(Value::Map(of_table(table.get_ref(), &lines)), lines.at(0)));
+    }
+    let mut faults: Vec<Fault> = Vec::new();
+    let mut spans: Vec<(usize, &str)> =
+        errors.iter().map(|error| (error.span().map_or(0, |span| span.start), error.message())).collect();
+    spans.sort_by_key(|(start, _)| *start);
+    for (start, message) in spans {
+        let at = lines.at(start);
+        let same_line = |fault: &Fault| matches!((&fault.at, &at), (Place::File { line: a, .. }, Place::File { line: b, .. }) if a == b);
+        if faults.len() < SYNTAX_FAULTS_MAX && !faults.iter().any(same_line) {
+            let hint = if message.contains("duplicate key") {
+                "remove one of the two"
+            } else {
+                "each `key = value` stands on a line of its own, texts in double quotes, tables under [names]"
+            };
+            faults.push(Fault::new(&at, "", "TOML", message).hint(hint));
+        }
+    }
+    Err(faults)
+}
+
+fn of_table(table: &DeTable<'_>, lines: &Lines<'_>) -> Vec<Entry> {
+    let entry = |(key, value): (&toml::Spanned<_>, &toml::Spanned<DeValue<'_>>)| Entry {
+        name: AsRef::<str>::as_ref(key.get_ref()).to_owned(),
+        at: lines.at(key.span().start),
+        node: of_toml(value, lines),
+    };
+    let mut entries: Vec<Entry> = table.iter().map(entry).collect();
+    entries.sort_by(|a, b| a.at.cmp(&b.at));
+    entries
+}
+
+fn of_toml(value: &toml::Spanned<DeValue<'_>>, lines: &Lines<'_>) -> Node {
+    let Range { start, .. } = value.span();
+    let read = match value.get_ref() {
+        DeValue::String(text) => Value::Text(text.to_string()),
+        DeValue::Integer(number) => {
+            let digits = number.as_str().replace('_', "");
+            i128::from_str_radix(&digits, number.radix()).map_or_else(|_| Value::Text(digits), Value::Integer)
+        }
+        DeValue::Float(number) => number
+            .as_str()
+            .replace('_', "")
+            .parse()
+            .map_or_else(|_| Value::Text(number.as_str().to_owned()), Value::Float),
+        DeValue::Boolean(value) => Value::Bool(*value),
+        DeValue::Datetime(moment) => Value::Text(moment.to_string()),
+        DeValue::Array(list) => Value::List(list.iter().map(|item| of_toml(item, lines)).collect()),
+        DeValue::Table(table) => Value::Map(of_table(table, lines)),
+    };
+    Node::new(read, lines.at(start))
+}
+
+struct Lines<'t> {
+    text: &'t str,
+    path: &'t Arc<Path>,
+}
+
+impl Lines<'_> {
+    fn at(&self, offset: usize) -> Place {
+        let before = &self.text[..self.text.floor_char_boundary(offset)];
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        Place::File { path: Arc::clone(self.path), line: line as u32, column: column as u32 }
+    }
+}
+
+fn yaml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
+    let place = |line: u64, column: u64| Place::File {
+        path: Arc::clone(path),
+        line: u32::try_from(line).unwrap_or(u32::MAX),
+        column: u32::try_from(column).unwrap_or(u32::MAX),
+    };
+    let options = serde_saphyr::options! {
+        // They become numbers here and are refused by key, where they don't fit.
+        non_finite_float_policy: serde_saphyr::options::NonFiniteFloatPolicy::PassThrough,
+        with_snippet: false,
+    };
+    let parsed: Spanned<Yaml> = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        let at = error
+            .location()
+            .map_or_else(|| Place::Whole(Arc::clone(path)), |at| place(at.line(), at.column()));
+        let text = error.to_string();
+        // The place stands in front of it already.
+        let message = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
+        // What follows is for those who call the parser.
+        let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
+        vec![Fault::new(&at, "", "YAML", message)]
+    })?;
+    let node = of_yaml(parsed, &place);
+    Ok(match node.value {
+        // An empty file says nothing.
+        Value::Null => Node::map(node.at),
+        _ => node,
+    })
+}
+
+enum Yaml {
+    Scalar(Value),
+    List(Vec<Spanned<Yaml>>),
+    Map(Vec<(Spanned<String>, Spanned<Yaml>)>),
+}
+
+fn of_yaml(yaml: Spanned<Yaml>, place: &impl Fn(u64, u64) -> Place) -> Node {
+    let at = place(yaml.referenced.line(), yaml.referenced.column());
+    let value = match yaml.value {
+        Yaml::Scalar(value) => value,
+        Yaml::List(list) => Value::List(list.into_iter().map(|item| of_yaml(item, place)).collect()),
+        Yaml::Map(map) => Value::Map(
+            map.into_iter()
+                .map(|(key, value)| Entry {
+                    at: place(key.referenced.line(), key.referenced.column()),
+                    name: key.value,
+                    node: of_yaml(value, place),
+                })
+                .collect(),
+        ),
+    };
+    Node::new(value, at)
+}
+
+impl<'de> Deserialize<'de> for Yaml {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyYaml)
+    }
+}
+
+struct AnyYaml;
+
+impl<'de> Visitor<'de> for AnyYaml {
+    type Value = Yaml;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Bool(value)))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Integer(value.into())))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Integer(value.into())))
+    }
+
+    fn visit_i128<E>(self, value: i128) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Integer(value)))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Float(value)))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Text(value.to_owned())))
+    }
+
+    fn visit_unit<E>(self) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Null))
+    }
+
+    fn visit_none<E>(self) -> Result<Yaml, E> {
+        Ok(Yaml::Scalar(Value::Null))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Yaml, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = list.next_element()? {
+            items.push(item);
+        }
+        Ok(Yaml::List(items))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Yaml, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(key) = map.next_key()? {
+            entries.push((key, map.next_value()?));
+        }
+        Ok(Yaml::Map(entries))
+    }
+}

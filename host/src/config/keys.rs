@@ -1,0 +1,356 @@
+//! Every key there is, with its kind, default and meaning: the one list that parsing, defaults, the JSON Schema and `check`
+//! follow. What is written in one layer is such a value; layers are merged into one. It never knows what keys lead to.
+
+use super::{
+    layer::{Setting, layer},
+    types::{
+        Address, Amount, Count, FreeForm, MountKind, Named, OneOrMany, Over, PerSecond, Period, QueueBackend,
+        Ratio, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+    },
+};
+
+/// Milliseconds up to a day.
+type Milliseconds = Count<1, 86_400_000>;
+/// A number that only memory bounds.
+type Large = Count<1, 4_294_967_296>;
+
+const MAX_REPLICAS: u64 = 256;
+const MAX_THREADS: u64 = 1024;
+/// Each library that touches a thread-local keeps a pthread key, of which a process has 1,024; others need some too.
+const MAX_GENERATIONS: u64 = 768;
+
+fn cores() -> u64 {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64)
+}
+
+layer! {
+    /// The configuration of a modalkit host.
+    pub(super) struct Root {
+        /// What only the host cares about.
+        server: Server = Server::default();
+        /// The application: how its models are deployed, batched and guarded.
+        app_settings: AppSettings = AppSettings::default();
+        /// The models and their data.
+        model_settings: ModelSettings = ModelSettings::default();
+    }
+}
+
+layer! {
+    /// What only the host cares about.
+    pub(super) struct Server {
+        /// Address and port. Another address than loopback also needs `app_settings.auth_config`, or `insecure = true`.
+        listen: Address = Address(std::net::SocketAddr::from(([127, 0, 0, 1], 8000)));
+        /// Serves everybody who reaches another address than loopback without asking who they are.
+        insecure: bool = false;
+        /// Threads that serve connections.
+        io_threads: Count<1, MAX_THREADS>, or "as many as there are cores";
+        /// Open connections; further ones wait in the kernel's backlog.
+        connections_max: Count<1, 1_048_576> = Count(4096);
+        /// Milliseconds until a connection's first bytes, then until the end of each request's headers.
+        header_timeout_ms: Milliseconds = Count(30_000);
+        /// Milliseconds from the end of the headers to the end of the body.
+        body_timeout_ms: Milliseconds = Count(30_000);
+        /// Bytes of a request's body.
+        body_bytes_max: Large = Count(8 << 20);
+        /// Bodies up to this many bytes are parsed on the connection's thread, larger ones on a pool of one thread a core.
+        decode_inline_bytes_max: Count<0, 4_294_967_296> = Count(16 << 10);
+        /// Milliseconds until a request gets a 504.
+        request_timeout_ms: Milliseconds = Count(60_000);
+        /// The most milliseconds that a request may ask for with `x-request-timeout-ms`.
+        request_timeout_ms_max: Milliseconds = Count(600_000);
+        /// Seconds that a shutdown waits for what was admitted.
+        drain_timeout_seconds: Count<0, 86_400> = Count(30);
+        /// Seconds that a plugin may take to open in the process that tries it first.
+        preflight_timeout_seconds: Count<1, 3_600> = Count(30);
+        /// Milliseconds that a file in a volume must hold still before it counts as written, unless its writer was seen closing
+        /// or renaming it.
+        settle_ms: Count<1, 60_000> = Count(200);
+        /// Seconds that a library may hold still that is not all there, and that model data on its way holds up other data.
+        settle_timeout_seconds: Count<1, 86_400> = Count(10);
+        /// Milliseconds between two looks at a volume that is polled.
+        poll_interval_ms: Milliseconds = Count(2_000);
+        /// Plugin libraries that the process opens in its life.
+        generations_max: Count<1, MAX_GENERATIONS> = Count(256);
+        /// Takes plugins of any owner; otherwise files and folders of others than root and the host's user are refused.
+        plugins_of_any_owner: bool = false;
+        /// Takes plugins that their group or everybody may write.
+        plugins_of_any_mode: bool = false;
+        /// Asynchronous jobs that are remembered, finished ones included.
+        jobs_max: Large = Count(10_000);
+        /// Log levels: one for all, or by module, as in `info,modalkit=debug`.
+        log: String = "info".to_owned();
+        /// Settings of single volumes, by their names.
+        volumes: Named<ServerVolume>;
+        /// The folder with one file for each secret, as Docker and Kubernetes mount them.
+        secrets_folder: String = "/run/secrets".to_owned();
+        /// Serves HTTPS instead of HTTP.
+        tls: Tls;
+    }
+}
+
+layer! {
+    /// HTTPS. Files that change are read again.
+    pub(super) struct Tls {
+        /// The file with the certificate and those between it and its authority, in PEM.
+        certificate: String;
+        /// The file with its private key, in PEM.
+        private_key: String;
+    }
+}
+
+layer! {
+    /// Settings of one volume.
+    pub(super) struct ServerVolume {
+        /// How changes in it are noticed.
+        watch: Watch, or "native on local file systems, both on others";
+    }
+}
+
+layer! {
+    /// The application.
+    pub(super) struct AppSettings {
+        /// The application's name is this, followed by the environment variable MODALKIT_APP_POSTFIX (`-dev` where unset).
+        app_prefix: String = "modalkit".to_owned();
+        /// How requests become batches.
+        batch_config: BatchConfig = BatchConfig::default();
+        /// Replicas, volumes and what else models run with.
+        deployment_config: DeploymentConfig = DeploymentConfig::default();
+        /// Who may call.
+        auth_config: AuthConfig;
+    }
+    later {
+        /// The container image.
+        build_config: BuildConfig;
+        /// Where asynchronous results go.
+        queue_config: QueueConfig;
+    }
+}
+
+layer! {
+    /// How requests become batches.
+    pub(super) struct BatchConfig {
+        /// Items in a batch.
+        max_batch_size: Count<1, 1000> = Count(1);
+        /// Milliseconds that an incomplete batch waits for more.
+        wait_ms: Count<0, 600_000> = Count(0);
+        /// Items that wait for a batch, for each model.
+        queue_max: Count<1, 16_777_216> = Count(4096);
+    }
+}
+
+layer! {
+    /// Replicas, volumes and what else models run with.
+    pub(super) struct DeploymentConfig {
+        /// Watched folders and their names.
+        volumes: Named<String>, or "local_model_repository_folder, or else the folder `volume`, named \"volume\"";
+        /// Replicas kept also without work.
+        min_replicas: Count<0, MAX_REPLICAS> = Count(1);
+        /// The most replicas there are.
+        concurrency_limit: Count<1, MAX_REPLICAS>, or "min_replicas, or 1";
+        /// Inputs that one replica handles at once, where that is more than a batch.
+        allow_concurrent_inputs: Count<1, 4_294_967_295> = Count(1);
+        /// Batches that one replica runs at once, each on a thread of its own.
+        batches_in_flight: Count<1, MAX_THREADS>, or "as many whole batches as allow_concurrent_inputs holds, at least 1";
+        /// Requests in flight before 429; for the whole host.
+        allow_concurrent_inputs_handler: Count<1, 4_294_967_295> = Count(1024);
+        /// Seconds without work until a replica above the minimum is retired.
+        container_idle_timeout: Count<1, 4_294_967_295> = Count(180);
+        /// Seconds that a batch may run until its callers get a 504 and its replica is replaced.
+        batch_timeout_seconds: Seconds = Seconds(300.0);
+        /// Replicas that may hang in a batch until the model is given up.
+        stuck_replicas_max: Count<0, MAX_REPLICAS> = Count(2);
+        /// Seconds that a pipeline's `load` and `warmup` together may take, and each of its `on_volume_reload`.
+        load_timeout_seconds: Seconds = Seconds(600.0);
+        /// Seconds between calls of `on_volume_reload` without any change; -1: only on change.
+        volume_reload_interval_seconds: Period = Period(-1.0);
+        /// Seconds that the generation before stands by after a swap; 0: not at all.
+        probation_seconds: SecondsOrZero = SecondsOrZero(10.0);
+        /// Batches that must have ended before a generation on probation is judged.
+        probation_batches_min: Large = Count(10);
+        /// How much larger the share of failed batches may be, from 0 to 1.
+        probation_failed_share_max: Share = Share(0.1);
+        /// How many times as long 99 of 100 batches may take.
+        probation_p99_ratio_max: Ratio = Ratio(3.0);
+        /// Names of secrets for the pipelines: variables of the environment, or files in `server.secrets_folder`.
+        secrets: Vec<String> = Vec::new();
+        /// Files and folders that are put in place at the start and when the configuration is read again.
+        mounts: Vec<Mount> = Vec::new();
+        /// Whether callers must send Modal-Key and Modal-Secret, which are the secrets `modal-key` and `modal-secret`.
+        secure: bool = false;
+    }
+    later {
+        /// The device of each replica: by name, several in order of preference, or null for none.
+        gpu: OneOrMany<String>;
+        /// The region of cloud services.
+        region: String;
+        /// Attempts for a failed asynchronous job.
+        retries: Count<0, 1000>;
+        /// Prefixes of buckets that are mirrored into folders.
+        cloud_bucket_mounts: Vec<BucketMount>;
+        /// Megabytes of the container.
+        memory: Amount;
+        /// Cores of the container.
+        cpu: Amount;
+    }
+}
+
+layer! {
+    /// A file or folder that is put in place.
+    pub(super) struct Mount {
+        /// What is copied.
+        local_path: String;
+        /// Where it is put.
+        remote_path: String;
+        /// Whether it is a file or a folder.
+        r#type: MountKind = MountKind::File;
+    }
+}
+
+layer! {
+    /// A prefix of a bucket that is mirrored into a folder.
+    pub(super) struct BucketMount {
+        /// The folder.
+        mount_point: String;
+        /// The bucket.
+        bucket_name: String;
+        /// Where the store answers, where that isn't the cloud's own address.
+        bucket_endpoint_url: String;
+        /// The keys that are mirrored begin with this.
+        key_prefix: String;
+        /// The secret with the credentials.
+        secret: String;
+        /// The role whose credentials are asked for.
+        oidc_auth_role_arn: String;
+        /// Whether nothing is written back.
+        read_only: bool = false;
+        /// Whether the caller pays.
+        requester_pays: bool = false;
+    }
+}
+
+layer! {
+    /// Who may call. Where nothing stands here, everybody who reaches the host may.
+    pub(super) struct AuthConfig {
+        /// The one key, named "default", where there is no need for several.
+        api_key: Secret;
+        /// The parameter in SSM that holds the one key.
+        ssm_key: String;
+        /// The header that holds a caller's key; `Authorization: Bearer KEY` is taken as well.
+        auth_header: String = "x-api-key".to_owned();
+        /// Further keys, by name. Names stand in logs and metrics, keys never do.
+        keys: Named<ApiKey>;
+        /// Where SSM answers.
+        ssm_endpoint: String, or "the region's own address";
+        /// The region of SSM.
+        ssm_region: String, or "app_settings.deployment_config.region, AWS_REGION, or us-east-1";
+        /// Seconds between two looks at keys in files and in SSM.
+        refresh_seconds: Seconds = Seconds(30.0);
+    }
+}
+
+layer! {
+    /// One key. Its value is one of `api_key`, `variable`, `secret` and `ssm_key`.
+    pub(super) struct ApiKey {
+        /// The key itself.
+        api_key: Secret;
+        /// The variable of the environment that holds it.
+        variable: String;
+        /// The file in `server.secrets_folder` that holds it.
+        secret: String;
+        /// The parameter in SSM that holds it.
+        ssm_key: String;
+        /// Whether it may look at the host's inside and ask for reloads and rollbacks.
+        management: bool = false;
+        /// Whether its answers may say where their time went.
+        explain: bool = false;
+        /// Requests that it may make.
+        requests_per_second: PerSecond;
+        /// Requests that it may make at once after a pause.
+        burst: Count<1, 1_000_000>, or "as many as in one second";
+        /// Its requests in flight.
+        concurrency_max: Large;
+    }
+}
+
+layer! {
+    /// The container image.
+    pub(super) struct BuildConfig {
+        /// The image it is built from.
+        image: String;
+        /// That image's tag.
+        tag: String;
+        /// The working folder in it.
+        workdir: String = "/root".to_owned();
+        /// Variables of its environment.
+        env: Named<String> = Named::default();
+        /// Commands that are run while it is built.
+        extra_run_commands: OneOrMany<String>;
+    }
+}
+
+layer! {
+    /// Where asynchronous results go.
+    pub(super) struct QueueConfig {
+        /// The kind of queue.
+        backend: QueueBackend = QueueBackend::Memory;
+        /// Where the broker answers.
+        broker_url: Url = Url("memory://".to_owned());
+    }
+}
+
+layer! {
+    /// The models and their data.
+    pub(super) struct ModelSettings {
+        /// The folder that holds the models' data.
+        local_model_repository_folder: String, or "the first volume";
+        /// What every pipeline gets.
+        common: FreeForm = FreeForm::default();
+        /// The models, by name. A plugin needs no entry to be served under its own name.
+        model_entries: Named<ModelEntry>;
+    }
+}
+
+layer! {
+    /// One model; further keys go to its pipeline.
+    pub(super) struct ModelEntry {
+        /// The plugin: `NAME.so` or `libNAME.so` in a volume.
+        plugin: String, or "the model's name";
+        /// The only content of its plugin that is taken, as `sha256sum` prints it.
+        plugin_sha256: Sha256;
+        /// The volumes whose changes it hears of.
+        volumes: Vec<String>, or "those that its data folder or its paths lie in";
+        /// A file with requests and answers that a new generation must give before it serves, in the data folder.
+        golden: String;
+        /// Milliseconds that each of those answers may take.
+        golden_latency_ms: Milliseconds;
+        /// Its own batches; what isn't said here is as for the application.
+        batch_config: Over<BatchConfig>;
+        /// Its own deployment; what isn't said here is as for the application.
+        deployment_config: Over<DeploymentConfig>;
+    }
+    rest settings;
+}
+
+impl Server {
+    pub(super) fn io_threads(&self) -> u64 {
+        self.io_threads.value().map_or_else(cores, |threads| threads.0)
+    }
+}
+
+impl BatchConfig {
+    /// These laid over the application's.
+    pub(super) fn over(&self, application: &Self) -> Self {
+        let mut whole = application.clone();
+        whole.merge(self.clone());
+        whole
+    }
+}
+
+impl DeploymentConfig {
+    /// These laid over the application's.
+    pub(super) fn over(&self, application: &Self) -> Self {
+        let mut whole = application.clone();
+        whole.merge(self.clone());
+        whole
+    }
+}

@@ -1,0 +1,164 @@
+//! HTTPS: the certificate, read from its files and again when these change. It never knows what is asked.
+
+use std::{
+    fmt, fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    ServerConfig,
+    crypto::CryptoProvider,
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject},
+    },
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+};
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::TlsFiles;
+
+/// How often the files are looked at. A change counts when two looks in a row have seen the same: certificate and key are two
+/// files, and nobody writes both at once.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file can't be read.
+    #[error("can't read {}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file holds something else.
+    #[error("expected {expected} in {}", path.display())]
+    Malformed {
+        /// Which.
+        path: PathBuf,
+        /// What belongs there.
+        expected: &'static str,
+        /// What was found.
+        #[source]
+        source: pem::Error,
+    },
+    /// They don't fit together, or this program can't use them.
+    #[error("the certificate in {} and the key in {} can't be used together", certificate.display(), private_key.display())]
+    Unfit {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's file.
+        private_key: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+}
+
+/// The certificate in force.
+pub struct Certificate {
+    files: TlsFiles,
+    provider: Arc<CryptoProvider>,
+    now: ArcSwap<CertifiedKey>,
+}
+
+impl Certificate {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub fn read(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let now = ArcSwap::from_pointee(read(&files, &provider)?);
+        Ok(Arc::new(Self { files, provider, now }))
+    }
+
+    /// What greets connections with it.
+    ///
+    /// # Panics
+    /// Where the provider doesn't know the versions of TLS that it was made for.
+    #[must_use]
+    pub fn acceptor(self: &Arc<Self>) -> TlsAcceptor {
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()
+            .expect("ring knows TLS 1.2 and 1.3")
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::clone(self) as Arc<dyn ResolvesServerCert>);
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    /// Reads it again when its files change, until it is dropped. One that can't be used leaves the one before in force.
+    pub async fn follow(self: Arc<Self>) -> std::convert::Infallible {
+        let mut known = self.fingerprint();
+        let mut seen = known;
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            let found = self.fingerprint();
+            let settled = found == std::mem::replace(&mut seen, found);
+            if found == known || !settled {
+                continue;
+            }
+            known = found;
+            match read(&self.files, &self.provider) {
+                Ok(certificate) => {
+                    self.now.store(Arc::new(certificate));
+                    tracing::info!(file = %self.files.certificate.display(), "a new certificate is in force");
+                }
+                Err(error) => {
+                    let error = format!("{:#}", anyhow::Error::new(error));
+                    tracing::error!(error, "the certificate stays as it was");
+                }
+            }
+        }
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        fs::read(&self.files.certificate).ok().hash(&mut hasher);
+        fs::read(&self.files.private_key).ok().hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+impl fmt::Debug for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificate").field("files", &self.files).finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for Certificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.now.load_full())
+    }
+}
+
+fn read(files: &TlsFiles, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
+    let contents =
+        |path: &PathBuf| fs::read(path).map_err(|source| TlsError::Unreadable { path: path.clone(), source });
+    let chain = CertificateDer::pem_slice_iter(&contents(&files.certificate)?)
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|chain| if chain.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(chain) })
+        .map_err(|source| TlsError::Malformed {
+            path: files.certificate.clone(),
+            expected: "certificates in PEM",
+            source,
+        })?;
+    let key = PrivateKeyDer::from_pem_slice(&contents(&files.private_key)?).map_err(|source| {
+        TlsError::Malformed { path: files.private_key.clone(), expected: "a private key in PEM", source }
+    })?;
+    CertifiedKey::from_der(chain, key, provider).map_err(|source| TlsError::Unfit {
+        certificate: files.certificate.clone(),
+        private_key: files.private_key.clone(),
+        source,
+    })
+}

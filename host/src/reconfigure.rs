@@ -1,0 +1,316 @@
+//! Applies a changed configuration to the running host, as one step: read and resolve all of it, look at it as the loaded plugins
+//! would, and only then change anything. What is wrong leaves everything as it is; what needs a restart says so.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use serde::Serialize;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::MissedTickBehavior,
+};
+
+use crate::{
+    admission::Gate,
+    config::{AuthSpec, Fault, Loaded, ModelSpec, Sources},
+    dispatch::Models,
+    mounts,
+    pipeline::check_settings,
+    reload::{Control, ModelChanges},
+    telemetry::LogLevels,
+};
+
+/// How often the files are looked at. A change counts when two looks in a row have seen the same.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// Those who wait for a change; more wait to be told so.
+const WAITING_MAX: usize = 16;
+
+/// Keys that are applied to the running host, by what they begin with. Any other that changes needs a restart.
+const LIVE: [&str; 6] = [
+    "model_settings",
+    "app_settings.batch_config",
+    "app_settings.auth_config",
+    "app_settings.deployment_config",
+    "server.log",
+    "server.secrets_folder",
+];
+/// The exceptions.
+const AT_START: [&str; 1] = ["app_settings.deployment_config.volumes"];
+
+/// What became of a changed configuration.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum Change {
+    /// It says what it said before.
+    Unchanged,
+    /// It is in force, but for the keys in `restart`.
+    Applied {
+        /// What became of the models.
+        models: ModelChanges,
+        /// Keys that say something else than at the start of the host, and are read at a start only.
+        restart: Vec<String>,
+        /// What is written without any effect.
+        warnings: Vec<String>,
+    },
+    /// It is wrong; everything is as it was.
+    Refused {
+        /// Everything that is wrong.
+        errors: Vec<Fault>,
+    },
+    /// The host is going away.
+    Stopping,
+}
+
+/// A change and when it ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct LastChange {
+    /// In milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// What became of it.
+    #[serde(flatten)]
+    pub change: Change,
+}
+
+/// Takes wishes to the loop, and shows what is in force.
+#[derive(Clone)]
+pub struct Handle {
+    asked: mpsc::Sender<oneshot::Sender<Change>>,
+    now: Arc<ArcSwap<Now>>,
+}
+
+/// What is in force.
+pub struct Now {
+    /// The configuration as it was read last, without faults.
+    pub loaded: Arc<Loaded>,
+    /// What became of the last change; `None` before the first.
+    pub last: Option<LastChange>,
+}
+
+/// What a changed configuration changes.
+pub struct Running {
+    /// The models' reloads.
+    pub control: Control,
+    /// The models.
+    pub models: Arc<Models>,
+    /// Requests in flight.
+    pub gate: Arc<Gate>,
+    /// Who may call.
+    pub keys: watch::Sender<AuthSpec>,
+    /// The log's levels.
+    pub log: LogLevels,
+}
+
+/// The loop's parts: what it changes, and what it compares with.
+pub struct Reconfigure {
+    sources: Sources,
+    running: Running,
+    asked: mpsc::Receiver<oneshot::Sender<Change>>,
+    now: Arc<ArcSwap<Now>>,
+    /// What keys said at the start.
+    at_start: BTreeMap<String, String>,
+}
+
+impl Handle {
+    /// Reads the configuration now; waits for what becomes of it.
+    pub async fn reload(&self) -> Change {
+        let (reply, change) = oneshot::channel();
+        if self.asked.send(reply).await.is_err() {
+            return Change::Stopping;
+        }
+        change.await.unwrap_or(Change::Stopping)
+    }
+
+    /// What is in force.
+    #[must_use]
+    pub fn now(&self) -> Arc<Now> {
+        self.now.load_full()
+    }
+
+    /// Of a host with this configuration that nobody changes.
+    #[cfg(test)]
+    pub fn of_nobody(loaded: Loaded) -> Self {
+        let now = Arc::new(ArcSwap::from_pointee(Now { loaded: Arc::new(loaded), last: None }));
+        Self { asked: mpsc::channel(1).0, now }
+    }
+}
+
+/// The loop and its handle; [`Reconfigure::run`] runs it.
+#[must_use]
+pub fn prepare(sources: Sources, loaded: Arc<Loaded>, running: Running) -> (Reconfigure, Handle) {
+    let (ask, asked) = mpsc::channel(WAITING_MAX);
+    let at_start = values(&loaded);
+    let now = Arc::new(ArcSwap::from_pointee(Now { loaded, last: None }));
+    let handle = Handle { asked: ask, now: Arc::clone(&now) };
+    (Reconfigure { sources, running, asked, now, at_start }, handle)
+}
+
+impl Reconfigure {
+    /// Runs until it is dropped: reads the configuration again when its files change, at each hang-up, and when it is asked to.
+    pub async fn run(mut self, mut hang_ups: mpsc::Receiver<()>) -> std::convert::Infallible {
+        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut known = self.sources.fingerprint();
+        let mut seen = known;
+        loop {
+            let reply = tokio::select! {
+                _ = looks.tick() => {
+                    let found = self.sources.fingerprint();
+                    let settled = found == std::mem::replace(&mut seen, found);
+                    if found == known || !settled {
+                        continue;
+                    }
+                    None
+                }
+                Some(()) = hang_ups.recv() => None,
+                Some(reply) = self.asked.recv() => Some(reply),
+            };
+            // Before it is read: what is written meanwhile is another change.
+            known = self.sources.fingerprint();
+            let change = self.apply().await;
+            tell(&change);
+            self.remember(&change);
+            if let Some(reply) = reply {
+                // Whoever asked may have left.
+                let _ = reply.send(change);
+            }
+        }
+    }
+
+    async fn apply(&mut self) -> Change {
+        let loaded = match self.sources.load() {
+            Ok(loaded) => Arc::new(loaded),
+            Err(faults) => return Change::Refused { errors: faults.iter().cloned().collect() },
+        };
+        let config = &loaded.config;
+        let mut errors = self.faults_of_plugins(&config.models).await;
+        if let Err(fault) = self.running.log.check(&config.server.log) {
+            errors.push(loaded.fault("server.log", "levels such as info,modalkit=debug", &fault.to_string()));
+        }
+        if !errors.is_empty() {
+            return Change::Refused { errors };
+        }
+
+        // From here on nothing fails.
+        let before = values(&self.now.load().loaded);
+        let after = values(&loaded);
+        self.running.log.set(&config.server.log);
+        self.running.gate.set_requests_max(config.requests_max);
+        self.running.keys.send_if_modified(|keys| {
+            let changed = *keys != config.auth;
+            config.auth.clone_into(keys);
+            changed
+        });
+        mounts::put_in_place(&config.mounts).await;
+        let Ok(models) = self.running.control.configure(config.models.clone(), config.defaults.clone()).await
+        else {
+            return Change::Stopping;
+        };
+        let restart =
+            differing(&self.at_start, &after).filter(|key| !is_live(key)).map(ToOwned::to_owned).collect();
+        let unchanged = models.is_empty() && differing(&before, &after).next().is_none();
+        let warnings = loaded.warnings.iter().map(ToString::to_string).collect();
+        self.now.store(Arc::new(Now { loaded, last: self.now.load().last.clone() }));
+        if unchanged { Change::Unchanged } else { Change::Applied { models, restart, warnings } }
+    }
+
+    /// What the plugins that are loaded say of changed settings. Runs their code, so on another thread.
+    async fn faults_of_plugins(&self, specs: &BTreeMap<String, ModelSpec>) -> Vec<Fault> {
+        let served = self.running.models.all();
+        let changed: Vec<_> = specs
+            .values()
+            .filter_map(|spec| {
+                let serving = served.get(&spec.name)?.serving().ok()?;
+                let differs = serving.spec.plugin == spec.plugin && serving.spec.settings != spec.settings;
+                differs.then(|| (serving.plugin.clone(), spec.settings.clone()))
+            })
+            .collect();
+        let check = move || -> Vec<Fault> {
+            let faults =
+                changed.iter().filter_map(|(plugin, settings)| check_settings(plugin, settings).err());
+            faults.flat_map(|faults| faults.iter().cloned().collect::<Vec<_>>()).collect()
+        };
+        tokio::task::spawn_blocking(check).await.unwrap_or_default()
+    }
+
+    fn remember(&self, change: &Change) {
+        let now = self.now.load();
+        let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let last = Some(LastChange { at_unix_ms, change: change.clone() });
+        self.now.store(Arc::new(Now { loaded: Arc::clone(&now.loaded), last }));
+    }
+}
+
+fn tell(change: &Change) {
+    match change {
+        Change::Unchanged => tracing::info!("the configuration was read again and says what it said before"),
+        Change::Applied { models, restart, warnings } => {
+            tracing::info!(?models, "the changed configuration is in force");
+            warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            if !restart.is_empty() {
+                tracing::warn!(keys = restart.join(", "), "restart the host to apply these keys");
+            }
+        }
+        Change::Refused { errors } => {
+            for fault in errors {
+                let text = fault.to_string().replace('\n', ";");
+                tracing::error!("the configuration stays as it was: {text}");
+            }
+        }
+        Change::Stopping => {}
+    }
+}
+
+/// What each key says.
+fn values(loaded: &Loaded) -> BTreeMap<String, String> {
+    loaded.rows().into_iter().map(|row| (row.key, row.value)).collect()
+}
+
+/// The keys that don't say the same in both.
+fn differing<'a>(
+    before: &'a BTreeMap<String, String>,
+    after: &'a BTreeMap<String, String>,
+) -> impl Iterator<Item = &'a str> {
+    let changed = after.iter().filter(|(key, value)| before.get(*key) != Some(value));
+    let gone = before.iter().filter(|(key, _)| !after.contains_key(*key));
+    changed.chain(gone).map(|(key, _)| key.as_str())
+}
+
+fn is_live(key: &str) -> bool {
+    let begins_with = |known: &&str| {
+        key.strip_prefix(*known).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    LIVE.iter().any(begins_with) && !AT_START.iter().any(begins_with)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_applied_at_once_is_told_from_what_needs_a_restart() {
+        for live in
+            ["server.log", "app_settings.batch_config.wait_ms", "model_settings.model_entries.a.top_k"]
+        {
+            assert!(is_live(live), "{live}");
+        }
+        for at_start in [
+            "server.listen",
+            "app_settings.deployment_config.volumes.a",
+            "app_settings.app_prefix",
+            "server.logs",
+        ] {
+            assert!(!is_live(at_start), "{at_start}");
+        }
+        let map =
+            |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let (before, after): (BTreeMap<_, _>, BTreeMap<_, _>) = (
+            map(&[("same", "1"), ("gone", "1"), ("changed", "1")]),
+            map(&[("same", "1"), ("changed", "2"), ("new", "1")]),
+        );
+        assert_eq!(differing(&before, &after).collect::<Vec<_>>(), ["changed", "new", "gone"]);
+    }
+}

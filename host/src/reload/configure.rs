@@ -1,0 +1,127 @@
+//! Serves other models than before, or the same ones differently: what a changed configuration leads to for the models. What is
+//! wrong with it was found before; here nothing is refused any more.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use serde::Serialize;
+
+use super::{
+    Loop,
+    machine::{Event, needs_a_generation},
+    usage,
+};
+use crate::{config::ModelSpec, pipeline::Status};
+
+/// What became of the models, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ModelChanges {
+    /// Served now, and not before.
+    pub added: Vec<String>,
+    /// Served no more; what was queued is run first.
+    pub removed: Vec<String>,
+    /// Served differently, at once.
+    pub changed: Vec<String>,
+    /// Served differently as soon as a new generation is loaded; `GET /models/{name}` says what became of it.
+    pub reloading: Vec<String>,
+}
+
+impl ModelChanges {
+    /// Whether nothing has changed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.added.is_empty()
+            && self.removed.is_empty()
+            && self.changed.is_empty()
+            && self.reloading.is_empty()
+    }
+}
+
+impl Loop {
+    pub(super) async fn configure(
+        &mut self,
+        models: BTreeMap<String, ModelSpec>,
+        defaults: ModelSpec,
+    ) -> ModelChanges {
+        let mut changes = ModelChanges::default();
+        // What plugins log is a part of the configuration too. Their code, so not on this thread; nobody waits for it.
+        let builder = Arc::clone(&self.builder);
+        drop(tokio::task::spawn_blocking(move || builder.tell_log_level()));
+        let entries_before = std::mem::replace(&mut self.config.models, models);
+        self.config.defaults = defaults;
+        for name in self.machines.keys().cloned().collect::<Vec<_>>() {
+            match self.wanted(&name, entries_before.contains_key(&name)) {
+                Some(spec) => self.change_model(&name, spec, &mut changes).await,
+                None => {
+                    self.remove(&name).await;
+                    changes.removed.push(name);
+                }
+            }
+        }
+        for spec in self.config.models.clone().into_values() {
+            if !self.machines.contains_key(&spec.name) {
+                tracing::info!(model = spec.name, "a new model is configured");
+                changes.added.push(spec.name.clone());
+                let plugin = spec.plugin.clone();
+                self.add(spec);
+                self.tell_file(&plugin).await;
+            }
+        }
+        // A plugin that no entry names any more serves under its own name, as after a restart.
+        for plugin in self.files.keys().cloned().collect::<Vec<_>>() {
+            if self.users_of(&plugin).is_empty() {
+                let added = self.models_of(&plugin);
+                changes.added.extend(added.iter().map(|model| model.name.clone()));
+                self.tell_file(&plugin).await;
+            }
+        }
+        changes
+    }
+
+    /// How a model that is served now should be served: by its entry; else, as a plugin under its own name, with the defaults.
+    fn wanted(&self, name: &str, had_an_entry: bool) -> Option<ModelSpec> {
+        if let Some(spec) = self.config.models.get(name) {
+            return Some(spec.clone());
+        }
+        // One whose file is gone serves on, unless it was here for its entry alone.
+        let is_plugin = self.files.contains_key(name) || !had_an_entry;
+        let has_entries = self.config.models.values().any(|spec| spec.plugin == name);
+        (is_plugin && !has_entries).then(|| self.config.defaults.named(name))
+    }
+
+    async fn change_model(&mut self, name: &str, spec: ModelSpec, changes: &mut ModelChanges) {
+        let Some(model) = self.models.all().get(name).cloned() else { return };
+        let before = model.spec();
+        if *before != spec {
+            let kind = if needs_a_generation(&before, &spec) {
+                &mut changes.reloading
+            } else {
+                &mut changes.changed
+            };
+            kind.push(name.to_owned());
+        }
+        // Also where nothing else differs: its volumes may be others.
+        let volumes = self.volumes.iter().filter(|volume| usage::uses(&spec, volume)).cloned().collect();
+        let file = self.files.get(&spec.plugin).cloned();
+        self.tell(name, Event::Configure(Box::new(spec), volumes, file)).await;
+    }
+
+    async fn remove(&mut self, name: &str) {
+        // First, so that no request finds a model that is leaving.
+        self.models.remove(name);
+        if let Some(machine) = self.machines.remove(name) {
+            tracing::info!(model = name, "the model is no longer configured; it is unloaded");
+            // One that has ended needs no word.
+            let _ = machine.send(Event::Unload(self.config.server.drain_timeout)).await;
+        }
+    }
+
+    /// Tells the models that wait for a plugin of its file.
+    async fn tell_file(&mut self, plugin: &str) {
+        let Some((path, staged)) = self.files.get(plugin).cloned() else { return };
+        for model in self.users_of(plugin) {
+            if matches!(*model.status(), Status::Waiting { .. }) {
+                self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
+            }
+        }
+    }
+}

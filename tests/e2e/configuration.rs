@@ -1,0 +1,435 @@
+//! What is read from files and the environment: wrong configurations and what is said of them, precedence, the Python library's
+//! files, and that nothing that anybody could write makes it panic.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use modalkit::config::{self, Environment, Faults, Loaded};
+use modalkit_tests::{built, workspace};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn variables(pairs: &[(&str, &str)]) -> Environment {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn put(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+fn load(files: &[PathBuf], pairs: &[(&str, &str)]) -> Result<Loaded, Faults> {
+    config::load(files, &variables(pairs))
+}
+
+/// The value and the place of a key.
+fn row(loaded: &Loaded, key: &str) -> (String, String) {
+    let rows = loaded.rows();
+    let row = rows.iter().find(|row| row.key == key).unwrap_or_else(|| panic!("no {key} in {rows:#?}"));
+    let place = row.at.to_string();
+    (row.value.clone(), place.rsplit('/').next().unwrap().to_owned())
+}
+
+/// Cases stand as `=== NAME`, the file, `--- says`, and what is said.
+#[test]
+fn wrong_configurations_are_told_what_is_wrong_with_them() {
+    let path = workspace().join("tests/configurations/wrong.txt");
+    let text = fs::read_to_string(&path).unwrap();
+    let (preface, cases) = text.split_once("\n=== ").unwrap();
+    let folder = Files::new();
+    let mut now = preface.to_owned();
+    let mut count = 0;
+    for case in cases.split("\n=== ") {
+        let (name, rest) = case.split_once('\n').unwrap();
+        let file = rest.split("\n--- says\n").next().unwrap();
+        let path = folder.put(name, file);
+        let faults = load(&[path], &[]).err().unwrap_or_else(|| panic!("{name} is not wrong"));
+        let said = faults.to_string().replace(&format!("{}/", folder.0.path().display()), "");
+        now.push_str(&format!("\n=== {name}\n{file}\n--- says\n{said}\n"));
+        count += 1;
+    }
+    assert!(count >= 40, "{count} cases");
+    if env::var_os("MODALKIT_UPDATE").is_some() {
+        fs::write(&path, now).unwrap();
+        return;
+    }
+    for (line, (was, is)) in text.lines().zip(now.lines()).enumerate() {
+        assert_eq!(was, is, "{}:{}", path.display(), line + 1);
+    }
+    assert_eq!(text.len(), now.len(), "{} has other lines at its end", path.display());
+}
+
+#[test]
+fn later_layers_win_and_every_value_says_where_it_is_from() {
+    let files = Files::new();
+    let a = files.put(
+        "a.toml",
+        "[app_settings.batch_config]\nmax_batch_size = 2\nwait_ms = 1\nqueue_max = 7\n[model_settings.model_entries.Digits]\ntop_k = 1\nbatch_config = { wait_ms = 9 }\n",
+    );
+    let b = files.put("b.yaml", "app_settings:\n  batch_config: {max_batch_size: 3, wait_ms: 2}\n");
+    let environment = [
+        ("modalkit_app_settings__batch_config__WAIT_MS", "5"),
+        ("MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__DIGITS__TOP_K", "3"),
+        ("MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__DIGITS__LABELS", r#"["a", "b"]"#),
+        ("MODALKIT_CONFIG", "not a key"),
+        ("PATH", "nobody's business"),
+    ];
+    let loaded = load(&[a, b], &environment).unwrap();
+    // In the order of what wins: environment, later file, earlier file, default; and a model's own over the application's.
+    let table = [
+        ("app_settings.batch_config.wait_ms", "5", "$modalkit_app_settings__batch_config__WAIT_MS"),
+        ("app_settings.batch_config.max_batch_size", "3", "b.yaml:2:34"),
+        ("app_settings.batch_config.queue_max", "7", "a.toml:4:13"),
+        ("app_settings.deployment_config.min_replicas", "1", "default"),
+        ("model_settings.model_entries.Digits.batch_config.wait_ms", "9", "a.toml:7:28"),
+        ("model_settings.model_entries.Digits.batch_config.max_batch_size", "3", "b.yaml:2:34"),
+        (
+            "model_settings.model_entries.Digits.top_k",
+            "3",
+            "$MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__DIGITS__TOP_K",
+        ),
+    ];
+    for (key, value, place) in table {
+        assert_eq!(row(&loaded, key), (value.to_owned(), place.to_owned()), "{key}");
+    }
+    let digits = &loaded.config.models["Digits"];
+    assert_eq!(digits.settings.json(), r#"{"labels":["a","b"],"top_k":3}"#);
+    assert_eq!(
+        (digits.batch.max_batch_size, digits.batch.wait.as_millis(), digits.batch.queue_max),
+        (3, 9, 7)
+    );
+}
+
+#[test]
+fn a_map_in_the_environment_replaces_the_files_and_a_path_changes_one_key() {
+    let files = Files::new();
+    let file = files.put("a.toml", "[app_settings.deployment_config.volumes]\n\"/mnt/a\" = \"a\"\n");
+    let name = "MODALKIT_APP_SETTINGS__DEPLOYMENT_CONFIG__VOLUMES";
+    let mounts = |pairs: &[(&str, &str)]| {
+        let loaded = load(&[file.clone()], pairs).unwrap();
+        loaded.config.volumes.iter().map(|volume| volume.name.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(mounts(&[(name, r#"{"/mnt/b": "b"}"#)]), ["b"]);
+    assert_eq!(mounts(&[(&format!("{name}__/MNT/A"), "c")]), ["c"]);
+    assert_eq!(mounts(&[(name, r#"{"/mnt/b": "b"}"#), (&format!("{name}__/mnt/c"), "c")]), ["b", "c"]);
+    let both = load(&[], &[("MODALKIT_SERVER", "{\"log\": \"info\"}"), ("MODALKIT_SERVER__LOG__X", "1")]);
+    let said = both.err().unwrap().to_string();
+    assert!(said.contains("server.log") && said.contains("either a whole value or single keys"), "{said}");
+}
+
+#[test]
+fn null_goes_back_to_the_default() {
+    let files = Files::new();
+    let a =
+        files.put("a.yaml", "app_settings: {batch_config: {wait_ms: 5}, deployment_config: {gpu: A100}}\n");
+    let b =
+        files.put("b.yaml", "app_settings: {batch_config: {wait_ms: null}, deployment_config: {gpu: ~}}\n");
+    let loaded = load(&[a, b], &[]).unwrap();
+    assert_eq!(row(&loaded, "app_settings.batch_config.wait_ms"), ("0".into(), "b.yaml:1:40".into()));
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+}
+
+/// Runs `modalkit` in a folder, without this process's own variables.
+fn modalkit(folder: &Path, args: &[&str], pairs: &[(&str, &str)]) -> (i32, String, String) {
+    let output = Command::new(built().join("modalkit"))
+        .args(args)
+        .current_dir(folder)
+        .env_clear()
+        .envs(pairs.iter().copied())
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_dot_env_file_is_read_and_the_environment_beats_it() {
+    let files = Files::new();
+    files.put("b.toml", "[app_settings.batch_config]\nqueue_max = 9\n");
+    files.put(
+        ".env",
+        "# lines\nMODALKIT_CONFIG=b.toml\nexport MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS=5\nMODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE=6\nMODALKIT_APP_POSTFIX=-test\n",
+    );
+    let set = [("MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE", "8")];
+    let (code, json, said) = modalkit(files.0.path(), &["check", "--json"], &set);
+    assert_eq!(code, 0, "{json}{said}");
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        json["app_settings"]["batch_config"],
+        json!({"max_batch_size": 8, "wait_ms": 5, "queue_max": 9})
+    );
+    let places = &json["$provenance"];
+    assert_eq!(
+        places["app_settings.batch_config.wait_ms"],
+        ".env:3 $MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS"
+    );
+    assert_eq!(
+        places["app_settings.batch_config.max_batch_size"],
+        "$MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE"
+    );
+    assert_eq!(json["$app_name"], "modalkit-test");
+    files.put(".env", "SECRET is no line of this kind\n");
+    let (code, _, said) = modalkit(files.0.path(), &["check"], &[]);
+    assert!(code == 1 && said.contains(".env:1:1") && !said.contains("SECRET"), "{code} {said}");
+}
+
+#[test]
+fn files_of_the_python_library_load_unchanged() {
+    let folder = workspace().join("tests/configurations");
+    let loaded = load(&[folder.join("development.yaml")], &[]).unwrap();
+    let warned: Vec<&str> = loaded.warnings.iter().map(|warning| warning.key.as_str()).collect();
+    assert_eq!(warned, ["app_settings.build_config"]);
+    assert_eq!(loaded.config.app_name, "demo-dev-dev");
+    assert_eq!(loaded.config.auth.keys.len(), 1);
+
+    let loaded = load(&[folder.join("production.yaml")], &[]).unwrap();
+    let warned: Vec<&str> = loaded.warnings.iter().map(|warning| warning.key.as_str()).collect();
+    let deployment = |key: &str| format!("app_settings.deployment_config.{key}");
+    for key in ["region", "gpu", "memory", "cpu", "retries", "secrets", "cloud_bucket_mounts", "secure"] {
+        assert!(warned.contains(&deployment(key).as_str()), "{key}: {warned:?}");
+    }
+    let digits = &loaded.config.models["digits"];
+    assert_eq!((digits.batch.max_batch_size, digits.batch.wait.as_millis()), (64, 20));
+    assert_eq!((digits.replicas.max, digits.replicas.idle_timeout.as_secs()), (4, 300));
+    assert_eq!(digits.reload.hook_interval.unwrap().as_secs(), 300);
+    assert_eq!(digits.settings.json(), r#"{"path":"digits.onnx","top_k":3}"#);
+    assert_eq!(loaded.config.volumes[0].name, "demo-models");
+
+    let files = Files::new();
+    let file = files.put("other.yaml", "app_settings: {colour: red, batch_config: {max_bach_size: 3}}\n");
+    let loaded = load(&[file], &[]).unwrap();
+    let said: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();
+    assert!(said[0].contains("other.yaml:1:16  app_settings.colour: nothing reads this key"), "{said:?}");
+    assert!(said[1].contains("did you mean max_batch_size?"), "{said:?}");
+}
+
+/// Every key of the Python library's settings, with a value of its type: all of them parse, and are what they say.
+#[test]
+fn every_setting_of_the_python_library_parses() {
+    let table = [
+        ("app_settings.app_prefix", json!("demo")),
+        ("app_settings.build_config.image", json!("python")),
+        ("app_settings.build_config.tag", json!("3.11")),
+        ("app_settings.build_config.workdir", json!("/root")),
+        ("app_settings.build_config.env", json!({"A": "b"})),
+        ("app_settings.build_config.extra_run_commands", json!("apt-get update")),
+        ("app_settings.build_config.extra_run_commands", json!(["a", "b"])),
+        ("app_settings.deployment_config.region", json!("eu-west-1")),
+        ("app_settings.deployment_config.gpu", json!("A100")),
+        ("app_settings.deployment_config.gpu", json!(["H100:2", "any"])),
+        ("app_settings.deployment_config.volumes", json!({"/mnt/models": "models"})),
+        ("app_settings.deployment_config.volume_reload_interval_seconds", json!(-1)),
+        ("app_settings.deployment_config.volume_reload_interval_seconds", json!(300)),
+        ("app_settings.deployment_config.concurrency_limit", json!(4)),
+        ("app_settings.deployment_config.retries", json!(1)),
+        ("app_settings.deployment_config.secrets", json!(["a"])),
+        (
+            "app_settings.deployment_config.mounts",
+            json!([{"local_path": "a", "remote_path": "b", "type": "dir"}]),
+        ),
+        ("app_settings.deployment_config.container_idle_timeout", json!(180)),
+        ("app_settings.deployment_config.allow_concurrent_inputs", json!(2)),
+        ("app_settings.deployment_config.allow_concurrent_inputs_handler", json!(10)),
+        ("app_settings.deployment_config.secure", json!(true)),
+        (
+            "app_settings.deployment_config.cloud_bucket_mounts",
+            json!([{"mount_point": "/m", "bucket_name": "b", "bucket_endpoint_url": "u", "key_prefix": "k", "secret": "s", "oidc_auth_role_arn": "r", "read_only": true, "requester_pays": true}]),
+        ),
+        ("app_settings.deployment_config.memory", json!(16384)),
+        ("app_settings.deployment_config.cpu", json!(8.5)),
+        ("app_settings.batch_config.max_batch_size", json!(64)),
+        ("app_settings.batch_config.wait_ms", json!(20)),
+        ("app_settings.queue_config.backend", json!("taskiq")),
+        ("app_settings.queue_config.broker_url", json!("redis://127.0.0.1:6379")),
+        ("app_settings.auth_config.ssm_key", json!("/demo/key")),
+        ("model_settings.local_model_repository_folder", json!("./models")),
+        ("model_settings.model_entries", json!({"echo": {"any": {"thing": [1, null]}}})),
+        ("model_settings.common", json!({"device": "cpu"})),
+    ];
+    let files = Files::new();
+    for (key, value) in table {
+        let whole = key.rsplit('.').fold(value.clone(), |inner, step| json!({ step: inner }));
+        // JSON is strict about keys, and YAML too where it is JSON.
+        for name in ["one.json", "one.yaml"] {
+            let file = files.put(name, &whole.to_string());
+            let loaded = load(&[file], &[]).unwrap_or_else(|faults| panic!("{key}: {faults}"));
+            let found = key.split('.').fold(loaded.json(), |json, step| json[step].clone());
+            if key.ends_with("model_entries") || key.ends_with("mounts") {
+                continue;
+            }
+            assert_eq!(
+                found.as_f64().map_or(found.clone(), |number| json!(number)),
+                value.as_f64().map_or(value.clone(), |number| json!(number)),
+                "{key}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_check_prints_in_json_is_the_same_configuration_again() {
+    let files = Files::new();
+    let file = files.put(
+        "a.toml",
+        "[app_settings.batch_config]\nwait_ms = 3\n[app_settings.deployment_config]\nsecrets = [\"token\"]\nprobation_seconds = 0.5\n\
+         [app_settings.deployment_config.volumes]\n\"/mnt/a\" = \"a\"\n[app_settings.auth_config.keys.ci]\nvariable = \"CI_KEY\"\nrequests_per_second = 2.5\n\
+         [model_settings.common]\ndevice = \"cpu\"\n[model_settings.model_entries.digits]\nplugin = \"onnx\"\ntop_k = 3\nbatch_config = { wait_ms = 1 }\n",
+    );
+    let pairs = [("CI_KEY", "a key"), ("TOKEN", "a secret")];
+    let (code, json, said) = modalkit(files.0.path(), &["check", "--json", "--config", "a.toml"], &pairs);
+    assert_eq!(code, 0, "{json}{said}");
+    assert!(!json.contains("a key") && !json.contains("a secret"), "{json}");
+    let again = files.put("again.json", &json);
+    let (first, second) = (load(&[file], &pairs).unwrap(), load(&[again], &pairs).unwrap());
+    assert_eq!(format!("{:?}", first.config.server), format!("{:?}", second.config.server));
+    assert_eq!(first.config.models, second.config.models);
+    assert_eq!(first.config.defaults, second.config.defaults);
+    assert_eq!(first.config.auth, second.config.auth);
+    assert_eq!(first.config.volumes, second.config.volumes);
+    assert_eq!(first.json(), second.json());
+}
+
+#[test]
+fn keys_of_a_pipeline_are_told_in_the_same_form() {
+    let files = Files::new();
+    fs::create_dir(files.0.path().join("volume")).unwrap();
+    modalkit_tests::install(&modalkit_tests::library("puppet"), &files.0.path().join("volume/puppet.so"));
+    files.put(
+        "a.toml",
+        "[app_settings.deployment_config.volumes]\nvolume = \"v\"\n[model_settings.model_entries.puppet]\nlaod = \"error\"\nneeds = 3\nbatch_confg = {}\n",
+    );
+    let (code, said, _) = modalkit(files.0.path(), &["check", "--config", "a.toml"], &[]);
+    assert_eq!(code, 1, "{said}");
+    for part in [
+        "a.toml:4:1  model_settings.model_entries.puppet.laod",
+        "did you mean load?",
+        "a.toml:5:9  model_settings.model_entries.puppet.needs\n  expected  null or string",
+        "a.toml:6:1  model_settings.model_entries.puppet.batch_confg",
+        "did you mean batch_config?",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+}
+
+#[test]
+fn the_schema_takes_the_reference_configuration_and_refuses_wrong_ones() {
+    let schema = config::schema();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let text = fs::read_to_string(workspace().join("config/modalkit.toml")).unwrap();
+    let reference: Value = serde_json::to_value(toml::from_str::<toml::Table>(&text).unwrap()).unwrap();
+    let faults: Vec<String> = validator.iter_errors(&reference).map(|error| error.to_string()).collect();
+    assert!(faults.is_empty(), "{faults:?}");
+    for wrong in [
+        json!({"servr": {}}),
+        json!({"app_settings": {"batch_config": {"wait_ms": "5"}}}),
+        json!({"app_settings": {"batch_config": {"max_batch_size": 0}}}),
+        json!({"server": {"volumes": {"a": {"watch": "notify"}}}}),
+    ] {
+        assert!(!validator.is_valid(&wrong), "{wrong}");
+    }
+}
+
+/// Texts that are nearly configurations: keys and values of this host, broken and put together at random.
+fn nearly() -> impl Strategy<Value = String> {
+    let words = prop::sample::select(vec![
+        "server",
+        "app_settings",
+        "batch_config",
+        "deployment_config",
+        "volumes",
+        "model_settings",
+        "model_entries",
+        "common",
+        "auth_config",
+        "keys",
+        "api_key",
+        "listen",
+        "wait_ms",
+        "max_batch_size",
+        "secrets",
+        "mounts",
+        "gpu",
+        "concurrency_limit",
+        "min_replicas",
+        "tls",
+        "golden",
+        "plugin_sha256",
+        "[",
+        "]",
+        "[[",
+        "]]",
+        "{",
+        "}",
+        "=",
+        ":",
+        "\n",
+        "\n  ",
+        "- ",
+        ",",
+        "\"",
+        "'",
+        "'''",
+        "#",
+        "*a",
+        "&a",
+        "<<",
+        ".",
+        "~",
+        "null",
+        "true",
+        "-1",
+        "0",
+        "1e999",
+        ".nan",
+        "99999999999999999999",
+        "\u{feff}",
+        "\t",
+        "\u{0}",
+        "é",
+        "!!int",
+        "|",
+        ">",
+        "%",
+        "---",
+        "...",
+        "x",
+    ]);
+    prop_oneof![
+        4 => prop::collection::vec((words, prop::sample::select(vec!["", " "])), 0..40)
+            .prop_map(|words| words.into_iter().map(|(word, gap)| format!("{word}{gap}")).collect::<String>()),
+        1 => any::<String>(),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(4_000), failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn nothing_that_is_written_makes_it_panic(a in nearly(), b in nearly(), variable in nearly(), path in "[A-Z_]{0,40}") {
+        let files = Files::new();
+        let sources = [files.put("a.toml", &a), files.put("b.yaml", &b), files.put("c.json", &a)];
+        let name = format!("MODALKIT_{path}__{path}");
+        for file in &sources {
+            // Whatever it is taken for, it is taken for something.
+            let _ = load(std::slice::from_ref(file), &[(&name, &variable)]).map(|loaded| (loaded.rows(), loaded.json()));
+        }
+    }
+}
+
+/// More where somebody wants more: `MODALKIT_TEST_CASES=1000000`.
+fn cases(default: u32) -> u32 {
+    env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}
