@@ -17,6 +17,7 @@ use crate::{
     mounts, reconfigure,
     reload::Reload,
     telemetry::{LogLevels, Metrics},
+    traces::Traces,
 };
 
 /// How long threads get to leave after the last answer: plugins close files and devices meanwhile.
@@ -57,7 +58,11 @@ pub async fn run(
     let listener = bind(server.listen).await?;
     let address = listener.local_addr()?;
 
-    let metrics = Metrics::new();
+    let traces = match &server.traces {
+        Some(spec) => Traces::export(spec, &config.app_name)?,
+        None => Traces::default(),
+    };
+    let metrics = Metrics::new(traces.clone());
     let models = Arc::new(Models::default());
     let gate = Gate::new(config.requests_max);
     let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
@@ -120,6 +125,8 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
+    // It waits for the collector, at most for a named time.
+    let _ = tokio::task::spawn_blocking(move || traces.stop()).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
     Ok(if drained { Ended::Drained } else { Ended::CutOff })
 }

@@ -136,6 +136,16 @@ pub struct Queued {
     pub must_wake: bool,
 }
 
+/// A batch, taken.
+pub struct Taken {
+    /// Its jobs, and why it closed.
+    pub batch: Batch<Job>,
+    /// When it was taken.
+    pub at: Instant,
+    /// Since when a lane was free for it.
+    pub free_since: Instant,
+}
+
 /// How busy a model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
@@ -281,7 +291,7 @@ impl Queue {
     }
 
     /// Waits for the next batch for a lane, while `turn` says that it should. `None` when it should leave.
-    pub fn next_batch(&self, lane: Lane, turn: impl Fn() -> Turn) -> Option<Batch<Job>> {
+    pub fn next_batch(&self, lane: Lane, turn: impl Fn() -> Turn) -> Option<Taken> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
         state.free.push((lane, free_since));
@@ -316,7 +326,7 @@ impl Queue {
                     self.pass_on(&state);
                     drop(state);
                     self.observe(&batch, now, since);
-                    return Some(batch);
+                    return Some(Taken { batch, at: now, free_since: since });
                 }
                 Next::Wait(until) if state.timer.is_none_or(|holder| holder == lane) => {
                     state.timer = Some(lane);

@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::{Notify, oneshot};
 
+use crate::trail::Trail;
+
 /// One input on its way through the host.
 pub struct Job {
     /// Names the request in logs.
@@ -23,6 +25,8 @@ pub struct Job {
     pub item: Option<Item>,
     /// Where the answer goes.
     pub reply: ReplyHandle,
+    /// Where its time goes, where somebody wants to know.
+    pub trail: Option<Arc<Trail>>,
 }
 
 /// Names a request in logs and answers. One that this host makes is written out only where it is shown.

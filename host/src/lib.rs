@@ -19,3 +19,5 @@ pub mod pipeline;
 pub mod reconfigure;
 pub mod reload;
 pub mod telemetry;
+pub mod traces;
+pub mod trail;

@@ -186,10 +186,7 @@ impl Reconfigure {
             Err(faults) => return Change::Refused { errors: faults.iter().cloned().collect() },
         };
         let config = &loaded.config;
-        let mut errors = self.faults_of_plugins(&config.models).await;
-        if let Err(fault) = self.running.log.check(&config.server.log) {
-            errors.push(loaded.fault("server.log", "levels such as info,modalkit=debug", &fault.to_string()));
-        }
+        let errors = self.faults_of_plugins(&config.models).await;
         if !errors.is_empty() {
             return Change::Refused { errors };
         }

@@ -1,10 +1,11 @@
 //! Every metric's and event's name, and where they go. It never knows why something is counted.
 //!
-//! Grammar: `modalkit_<what>_<unit or total>`; labels are bounded: `model` is a served model's name, `endpoint` one of
-//! the paths of this host, `status` an HTTP status, `stage` and `reason` words of this host.
+//! Their grammar, and what each one says, stand in `docs/metrics.md`, which a test holds against this file. Labels are bounded:
+//! values are names in the configuration or the volumes, or words of this host, never what a caller sends.
 
-use std::{io::IsTerminal, sync::Arc};
+use std::{cell::RefCell, io::IsTerminal, sync::Arc};
 
+use crate::traces::Traces;
 use modalkit_loader::LogLevel;
 use parking_lot::RwLock;
 use prometheus::{
@@ -24,7 +25,11 @@ pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8
 
 /// All metrics of the host, in a registry of their own.
 pub struct Metrics {
+    /// Where spans go.
+    pub traces: Traces,
     registry: Registry,
+    catalogue: Vec<Described>,
+    request: HistogramVec,
     requests: IntCounterVec,
     queue_wait: HistogramVec,
     batch_wait: HistogramVec,
@@ -55,8 +60,25 @@ pub struct Metrics {
     pub resident_bytes: Gauge,
 }
 
+/// What a metric is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// Its name.
+    pub name: &'static str,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    /// What it says.
+    pub help: &'static str,
+    /// Its labels.
+    pub labels: Vec<&'static str>,
+}
+
 /// One model's metrics, looked up once.
 pub struct ModelMetrics {
+    /// Where spans go.
+    pub traces: Traces,
+    /// From a request's headers to its answer, seconds.
+    pub request: Histogram,
     /// Requests to `/predict_sync` answered with 200.
     pub ok_sync: IntCounter,
     /// Requests to `/predict_batch` answered with 200.
@@ -129,36 +151,52 @@ impl Metrics {
     /// # Panics
     /// Where two metrics have the same name, which is a mistake in this file.
     #[must_use]
-    pub fn new() -> Arc<Self> {
+    pub fn new(traces: Traces) -> Arc<Self> {
         let registry = Registry::new();
+        let catalogue = RefCell::new(Vec::new());
+        let describe = |name: &'static str, kind, help: &'static str, labels: &[&'static str]| {
+            catalogue.borrow_mut().push(Described { name, kind, help, labels: labels.to_vec() });
+        };
         // 10 µs to 80 s.
         let seconds = exponential_buckets(0.000_01, 2.5, 18).expect("constant buckets");
         let sizes = exponential_buckets(1.0, 2.0, 11).expect("constant buckets");
-        let counter = |name: &str, help: &str, labels: &[&str]| {
+        let counter = |name, help, labels: &[&'static str]| {
+            describe(name, "counter", help, labels);
             let vec = IntCounterVec::new(Opts::new(name, help), labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
             vec
         };
-        let histogram = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| {
+        let histogram = |name, help, labels: &[&'static str], buckets: &[f64]| {
+            describe(name, "histogram", help, labels);
             let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
             let vec = HistogramVec::new(options, labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
             vec
         };
-        let gauges = |name: &str, help: &str| {
+        let gauges = |name, help| {
+            describe(name, "gauge", help, &["model"]);
             let vec = IntGaugeVec::new(Opts::new(name, help), &["model"]).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
             vec
         };
-        let gauge = |name: &str, help: &str| {
+        let gauge = |name, help| {
+            describe(name, "gauge", help, &[]);
             let gauge = IntGauge::new(name, help).expect("constant names");
             registry.register(Box::new(gauge.clone())).expect("names are unique");
             gauge
         };
-        let resident_bytes =
-            Gauge::new("modalkit_resident_bytes", "resident memory of the process").expect("constant names");
+        let (name, help) = ("modalkit_resident_bytes", "resident memory of the process");
+        describe(name, "gauge", help, &[]);
+        let resident_bytes = Gauge::new(name, help).expect("constant names");
         registry.register(Box::new(resident_bytes.clone())).expect("names are unique");
-        Arc::new(Self {
+        let metrics = Self {
+            traces,
+            request: histogram(
+                "modalkit_request_seconds",
+                "from a request's headers to its answer",
+                &["model"],
+                &seconds,
+            ),
             requests: counter(
                 "modalkit_requests_total",
                 "requests answered",
@@ -232,7 +270,15 @@ impl Metrics {
             jobs: gauge("modalkit_jobs_remembered", "asynchronous jobs that are remembered"),
             resident_bytes,
             registry,
-        })
+            catalogue: Vec::new(),
+        };
+        Arc::new(Self { catalogue: catalogue.into_inner(), ..metrics })
+    }
+
+    /// Every metric there is, whether or not it has a value yet.
+    #[must_use]
+    pub fn catalogue(&self) -> &[Described] {
+        &self.catalogue
     }
 
     /// The metrics of one model.
@@ -240,6 +286,8 @@ impl Metrics {
     pub fn model(&self, name: &str) -> ModelMetrics {
         let model = &[name];
         ModelMetrics {
+            traces: self.traces.clone(),
+            request: self.request.with_label_values(model),
             ok_sync: self.requests(name, "/predict_sync", 200),
             ok_batch: self.requests(name, "/predict_batch", 200),
             ok_async: self.requests(name, "/predict_async", 200),
@@ -309,14 +357,6 @@ static LEVELS: RwLock<Option<Targets>> = RwLock::new(None);
 const PLUGIN_TARGET: &str = "plugin";
 
 impl LogLevels {
-    /// Whether these are levels such as `info,modalkit=debug`.
-    ///
-    /// # Errors
-    /// They aren't.
-    pub fn check(&self, levels: &str) -> Result<(), ParseError> {
-        levels.parse::<Targets>().map(drop)
-    }
-
     /// Logs at these levels from now on; levels that are none change nothing. Plugins are told by [`plugin_level`].
     pub fn set(&self, levels: &str) {
         if let Ok(levels) = levels.parse::<Targets>() {

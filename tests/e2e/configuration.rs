@@ -8,7 +8,7 @@ use std::{
 };
 
 use modalkit::config::{self, Environment, Faults, Loaded};
-use modalkit_tests::{built, workspace};
+use modalkit_tests::{Host, Setup, built, wait_until, workspace};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -119,7 +119,7 @@ fn a_map_in_the_environment_replaces_the_files_and_a_path_changes_one_key() {
     let file = files.put("a.toml", "[app_settings.deployment_config.volumes]\n\"/mnt/a\" = \"a\"\n");
     let name = "MODALKIT_APP_SETTINGS__DEPLOYMENT_CONFIG__VOLUMES";
     let mounts = |pairs: &[(&str, &str)]| {
-        let loaded = load(&[file.clone()], pairs).unwrap();
+        let loaded = load(std::slice::from_ref(&file), pairs).unwrap();
         loaded.config.volumes.iter().map(|volume| volume.name.clone()).collect::<Vec<_>>()
     };
     assert_eq!(mounts(&[(name, r#"{"/mnt/b": "b"}"#)]), ["b"]);
@@ -340,6 +340,107 @@ fn the_schema_takes_the_reference_configuration_and_refuses_wrong_ones() {
     ] {
         assert!(!validator.is_valid(&wrong), "{wrong}");
     }
+}
+
+#[test]
+fn a_changed_file_is_in_force_without_a_restart_and_a_wrong_one_changes_nothing() {
+    let entry = |name: &str, more: &str| {
+        format!("[model_settings.model_entries.{name}]\nplugin = \"puppet\"\n{more}\n")
+    };
+    let mut host = Setup::new().plugin("puppet").config(&entry("a", "")).ready();
+    let model = |host: &Host, name: &str, key: &str| host.model(name)[key].clone();
+    let last = |host: &Host| host.get("/config").1["last_change"].clone();
+
+    // Batches change at once, in the same generation.
+    host.configure(&entry("a", "batch_config = { max_batch_size = 7, wait_ms = 3 }"));
+    wait_until("the batches are others", || model(&host, "a", "max_batch_size") == 7);
+    assert_eq!(model(&host, "a", "wait_ms"), 3);
+    assert_eq!(model(&host, "a", "generation")["number"], 1);
+    wait_until("it was told", || last(&host)["outcome"] == "applied");
+    assert_eq!(last(&host)["models"]["changed"], json!(["a"]));
+
+    // So do replicas.
+    host.configure(&entry("a", "deployment_config = { min_replicas = 3, concurrency_limit = 3 }"));
+    wait_until("there are three", || model(&host, "a", "replicas") == 3);
+    host.configure(&entry("a", "deployment_config = { concurrency_limit = 1 }"));
+    wait_until("there is one", || model(&host, "a", "replicas") == 1);
+    assert_eq!(model(&host, "a", "generation")["number"], 1);
+
+    // What the pipeline is loaded with needs a new generation, which comes in as any other does.
+    host.configure(&entry("a", "load = \"well\""));
+    wait_until("a new generation serves", || model(&host, "a", "generation")["number"] == 2);
+    assert_eq!(host.report("a")["last"]["cause"], "configuration");
+    host.configure(&entry("a", "load = \"error\""));
+    wait_until("one that doesn't load is refused", || host.report("a")["last"]["outcome"] == "refused");
+    assert_eq!(host.post("/predict_sync?model_name=a", &json!({})).0, 200, "the one before serves");
+    assert_eq!(model(&host, "a", "generation")["number"], 2);
+
+    // A wrong file changes nothing: not what is right in it either. The pipeline's own keys count.
+    for (wrong, said) in [
+        (entry("a", "laod = 1") + &entry("b", ""), "model_settings.model_entries.a.laod"),
+        (entry("a", "batch_config = { wait_ms = -1 }") + &entry("b", ""), "a.batch_config.wait_ms"),
+        ("[server]\nlog = \"modalkit=loud\"\n".to_owned() + &entry("b", ""), "server.log"),
+    ] {
+        host.configure(&wrong);
+        wait_until(said, || {
+            let last = last(&host);
+            last["outcome"] == "refused" && last["errors"][0]["key"].as_str().unwrap().ends_with(said)
+        });
+        assert_eq!(host.models(), 1);
+        assert_eq!(host.post("/predict_sync?model_name=a", &json!({})).0, 200);
+    }
+
+    // Models come and go, and what needs a restart says so.
+    host.configure(&("[server]\nbody_bytes_max = 1000\n".to_owned() + &entry("b", "") + &entry("c", "")));
+    wait_until("two others serve", || {
+        ["b", "c"].iter().all(|name| model(&host, name, "state") == "ready") && host.models() == 2
+    });
+    wait_until("it was told", || last(&host)["outcome"] == "applied");
+    assert_eq!(last(&host)["restart"], json!(["server.body_bytes_max"]));
+    assert_eq!(
+        last(&host)["models"],
+        json!({"added": ["b", "c"], "removed": ["a"], "changed": [], "reloading": []})
+    );
+    assert_eq!(host.post("/config/reload", &json!({})).1["outcome"], "unchanged");
+}
+
+#[test]
+fn the_log_is_as_talkative_as_the_configuration_says_now_plugins_included() {
+    let mut host = Setup::new().plugin("puppet").config("[server]\nlog = \"warn,modalkit=info\"").ready();
+    let speak = |host: &Host| assert_eq!(host.post("/predict_sync", &json!({"do": "log"})).0, 200);
+    let lines = |host: &Host| {
+        host.log()
+            .iter()
+            .filter(|line| line["message"].as_str().is_some_and(|text| text.starts_with("a line through")))
+            .count()
+    };
+    speak(&host);
+    wait_until("the plugin's warnings are there", || lines(&host) == 2);
+    host.configure("[server]\nlog = \"warn,modalkit=info,fixture_puppet=error\"");
+    let _ = host.log_line("the changed configuration is in force");
+    speak(&host);
+    host.configure("[server]\nlog = \"info,modalkit=debug\"");
+    wait_until("the host says more, and its plugin too", || {
+        speak(&host);
+        host.log().iter().any(|line| line["level"] == "DEBUG") && lines(&host) > 2
+    });
+}
+
+#[test]
+fn files_are_put_in_place_before_pipelines_load() {
+    let setup = Setup::new().plugin("puppet");
+    let (from, to) = (setup.folder().join("needed"), setup.volume().join("needed"));
+    fs::write(&from, "1").unwrap();
+    let config = format!(
+        "[[app_settings.deployment_config.mounts]]\nlocal_path = {:?}\nremote_path = {:?}\n[model_settings.model_entries.puppet]\nneeds = \"needed\"\n",
+        from.display().to_string(),
+        to.display().to_string()
+    );
+    let host = setup.config(&config).ready();
+    assert_eq!(fs::read_to_string(&to).unwrap(), "1");
+    fs::write(&from, "2").unwrap();
+    assert_eq!(host.post("/config/reload", &json!({})).1["outcome"], "unchanged");
+    assert_eq!(fs::read_to_string(&to).unwrap(), "2");
 }
 
 /// Texts that are nearly configurations: keys and values of this host, broken and put together at random.

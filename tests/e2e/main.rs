@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends at what it did not expect, and shows where")]
 
+mod access;
 mod architecture;
 mod batching;
 mod configuration;
 mod digits;
 mod failures;
 mod hostile;
+mod https;
+mod insight;
 mod lifecycle;
 mod newcomer;
 mod other_compiler;

@@ -11,7 +11,7 @@ pub use version::Version;
 use std::{
     env, fs,
     io::{BufRead, BufReader},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -26,6 +26,28 @@ use tempfile::TempDir;
 /// The longest that anything here is waited for: machines are shared, and a wait that ends early proves nothing.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
+
+/// Keys and secrets that tests give to hosts. Every log line of every host, and everything that a host answers to a test, is
+/// searched for them: none may ever be seen.
+pub const KEY: &str = "sk-4f9a1c7be2d85036";
+/// As [`KEY`], of one who may manage.
+pub const OPERATOR: &str = "op-77d0e1b2c3948a5f";
+/// As [`KEY`], for a pipeline.
+pub const SECRET: &str = "a-secret-of-thirty-one-letters-x";
+/// As [`KEY`], for a receiver of traces.
+pub const SECRET_OF_COLLECTOR: &str = "collectors-own-secret-5b1d";
+
+/// # Panics
+/// Where a secret is seen in a text.
+pub fn assert_no_secret(text: &str) {
+    for secret in [KEY, OPERATOR, SECRET, SECRET_OF_COLLECTOR] {
+        if let Some(at) = text.find(secret) {
+            let near: String =
+                text[..at].chars().rev().take(200).collect::<Vec<_>>().into_iter().rev().collect();
+            panic!("a secret is seen after: {near}");
+        }
+    }
+}
 
 /// The workspace's folder.
 #[must_use]
@@ -114,6 +136,12 @@ impl Setup {
         self.folder.path().join("volume")
     }
 
+    /// A folder of this host's own; it vanishes with it.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
     fn write_config(&self) -> PathBuf {
         let file = self.folder.path().join("modalkit.toml");
         let text = format!(
@@ -185,6 +213,31 @@ impl Setup {
         let output = self.command().output().expect("the host is built");
         (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
     }
+}
+
+/// A port that nobody listens on.
+///
+/// # Panics
+/// Where there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("it has an address").port()
+}
+
+/// A program of the Python tools that `cargo xtask test` installs.
+///
+/// # Panics
+/// Where it isn't there.
+#[must_use]
+pub fn python_tool(name: &str) -> PathBuf {
+    let program = workspace().join("target/python/bin").join(name);
+    assert!(
+        program.is_file(),
+        "{} is missing: run the tests with `cargo xtask test`, which installs it",
+        program.display()
+    );
+    program
 }
 
 /// Sends a signal to a process, as `kill -NAME` does.
@@ -309,6 +362,19 @@ impl Host {
         read(&mut agent().get(self.url(path)).call().expect("the host answers"))
     }
 
+    /// Asks for something with headers of one's own.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn get_with(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
+        let mut request = agent().get(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        read(&mut request.call().expect("the host answers"))
+    }
+
     /// The text behind a path.
     ///
     /// # Panics
@@ -417,6 +483,8 @@ impl Drop for Host {
         let _ = self.child.wait();
         if thread::panicking() {
             eprint_log(&self.log());
+        } else {
+            self.log().iter().for_each(|line| assert_no_secret(&line.to_string()));
         }
     }
 }
@@ -437,5 +505,6 @@ fn agent() -> ureq::Agent {
 fn read(response: &mut ureq::http::Response<ureq::Body>) -> Answer {
     let status = response.status().as_u16();
     let text = response.body_mut().read_to_string().expect("the body is text");
+    assert_no_secret(&text);
     (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }

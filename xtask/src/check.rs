@@ -2,10 +2,14 @@
 
 use std::{process::Command, time::Instant};
 
-use crate::build::{cargo, command, run};
+use crate::{
+    build::{cargo, command, run},
+    python,
+};
 
 /// Every test. The end-to-end tests start real hosts with real plugins, so these are built first.
 pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
+    python::ensure()?;
     println!("building the host, the plugins and the fixtures");
     cargo(&["build", "--workspace"])?;
     let mut tests = vec!["test".to_owned(), "--workspace".to_owned()];

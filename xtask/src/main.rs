@@ -7,6 +7,7 @@ mod bench;
 mod build;
 mod check;
 mod new_plugin;
+mod python;
 mod run;
 mod soak;
 mod watch;

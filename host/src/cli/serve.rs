@@ -27,8 +27,7 @@ pub(crate) fn run(files: Vec<PathBuf>) -> u8 {
     let log = match telemetry::install_log(&loaded.config.server.log) {
         Ok(log) => log,
         Err(error) => {
-            let fault = loaded.fault("server.log", "levels such as info,modalkit=debug", &error.to_string());
-            complain(&anyhow::anyhow!("{fault}"));
+            complain(&anyhow::Error::new(error).context("server.log"));
             return WRONG_USAGE;
         }
     };

@@ -4,8 +4,8 @@
 use super::{
     layer::{Setting, layer},
     types::{
-        Address, Amount, Count, FreeForm, MountKind, Named, OneOrMany, Over, PerSecond, Period, QueueBackend,
-        Ratio, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+        Address, Amount, Count, FreeForm, Levels, MountKind, Named, OneOrMany, Over, PerSecond, Period,
+        QueueBackend, Ratio, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
     },
 };
 
@@ -78,13 +78,27 @@ layer! {
         /// Asynchronous jobs that are remembered, finished ones included.
         jobs_max: Large = Count(10_000);
         /// Log levels: one for all, or by module, as in `info,modalkit=debug`.
-        log: String = "info".to_owned();
+        log: Levels = Levels("info".to_owned());
         /// Settings of single volumes, by their names.
         volumes: Named<ServerVolume>;
         /// The folder with one file for each secret, as Docker and Kubernetes mount them.
         secrets_folder: String = "/run/secrets".to_owned();
         /// Serves HTTPS instead of HTTP.
         tls: Tls;
+        /// Exports traces over OTLP.
+        traces: Traces;
+    }
+}
+
+layer! {
+    /// Traces over OTLP (HTTP, protobuf).
+    pub(super) struct Traces {
+        /// Where the collector answers, such as http://127.0.0.1:4318; without it nothing is exported.
+        endpoint: Url;
+        /// The share of requests that are sampled, from 0 to 1, where their callers haven't decided (`traceparent`).
+        sample_ratio: Share = Share(0.01);
+        /// Headers of exports, such as a collector's key.
+        headers: Named<Secret>;
     }
 }
 

@@ -28,7 +28,7 @@ pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
 pub use resolved::{
     AuthSpec, BatchPolicy, Config, GoldenSpec, KeyLimits, KeySource, KeySpec, ModelSpec, Mount, Probation,
-    ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec, TlsFiles, Volume, Watching,
+    ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};
@@ -144,13 +144,6 @@ impl Loaded {
             rows.splice(after..after, effective.into_iter().filter(|row| !of_the_host(row)));
         }
         rows
-    }
-
-    /// What is wrong with a key that resolved well, where it was written.
-    #[must_use]
-    pub fn fault(&self, key: &str, expected: &str, found: &str) -> Fault {
-        let at = self.rows().into_iter().find(|row| row.key == key).map_or(Place::Default, |row| row.at);
-        Fault::new(&at, key, expected, found)
     }
 
     /// The settings as a configuration file in JSON would hold them, defaults included. Secrets are hidden.

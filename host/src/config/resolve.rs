@@ -9,11 +9,11 @@ use std::{
 
 use super::{
     BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, ReloadPolicy,
-    Replicas, Secrets, Server, Settings, TlsFiles, Volume, Warning, Watching, auth,
+    Replicas, SecretText, Secrets, Server, Settings, TlsFiles, TraceSpec, Volume, Warning, Watching, auth,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
-    types::{MountKind, Watch},
+    types::{MountKind, Secret, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -271,6 +271,16 @@ fn reload_policy(deployment: &DeploymentConfig) -> ReloadPolicy {
     }
 }
 
+fn traces(written: &keys::Server) -> Option<TraceSpec> {
+    let traces = written.traces.value()?;
+    let header = |(name, value): (&str, &Secret)| (name.to_owned(), SecretText(value.0.clone()));
+    Some(TraceSpec {
+        endpoint: traces.endpoint.value()?.0.clone(),
+        sample_ratio: traces.sample_ratio().0,
+        headers: traces.headers.value().into_iter().flat_map(|headers| headers.iter()).map(header).collect(),
+    })
+}
+
 fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
     let listen = written.listen().0;
     let milliseconds = |count: u64| Duration::from_millis(count);
@@ -294,9 +304,10 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
         plugins_of_any_owner: written.plugins_of_any_owner(),
         plugins_of_any_mode: written.plugins_of_any_mode(),
         jobs_max: written.jobs_max().0 as usize,
-        log: written.log(),
+        log: written.log().0,
         secrets_folder: written.secrets_folder().into(),
         tls,
+        traces: traces(written),
     }
 }
 

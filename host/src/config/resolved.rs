@@ -200,6 +200,19 @@ pub struct Server {
     pub secrets_folder: PathBuf,
     /// The files of HTTPS; `None` for HTTP.
     pub tls: Option<TlsFiles>,
+    /// Where traces go; `None` for nowhere.
+    pub traces: Option<TraceSpec>,
+}
+
+/// Where traces go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TraceSpec {
+    /// The collector.
+    pub endpoint: String,
+    /// The share of requests that are sampled.
+    pub sample_ratio: f64,
+    /// Headers of exports.
+    pub headers: BTreeMap<String, SecretText>,
 }
 
 /// A watched folder.

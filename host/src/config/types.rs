@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde_json::{Value as Json, json};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use super::{
     fault::{Place, Warning, listed, nearest},
@@ -604,5 +605,33 @@ impl Setting for Sha256 {
 
     fn schema() -> Json {
         json!({"type": ["string", "null"], "pattern": "^[0-9A-Fa-f]{64}$"})
+    }
+}
+
+/// Levels of the log: one for all, or by module.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Levels(pub(super) String);
+
+impl Setting for Levels {
+    fn expected() -> String {
+        "off, error, warn, info, debug or trace, or a list such as info,modalkit=debug".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let text = String::read(node, key, reader)?;
+        // A word alone would be taken for a module of which everything is logged.
+        let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+        if text.split(',').all(is_level) && text.parse::<Targets>().is_ok() {
+            return Some(Self(text));
+        }
+        reader.refuse(node, key, Self::expected())
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"]})
     }
 }

@@ -4,6 +4,7 @@
 mod body;
 mod connection;
 mod envelope;
+mod follow;
 mod io_threads;
 mod manage;
 mod predict;

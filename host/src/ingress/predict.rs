@@ -11,6 +11,7 @@ use super::{
     Context, body,
     connection::Peer,
     envelope::{Opened, decode_list},
+    follow::Follower,
     request,
 };
 use crate::{
@@ -19,14 +20,16 @@ use crate::{
     job::{Deadline, Job, JobError, Location, RequestId, reply},
     jobs::Finished,
     pipeline::{Generation, Model},
+    trail::Trail,
 };
 
 /// `POST /predict_sync`: one bare input, one answer.
 pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
+    let (model, response) = run(peer, head, body, id, "/predict_sync", async |call: Call<'_>| {
         let item = examine(peer, &call, |generation, input| generation.decode(input)).await?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
-        let job = Job { request_id: id.clone(), input: call.input, item: Some(item), reply: handle };
+        let trail = call.trail();
+        let job = Job { request_id: id.clone(), input: call.input, item: Some(item), reply: handle, trail };
         let ticket = Ticket::queue(peer, call.model, call.model.queue.push([job], Some(call.deadline))?, 1);
         let answer = pending.wait().await;
         ticket.done();
@@ -39,7 +42,7 @@ pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &Request
 
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
 pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
+    let (model, response) = run(peer, head, body, id, "/predict_batch", async |call: Call<'_>| {
         let queue_max = call.model.spec().batch.queue_max;
         let items =
             examine(peer, &call, move |generation, body| decode_list(generation, body, queue_max)).await?;
@@ -50,7 +53,8 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
         let (mut jobs, mut pending) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (input, item) in items {
             let (handle, answer) = reply(&peer.post.mailbox);
-            jobs.push(Job { request_id: id.clone(), input, item: Some(item), reply: handle });
+            let trail = call.trail();
+            jobs.push(Job { request_id: id.clone(), input, item: Some(item), reply: handle, trail });
             pending.push(answer);
         }
         let queued = call.model.queue.push_all(jobs.into_iter(), Some(call.deadline))?;
@@ -72,12 +76,17 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
 /// `POST /predict_async`: a wrapped input, the id of its job. The request's deadline is for the acceptance; the job itself
 /// has none.
 pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
-    let (model, response) = run(peer, head, body, id, async |call: Call<'_>| {
+    let (model, response) = run(peer, head, body, id, "/predict_async", async |call: Call<'_>| {
         let opened = examine(peer, &call, Opened::decode).await?;
         let job_id = peer.context.jobs.accept(&call.model.name)?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
-        let job =
-            Job { request_id: id.clone(), input: opened.message, item: Some(opened.item), reply: handle };
+        let job = Job {
+            request_id: id.clone(),
+            input: opened.message,
+            item: Some(opened.item),
+            reply: handle,
+            trail: call.trail(),
+        };
         let queued =
             call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
         // Nobody waits on this connection, so there is nobody who could leave.
@@ -106,6 +115,14 @@ struct Call<'a> {
     generation: Arc<Generation>,
     input: Bytes,
     deadline: Deadline,
+    follower: Option<&'a Follower>,
+}
+
+impl Call<'_> {
+    /// A trail for one more job, where somebody follows this request.
+    fn trail(&self) -> Option<Arc<Trail>> {
+        self.follower.map(Follower::trail)
+    }
 }
 
 /// What the three endpoints share: admission, the model, the deadline, the body. Returns the model for the counters.
@@ -114,13 +131,16 @@ async fn run(
     head: &Parts,
     body: Incoming,
     id: &RequestId,
+    endpoint: &'static str,
     answer: impl AsyncFnOnce(Call<'_>) -> Result<HttpResponse, JobError>,
 ) -> (Option<Arc<Model>>, HttpResponse) {
     let context = &*peer.context;
-    let _caller = match context.access.admit(&request::Headers(&head.headers)) {
+    let begun = Instant::now();
+    let caller = match context.access.admit(&request::Headers(&head.headers)) {
         Ok(caller) => caller,
         Err(denied) => return (None, egress::denied(&denied)),
     };
+    let follower = Follower::of(peer, head, &caller, endpoint);
     let _permit = match context.gate.enter() {
         Ok(permit) => permit,
         Err(error) => return (None, egress::error(&error)),
@@ -131,7 +151,7 @@ async fn run(
         Err(error) => return (None, egress::error(&error)),
     };
     drop(name);
-    let deadline = match request::deadline(&head.headers, &context.server, Instant::now()) {
+    let deadline = match request::deadline(&head.headers, &context.server, begun) {
         Ok(deadline) => deadline,
         Err(error) => return (Some(model), egress::error(&error)),
     };
@@ -144,7 +164,7 @@ async fn run(
                 Err(error) => return Ok(error.into_response()),
             };
             let generation = model.serving()?;
-            answer(Call { model: &model, generation, input, deadline }).await
+            answer(Call { model: &model, generation, input, deadline, follower: follower.as_deref() }).await
         });
         tokio::select! {
             biased;
@@ -158,6 +178,11 @@ async fn run(
         }
         egress::error(&error)
     });
+    model.metrics.request.observe(begun.elapsed().as_secs_f64());
+    let response = match follower {
+        Some(follower) => follower.conclude(context, begun, &model.name, id, response),
+        None => response,
+    };
     (Some(model), response)
 }
 

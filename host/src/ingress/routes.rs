@@ -135,7 +135,7 @@ mod tests {
     #[tokio::test]
     async fn management_endpoints_answer_callers_on_this_machine_only() {
         let loaded = config::load(&[], &config::Environment::default()).unwrap();
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(crate::traces::Traces::default());
         let jobs = Arc::new(Jobs::new(1, metrics.jobs.clone()));
         let context = {
             let server = loaded.config.server.clone();

@@ -11,16 +11,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_batch::{Batch, Waiting};
+use modalkit_batch::Waiting;
 use modalkit_loader::{Failure, FailureKind, Instance, Item, Outcome};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::Generation;
 use crate::{
-    dispatch::{Queue, Turn},
-    job::{Job, JobError, ReplyHandle, RequestId},
+    dispatch::{Queue, Taken, Turn},
+    job::{JobError, ReplyHandle, RequestId},
     telemetry::ModelMetrics,
+    trail::{BatchTrail, Ran, Trail},
 };
 
 /// What a replica's threads tell the fleet.
@@ -169,8 +170,8 @@ impl Replica {
         let lane = &self.lanes[index];
         let place = around.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
-        while let Some(batch) = around.queue.next_batch(place, || self.turn(&around.generation)) {
-            if !run(&instance, lane, batch, around) {
+        while let Some(taken) = around.queue.next_batch(place, || self.turn(&around.generation)) {
+            if !run(&instance, lane, self.number, taken, around) {
                 around.tell(Event::CameBack);
                 break;
             }
@@ -208,13 +209,19 @@ impl Lane {
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surroundings) -> bool {
+fn run(instance: &Instance, lane: &Lane, replica: u64, taken: Taken, around: &Surroundings) -> bool {
+    let Taken { batch, at, free_since } = taken;
+    // Of the few that somebody follows.
+    let mut followed = Vec::new();
     let (mut callers, mut inputs) =
         (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
-    for Waiting { job, .. } in batch.jobs {
+    for Waiting { job, arrived, .. } in batch.jobs {
         if job.reply.is_abandoned() {
             around.metrics.skipped_cancelled.inc();
             continue;
+        }
+        if let Some(trail) = job.trail {
+            followed.push((trail, arrived));
         }
         callers.push(Caller { reply: job.reply, request_id: job.request_id });
         inputs.push((job.input, job.item));
@@ -236,7 +243,25 @@ fn run(instance: &Instance, lane: &Lane, batch: Batch<Job>, around: &Surrounding
     }
     let size = items.len();
     let begun = Instant::now();
-    let outcomes = if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics) };
+    let mut marks = Marks::default();
+    let outcomes =
+        if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics, &mut marks) };
+    if size > 0 && !followed.is_empty() {
+        let batch = BatchTrail {
+            closed: batch.closed,
+            size,
+            generation: around.generation.number,
+            replica,
+            free_since,
+            taken: at,
+            begun,
+            preprocessed: marks.preprocessed,
+            predicted: marks.predicted,
+            ended: Instant::now(),
+            span: None,
+        };
+        around.tell_followers(batch, followed);
+    }
     let Some(Running { callers, .. }) = lane.running.lock().take() else { return false };
     if size > 0 {
         around.count(begun.elapsed(), speaks_for_its_generation(&outcomes, callers.len()));
@@ -272,13 +297,27 @@ fn item_of(
     Ok(item)
 }
 
-fn stages(instance: &Instance, items: Vec<Item>, metrics: &ModelMetrics) -> Result<Vec<Outcome>, Failure> {
+/// When stages ended.
+#[derive(Default)]
+struct Marks {
+    preprocessed: Option<Instant>,
+    predicted: Option<Instant>,
+}
+
+fn stages(
+    instance: &Instance,
+    items: Vec<Item>,
+    metrics: &ModelMetrics,
+    marks: &mut Marks,
+) -> Result<Vec<Outcome>, Failure> {
     let mut batch = instance.begin(items).expect("`item_of` made them all of this plugin");
     let begun = Instant::now();
     batch.preprocess()?;
     let preprocessed = Instant::now();
+    marks.preprocessed = Some(preprocessed);
     batch.predict()?;
     let predicted = Instant::now();
+    marks.predicted = Some(predicted);
     let outcomes = batch.postprocess()?;
     metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
     metrics.predict.observe((predicted - preprocessed).as_secs_f64());
@@ -302,6 +341,16 @@ impl Surroundings {
     /// Counts a batch. The one that fails its generation's trial is its last: whoever minds the trial says what then serves.
     pub(super) fn count(&self, took: Duration, succeeded: bool) {
         self.generation.vitals.count(took, succeeded, || self.generation.set_serves(false));
+    }
+
+    /// Notes a batch's way for those who follow one of its jobs.
+    fn tell_followers(&self, mut batch: BatchTrail, followed: Vec<(Arc<Trail>, Instant)>) {
+        let traced = followed.iter().filter_map(|(trail, _)| trail.span.clone()).collect();
+        batch.span = self.metrics.traces.batch(&self.generation.spec.name, &batch, traced);
+        let batch = Arc::new(batch);
+        for (trail, arrived) in followed {
+            trail.note(Ran { arrived, batch: Arc::clone(&batch) });
+        }
     }
 
     /// Whether anybody heard it: nobody listens any more when the host is shutting down.

@@ -656,7 +656,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let server = config::load(&[], &config::Environment::default()).unwrap().config.server;
             let store = Store::new(Trust { any_owner: false, any_mode: false }).unwrap();
-            let gauge = crate::telemetry::Metrics::new().libraries.clone();
+            let gauge = crate::telemetry::Metrics::new(crate::traces::Traces::default()).libraries.clone();
             let builder = Arc::new(Builder::new(store, Duration::from_secs(1), 1, gauge));
             let volume =
                 Volume { name: "v".into(), mount_point: folder.path().to_owned(), watch: Watching::Poll };

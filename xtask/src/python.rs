@@ -1,0 +1,39 @@
+//! The Python tools that tests need, in a virtual environment of their own under `target/`.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::Context;
+
+use crate::build::run;
+
+const FOLDER: &str = "target/python";
+/// What is installed, and in which version: written into the environment when it is complete.
+const TOOLS: [&str; 1] = ["moto[server]==5.2.5"];
+
+/// Installs what isn't there.
+pub(crate) fn ensure() -> anyhow::Result<()> {
+    let wanted = TOOLS.join("\n");
+    let stamp = Path::new(FOLDER).join("installed.txt");
+    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    println!("installing the tests' Python tools into {FOLDER}: {}", TOOLS.join(", "));
+    // One that was begun and not ended is begun again.
+    let _ = fs::remove_dir_all(FOLDER);
+    make()
+        .context("the tests need Python 3 with its venv module: `apt-get install python3-venv`, as root")?;
+    run(Command::new(Path::new(FOLDER).join("bin/pip"))
+        .args(["install", "--quiet", "--disable-pip-version-check"])
+        .args(TOOLS))
+    .context("can't install the tests' Python tools")?;
+    Ok(fs::write(stamp, wanted)?)
+}
+
+fn make() -> anyhow::Result<()> {
+    let venv = || run(Command::new("python3").args(["-m", "venv", FOLDER]));
+    if venv().is_ok() {
+        return Ok(());
+    }
+    run(Command::new("apt-get").args(["install", "--yes", "python3-venv"]))?;
+    venv()
+}
