@@ -1,10 +1,13 @@
-//! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind. Each
+//! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind; changes
+//! of the configuration under load; how long wrong keys take. Each
 //! part asserts that nothing was lost or wrong, and prints what was measured: times depend on the machine, and are for people.
 //! `cargo xtask bench reload` and `cargo xtask soak` run it.
 
 #![allow(clippy::print_stdout, reason = "it prints what was measured")]
 
+mod config;
 mod failing;
+mod keys;
 mod memory;
 mod mounts;
 mod race;
@@ -12,13 +15,15 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 6] = [
+const PARTS: [(&str, fn()); 8] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
     ("mounts", mounts::polled),
     ("memory", memory::of_200_reloads),
     ("race", race::of_32_threads),
+    ("config", config::fifty_changes),
+    ("keys", keys::by_matching_prefix),
 ];
 
 fn main() -> ExitCode {

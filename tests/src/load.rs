@@ -23,6 +23,8 @@ pub struct Requests {
     pub path: &'static str,
     /// The body.
     pub body: &'static str,
+    /// Statuses that are answers; any other is a fault.
+    pub statuses: &'static [u16],
     /// Looks at an answer; what it says is a fault. Returns the version that answered.
     pub check: fn(&Value) -> Result<u64, String>,
 }
@@ -118,7 +120,7 @@ impl Served {
 }
 
 fn call(address: SocketAddr, requests: Requests, stop: &AtomicBool, newest: &AtomicU64) -> Served {
-    let Requests { path, body, check } = requests;
+    let Requests { path, body, statuses, check } = requests;
     let request = format!(
         "POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
@@ -129,7 +131,7 @@ fn call(address: SocketAddr, requests: Requests, stop: &AtomicBool, newest: &Ato
     let mut connection = None;
     while !stop.load(Ordering::SeqCst) {
         let asked = Instant::now();
-        let answer = ask(&mut connection, address, request.as_bytes());
+        let answer = ask(&mut connection, address, request.as_bytes(), statuses);
         let took = asked.elapsed();
         match answer.and_then(|answer| check(&answer)) {
             Ok(version) => {
@@ -157,6 +159,7 @@ fn ask(
     connection: &mut Option<BufReader<TcpStream>>,
     address: SocketAddr,
     request: &[u8],
+    statuses: &[u16],
 ) -> Result<Value, String> {
     let failed = |error: std::io::Error| format!("the connection failed: {error}");
     let reader = match connection {
@@ -169,7 +172,7 @@ fn ask(
         }
     };
     reader.get_mut().write_all(request).map_err(failed)?;
-    let (mut line, mut status, mut length) = (String::new(), String::new(), 0);
+    let (mut line, mut status, mut length, mut closes) = (String::new(), String::new(), 0, false);
     loop {
         line.clear();
         if reader.read_line(&mut line).map_err(failed)? == 0 {
@@ -184,11 +187,16 @@ fn ask(
             && name.eq_ignore_ascii_case("content-length")
         {
             length = value.trim().parse().map_err(|_| format!("a header is {text:?}"))?;
+        } else if text.eq_ignore_ascii_case("connection: close") {
+            closes = true;
         }
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).map_err(failed)?;
-    if !status.contains(" 200 ") {
+    if closes {
+        *connection = None;
+    }
+    if !statuses.iter().any(|known| status.contains(&format!(" {known} "))) {
         return Err(format!("{status}: {}", String::from_utf8_lossy(&body)));
     }
     serde_json::from_slice(&body).map_err(|error| format!("the body is no JSON: {error}"))
@@ -198,6 +206,7 @@ fn ask(
 pub const VERSIONED: Requests = Requests {
     path: "/predict_sync?model_name=versioned",
     body: r#"{"text": "hello"}"#,
+    statuses: &[200],
     check: |answer| {
         if answer["text"] != "HELLO" || answer["status"] != "success" {
             return Err(format!("wrong answer: {answer}"));
@@ -210,6 +219,7 @@ pub const VERSIONED: Requests = Requests {
 pub const ECHO: Requests = Requests {
     path: "/predict_sync?model_name=echo",
     body: r#"{"text": "hello"}"#,
+    statuses: &[200],
     check: |answer| match answer["translated_text"] == "HELLO" {
         true => Ok(0),
         false => Err(format!("wrong answer: {answer}")),

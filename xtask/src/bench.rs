@@ -3,6 +3,7 @@
 //! Rounds are interleaved and medians compared, since machines are shared and noisy. The load comes from `wrk` in a process
 //! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads.
 
+mod insight;
 mod process;
 mod wrk;
 
@@ -52,8 +53,11 @@ struct Figures {
 }
 
 pub(crate) fn run(only: &[String], rounds: usize, seconds: usize) -> anyhow::Result<()> {
+    if only == ["insight"] {
+        return insight::run(rounds, seconds);
+    }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
-        bail!("no workload {unknown:?}; expected echo, batched or big");
+        bail!("no workload {unknown:?}; expected echo, batched, big or insight");
     }
     wrk::ensure()?;
     let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big"];
@@ -115,6 +119,7 @@ fn measure_in(
                     seconds,
                     body: &body,
                     script: &folder.join("post.lua"),
+                    header: None,
                 };
                 round(server, &load, figures.entry(server.name).or_default())?;
             }

@@ -27,8 +27,10 @@ cargo xtask COMMAND
   ci                            formatting, lints, documentation, then every test
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
                                 (--rounds N, --seconds N, default 5 and 4)
+  bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
-  soak [PART...]                what takes longer than a test should: reload, neighbour, failing, memory, race
+  soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
+                                race, config, keys
 
 The volume is target/volume unless --volume says otherwise.";
 

@@ -12,6 +12,8 @@ pub(super) struct Load<'a> {
     pub(super) seconds: usize,
     pub(super) body: &'a Path,
     pub(super) script: &'a Path,
+    /// A header that each request has.
+    pub(super) header: Option<(&'a str, &'a str)>,
 }
 
 pub(super) struct LoadResult {
@@ -36,10 +38,14 @@ const THREADS_MAX: usize = 2;
 
 impl Load<'_> {
     pub(super) fn run(&self) -> anyhow::Result<LoadResult> {
+        let header = self
+            .header
+            .map(|(name, value)| format!("wrk.headers[{name:?}] = {value:?}\n"))
+            .unwrap_or_default();
         // The figures come from Lua, in microseconds and whole numbers, rather than from text made for people.
         let script = format!(
             "local file = io.open({:?}, 'rb')\nwrk.method = 'POST'\nwrk.body = file:read('*a')\nfile:close()\n\
-             wrk.headers['content-type'] = 'application/json'\n\
+             wrk.headers['content-type'] = 'application/json'\n{header}\
              done = function(summary, latency, requests)\n  \
              local e = summary.errors\n  \
              print(string.format('RESULT %d %d %d %f %f', summary.requests, summary.duration, \
