@@ -9,7 +9,6 @@ use std::{
 
 use modalkit::config::{self, Environment, Faults, Loaded};
 use modalkit_tests::{Host, Setup, built, wait_until, workspace};
-use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -441,96 +440,4 @@ fn files_are_put_in_place_before_pipelines_load() {
     fs::write(&from, "2").unwrap();
     assert_eq!(host.post("/config/reload", &json!({})).1["outcome"], "unchanged");
     assert_eq!(fs::read_to_string(&to).unwrap(), "2");
-}
-
-/// Texts that are nearly configurations: keys and values of this host, broken and put together at random.
-fn nearly() -> impl Strategy<Value = String> {
-    let words = prop::sample::select(vec![
-        "server",
-        "app_settings",
-        "batch_config",
-        "deployment_config",
-        "volumes",
-        "model_settings",
-        "model_entries",
-        "common",
-        "auth_config",
-        "keys",
-        "api_key",
-        "listen",
-        "wait_ms",
-        "max_batch_size",
-        "secrets",
-        "mounts",
-        "gpu",
-        "concurrency_limit",
-        "min_replicas",
-        "tls",
-        "golden",
-        "plugin_sha256",
-        "[",
-        "]",
-        "[[",
-        "]]",
-        "{",
-        "}",
-        "=",
-        ":",
-        "\n",
-        "\n  ",
-        "- ",
-        ",",
-        "\"",
-        "'",
-        "'''",
-        "#",
-        "*a",
-        "&a",
-        "<<",
-        ".",
-        "~",
-        "null",
-        "true",
-        "-1",
-        "0",
-        "1e999",
-        ".nan",
-        "99999999999999999999",
-        "\u{feff}",
-        "\t",
-        "\u{0}",
-        "é",
-        "!!int",
-        "|",
-        ">",
-        "%",
-        "---",
-        "...",
-        "x",
-    ]);
-    prop_oneof![
-        4 => prop::collection::vec((words, prop::sample::select(vec!["", " "])), 0..40)
-            .prop_map(|words| words.into_iter().map(|(word, gap)| format!("{word}{gap}")).collect::<String>()),
-        1 => any::<String>(),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(4_000), failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn nothing_that_is_written_makes_it_panic(a in nearly(), b in nearly(), variable in nearly(), path in "[A-Z_]{0,40}") {
-        let files = Files::new();
-        let sources = [files.put("a.toml", &a), files.put("b.yaml", &b), files.put("c.json", &a)];
-        let name = format!("MODALKIT_{path}__{path}");
-        for file in &sources {
-            // Whatever it is taken for, it is taken for something.
-            let _ = load(std::slice::from_ref(file), &[(&name, &variable)]).map(|loaded| (loaded.rows(), loaded.json()));
-        }
-    }
-}
-
-/// More where somebody wants more: `MODALKIT_TEST_CASES=1000000`.
-fn cases(default: u32) -> u32 {
-    env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
 }

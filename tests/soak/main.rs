@@ -9,13 +9,14 @@ mod config;
 mod failing;
 mod keys;
 mod memory;
+mod metrics;
 mod mounts;
 mod race;
 mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 8] = [
+const PARTS: [(&str, fn()); 9] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -24,6 +25,7 @@ const PARTS: [(&str, fn()); 8] = [
     ("race", race::of_32_threads),
     ("config", config::fifty_changes),
     ("keys", keys::by_matching_prefix),
+    ("metrics", metrics::of_one_request),
 ];
 
 fn main() -> ExitCode {

@@ -34,7 +34,7 @@ pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
     parse(&text, &shared)
 }
 
-fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
+pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
     match path.extension().and_then(|kind| kind.to_str()) {
         Some("yaml" | "yml") => Ok(File { root: yaml(text, path)?, lenient: true }),
         // JSON is a part of YAML.

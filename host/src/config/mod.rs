@@ -88,10 +88,17 @@ impl Sources {
 /// Everything that is wrong: files that can't be read or parsed, unknown keys, wrong types, values out of their range, and values
 /// that contradict each other.
 pub fn load(files: &[PathBuf], environment: &Environment) -> Result<Loaded, Faults> {
+    assemble(files.iter().map(|path| files::read(path)), environment)
+}
+
+fn assemble(
+    files: impl Iterator<Item = Result<files::File, Vec<Fault>>>,
+    environment: &Environment,
+) -> Result<Loaded, Faults> {
     let (mut faults, mut warnings) = (Vec::new(), Vec::new());
     let mut read = Vec::new();
-    for path in files {
-        match files::read(path) {
+    for file in files {
+        match file {
             Ok(file) => read.push(file),
             Err(broken) => faults.extend(broken),
         }
@@ -189,4 +196,107 @@ pub fn schema() -> Json {
         members.insert("title".into(), json!("modalkit"));
     }
     schema
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, sync::Arc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Texts that are nearly configurations: keys and values of this host, broken and put together at random.
+    fn nearly() -> impl Strategy<Value = String> {
+        let words = prop::sample::select(vec![
+            "server",
+            "app_settings",
+            "batch_config",
+            "deployment_config",
+            "volumes",
+            "model_settings",
+            "model_entries",
+            "common",
+            "auth_config",
+            "keys",
+            "api_key",
+            "listen",
+            "wait_ms",
+            "max_batch_size",
+            "secrets",
+            "mounts",
+            "gpu",
+            "concurrency_limit",
+            "min_replicas",
+            "tls",
+            "golden",
+            "plugin_sha256",
+            "[",
+            "]",
+            "[[",
+            "]]",
+            "{",
+            "}",
+            "=",
+            ":",
+            "\n",
+            "\n  ",
+            "- ",
+            ",",
+            "\"",
+            "'",
+            "'''",
+            "#",
+            "*a",
+            "&a",
+            "<<",
+            ".",
+            "~",
+            "null",
+            "true",
+            "-1",
+            "0",
+            "1e999",
+            ".nan",
+            "99999999999999999999",
+            "\u{feff}",
+            "\t",
+            "\u{0}",
+            "é",
+            "!!int",
+            "|",
+            ">",
+            "%",
+            "---",
+            "...",
+            "x",
+        ]);
+        prop_oneof![
+            4 => prop::collection::vec((words, prop::sample::select(vec!["", " "])), 0..40)
+                .prop_map(|words| words.into_iter().map(|(word, gap)| format!("{word}{gap}")).collect::<String>()),
+            1 => any::<String>(),
+        ]
+    }
+
+    /// More where somebody wants more: `MODALKIT_TEST_CASES=1000000`.
+    fn cases() -> u32 {
+        std::env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1_000)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn nothing_that_is_written_makes_it_panic(a in nearly(), b in nearly(), variable in nearly(), path in "[A-Z_]{0,40}") {
+            let name = format!("MODALKIT_{path}__{path}");
+            let environment = Environment::from_iter([(name, variable)]);
+            let layers = [("a.toml", &a), ("b.yaml", &b), ("c.json", &a)];
+            let file = |(name, text): &(&str, &String)| files::parse(text, &Arc::from(Path::new(name)));
+            // Each by itself, and all over each other; whatever they are taken for, they are taken for something.
+            for layer in &layers {
+                let _ = assemble([file(layer)].into_iter(), &environment).map(|loaded| (loaded.rows(), loaded.json()));
+            }
+            let _ = assemble(layers.iter().map(file), &environment).map(|loaded| (loaded.rows(), loaded.json()));
+        }
+    }
 }

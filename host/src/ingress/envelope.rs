@@ -25,13 +25,7 @@ pub(super) fn decode_list(
     body: &Bytes,
     items_max: usize,
 ) -> Result<Vec<(Bytes, Item)>, JobError> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let list = AtMost(items_max).deserialize(&mut json).and_then(|list| json.end().map(|()| list));
-    let list = list.map_err(|error| {
-        static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
-        let schema = SCHEMA.get_or_init(|| jsonschema::validator_for(&json!({"type": "array"})).ok());
-        JobError::Invalid(malformed(schema.as_ref(), body, &error.to_string()))
-    })?;
+    let list = split(body, items_max)?;
     if list.count > items_max {
         return Err(dispatch::too_many(list.count, items_max));
     }
@@ -42,6 +36,16 @@ pub(super) fn decode_list(
         Ok((input, item))
     };
     list.first.into_iter().enumerate().map(decode).collect()
+}
+
+fn split(body: &Bytes, items_max: usize) -> Result<List<'_>, JobError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let list = AtMost(items_max).deserialize(&mut json).and_then(|list| json.end().map(|()| list));
+    list.map_err(|error| {
+        static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
+        let schema = SCHEMA.get_or_init(|| jsonschema::validator_for(&json!({"type": "array"})).ok());
+        JobError::Invalid(malformed(schema.as_ref(), body, &error.to_string()))
+    })
 }
 
 /// A list of which only the first few elements are kept: the rest is counted.
@@ -105,14 +109,19 @@ pub(super) struct Opened {
 
 impl Opened {
     pub(super) fn decode(generation: &Generation, body: &Bytes) -> Result<Self, JobError> {
-        let envelope: Envelope<'_> = serde_json::from_slice(body)
-            .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
-        check(&envelope)?;
+        let envelope = open(body)?;
         let message = body.slice_ref(envelope.message.get().as_bytes());
         let item = generation.decode(&message).map_err(|error| behind(error, &["message".into()]))?;
         let meta = envelope.meta.map(|meta| body.slice_ref(meta.get().as_bytes()));
         Ok(Self { message, item, meta })
     }
+}
+
+fn open(body: &Bytes) -> Result<Envelope<'_>, JobError> {
+    let envelope: Envelope<'_> = serde_json::from_slice(body)
+        .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
+    check(&envelope)?;
+    Ok(envelope)
 }
 
 fn envelope_schema() -> Option<&'static Validator> {
@@ -157,4 +166,81 @@ fn check(envelope: &Envelope<'_>) -> Result<(), JobError> {
         });
     }
     if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Bodies that are nearly envelopes and lists.
+    fn nearly() -> impl Strategy<Value = Vec<u8>> {
+        let words = prop::sample::select(vec![
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            "\"message\"",
+            "\"success_queue\"",
+            "\"failure_queue\"",
+            "\"meta\"",
+            "\"\"",
+            "\"x\"",
+            "null",
+            "true",
+            "0",
+            "-1",
+            "1e999",
+            "1e-999",
+            "{}",
+            "[]",
+            " ",
+            "\n",
+            "\"\\ud800\"",
+            "\"\\u0000\"",
+            "\\",
+            "\"",
+            "é",
+            "{\"message\":",
+            "\"meta\":{}}",
+            "NaN",
+            "//",
+            "\u{feff}",
+        ]);
+        prop_oneof![
+            4 => prop::collection::vec(words, 0..24).prop_map(|words| words.concat().into_bytes()),
+            1 => prop::collection::vec(any::<u8>(), 0..64),
+        ]
+    }
+
+    /// More where somebody wants more: `MODALKIT_TEST_CASES=1000000`.
+    fn cases() -> u32 {
+        std::env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(10_000)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_body_makes_it_panic_and_what_is_sliced_is_json(body in nearly(), items_max in 0usize..4) {
+            let body = Bytes::from(body);
+            if let Ok(envelope) = open(&body) {
+                let message = body.slice_ref(envelope.message.get().as_bytes());
+                prop_assert!(serde_json::from_slice::<&RawValue>(&message).is_ok());
+                let meta = envelope.meta.map(|meta| body.slice_ref(meta.get().as_bytes()));
+                let is_object = meta.is_none_or(|meta| meta.starts_with(b"{"));
+                prop_assert!(is_object);
+            }
+            if let Ok(list) = split(&body, items_max) {
+                prop_assert!(list.first.len() == list.count.min(items_max));
+                if let Ok(Value::Array(items)) = serde_json::from_slice::<Value>(&body) {
+                    prop_assert_eq!(items.len(), list.count);
+                }
+            }
+        }
+    }
 }
