@@ -81,12 +81,19 @@ fn each_library_is_known_where_it_belongs_only() {
         &[
             "host/src/telemetry.rs",
             "host/src/jobs.rs",
+            "host/src/access/",
             "host/src/ingress/connection.rs",
             "host/src/reload/build.rs",
             itself,
         ],
     );
     only_in("tract_onnx", &["plugins/onnx/", itself]);
+    only_in("object_store::", &["host/src/access/ssm.rs", itself]);
+    only_in("opentelemetry", &["host/src/traces.rs", "host/src/ingress/follow.rs", itself]);
+    only_in("rustls::", &["host/src/ingress/", "host/src/app.rs", "tests/e2e/https.rs", itself]);
+    only_in("governor::", &["host/src/access/", itself]);
+    only_in("serde_saphyr", &["host/src/config/", itself]);
+    only_in("clap", &["host/src/main.rs", "host/src/cli/", itself]);
 }
 
 #[test]

@@ -69,7 +69,7 @@ async fn ask(
 ) -> Result<(u16, Value), Box<dyn std::error::Error + Send + Sync>> {
     let credential = credential(&spec.region).await?;
     let body = json!({"Name": name, "WithDecryption": true}).to_string();
-    let mut request = hyper::http::Request::post(endpoint)
+    let mut request = http::Request::post(endpoint)
         .header("content-type", "application/x-amz-json-1.1")
         .header("x-amz-target", "AmazonSSM.GetParameter")
         .body(HttpRequestBody::from(body))?;

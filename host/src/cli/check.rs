@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use modalkit::{
     config::{self, Environment, Fault, Faults, Loaded},
+    ingress::Certificate,
     pipeline::check_settings,
     reload::build,
 };
@@ -26,7 +27,13 @@ pub(crate) fn run(files: &[PathBuf], environment: &Environment, as_json: bool) -
             return NOT_DONE;
         }
     };
-    let faults = faults_of_plugins(&loaded);
+    let mut faults = faults_of_plugins(&loaded);
+    if let Some(files) = loaded.config.server.tls.clone()
+        && let Err(error) = Certificate::read(files.clone())
+    {
+        let found = format!("{:#}", anyhow::Error::new(error));
+        faults.push(Fault::of_file(&files.certificate, "a certificate and its private key, in PEM", &found));
+    }
     print(&if as_json { in_json(&loaded, &faults) } else { for_people(&loaded) });
     if faults.is_empty() {
         return DONE;
@@ -87,7 +94,12 @@ fn for_people(loaded: &Loaded) -> String {
     let notes = waiting
         .map(|spec| format!("{} waits for its plugin {}.so: no volume has it", spec.name, spec.plugin));
     let warnings = loaded.warnings.iter().map(ToString::to_string);
-    for (index, line) in warnings.chain(notes).enumerate() {
+    let golden =
+        loaded.config.models.values().filter_map(|spec| spec.golden.as_ref().map(|golden| (spec, golden)));
+    let missing = golden.filter(|(_, golden)| !golden.file.is_file()).map(|(spec, golden)| {
+        format!("{}: there is no file of golden requests {}", spec.name, golden.file.display())
+    });
+    for (index, line) in warnings.chain(notes).chain(missing).enumerate() {
         let gap = if index == 0 { "\n" } else { "" };
         text.push_str(&format!("{gap}{}: {line}\n", coloured("warning", Colour::Yellow)));
     }

@@ -2,7 +2,8 @@
 //! doesn't.
 
 use super::{
-    AuthSpec, Environment, Fault, KeyLimits, KeySource, KeySpec, SecretText, SsmSpec, TlsFiles, Warning,
+    AuthSpec, Environment, Fault, KeyLimits, KeySource, KeySpec, Place, SecretText, SsmSpec, TlsFiles,
+    Warning,
     fault::listed,
     keys::{ApiKey, Root},
     layer::child,
@@ -33,20 +34,16 @@ pub(super) fn resolve(
     let mut keys = Vec::new();
     let one = ApiKey { api_key: auth.api_key.clone(), ssm_key: auth.ssm_key.clone(), ..ApiKey::default() };
     if one != ApiKey::default() {
-        keys.extend(key(DEFAULT_NAME, &one, KEY, environment, faults));
+        keys.extend(key(DEFAULT_NAME, (&one, &app.auth_config.at()), KEY, environment, faults));
     }
-    for (name, spec) in auth.keys.value().into_iter().flat_map(|keys| keys.iter()) {
+    for (name, (spec, at)) in auth.keys.value().into_iter().flat_map(|keys| &keys.entries) {
         let path = child(&child(KEY, "keys"), name);
         if name == DEFAULT_NAME && !keys.is_empty() {
-            let fault = Fault::new(
-                &spec.at(),
-                &path,
-                "another name",
-                "the name of the key that api_key or ssm_key gives",
-            );
+            let fault =
+                Fault::new(at, &path, "another name", "the name of the key that api_key or ssm_key gives");
             faults.push(fault);
         }
-        keys.extend(key(name, spec, &path, environment, faults));
+        keys.extend(key(name, (spec, at), &path, environment, faults));
     }
     // One that is wrong has been told.
     let is_wrong = faults.iter().any(|fault| fault.key.starts_with(KEY));
@@ -58,8 +55,8 @@ pub(super) fn resolve(
         let fault = Fault::new(
             &app.auth_config.at(),
             KEY,
-            "api_key, ssm_key or keys",
-            "no key that anybody could have",
+            "a key: api_key, ssm_key or keys",
+            "none, so that nobody could call",
         );
         faults.push(fault);
     }
@@ -99,7 +96,7 @@ pub(super) fn resolve(
 
 fn key(
     name: &str,
-    spec: &ApiKey,
+    (spec, at): (&ApiKey, &Place),
     path: &str,
     environment: &Environment,
     faults: &mut Vec<Fault>,
@@ -113,8 +110,8 @@ fn key(
     let names: Vec<&str> =
         SOURCES.iter().zip(written).filter(|(_, written)| *written).map(|(name, _)| *name).collect();
     if names.len() != 1 {
-        let expected = format!("one of {}", listed(SOURCES));
-        faults.push(Fault::new(&spec.at(), path, expected, listed(names)));
+        let expected = format!("exactly one of {}", listed(SOURCES));
+        faults.push(Fault::new(at, path, expected, listed(names)));
         return None;
     }
     let source = if let Some(key) = spec.api_key.value() {
@@ -155,20 +152,6 @@ fn key(
     })
 }
 
-impl ApiKey {
-    /// Where anything of it was written.
-    fn at(&self) -> super::Place {
-        let places = [
-            self.api_key.at(),
-            self.variable.at(),
-            self.secret.at(),
-            self.ssm_key.at(),
-            self.management.at(),
-        ];
-        places.into_iter().find(|place| *place != super::Place::Default).unwrap_or(super::Place::Default)
-    }
-}
-
 /// The files of HTTPS: both, or none.
 pub(super) fn tls(written: &Root, faults: &mut Vec<Fault>) -> Option<TlsFiles> {
     let server = written.server();
@@ -178,7 +161,7 @@ pub(super) fn tls(written: &Root, faults: &mut Vec<Fault>) -> Option<TlsFiles> {
             Some(TlsFiles { certificate: certificate.into(), private_key: private_key.into() })
         }
         (certificate, _) => {
-            let found = if certificate.is_some() { "certificate alone" } else { "no certificate" };
+            let found = if certificate.is_some() { "no private_key" } else { "no certificate" };
             let fault = Fault::new(
                 &server.tls.at(),
                 "server.tls",

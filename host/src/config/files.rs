@@ -60,7 +60,7 @@ fn toml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
             let hint = if message.contains("duplicate key") {
                 "remove one of the two"
             } else {
-                "each `key = value` stands on a line of its own, texts in double quotes, tables under [names]"
+                "a text stands in double quotes, a truth value is true or false, a number has no unit; each `key = value` has a line of its own"
             };
             faults.push(Fault::new(&at, "", "TOML", message).hint(hint));
         }
@@ -134,7 +134,14 @@ fn yaml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
         let message = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
         // What follows is for those who call the parser.
         let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
-        vec![Fault::new(&at, "", "YAML", message)]
+        let fault = Fault::new(&at, "", "YAML", message);
+        vec![if message.contains("duplicate") {
+            fault.hint("remove one of the two")
+        } else if message.contains("tab") {
+            fault.hint("indent with blanks")
+        } else {
+            fault
+        }]
     })?;
     let node = of_yaml(parsed, &place);
     Ok(match node.value {

@@ -155,7 +155,7 @@ layer! {
 layer! {
     /// Replicas, volumes and what else models run with.
     pub(super) struct DeploymentConfig {
-        /// Watched folders and their names.
+        /// Watched folders and the names of their volumes, such as `"/mnt/models" = "models"`.
         volumes: Named<String>, or "local_model_repository_folder, or else the folder `volume`, named \"volume\"";
         /// Replicas kept also without work.
         min_replicas: Count<0, MAX_REPLICAS> = Count(1);

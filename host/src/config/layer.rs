@@ -85,6 +85,27 @@ impl Reader<'_> {
         None
     }
 
+    /// Adds what a key is for to the faults of its value that say no more than what was expected.
+    pub(super) fn explain<T: Setting>(
+        &mut self,
+        before: usize,
+        key: &str,
+        docs: &[&str],
+        default: Option<T>,
+    ) {
+        let of_value = |fault: &&mut Fault| {
+            let rest = fault.key.strip_prefix(key);
+            fault.hint.is_none() && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('['))
+        };
+        let text = docs.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ");
+        let default = default.map(|default| default.json(true)).filter(|default| !default.is_object());
+        let hint = match default {
+            Some(default) => format!("{text} Default: {default}"),
+            None => text,
+        };
+        self.faults[before..].iter_mut().filter(of_value).for_each(|fault| fault.hint = Some(hint.clone()));
+    }
+
     pub(super) fn unknown(&mut self, at: &Place, parent: &str, name: &str, known: &[&str]) {
         let key = child(parent, name);
         let near = nearest(name, known.iter().copied());
@@ -102,14 +123,14 @@ impl Reader<'_> {
         self.faults.push(match near {
             Some(near) => Fault::new(at, &key, format!("a key of {parent}"), found)
                 .hint(format!("did you mean {near}?")),
-            None => {
-                let expected = format!("a key of {parent}: {}", listed(known.iter().copied()));
-                let fault = Fault::new(at, &key, expected, found);
-                match (self.home)(name) {
-                    Some(home) => fault.hint(format!("it belongs to {home}")),
-                    None => fault,
+            None => match (self.home)(name) {
+                Some(home) => Fault::new(at, &key, format!("a key of {parent}"), found)
+                    .hint(format!("it belongs to {home}")),
+                None => {
+                    let expected = format!("a key of {parent}: {}", listed(known.iter().copied()));
+                    Fault::new(at, &key, expected, found)
                 }
-            }
+            },
         });
     }
 }
@@ -275,12 +296,15 @@ macro_rules! layer {
                 let mut read = Self::default();
                 for entry in node.entries() {
                     let path = $crate::config::layer::child(key, &entry.name);
+                    let before = reader.faults.len();
                     $( if entry.name == $crate::config::layer::name(stringify!($field)) {
                         read.$field = $crate::config::layer::Slot::read(&entry.node, &path, reader);
+                        reader.explain::<$type>(before, &path, &[$($doc),+], $crate::config::layer::layer!(@option $($default)?));
                         continue;
                     } )*
                     $($( if entry.name == $crate::config::layer::name(stringify!($later)) {
                         read.$later = $crate::config::layer::Slot::read(&entry.node, &path, reader);
+                        reader.explain::<$later_type>(before, &path, &[$($later_doc),+], None);
                         continue;
                     } )*)?
                     if !$crate::config::layer::layer!(@rest read, entry $(, $rest)?) {

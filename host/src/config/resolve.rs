@@ -2,7 +2,7 @@
 //! at when they were read. It never knows who uses them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -184,8 +184,8 @@ impl Resolver<'_> {
                 self.faults.push(Fault::new(
                     &entry.golden_latency_ms.at(),
                     &child(key, "golden_latency_ms"),
-                    "golden beside it: the file with the requests that are timed",
-                    "a time without requests",
+                    "golden beside it: the file of requests that are to be timed",
+                    "golden_latency_ms alone",
                 ));
                 None
             }
@@ -212,10 +212,16 @@ fn volumes(
         let mount = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
         mounts.push((mount, DEFAULT_VOLUME.to_owned(), Place::Default));
     }
-    let mut seen = BTreeSet::new();
-    for (_, twice, at) in mounts.iter().filter(|(_, name, _)| !seen.insert(name.clone())) {
-        let found = format!("a second volume named {twice:?}");
-        faults.push(Fault::new(at, key, "a name of its own for each volume", found));
+    let mut seen: BTreeMap<&str, &Place> = BTreeMap::new();
+    for (mount, name, at) in &mounts {
+        if let Some(first) = seen.insert(name, at) {
+            let found = format!("a second volume named {name:?}; the first is at {first}");
+            faults.push(Fault::new(at, key, "a name of its own for each volume", found));
+        }
+        if name.is_empty() || name.contains('/') {
+            let expected = "folders and the names of their volumes, such as \"/mnt/models\" = \"models\"";
+            faults.push(Fault::new(at, key, expected, format!("the name {name:?} for {}", mount.display())));
+        }
     }
     let names: Vec<&str> = mounts.iter().map(|(_, name, _)| name.as_str()).collect();
     let settings = server.volumes.value().cloned().unwrap_or_default();

@@ -1,0 +1,323 @@
+//! The kinds of values: their ranges and units, what is expected in their place, their schema. It knows no key.
+
+mod secret;
+mod tables;
+
+use std::time::Duration;
+
+use serde_json::{Value as Json, json};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
+use super::{
+    fault::{listed, nearest},
+    layer::{Reader, Setting},
+    node::{Node, Value},
+};
+
+pub(in crate::config) use secret::{HIDDEN, Secret, Url};
+pub(in crate::config) use tables::{FreeForm, Named, OneOrMany, Over};
+
+/// A whole number within its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Count<const LEAST: u64, const MOST: u64>(pub(in crate::config) u64);
+
+impl<const LEAST: u64, const MOST: u64> Setting for Count<LEAST, MOST> {
+    fn expected() -> String {
+        format!("a whole number from {LEAST} to {MOST}")
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let opened = number(node, reader.lenient);
+        let found = match opened.value {
+            Value::Integer(found) => u64::try_from(found).ok(),
+            // As JSON and YAML may write whole numbers.
+            Value::Float(found) if found.fract() == 0.0 && (0.0..=2f64.powi(53)).contains(&found) => {
+                Some(found as u64)
+            }
+            _ => None,
+        };
+        match found {
+            Some(found) if (LEAST..=MOST).contains(&found) => Some(Self(found)),
+            _ => reader.refuse_scalar(&opened, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["integer", "null"], "minimum": LEAST, "maximum": MOST})
+    }
+}
+
+/// A variable's text is opened as JSON; in a lenient file a text that holds a number is one.
+fn number(node: &Node, lenient: bool) -> Node {
+    match &node.value {
+        Value::Text(text) if lenient => match serde_json::from_str(text.trim()) {
+            Ok(number @ Json::Number(_)) => Node::from_json(number, &node.at),
+            _ => node.clone(),
+        },
+        _ => node.opened(),
+    }
+}
+
+/// Declares a number with a fraction: its range, and what is expected in words.
+macro_rules! real {
+    ($(#[$doc:meta])* $name:ident, $range:expr, $expected:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        pub(in crate::config) struct $name(pub(in crate::config) f64);
+
+        impl Setting for $name {
+            fn expected() -> String {
+                $expected.to_owned()
+            }
+
+            fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+                let opened = number(node, reader.lenient);
+                let found = match opened.value {
+                    Value::Integer(found) => found as f64,
+                    Value::Float(found) => found,
+                    _ => return reader.refuse_scalar(&opened, key, Self::expected()),
+                };
+                let fits: fn(f64) -> bool = $range;
+                if fits(found) { Some(Self(found)) } else { reader.refuse_scalar(&opened, key, Self::expected()) }
+            }
+
+            fn json(&self, _: bool) -> Json {
+                json!(self.0)
+            }
+
+            fn schema() -> Json {
+                json!({"type": ["number", "null"], "$comment": $expected})
+            }
+        }
+    };
+}
+
+real! {
+    /// A time.
+    Seconds, |found| (0.001..=86_400.0).contains(&found), "seconds from 0.001 to 86400"
+}
+real! {
+    /// A time that may be none.
+    SecondsOrZero, |found| found == 0.0 || (0.001..=86_400.0).contains(&found), "0, or seconds from 0.001 to 86400"
+}
+real! {
+    /// A period; the Python library says -1 for "only on change".
+    Period, |found| found == -1.0 || (0.001..=86_400.0).contains(&found), "seconds from 0.001 to 86400, or -1: only on change"
+}
+real! {
+    /// A part of a whole.
+    Share, |found| (0.0..=1.0).contains(&found), "a share from 0 to 1"
+}
+real! {
+    /// How many times as much.
+    Ratio, |found| (1.0..=1e6).contains(&found), "a number from 1 to 1000000"
+}
+real! {
+    /// A rate.
+    PerSecond, |found| (0.001..=1e9).contains(&found), "a rate per second from 0.001 to 1000000000"
+}
+real! {
+    /// Cores, memory and the like of a container.
+    Amount, |found| (0.0..=1e12).contains(&found), "a number that is not negative"
+}
+
+impl Seconds {
+    pub(in crate::config) fn duration(self) -> Duration {
+        Duration::from_secs_f64(self.0)
+    }
+}
+
+impl Setting for bool {
+    fn expected() -> String {
+        "true or false".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let opened = node.opened();
+        match &opened.value {
+            Value::Bool(value) => Some(*value),
+            Value::Text(text) if reader.lenient => match text.to_ascii_lowercase().as_str() {
+                // As the Python library takes them.
+                "true" | "yes" | "on" | "1" => Some(true),
+                "false" | "no" | "off" | "0" => Some(false),
+                _ => reader.refuse_scalar(&opened, key, Self::expected()),
+            },
+            _ => reader.refuse_scalar(&opened, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["boolean", "null"]})
+    }
+}
+
+impl Setting for String {
+    fn expected() -> String {
+        "a text".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        match &node.value {
+            Value::Text(text) => Some(text.clone()),
+            // JSON in quotes is the text in them.
+            Value::Variable(text) => Some(serde_json::from_str(text).unwrap_or_else(|_| text.clone())),
+            _ => reader.refuse(node, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"]})
+    }
+}
+
+/// Declares words of which one is expected.
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(in crate::config) enum $name { $($variant),+ }
+
+        impl Setting for $name {
+            fn expected() -> String {
+                format!("one of {}", listed([$(concat!("\"", $word, "\"")),+]))
+            }
+
+            fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+                let text = match &node.value {
+                    Value::Text(text) | Value::Variable(text) => text.as_str(),
+                    _ => return reader.refuse(node, key, Self::expected()),
+                };
+                match text {
+                    $($word => Some(Self::$variant),)+
+                    _ => {
+                        reader.refuse::<Self>(node, key, Self::expected());
+                        if let (Some(near), Some(fault)) = (nearest(text, [$($word),+]), reader.faults.last_mut()) {
+                            fault.hint = Some(format!("did you mean \"{near}\"?"));
+                        }
+                        None
+                    }
+                }
+            }
+
+            fn json(&self, _: bool) -> Json {
+                match self { $(Self::$variant => json!($word)),+ }
+            }
+
+            fn schema() -> Json {
+                json!({"enum": [$($word,)+ Json::Null]})
+            }
+        }
+    };
+}
+
+choice! {
+    /// How a volume is watched.
+    Watch { Native = "native", Poll = "poll", Both = "both" }
+}
+choice! {
+    /// What is put in place.
+    MountKind { File = "file", Dir = "dir" }
+}
+choice! {
+    /// Where results go.
+    QueueBackend { Memory = "memory", Sqs = "sqs", TaskIq = "taskiq" }
+}
+
+/// An IP address and a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Address(pub(in crate::config) std::net::SocketAddr);
+
+impl Setting for Address {
+    fn expected() -> String {
+        "an IP address and a port, such as 127.0.0.1:8000 or [::1]:0".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        match &node.value {
+            Value::Text(text) | Value::Variable(text) => {
+                text.parse().ok().map(Self).or_else(|| reader.refuse(node, key, Self::expected()))
+            }
+            _ => reader.refuse(node, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"]})
+    }
+}
+
+/// A SHA-256 in hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Sha256(pub(in crate::config) String);
+
+impl Setting for Sha256 {
+    fn expected() -> String {
+        "64 hexadecimal digits, as `sha256sum` prints them".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        match &node.value {
+            Value::Text(text) | Value::Variable(text)
+                if text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit()) =>
+            {
+                Some(Self(text.to_ascii_lowercase()))
+            }
+            _ => reader.refuse(node, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"], "pattern": "^[0-9A-Fa-f]{64}$"})
+    }
+}
+
+/// Levels of the log: one for all, or by module.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::config) struct Levels(pub(in crate::config) String);
+
+impl Setting for Levels {
+    fn expected() -> String {
+        "off, error, warn, info, debug or trace, or a list such as info,modalkit=debug".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let (Value::Text(text) | Value::Variable(text)) = &node.value else {
+            return reader.refuse(node, key, Self::expected());
+        };
+        let text = text.clone();
+        // A word alone would be taken for a module of which everything is logged.
+        let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+        if text.split(',').all(is_level) && text.parse::<Targets>().is_ok() {
+            return Some(Self(text));
+        }
+        reader.refuse(node, key, Self::expected())
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"]})
+    }
+}
