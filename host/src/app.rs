@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use crate::{
-    access::{self, Access},
+    access::{self, Access, Keys},
     admission::Gate,
     config::{Loaded, Sources},
     dispatch::Models,
@@ -68,12 +68,12 @@ pub async fn run(
     let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
     let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
-    let (tell_keys, specs) = watch::channel(loaded.config.auth.clone());
+    let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
     let running = reconfigure::Running {
         control: control.clone(),
         models: Arc::clone(&models),
         gate: Arc::clone(&gate),
-        keys: tell_keys,
+        keys,
         log,
     };
     let (reconfigure, configuration) = reconfigure::prepare(sources, loaded, running);
@@ -125,8 +125,8 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
-    // It waits for the collector, at most for a named time.
-    let _ = tokio::task::spawn_blocking(move || traces.stop()).await;
+    // It waits for the collector, at most for a named time; a pool that is full of hung work doesn't keep the host.
+    let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
     Ok(if drained { Ended::Drained } else { Ended::CutOff })
 }

@@ -1,6 +1,9 @@
 //! Asynchronous jobs and what became of them, in memory. It owns the records and their number, and never runs a job.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -27,6 +30,8 @@ struct Records {
 
 struct Record {
     model: String,
+    /// The name of the key that it came with.
+    key: Option<Arc<str>>,
     /// `None` until it has finished.
     result: Option<Finished>,
 }
@@ -61,7 +66,7 @@ impl Jobs {
     ///
     /// # Errors
     /// [`JobError::Busy`] where none has finished.
-    pub fn accept(&self, model: &str) -> Result<Uuid, JobError> {
+    pub fn accept(&self, model: &str, key: Option<Arc<str>>) -> Result<Uuid, JobError> {
         let id = Uuid::now_v7();
         let mut records = self.records.lock();
         if records.by_id.len() >= self.jobs_max {
@@ -70,7 +75,7 @@ impl Jobs {
             };
             records.by_id.remove(&oldest);
         }
-        records.by_id.insert(id, Record { model: model.to_owned(), result: None });
+        records.by_id.insert(id, Record { model: model.to_owned(), key, result: None });
         self.remembered.set(records.by_id.len() as i64);
         Ok(id)
     }
@@ -91,11 +96,12 @@ impl Jobs {
         }
     }
 
-    /// What is known of a job.
+    /// What is known of a job; where it says whose, only of one that came with that key, or with none.
     #[must_use]
-    pub fn report(&self, id: Uuid) -> Option<Report> {
+    pub fn report(&self, id: Uuid, whose: Option<Option<&str>>) -> Option<Report> {
         let records = self.records.lock();
-        let record = records.by_id.get(&id)?;
+        let record =
+            records.by_id.get(&id).filter(|record| whose.is_none_or(|key| record.key.as_deref() == key))?;
         let (state, result) = match &record.result {
             None => ("queued", None),
             Some(Finished::Succeeded(json)) => ("succeeded", Some(json.clone())),
@@ -115,13 +121,24 @@ mod tests {
     #[test]
     fn the_oldest_finished_job_makes_room_and_unfinished_ones_are_kept() {
         let jobs = Jobs::new(2, IntGauge::new("n", "n").unwrap());
-        let (first, second) = (jobs.accept("m").unwrap(), jobs.accept("m").unwrap());
-        assert!(matches!(jobs.accept("m"), Err(JobError::Busy(_))));
+        let accept = || jobs.accept("m", None);
+        let (first, second) = (accept().unwrap(), accept().unwrap());
+        assert!(matches!(accept(), Err(JobError::Busy(_))));
         jobs.finish(second, Finished::Succeeded(Bytes::from_static(b"{}")));
-        let third = jobs.accept("m").unwrap();
-        assert!(jobs.report(second).is_none());
-        assert_eq!(jobs.report(first).unwrap().state, "queued");
+        let third = accept().unwrap();
+        assert!(jobs.report(second, None).is_none());
+        assert_eq!(jobs.report(first, None).unwrap().state, "queued");
         jobs.withdraw(third);
-        assert!(jobs.report(third).is_none());
+        assert!(jobs.report(third, None).is_none());
+    }
+
+    #[test]
+    fn a_job_is_shown_to_the_key_that_it_came_with() {
+        let jobs = Jobs::new(2, IntGauge::new("n", "n").unwrap());
+        let id = jobs.accept("m", Some("one".into())).unwrap();
+        assert!(jobs.report(id, Some(Some("one"))).is_some());
+        assert!(jobs.report(id, Some(Some("other"))).is_none());
+        assert!(jobs.report(id, Some(None)).is_none());
+        assert!(jobs.report(id, None).is_some(), "who manages sees all");
     }
 }

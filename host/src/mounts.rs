@@ -1,11 +1,15 @@
 //! Puts files and folders in place, as the configuration's `mounts` say. It never knows what they are for.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use crate::config::Mount;
+
+/// What is compared at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Puts all of them in place. One that can't be is logged, and the host serves on: a pipeline that needs it says so when it loads.
 pub async fn put_in_place(mounts: &[Mount]) {
@@ -79,7 +83,25 @@ fn put_file(from: &Path, to: &Path) -> io::Result<bool> {
 
 fn is_same(from: &Path, to: &Path) -> io::Result<bool> {
     let (Ok(old), new) = (fs::metadata(to), fs::metadata(from)?) else { return Ok(false) };
-    Ok(old.is_file() && old.len() == new.len() && fs::read(from)? == fs::read(to)?)
+    Ok(old.is_file() && old.len() == new.len() && same_content(File::open(from)?, File::open(to)?)?)
+}
+
+/// Piece by piece: weights may be larger than memory.
+fn same_content(mut from: File, mut to: File) -> io::Result<bool> {
+    let (mut one, mut other) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
+    loop {
+        let read = from.read(&mut one)?;
+        if read == 0 {
+            return Ok(true);
+        }
+        match to.read_exact(&mut other[..read]) {
+            Ok(()) if one[..read] == other[..read] => {}
+            Ok(()) => return Ok(false),
+            // It has become shorter.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,13 +10,14 @@ use std::{
 use arc_swap::ArcSwap;
 use serde::Serialize;
 use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time::MissedTickBehavior,
+    sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, timeout},
 };
 
 use crate::{
+    access::Keys,
     admission::Gate,
-    config::{AuthSpec, Fault, Loaded, ModelSpec, Sources},
+    config::{Fault, Faults, Loaded, ModelSpec, Sources},
     dispatch::Models,
     mounts,
     pipeline::check_settings,
@@ -39,7 +40,11 @@ const LIVE: [&str; 6] = [
     "server.secrets_folder",
 ];
 /// The exceptions.
-const AT_START: [&str; 1] = ["app_settings.deployment_config.volumes"];
+const AT_START: [&str; 1] = [VOLUMES];
+const VOLUMES: &str = "app_settings.deployment_config.volumes";
+const TRACES: &str = "server.traces";
+/// How long plugins may look at settings.
+const PLUGINS_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// What became of a changed configuration.
 #[derive(Clone, Debug, Serialize)]
@@ -99,7 +104,7 @@ pub struct Running {
     /// Requests in flight.
     pub gate: Arc<Gate>,
     /// Who may call.
-    pub keys: watch::Sender<AuthSpec>,
+    pub keys: Keys,
     /// The log's levels.
     pub log: LogLevels,
 }
@@ -110,8 +115,8 @@ pub struct Reconfigure {
     running: Running,
     asked: mpsc::Receiver<oneshot::Sender<Change>>,
     now: Arc<ArcSwap<Now>>,
-    /// What keys said at the start.
-    at_start: BTreeMap<String, String>,
+    /// As it was at the start.
+    start: Arc<Loaded>,
 }
 
 impl Handle {
@@ -142,10 +147,10 @@ impl Handle {
 #[must_use]
 pub fn prepare(sources: Sources, loaded: Arc<Loaded>, running: Running) -> (Reconfigure, Handle) {
     let (ask, asked) = mpsc::channel(WAITING_MAX);
-    let at_start = values(&loaded);
+    let start = Arc::clone(&loaded);
     let now = Arc::new(ArcSwap::from_pointee(Now { loaded, last: None }));
     let handle = Handle { asked: ask, now: Arc::clone(&now) };
-    (Reconfigure { sources, running, asked, now, at_start }, handle)
+    (Reconfigure { sources, running, asked, now, start }, handle)
 }
 
 impl Reconfigure {
@@ -153,12 +158,13 @@ impl Reconfigure {
     pub async fn run(mut self, mut hang_ups: mpsc::Receiver<()>) -> std::convert::Infallible {
         let mut looks = tokio::time::interval(LOOK_INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut known = self.sources.fingerprint();
+        // As they were when they were read, which is a while ago.
+        let mut known = self.now.load().loaded.fingerprint;
         let mut seen = known;
         loop {
             let reply = tokio::select! {
                 _ = looks.tick() => {
-                    let found = self.sources.fingerprint();
+                    let found = self.look().await;
                     let settled = found == std::mem::replace(&mut seen, found);
                     if found == known || !settled {
                         continue;
@@ -168,9 +174,10 @@ impl Reconfigure {
                 Some(()) = hang_ups.recv() => None,
                 Some(reply) = self.asked.recv() => Some(reply),
             };
-            // Before it is read: what is written meanwhile is another change.
-            known = self.sources.fingerprint();
-            let change = self.apply().await;
+            // The fingerprint first: what is written meanwhile is another change.
+            let (fingerprint, loaded) = self.read().await;
+            known = fingerprint;
+            let change = self.apply(loaded).await;
             tell(&change);
             self.remember(&change);
             if let Some(reply) = reply {
@@ -180,13 +187,18 @@ impl Reconfigure {
         }
     }
 
-    async fn apply(&mut self) -> Change {
-        let loaded = match self.sources.load() {
+    async fn apply(&mut self, loaded: Result<Loaded, Faults>) -> Change {
+        let loaded = match loaded {
             Ok(loaded) => Arc::new(loaded),
             Err(faults) => return Change::Refused { errors: faults.iter().cloned().collect() },
         };
         let config = &loaded.config;
-        let errors = self.faults_of_plugins(&config.models).await;
+        let mut errors = self.faults_of_plugins(&config.models).await;
+        // The address stays what it was at the start, whatever is written now.
+        let begun = &self.start.config;
+        if !begun.server.listen.ip().is_loopback() && !begun.server.insecure && !config.auth.asks() {
+            errors.push(Fault::exposed(begun.server.listen));
+        }
         if !errors.is_empty() {
             return Change::Refused { errors };
         }
@@ -196,41 +208,70 @@ impl Reconfigure {
         let after = values(&loaded);
         self.running.log.set(&config.server.log);
         self.running.gate.set_requests_max(config.requests_max);
-        self.running.keys.send_if_modified(|keys| {
-            let changed = *keys != config.auth;
-            config.auth.clone_into(keys);
-            changed
-        });
+        let other_keys = self.running.keys.set(config.auth.clone());
         mounts::put_in_place(&config.mounts).await;
-        let Ok(models) = self.running.control.configure(config.models.clone(), config.defaults.clone()).await
-        else {
+        let (mut specs, mut defaults) = (config.models.clone(), config.defaults.clone());
+        let other_volumes = config.volumes != begun.volumes;
+        if other_volumes {
+            // They are watched from the start on; data is read from where they were until a restart.
+            let folder = &begun.defaults.all_model_data_folder;
+            specs
+                .values_mut()
+                .chain([&mut defaults])
+                .for_each(|spec| spec.all_model_data_folder.clone_from(folder));
+        }
+        let Ok(models) = self.running.control.configure(specs, defaults).await else {
             return Change::Stopping;
         };
-        let restart =
-            differing(&self.at_start, &after).filter(|key| !is_live(key)).map(ToOwned::to_owned).collect();
-        let unchanged = models.is_empty() && differing(&before, &after).next().is_none();
+        let other_traces = config.server.traces != begun.server.traces;
+        let at_start = values(&self.start);
+        let restart: Vec<String> = differing(&at_start, &after)
+            .filter(|key| !is_live(key) && !key.starts_with(VOLUMES))
+            .chain(other_volumes.then_some(VOLUMES))
+            .map(ToOwned::to_owned)
+            .collect();
+        // A secret among them doesn't show in what is shown.
+        let hidden = other_traces && !restart.iter().any(|key| key.starts_with(TRACES));
+        let restart = restart.into_iter().chain(hidden.then(|| TRACES.to_owned())).collect();
+        let unchanged = models.is_empty() && !other_keys && differing(&before, &after).next().is_none();
         let warnings = loaded.warnings.iter().map(ToString::to_string).collect();
         self.now.store(Arc::new(Now { loaded, last: self.now.load().last.clone() }));
         if unchanged { Change::Unchanged } else { Change::Applied { models, restart, warnings } }
     }
 
-    /// What the plugins that are loaded say of changed settings. Runs their code, so on another thread.
+    /// What the plugins in the volumes say of their models' settings, as far as they are open. Runs their code, so on another
+    /// thread; one that doesn't come back is no reason to refuse.
     async fn faults_of_plugins(&self, specs: &BTreeMap<String, ModelSpec>) -> Vec<Fault> {
-        let served = self.running.models.all();
-        let changed: Vec<_> = specs
-            .values()
-            .filter_map(|spec| {
-                let serving = served.get(&spec.name)?.serving().ok()?;
-                let differs = serving.spec.plugin == spec.plugin && serving.spec.settings != spec.settings;
-                differs.then(|| (serving.plugin.clone(), spec.settings.clone()))
-            })
-            .collect();
+        let plugins = self.running.control.plugins().await.unwrap_or_default();
+        let with_plugin =
+            |spec: &ModelSpec| Some((plugins.get(&spec.plugin)?.clone(), spec.settings.clone()));
+        let models: Vec<_> = specs.values().filter_map(with_plugin).collect();
         let check = move || -> Vec<Fault> {
             let faults =
-                changed.iter().filter_map(|(plugin, settings)| check_settings(plugin, settings).err());
+                models.iter().filter_map(|(plugin, settings)| check_settings(plugin, settings).err());
             faults.flat_map(|faults| faults.iter().cloned().collect::<Vec<_>>()).collect()
         };
-        tokio::task::spawn_blocking(check).await.unwrap_or_default()
+        match timeout(PLUGINS_TIME_MAX, tokio::task::spawn_blocking(check)).await {
+            Ok(checked) => checked.unwrap_or_default(),
+            Err(_) => {
+                tracing::warn!(
+                    "a plugin didn't say within {PLUGINS_TIME_MAX:?} whether its settings are right"
+                );
+                Vec::new()
+            }
+        }
+    }
+
+    /// Reads the configuration, and what it read it from. On another thread: files may lie where they take long.
+    async fn read(&self) -> (u64, Result<Loaded, Faults>) {
+        let sources = self.sources.clone();
+        let read = move || (sources.fingerprint(), sources.load());
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| (0, Err(Vec::new().into())))
+    }
+
+    async fn look(&self) -> u64 {
+        let sources = self.sources.clone();
+        tokio::task::spawn_blocking(move || sources.fingerprint()).await.unwrap_or_default()
     }
 
     fn remember(&self, change: &Change) {

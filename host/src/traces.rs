@@ -27,6 +27,8 @@ use crate::{
 
 /// How long the last spans may take on their way when the host ends.
 const FLUSH_TIME_MAX: Duration = Duration::from_secs(2);
+/// Links of one span: a batch holds no more jobs.
+const LINKS_MAX: u32 = 1000;
 /// How long one export may take.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -89,6 +91,7 @@ impl Traces {
             .with_batch_exporter(exporter)
             // What is sampled is decided before a span is made.
             .with_sampler(Sampler::AlwaysOn)
+            .with_max_links_per_span(LINKS_MAX)
             .with_resource(resource)
             .build();
         let tracer = provider.tracer("modalkit");
@@ -115,8 +118,11 @@ impl Traces {
 
     /// The spans of a batch and its stages, linked with its jobs'. Returns the batch's.
     #[must_use]
-    pub fn batch(&self, model: &str, batch: &BatchTrail, jobs: Vec<SpanContext>) -> Option<SpanContext> {
+    pub fn batch(&self, model: &str, batch: &BatchTrail, mut jobs: Vec<SpanContext>) -> Option<SpanContext> {
         let exporting = self.0.as_ref().filter(|_| !jobs.is_empty())?;
+        // A request may have many jobs in a batch, and one link says so.
+        jobs.sort_by_key(|job| job.span_id().to_bytes());
+        jobs.dedup_by_key(|job| job.span_id());
         let links = jobs.into_iter().map(|job| Link::new(job, Vec::new(), 0)).collect();
         let mut span = exporting.tracer.build_with_context(
             SpanBuilder::from_name("batch")
@@ -156,7 +162,12 @@ impl Traces {
             span.set_status(Status::error(""));
         }
         let inside = Context::new().with_remote_span_context(span.span_context().clone());
+        let mut batches: Vec<*const BatchTrail> = Vec::new();
         for ran in ended.trails.iter().filter_map(|trail| trail.ran()) {
+            if batches.contains(&Arc::as_ptr(&ran.batch)) {
+                continue;
+            }
+            batches.push(Arc::as_ptr(&ran.batch));
             let builder = SpanBuilder::from_name("queue").with_start_time(moment(ran.arrived));
             exporting.tracer.build_with_context(builder, &inside).end_with_timestamp(moment(ran.batch.taken));
             if let Some(batch) = &ran.batch.span {

@@ -156,8 +156,8 @@ fn keys_change_with_the_configuration_and_with_their_files() {
     assert!(!may(&host, "first"));
     fs::remove_file(secrets.join("ci-key")).unwrap();
     wait_until("the key is a key no more", || !may(&host, "second"));
-    assert_eq!(predict(&host, &[("x-own-header", "second")]).0, 503, "nobody knows the keys");
-    assert_eq!(host.get("/readyz").0, 503);
+    assert_eq!(predict(&host, &[("x-own-header", "second")]).0, 401);
+    assert_eq!(host.get("/readyz").0, 200, "who takes a key away means it");
     host.configure(&format!("{config}[app_settings.auth_config.keys.other]\napi_key = \"third\"\n"));
     wait_until("the other key is known", || may(&host, "third"));
     assert!(!may(&host, "second"));
@@ -178,10 +178,87 @@ fn secure_asks_for_the_two_headers_of_the_python_librarys_cloud() {
         assert_eq!(predict(&host, &[("modal-key", key), ("modal-secret", secret)]).0, 401, "{key} {secret}");
     }
     assert_eq!(predict(&host, &[("modal-key", KEY)]).0, 401);
-    // Who asks for it and has no secrets lets nobody in.
-    let host = Setup::new().plugin("echo").config(config).start();
-    assert_eq!(predict(&host, &[("modal-key", ""), ("modal-secret", "")]).0, 503);
-    assert_eq!(host.get("/readyz").0, 503);
+    // Who asks for it and has no secrets, or empty ones, lets nobody in.
+    for value in [None, Some("")] {
+        let mut setup = Setup::new().plugin("echo").config(config);
+        if let Some(value) = value {
+            setup = setup.variable("MODAL_KEY", value).variable("MODAL_SECRET", value);
+        }
+        let host = setup.start();
+        assert_eq!(predict(&host, &[("modal-key", ""), ("modal-secret", "")]).0, 503);
+        assert_eq!(host.get("/readyz").0, 503);
+    }
+}
+
+#[test]
+fn a_key_that_is_taken_away_is_no_key_at_once_however_slow_others_are() {
+    // It accepts, and never answers.
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let slow = format!(
+        "[app_settings.auth_config]\nssm_key = \"/slow\"\nssm_endpoint = \"http://{}\"\n",
+        silent.local_addr().unwrap()
+    );
+    let leaked = format!("{slow}[app_settings.auth_config.keys.leaked]\napi_key = {KEY:?}\n");
+    let setup = Setup::new().plugin("echo").config(&leaked);
+    let mut host =
+        setup.variable("AWS_ACCESS_KEY_ID", "id").variable("AWS_SECRET_ACCESS_KEY", "none").start();
+    wait_until("the key is good", || predict(&host, &[("x-api-key", KEY)]).0 == 200);
+    host.configure(&slow);
+    assert_eq!(host.post("/config/reload", &json!({})).0, 200);
+    assert_ne!(predict(&host, &[("x-api-key", KEY)]).0, 200);
+}
+
+#[test]
+fn a_host_that_others_reach_never_stops_asking() {
+    let auth = format!("[app_settings.auth_config]\napi_key = {KEY:?}\n");
+    let mut host =
+        Setup::new().plugin("echo").config(&auth).variable("MODALKIT_SERVER__LISTEN", "0.0.0.0:0").start();
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], host.address.port()));
+    host.address = address;
+    wait_until("it serves", || predict(&host, &[("x-api-key", KEY)]).0 == 200);
+    for without in ["[server]\nlog = \"info\"", ""] {
+        host.configure(without);
+        host.signal("HUP");
+        wait_until("it is refused", || host.get("/config").1["last_change"]["outcome"] == "refused");
+        assert_eq!(predict(&host, &[]).0, 401);
+        host.configure(&auth);
+        wait_until("it is as it was", || host.post("/config/reload", &json!({})).0 == 200);
+    }
+}
+
+#[test]
+fn authorization_may_be_the_header_and_a_job_belongs_to_its_key() {
+    let other = "another-key-altogether";
+    let config = format!(
+        "[app_settings.auth_config]\nauth_header = \"Authorization\"\n[app_settings.auth_config.keys.one]\napi_key = {KEY:?}\n[app_settings.auth_config.keys.two]\napi_key = {other:?}\n"
+    );
+    let host = ready(Setup::new().plugin("echo").config(&config));
+    let bearer = |scheme: &str, key: &str| format!("{scheme}{key}");
+    assert_eq!(predict(&host, &[("authorization", &bearer("bearer ", KEY))]).0, 200);
+    assert_eq!(predict(&host, &[("authorization", KEY)]).0, 401);
+    let (one, two) = (bearer("Bearer ", KEY), bearer("Bearer ", other));
+    let (_, job) =
+        host.post_with("/predict_async", &json!({"message": {"text": "a"}}), &[("authorization", &one)]);
+    let path = format!("/jobs/{}", job["job_id"].as_str().unwrap());
+    assert_eq!(host.get_with(&path, &[("authorization", &one)]).0, 200);
+    assert_eq!(host.get_with(&path, &[("authorization", &two)]).0, 404);
+}
+
+#[test]
+fn nobody_manages_through_a_proxy_or_a_page_in_a_browser() {
+    let host = ready(Setup::new().plugin("echo"));
+    assert_eq!(host.get("/config").0, 200);
+    for header in [
+        ("host", "evil.test"),
+        ("x-real-ip", "192.0.2.1"),
+        ("x-forwarded-host", "evil.test"),
+        ("forwarded", "for=192.0.2.1"),
+        ("origin", "http://evil.test"),
+        ("sec-fetch-site", "cross-site"),
+    ] {
+        assert_eq!(host.get_with("/config", &[header]).0, 403, "{header:?}");
+        assert_eq!(host.post_with("/config/reload", &json!({}), &[header]).0, 403, "{header:?}");
+    }
 }
 
 #[test]

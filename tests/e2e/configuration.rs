@@ -57,6 +57,7 @@ fn wrong_configurations_are_told_what_is_wrong_with_them() {
         let path = folder.put(name, file);
         let faults = load(&[path], &[]).err().unwrap_or_else(|| panic!("{name} is not wrong"));
         let said = faults.to_string().replace(&format!("{}/", folder.0.path().display()), "");
+        assert!(!said.contains("SECRETKEY"), "{name} shows a secret: {said}");
         now.push_str(&format!("\n=== {name}\n{file}\n--- says\n{said}\n"));
         count += 1;
     }
@@ -181,7 +182,7 @@ fn a_dot_env_file_is_read_and_the_environment_beats_it() {
     );
     assert_eq!(json["$app_name"], "modalkit-test");
     files.put(".env", "SECRET is no line of this kind\n");
-    let (code, _, said) = modalkit(files.0.path(), &["check"], &[]);
+    let (code, said, _) = modalkit(files.0.path(), &["check"], &[]);
     assert!(code == 1 && said.contains(".env:1:1") && !said.contains("SECRET"), "{code} {said}");
 }
 
@@ -245,7 +246,7 @@ fn every_setting_of_the_python_library_parses() {
         ("app_settings.deployment_config.secure", json!(true)),
         (
             "app_settings.deployment_config.cloud_bucket_mounts",
-            json!([{"mount_point": "/m", "bucket_name": "b", "bucket_endpoint_url": "u", "key_prefix": "k", "secret": "s", "oidc_auth_role_arn": "r", "read_only": true, "requester_pays": true}]),
+            json!([{"mount_point": "/m", "bucket_name": "b", "bucket_endpoint_url": "http://127.0.0.1:9000", "key_prefix": "k", "secret": "s", "oidc_auth_role_arn": "r", "read_only": true, "requester_pays": true}]),
         ),
         ("app_settings.deployment_config.memory", json!(16384)),
         ("app_settings.deployment_config.cpu", json!(8.5)),
@@ -404,6 +405,53 @@ fn a_changed_file_is_in_force_without_a_restart_and_a_wrong_one_changes_nothing(
 }
 
 #[test]
+fn a_model_may_change_its_plugin_and_what_was_gone_back_from_stays_away() {
+    let entry =
+        |plugin: &str, more: &str| format!("[model_settings.model_entries.a]\nplugin = {plugin:?}\n{more}\n");
+    let mut host = Setup::new().plugin("echo").plugin("puppet").config(&entry("echo", "")).ready();
+    let names = |host: &Host| {
+        let models = host.get("/models").1["models"].as_array().unwrap().clone();
+        models.iter().map(|model| model["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let apply = |host: &mut Host, config: &str| {
+        host.configure(config);
+        let _ = host.post("/config/reload", &json!({}));
+        host.post("/config/reload", &json!({})).1
+    };
+    assert_eq!(names(&host), ["a", "puppet"]);
+    assert_eq!(apply(&mut host, &entry("puppet", ""))["outcome"], "unchanged", "the second time");
+    wait_until("the other plugin serves", || {
+        host.model("a")["generation"]["plugin_name"] == "fixture-puppet"
+    });
+    assert_eq!(names(&host), ["a", "echo"], "each plugin without an entry serves under its own name");
+
+    // One that isn't there is waited for; settings that come meanwhile are for that one.
+    let _ = apply(&mut host, &entry("nowhere", ""));
+    wait_until("it says so", || {
+        host.report("a")["last"]["reason"].as_str().is_some_and(|why| why.contains("nowhere.so"))
+    });
+    let _ = apply(&mut host, &entry("nowhere", "load = \"for another\""));
+    assert_eq!(host.model("a")["generation"]["plugin_name"], "fixture-puppet");
+    assert_eq!(host.post("/predict_sync?model_name=a", &json!({})).0, 200, "what served serves on");
+
+    // What somebody went back from doesn't come again with other settings.
+    let setup = Setup::new().config("[app_settings.deployment_config]\nprobation_seconds = 0\n");
+    modalkit_tests::Version::good(1).install(&setup.volume());
+    let mut host = setup.ready();
+    modalkit_tests::Version::good(2).install(&host.volume());
+    let version = |host: &Host| {
+        host.post("/predict_sync?model_name=versioned", &json!({"text": "a"})).1["version"].clone()
+    };
+    wait_until("version 2 serves", || version(&host) == 2);
+    assert_eq!(host.post("/models/versioned/rollback", &json!({})).0, 200);
+    assert_eq!(version(&host), 1);
+    let common = "[app_settings.deployment_config]\nprobation_seconds = 0\n[model_settings.common]\nx = 1\n";
+    let _ = apply(&mut host, common);
+    wait_until("a new generation serves", || host.report("versioned")["last"]["cause"] == "configuration");
+    assert_eq!(version(&host), 1);
+}
+
+#[test]
 fn the_log_is_as_talkative_as_the_configuration_says_now_plugins_included() {
     let mut host = Setup::new().plugin("puppet").config("[server]\nlog = \"warn,modalkit=info\"").ready();
     let speak = |host: &Host| assert_eq!(host.post("/predict_sync", &json!({"do": "log"})).0, 200);
@@ -415,9 +463,13 @@ fn the_log_is_as_talkative_as_the_configuration_says_now_plugins_included() {
     };
     speak(&host);
     wait_until("the plugin's warnings are there", || lines(&host) == 2);
-    host.configure("[server]\nlog = \"warn,modalkit=info,fixture_puppet=error\"");
+    host.configure("[server]\nlog = \"warn,modalkit=info,puppet=error\"");
     let _ = host.log_line("the changed configuration is in force");
     speak(&host);
+    // What it might have said would be there before this.
+    assert_eq!(host.post("/predict_sync", &json!({"do": "panic in predict"})).0, 500);
+    let _ = host.log_line("a batch failed");
+    assert_eq!(lines(&host), 2);
     host.configure("[server]\nlog = \"info,modalkit=debug\"");
     wait_until("the host says more, and its plugin too", || {
         speak(&host);

@@ -176,7 +176,8 @@ fn a_pipeline_that_does_not_load_says_why_and_is_tried_again() {
     };
     assert!(reason("puppet").contains("looking for weights.bin: No such file"));
     assert!(reason("loud").contains("the pipeline panicked: told to panic in load"));
-    assert!(reason("typo").contains("keys that the pipeline doesn't know: `laod`"));
+    let typo = reason("typo");
+    assert!(typo.contains("model_entries.typo.laod") && typo.contains("did you mean load?"), "{typo}");
     let (status, body) = ask(&host, &json!({}));
     assert_eq!(status, 503, "{body}");
     wait_until("echo serves", || host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0 == 200);

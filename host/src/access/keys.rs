@@ -64,6 +64,7 @@ impl Digest {
 
 /// One key.
 pub(super) struct Key {
+    pub(super) name: Arc<str>,
     pub(super) digest: Digest,
     pub(super) manages: bool,
     pub(super) explains: bool,

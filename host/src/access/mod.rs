@@ -5,13 +5,14 @@ mod keys;
 mod refresh;
 mod ssm;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use prometheus::IntCounterVec;
+use tokio::sync::watch;
 
-use crate::config::{AuthSpec, KeySpec};
+use crate::config::{AuthSpec, KeySource, KeySpec, SecretText};
 use keys::{Key, KeySet, Limits};
 
 pub use keys::{ConcurrencyPermit, Digest, Digester};
@@ -30,8 +31,47 @@ pub struct Access {
     digester: Digester,
     /// Limits by key, so that a new configuration doesn't forget who has called how often.
     limits: Mutex<Vec<(KeySpec, Arc<Limits>)>>,
+    /// Values that were fetched, by where they lie.
+    values: Mutex<HashMap<KeySource, Fetched>>,
     /// Calls by key and what became of them.
     calls: IntCounterVec,
+}
+
+/// What became of a value that lies elsewhere.
+#[derive(Clone, Debug)]
+enum Fetched {
+    /// It is this.
+    Value(SecretText),
+    /// It was there and is gone: whoever took it away meant that.
+    Gone,
+    /// It never came, for this reason.
+    Never(String),
+}
+
+/// Replaces the rules while the host runs.
+pub struct Keys {
+    access: Arc<Access>,
+    specs: watch::Sender<AuthSpec>,
+}
+
+impl Keys {
+    /// For these rules; [`refresh`] follows what the second value says.
+    #[must_use]
+    pub fn new(access: Arc<Access>, spec: AuthSpec) -> (Self, watch::Receiver<AuthSpec>) {
+        let (specs, followed) = watch::channel(spec);
+        (Self { access, specs }, followed)
+    }
+
+    /// Puts other rules in force, at once, with the values that are known; says whether they differ.
+    #[must_use]
+    pub fn set(&self, spec: AuthSpec) -> bool {
+        if *self.specs.borrow() == spec {
+            return false;
+        }
+        self.access.set(spec.clone());
+        self.specs.send_replace(spec);
+        true
+    }
 }
 
 /// The rules at one moment.
@@ -51,7 +91,10 @@ pub struct Caller {
     pub manages: bool,
     /// Whether its answers may say where their time went.
     pub explains: bool,
-    _permit: Option<ConcurrencyPermit>,
+    /// The name of its key; `None` where nobody asks for one.
+    pub key: Option<Arc<str>>,
+    /// Its place among its key's calls: whoever works for it longer than it stays holds a clone.
+    pub permit: Option<Arc<ConcurrencyPermit>>,
 }
 
 /// Why a caller may not.
@@ -77,6 +120,8 @@ pub enum AccessError {
     Unknown,
 }
 
+/// The scheme of keys in `Authorization`.
+const BEARER: &[u8] = b"Bearer ";
 /// The headers of `secure`.
 const MODAL_HEADERS: [&str; 2] = ["modal-key", "modal-secret"];
 
@@ -88,37 +133,57 @@ impl Access {
             now: ArcSwap::from_pointee(Rules::of_nobody()),
             digester: Digester::new(),
             limits: Mutex::default(),
+            values: Mutex::default(),
             calls,
         };
-        access.set(spec, |_| Err("it has not been fetched yet".to_owned()));
+        access.set(spec);
         Arc::new(access)
     }
 
-    /// Replaces the rules; `value` finds the values of keys that lie elsewhere.
-    fn set(&self, spec: AuthSpec, value: impl Fn(&KeySpec) -> Result<String, String>) {
+    /// Replaces the rules, with the values that are known now.
+    fn set(&self, spec: AuthSpec) {
         let (mut keys, mut missing) = (Vec::new(), Vec::new());
-        for key in &spec.keys {
-            match key.source.value().map_or_else(|| value(key), |text| Ok(text.to_owned())) {
-                Ok(text) if text.is_empty() => {
-                    missing.push(format!("the key {}: its value is empty", key.name))
+        let values = self.values.lock();
+        let value = |key: &KeySpec, missing: &mut Vec<String>| {
+            let fetched = match &key.source {
+                KeySource::Value(text) => Some(Fetched::Value(text.clone())),
+                elsewhere => values.get(elsewhere).cloned(),
+            };
+            match fetched {
+                Some(Fetched::Value(text)) if !text.is_empty() => Some(self.digester.digest(text.as_bytes())),
+                Some(Fetched::Gone) => None,
+                Some(Fetched::Value(_)) => {
+                    missing.push(format!("the key {}: its value is empty", key.name));
+                    None
                 }
-                Ok(text) => keys.push(Key {
-                    digest: self.digester.digest(text.as_bytes()),
-                    manages: key.manages,
-                    explains: key.explains || key.manages,
-                    limits: self.limits_of(key),
-                    calls: self.calls.with_label_values(&[key.name.as_str(), "ok"]),
-                    refused: self.calls.with_label_values(&[key.name.as_str(), "limited"]),
-                }),
-                Err(reason) => missing.push(format!("the key {}: {reason}", key.name)),
+                Some(Fetched::Never(reason)) => {
+                    missing.push(format!("the key {}: {reason}", key.name));
+                    None
+                }
+                None => {
+                    missing.push(format!("the key {}: it has not been fetched yet", key.name));
+                    None
+                }
             }
+        };
+        for key in &spec.keys {
+            let Some(digest) = value(key, &mut missing) else { continue };
+            keys.push(Key {
+                name: key.name.as_str().into(),
+                digest,
+                manages: key.manages,
+                explains: key.explains || key.manages,
+                limits: self.limits_of(key),
+                calls: self.calls.with_label_values(&[key.name.as_str(), "ok"]),
+                refused: self.calls.with_label_values(&[key.name.as_str(), "limited"]),
+            });
         }
-        let digest = |text: &String| self.digester.digest(text.as_bytes());
-        let modal =
-            spec.modal.as_ref().map(|pair| pair.as_ref().map(|pair| (digest(&pair.0), digest(&pair.1))));
-        if let Some(None) = modal {
-            missing.push("secure: there are no secrets modal-key and modal-secret".to_owned());
-        }
+        let modal = spec.modal.as_ref().map(|[key, secret]| {
+            // Both are looked at, so that both are told.
+            let pair = (value(key, &mut missing), value(secret, &mut missing));
+            pair.0.zip(pair.1)
+        });
+        drop(values);
         self.now.store(Arc::new(Rules { spec, keys: KeySet::new(keys), modal, missing }));
     }
 
@@ -163,7 +228,12 @@ impl Access {
         let key = rules.key_of(&self.digester, request).inspect_err(|_| self.refused())?;
         let permit = key.limits.enter().inspect_err(|_| key.refused.inc())?;
         key.calls.inc();
-        Ok(Caller { manages: key.manages, explains: key.explains, _permit: permit })
+        Ok(Caller {
+            manages: key.manages,
+            explains: key.explains,
+            key: Some(Arc::clone(&key.name)),
+            permit: permit.map(Arc::new),
+        })
     }
 
     /// Whether a request shows a key that manages. Takes no place: who looks after a host isn't kept out by its load.
@@ -171,14 +241,19 @@ impl Access {
     /// # Errors
     /// [`AccessError`].
     pub fn manage(&self, request: &impl Shown) -> Result<(), AccessError> {
+        self.may_manage(request).inspect_err(|_| self.refused())
+    }
+
+    /// The same, of one who asked for something else: it isn't counted.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub fn may_manage(&self, request: &impl Shown) -> Result<(), AccessError> {
         let rules = self.now.load();
-        let key = rules.key_of(&self.digester, request).inspect_err(|_| self.refused())?;
-        if !key.manages {
-            return Err(AccessError::Forbidden(
-                "this key may call models and not manage the host (management = true)",
-            ));
+        if rules.key_of(&self.digester, request)?.manages {
+            return Ok(());
         }
-        Ok(())
+        Err(AccessError::Forbidden("this key may call models and not manage the host (management = true)"))
     }
 
     fn refused(&self) {
@@ -194,8 +269,12 @@ impl Rules {
 
     fn key_of(&self, digester: &Digester, request: &impl Shown) -> Result<&Key, AccessError> {
         let header = &self.spec.header;
-        let bearer = || request.header("authorization").and_then(|value| value.strip_prefix(b"Bearer "));
-        let Some(shown) = request.header(header).or_else(bearer) else {
+        let bearer = || {
+            let (scheme, key) = request.header("authorization")?.split_at_checked(BEARER.len())?;
+            scheme.eq_ignore_ascii_case(BEARER).then_some(key)
+        };
+        let shown = if header == "authorization" { None } else { request.header(header) };
+        let Some(shown) = shown.or_else(bearer) else {
             return Err(AccessError::Missing { header: header.clone() });
         };
         match self.keys.find(&digester.digest(shown)) {

@@ -3,76 +3,120 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::{sync::watch, time::timeout};
+use futures_util::future::join_all;
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
-use super::{Access, ssm};
-use crate::config::{AuthSpec, KeySource, KeySpec, read_secret};
+use super::{Access, Fetched, ssm};
+use crate::config::{AuthSpec, KeySource, KeySpec, SecretText, read_secret};
 
 /// How often keys are fetched while one of them is missing.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long one key may take.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs until it is dropped; each new specification is in force at once.
+/// A file of a secret that is being read.
+type Read = JoinHandle<Option<String>>;
+
+/// Runs until it is dropped. Which rules are in force is not decided here: only which values keys have.
 pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> std::convert::Infallible {
-    let mut values: HashMap<String, (KeySource, String)> = HashMap::new();
+    let mut reads: HashMap<String, Read> = HashMap::new();
     let mut told: Vec<String> = Vec::new();
     loop {
         let spec = specs.borrow_and_update().clone();
-        let mut faults = HashMap::new();
-        for key in spec.keys.iter().filter(|key| key.source.value().is_none()) {
-            match timeout(FETCH_TIMEOUT, fetch(key, &spec)).await {
-                Ok(Ok(Some(value))) => drop(values.insert(key.name.clone(), (key.source.clone(), value))),
-                Ok(Ok(None)) => drop(values.remove(&key.name)),
-                Ok(Err(reason)) => drop(faults.insert(key.name.clone(), reason)),
-                Err(_) => {
-                    drop(faults.insert(key.name.clone(), format!("it did not come within {FETCH_TIMEOUT:?}")))
+        tokio::select! {
+            faults = fetch_all(&access, &spec, &mut reads) => {
+                access.set(spec.clone());
+                let mut missing = access.missing();
+                missing.extend(faults);
+                if missing != told {
+                    missing.iter().for_each(|reason| tracing::error!("not all keys are known: {reason}"));
+                    told = missing;
                 }
             }
+            // Its sender lives as long as the host.
+            Ok(()) = specs.changed() => continue,
         }
-        // A value is its source's: a key of the same name that lies elsewhere now has another.
-        values.retain(|name, (source, _)| {
-            spec.keys.iter().any(|key| key.name == *name && key.source == *source)
-        });
-        let refresh = spec.refresh;
-        access.set(spec, |key| match (values.get(&key.name), faults.get(&key.name)) {
-            (Some((_, value)), _) => Ok(value.clone()),
-            (None, Some(reason)) => Err(reason.clone()),
-            (None, None) => Err("there is no such file of a secret".to_owned()),
-        });
-        let mut missing = access.missing();
-        missing.extend(
-            faults
-                .iter()
-                .filter(|(name, _)| values.contains_key(*name))
-                .map(|(name, reason)| format!("the key {name} is as it was fetched before: {reason}")),
-        );
-        if missing != told {
-            missing.iter().for_each(|reason| tracing::error!("not all keys are known: {reason}"));
-            told = missing;
-        }
-        let pause = if access.missing().is_empty() { refresh } else { RETRY };
+        let pause = if access.missing().is_empty() { spec.refresh } else { RETRY };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            // Its sender lives as long as the host.
             Ok(()) = specs.changed() => {}
         }
     }
 }
 
-/// `None` where there is no such key any more.
-async fn fetch(key: &KeySpec, spec: &AuthSpec) -> Result<Option<String>, String> {
-    match &key.source {
-        KeySource::Value(_) => Ok(None),
-        KeySource::Secret(name) => {
-            let (name, folder) = (name.clone(), spec.secrets_folder.clone());
-            // A file of some bytes; on a mount that hangs it must not hold up the host.
-            let read = tokio::task::spawn_blocking(move || read_secret(&name, &folder));
-            read.await.map_err(|error| error.to_string())
-        }
+/// Fetches every value that lies elsewhere. What comes back are reasons why known values are old ones.
+async fn fetch_all(access: &Access, spec: &AuthSpec, reads: &mut HashMap<String, Read>) -> Vec<String> {
+    let elsewhere: Vec<&KeySpec> = spec
+        .keys
+        .iter()
+        .chain(spec.modal.iter().flatten())
+        .filter(|key| key.source.value().is_none())
+        .collect();
+    let mut faults = Vec::new();
+    let from_ssm = elsewhere.iter().filter_map(|key| match &key.source {
         KeySource::Ssm(name) => {
-            let fetched = ssm::parameter(&spec.ssm, name).await;
-            fetched.map(Some).map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+            Some(async move { (*key, timeout(FETCH_TIMEOUT, ssm::parameter(&spec.ssm, name)).await) })
+        }
+        _ => None,
+    });
+    for (key, fetched) in join_all(from_ssm).await {
+        let fetched = match fetched {
+            Ok(Ok(value)) => Ok(Some(value)),
+            Ok(Err(error)) => Err(format!("{:#}", anyhow::Error::new(error))),
+            Err(_) => Err(format!("it did not come within {FETCH_TIMEOUT:?}")),
+        };
+        faults.extend(note(access, key, fetched));
+    }
+    for key in elsewhere {
+        if let KeySource::Secret(name) = &key.source {
+            let fetched = read(name, spec, reads).await;
+            faults.extend(note(access, key, fetched));
         }
     }
+    // What nobody names any more is forgotten.
+    let named = |source: &KeySource| {
+        spec.keys.iter().chain(spec.modal.iter().flatten()).any(|key| key.source == *source)
+    };
+    access.values.lock().retain(|source, _| named(source));
+    faults
+}
+
+/// A file of some bytes, read on another thread. On a mount that hangs, the one read that hangs is waited for by no second one.
+async fn read(
+    name: &str,
+    spec: &AuthSpec,
+    reads: &mut HashMap<String, Read>,
+) -> Result<Option<String>, String> {
+    let (wanted, folder) = (name.to_owned(), spec.secrets_folder.clone());
+    let read = reads
+        .entry(name.to_owned())
+        .or_insert_with(|| tokio::task::spawn_blocking(move || read_secret(&wanted, &folder)));
+    match timeout(FETCH_TIMEOUT, read).await {
+        Ok(done) => {
+            reads.remove(name);
+            done.map_err(|error| error.to_string())
+        }
+        Err(_) => Err(format!("its file was not read within {FETCH_TIMEOUT:?}")),
+    }
+}
+
+/// Notes what was fetched; says why a known value stays.
+fn note(access: &Access, key: &KeySpec, fetched: Result<Option<String>, String>) -> Option<String> {
+    let mut values = access.values.lock();
+    let known = values.get(&key.source);
+    let noted = match (fetched, known) {
+        (Ok(Some(value)), _) => Fetched::Value(SecretText::new(value)),
+        (Ok(None), Some(Fetched::Value(_))) => {
+            tracing::warn!(key = key.name, "the file of the key is gone, and it is a key no more");
+            Fetched::Gone
+        }
+        (Ok(None), Some(Fetched::Gone)) => Fetched::Gone,
+        (Ok(None), _) => Fetched::Never("there is no such file of a secret".to_owned()),
+        (Err(reason), Some(Fetched::Value(_))) => {
+            return Some(format!("the key {} is as it was fetched before: {reason}", key.name));
+        }
+        (Err(reason), _) => Fetched::Never(reason),
+    };
+    values.insert(key.source.clone(), noted);
+    None
 }

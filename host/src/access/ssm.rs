@@ -51,15 +51,24 @@ pub(super) async fn parameter(spec: &SsmSpec, name: &str) -> Result<String, SsmE
     let (status, body) = answer;
     let text = body["Parameter"]["Value"].as_str();
     match text.filter(|_| status == 200) {
-        Some(text) => Ok(text.to_owned()),
+        Some(text) => Ok(text.strip_suffix('\n').unwrap_or(text).to_owned()),
         None => Err(SsmError::Refused {
             endpoint,
             status,
             // Never the body itself: it may hold what nobody should see.
-            kind: body["__type"].as_str().unwrap_or("something else than a parameter").to_owned(),
+            kind: body["__type"]
+                .as_str()
+                .filter(|kind| is_name(kind))
+                .unwrap_or("something else than a parameter")
+                .to_owned(),
             parameter: name.to_owned(),
         }),
     }
+}
+
+/// As AWS names errors; anything else is not for a log.
+fn is_name(kind: &str) -> bool {
+    kind.len() <= 128 && kind.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".#:/".contains(&byte))
 }
 
 async fn ask(

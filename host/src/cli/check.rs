@@ -44,7 +44,7 @@ pub(crate) fn run(files: &[PathBuf], environment: &Environment, as_json: bool) -
     NOT_DONE
 }
 
-fn tell_faults(faults: &Faults, as_json: bool) {
+pub(crate) fn tell_faults(faults: &Faults, as_json: bool) {
     let text = if as_json {
         format!("{:#}\n", json!({"$errors": faults.iter().map(of_fault).collect::<Vec<_>>()}))
     } else {
@@ -92,7 +92,7 @@ fn for_people(loaded: &Loaded) -> String {
         .values()
         .filter(|spec| build::find(&spec.plugin, &loaded.config.volumes).is_none());
     let notes = waiting
-        .map(|spec| format!("{} waits for its plugin {}.so: no volume has it", spec.name, spec.plugin));
+        .map(|spec| format!("{:?} waits for its plugin {:?}: no volume has it", spec.name, spec.plugin));
     let warnings = loaded.warnings.iter().map(ToString::to_string);
     let golden =
         loaded.config.models.values().filter_map(|spec| spec.golden.as_ref().map(|golden| (spec, golden)));

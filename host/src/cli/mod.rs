@@ -29,6 +29,23 @@ pub(crate) const SECOND_SIGNAL: u8 = 130;
 
 /// Carries a command out.
 pub(crate) fn run(cli: Cli) -> ExitCode {
+    // What needs no configuration is not stopped by a wrong one.
+    match &cli.command {
+        Some(Command::Config { command: ConfigCommand::Schema }) => {
+            print(&format!("{:#}\n", config::schema()));
+            return ExitCode::from(DONE);
+        }
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(*shell, &mut Cli::command(), "modalkit", &mut std::io::stdout());
+            return ExitCode::from(DONE);
+        }
+        Some(Command::Preflight { file }) => {
+            // On a line of its own, whatever the library printed before.
+            print(&format!("\n{}\n", modalkit_loader::preflight::child(file)));
+            return ExitCode::from(DONE);
+        }
+        _ => {}
+    }
     let environment = match Environment::of_process() {
         Ok(environment) => environment,
         Err(faults) => return refuse(&faults, &cli),
@@ -36,21 +53,13 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
     let files = cli.files(&environment);
     let code = match cli.command {
         None | Some(Command::Serve) => serve::run(files),
+        Some(
+            Command::Config { command: ConfigCommand::Schema }
+            | Command::Completions { .. }
+            | Command::Preflight { .. },
+        ) => DONE,
         Some(Command::Check { json }) => check::run(&files, &environment, json),
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
-        Some(Command::Config { command: ConfigCommand::Schema }) => {
-            print(&format!("{:#}\n", config::schema()));
-            DONE
-        }
-        Some(Command::Completions { shell }) => {
-            clap_complete::generate(shell, &mut Cli::command(), "modalkit", &mut std::io::stdout());
-            DONE
-        }
-        Some(Command::Preflight { file }) => {
-            // On a line of its own, whatever the library printed before.
-            print(&format!("\n{}\n", modalkit_loader::preflight::child(&file)));
-            DONE
-        }
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
         Some(Command::Reload { model: Some(model), host, .. }) => {
             ask::run(&Ask::Reload(model), &host, &files, &environment)
@@ -87,6 +96,10 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 }
 
 fn refuse(faults: &Faults, cli: &Cli) -> ExitCode {
+    if let Some(Command::Check { json }) = cli.command {
+        check::tell_faults(faults, json);
+        return ExitCode::from(NOT_DONE);
+    }
     complain(&anyhow::Error::new(faults.clone()));
-    ExitCode::from(if matches!(cli.command, Some(Command::Check { .. })) { NOT_DONE } else { WRONG_USAGE })
+    ExitCode::from(WRONG_USAGE)
 }

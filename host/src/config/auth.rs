@@ -60,7 +60,21 @@ pub(super) fn resolve(
         );
         faults.push(fault);
     }
+    for (index, key) in keys.iter().enumerate() {
+        let same = |other: &&KeySpec| key.source == other.source;
+        if let Some(other) = keys[..index].iter().find(same) {
+            let path = child(&child(KEY, "keys"), &key.name);
+            let found = format!("the one of {}", other.name);
+            faults.push(Fault::new(&app.auth_config.at(), &path, "a value of its own for each key", found));
+        }
+    }
     let header = auth.auth_header();
+    if ["host", "content-length", "content-type", "cookie", "modal-key", "modal-secret"]
+        .contains(&header.to_ascii_lowercase().as_str())
+    {
+        let expected = "a header that has no other meaning";
+        faults.push(Fault::new(&auth.auth_header.at(), &child(KEY, "auth_header"), expected, header.clone()));
+    }
     if header.is_empty() || !header.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
     {
         let expected = "the name of a header: letters, digits, - and _";
@@ -68,7 +82,7 @@ pub(super) fn resolve(
             &auth.auth_header.at(),
             &child(KEY, "auth_header"),
             expected,
-            format!("{header:?}"),
+            "a text with other characters",
         ));
     }
     AuthSpec {
@@ -76,9 +90,8 @@ pub(super) fn resolve(
         keys,
         modal: deployment.secure().then(|| {
             let folder = server.secrets_folder();
-            let value = |name| secrets::value(name, environment, folder.as_ref()).map(SecretText);
-            let pair = value(MODAL_SECRETS.0).zip(value(MODAL_SECRETS.1));
-            if pair.is_none() {
+            let found = |name| secrets::value(name, environment, folder.as_ref()).filter(|value| !value.is_empty());
+            if found(MODAL_SECRETS.0).is_none() || found(MODAL_SECRETS.1).is_none() {
                 let why = format!(
                     "there are no secrets {:?} and {:?}, neither in the environment nor in {folder}: nobody is let in",
                     MODAL_SECRETS.0, MODAL_SECRETS.1
@@ -86,9 +99,20 @@ pub(super) fn resolve(
                 let key = "app_settings.deployment_config.secure".to_owned();
                 warnings.push(Warning { at: deployment.secure.at(), key, why });
             }
-            pair
+            // A variable stays what it is; a file is followed.
+            let spec = |name: &str| KeySpec {
+                name: name.to_owned(),
+                source: match secrets::variable(name, environment) {
+                    Some(value) => KeySource::Value(SecretText::new(value)),
+                    None => KeySource::Secret(name.to_owned()),
+                },
+                manages: false,
+                explains: false,
+                limits: KeyLimits::default(),
+            };
+            [spec(MODAL_SECRETS.0), spec(MODAL_SECRETS.1)]
         }),
-        ssm: SsmSpec { endpoint: auth.ssm_endpoint.value().cloned(), region: region() },
+        ssm: SsmSpec { endpoint: auth.ssm_endpoint.value().map(|url| url.0.clone()), region: region() },
         refresh: auth.refresh_seconds().duration(),
         secrets_folder: server.secrets_folder().into(),
     }
@@ -115,11 +139,12 @@ fn key(
         return None;
     }
     let source = if let Some(key) = spec.api_key.value() {
-        KeySource::Value(SecretText(key.0.clone()))
+        KeySource::Value(SecretText::new(key.0.clone()))
     } else if let Some(variable) = spec.variable.value() {
         let Some(value) = environment.get(variable).filter(|value| !value.is_empty()) else {
             let key = child(path, "variable");
-            let found = format!("{variable}, which is not set");
+            // Somebody may have put the key itself there.
+            let found = "the name of one that is not set";
             faults.push(Fault::new(
                 &spec.variable.at(),
                 &key,
@@ -128,7 +153,7 @@ fn key(
             ));
             return None;
         };
-        KeySource::Value(SecretText(value.to_owned()))
+        KeySource::Value(SecretText::new(value.to_owned()))
     } else if let Some(secret) = spec.secret.value() {
         KeySource::Secret(secret.clone())
     } else {
@@ -176,9 +201,11 @@ pub(super) fn tls(written: &Root, faults: &mut Vec<Fault>) -> Option<TlsFiles> {
 
 /// Whether others than this machine's own programs are let in unasked.
 pub(super) fn check_exposure(written: &Root, auth: &AuthSpec, faults: &mut Vec<Fault>) {
+    // Whoever meant to ask, and made a mistake, need not be told to open the door.
+    let meant_to_ask = faults.iter().any(|fault| fault.key.starts_with(KEY));
     let server = written.server();
     let listen = server.listen().0;
-    if listen.ip().is_loopback() || auth.asks() || server.insecure() {
+    if meant_to_ask || listen.ip().is_loopback() || auth.asks() || server.insecure() {
         return;
     }
     let expected = "a loopback address, since anybody who reaches another one could use this server";

@@ -11,6 +11,8 @@ use super::{
 /// Variables start with this; the keys of a path are joined by two underscores.
 const PREFIX: &str = "MODALKIT_";
 const SEPARATOR: &str = "__";
+/// Keys in the path of one name.
+const STEPS_MAX: usize = 64;
 /// Read in the current folder.
 pub(super) const DOT_ENV: &str = ".env";
 
@@ -42,35 +44,38 @@ impl Environment {
                 return Err(vec![Fault::new(&whole, "", "a file that can be read", error.to_string())]);
             }
         };
-        let mut all = Self::default();
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        let (mut all, mut faults) = (Self::default(), Vec::new());
         for item in dotenvy::Iter::new(text.as_bytes()) {
             // What the parser says shows the line, which may hold a secret.
-            let (name, value) = item.map_err(|error| {
-                let line = match &error {
-                    dotenvy::Error::LineParse(line, _) => text.lines().position(|known| known == line),
-                    _ => None,
-                };
-                let at = line.map_or(whole.clone(), |line| Place::File {
-                    path: Arc::clone(&shared),
-                    line: line as u32 + 1,
-                    column: 1,
-                });
-                vec![Fault::new(
-                    &at,
-                    "",
-                    "lines of NAME=value, quoted where the value has blanks",
-                    "another line",
-                )]
-            })?;
+            let (name, value) = match item {
+                Ok(set) => set,
+                Err(error) => {
+                    let line = match &error {
+                        dotenvy::Error::LineParse(line, _) => text.lines().position(|known| known == line),
+                        _ => None,
+                    };
+                    let at = line.map_or(whole.clone(), |line| Place::File {
+                        path: Arc::clone(&shared),
+                        line: line as u32 + 1,
+                        column: 1,
+                    });
+                    let expected =
+                        "lines of NAME=value, in single quotes where the value has blanks, quotes or a $";
+                    faults.push(Fault::new(&at, "", expected, "another line"));
+                    continue;
+                }
+            };
             let sets = |line: &str| {
                 let line = line.trim_start().trim_start_matches("export ").trim_start();
                 line.strip_prefix(name.as_str()).is_some_and(|rest| rest.trim_start().starts_with('='))
             };
-            let line = text.lines().position(sets).unwrap_or_default() as u32 + 1;
+            let last = text.lines().enumerate().filter(|(_, line)| sets(line)).last();
+            let line = last.map_or(0, |(line, _)| line) as u32 + 1;
             let at = Place::DotEnv { path: Arc::clone(&shared), line, name: name.as_str().into() };
             all.0.insert(name, (value, at));
         }
-        Ok(all)
+        if faults.is_empty() { Ok(all) } else { Err(faults) }
     }
 
     /// Lays later variables over these.
@@ -90,10 +95,27 @@ impl Environment {
     pub(super) fn layer(&self, files: &[&Node], sections: &[&str], faults: &mut Vec<Fault>) -> Node {
         let mut root = Node::map(Place::Default);
         let mut named: Vec<_> = self.0.iter().filter(|(name, _)| names_a_key(name, sections)).collect();
-        // Shorter paths first: a whole map, then single keys of it.
-        named.sort_by_key(|(name, _)| (name.matches(SEPARATOR).count(), name.as_str()));
+        // Shorter paths first: a whole map, then single keys of it. Of two spellings, the process's own comes last and wins.
+        let of_process = |at: &Place| !matches!(at, Place::DotEnv { .. });
+        named.sort_by_key(|(name, (_, at))| (name.matches(SEPARATOR).count(), of_process(at), name.as_str()));
+        let mut spelled: BTreeMap<(String, bool), &str> = BTreeMap::new();
         for (name, (value, at)) in named {
+            if let Some(other) = spelled.insert((name.to_ascii_uppercase(), of_process(at)), name)
+                && !files.iter().any(|file| has_both(file, name, other))
+            {
+                faults.push(Fault::new(at, "", "one spelling of a variable", format!("{name} and {other}")));
+                continue;
+            }
             let path: Vec<&str> = name[PREFIX.len()..].split(SEPARATOR).collect();
+            if path.len() > STEPS_MAX {
+                faults.push(Fault::new(
+                    at,
+                    "",
+                    format!("at most {STEPS_MAX} keys in a name"),
+                    format!("{}", path.len()),
+                ));
+                continue;
+            }
             if let Some(empty) = path.iter().position(|step| step.is_empty()) {
                 let key = path[..empty].join(".");
                 faults.push(Fault::new(
@@ -136,7 +158,11 @@ fn put(root: &mut Node, files: &[&Node], path: &[&str], value: Node) -> Result<(
         let Value::Map(entries) = &mut node.value else { return Err(walked.join(".")) };
         let known = like.iter().flat_map(|file| file.entries()).map(|entry| &entry.name);
         let own = entries.iter().map(|entry| &entry.name);
-        let name = own.chain(known).find(|name| name.eq_ignore_ascii_case(step)).cloned();
+        let all: Vec<&String> = own.chain(known).collect();
+        let exact = all.iter().find(|name| name.as_str() == *step);
+        let name = exact
+            .or_else(|| all.iter().find(|name| name.eq_ignore_ascii_case(step)))
+            .map(|name| (*name).clone());
         let name = name.unwrap_or_else(|| step.to_ascii_lowercase());
         like = like.into_iter().filter_map(|file| file.get(&name)).collect();
         walked.push(name.clone());
@@ -155,6 +181,25 @@ fn put(root: &mut Node, files: &[&Node], path: &[&str], value: Node) -> Result<(
         }
     }
     Ok(())
+}
+
+/// Whether a file has names that differ by their case alone, and each variable means one of them.
+fn has_both(file: &Node, name: &str, other: &str) -> bool {
+    let has = |name: &str| {
+        let path = name[PREFIX.len()..].split(SEPARATOR);
+        let last = path.clone().count().saturating_sub(1);
+        let found = path.take(last).try_fold(file, |node, step| {
+            let exact = node.get(step);
+            exact.or_else(|| {
+                node.entries()
+                    .iter()
+                    .find(|entry| entry.name.eq_ignore_ascii_case(step))
+                    .map(|entry| &entry.node)
+            })
+        });
+        found.map(std::ptr::from_ref)
+    };
+    has(name).is_some() && has(name) != has(other)
 }
 
 fn names_a_key(name: &str, sections: &[&str]) -> bool {

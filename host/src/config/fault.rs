@@ -1,6 +1,6 @@
 //! What is wrong with a configuration, and where. It owns the form of these messages and never knows which keys there are.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, net::SocketAddr, path::Path, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
@@ -78,6 +78,19 @@ impl Fault {
         }
     }
 
+    /// A host that others reach, and that would ask nobody who they are any more.
+    #[must_use]
+    pub fn exposed(listens: SocketAddr) -> Self {
+        let expected = "app_settings.auth_config, since this host was started to ask callers at an address that others reach";
+        let fault = Self::new(
+            &Place::Default,
+            "app_settings.auth_config",
+            expected,
+            format!("nothing, for {listens}"),
+        );
+        fault.hint("restart the host to let everybody in")
+    }
+
     /// Names what was most likely meant, where anything is like it.
     pub(super) fn meant<'a>(self, found: &str, known: impl IntoIterator<Item = &'a str>) -> Self {
         match nearest(found, known) {
@@ -125,8 +138,11 @@ impl Faults {
         }
         faults.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
         // What the application says is wrong for each model that follows it, and said once.
+        let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
         faults.dedup_by(|a, b| {
-            a.at != Place::Default && (&a.at, &a.expected, &a.found) == (&b.at, &b.expected, &b.found)
+            matches!(a.at, Place::File { .. })
+                && (&a.at, &a.expected, &a.found, last(&a.key))
+                    == (&b.at, &b.expected, &b.found, last(&b.key))
         });
         Err(Self(faults))
     }

@@ -35,7 +35,8 @@ pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
 }
 
 pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
-    match path.extension().and_then(|kind| kind.to_str()) {
+    let kind = path.extension().and_then(|kind| kind.to_str()).map(str::to_ascii_lowercase);
+    match kind.as_deref() {
         Some("yaml" | "yml") => Ok(File { root: yaml(text, path)?, lenient: true }),
         // JSON is a part of YAML.
         Some("json") => Ok(File { root: yaml(text, path)?, lenient: false }),
@@ -45,7 +46,7 @@ pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
 
 fn toml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
     let (table, errors) = DeTable::parse_recoverable(text);
-    let lines = Lines { text, path };
+    let lines = Lines::of(text, path);
     if errors.is_empty() {
         return Ok(Node::new(Value::Map(of_table(table.get_ref(), &lines)), lines.at(0)));
     }
@@ -103,13 +104,21 @@ fn of_toml(value: &toml::Spanned<DeValue<'_>>, lines: &Lines<'_>) -> Node {
 struct Lines<'t> {
     text: &'t str,
     path: &'t Arc<Path>,
+    /// Where each line begins.
+    starts: Vec<usize>,
 }
 
-impl Lines<'_> {
+impl<'t> Lines<'t> {
+    fn of(text: &'t str, path: &'t Arc<Path>) -> Self {
+        let starts = std::iter::once(0).chain(text.match_indices('\n').map(|(end, _)| end + 1)).collect();
+        Self { text, path, starts }
+    }
+
     fn at(&self, offset: usize) -> Place {
-        let before = &self.text[..self.text.floor_char_boundary(offset)];
-        let line = before.matches('\n').count() + 1;
-        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        let offset = self.text.floor_char_boundary(offset);
+        let line = self.starts.partition_point(|start| *start <= offset);
+        let begin = self.starts[line - 1];
+        let column = self.text[begin..offset].chars().count() + 1;
         Place::File { path: Arc::clone(self.path), line: line as u32, column: column as u32 }
     }
 }

@@ -228,7 +228,7 @@ layer! {
         /// The bucket.
         bucket_name: String;
         /// Where the store answers, where that isn't the cloud's own address.
-        bucket_endpoint_url: String;
+        bucket_endpoint_url: Url;
         /// The keys that are mirrored begin with this.
         key_prefix: String;
         /// The secret with the credentials.
@@ -254,7 +254,7 @@ layer! {
         /// Further keys, by name. Names stand in logs and metrics, keys never do.
         keys: Named<ApiKey>;
         /// Where SSM answers.
-        ssm_endpoint: String, or "the region's own address";
+        ssm_endpoint: Url, or "the region's own address";
         /// The region of SSM.
         ssm_region: String, or "app_settings.deployment_config.region, AWS_REGION, or us-east-1";
         /// Seconds between two looks at keys in files and in SSM.

@@ -15,6 +15,11 @@ pub(super) trait Setting: Clone + Debug + Sized {
     /// What is expected, for people.
     fn expected() -> String;
 
+    /// What stands for null among others of its kind; `None` where nothing does.
+    fn empty() -> Option<Self> {
+        None
+    }
+
     /// The value, or `None` and a fault.
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self>;
 
@@ -63,6 +68,23 @@ impl Reader<'_> {
     /// Notes that a value isn't what was expected.
     pub(super) fn refuse<T>(&mut self, node: &Node, key: &str, expected: impl Into<String>) -> Option<T> {
         self.faults.push(Fault::new(&node.at, key, expected, node.described()));
+        None
+    }
+
+    /// The same, where a table or a list was expected: a text in its place may be a secret of one of its keys.
+    pub(super) fn refuse_kind<T>(
+        &mut self,
+        node: &Node,
+        key: &str,
+        expected: impl Into<String>,
+    ) -> Option<T> {
+        let found = match &node.at {
+            Place::Variable(_) | Place::DotEnv { .. } if matches!(node.value, Value::Text(_)) => {
+                "a text that is no JSON"
+            }
+            _ => node.kind(),
+        };
+        self.faults.push(Fault::new(&node.at, key, expected, found));
         None
     }
 
@@ -119,7 +141,7 @@ impl Reader<'_> {
             return;
         }
         let parent = if parent.is_empty() { "the configuration" } else { parent };
-        let found = format!("the unknown key {name}");
+        let found = format!("the unknown key {}", shown(name));
         self.faults.push(match near {
             Some(near) => Fault::new(at, &key, format!("a key of {parent}"), found)
                 .hint(format!("did you mean {near}?")),
@@ -137,11 +159,15 @@ impl Reader<'_> {
 
 /// The key of a table's member.
 pub(super) fn child(parent: &str, name: &str) -> String {
-    // A name with dots or the like in it would read as several.
+    let name = shown(name);
+    if parent.is_empty() { name } else { format!("{parent}.{name}") }
+}
+
+/// A name as it can be printed: one with dots or the like in it would read as several.
+pub(super) fn shown(name: &str) -> String {
     let plain =
         !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || "_-".contains(letter));
-    let name = if plain { name.to_owned() } else { format!("{name:?}") };
-    if parent.is_empty() { name } else { format!("{parent}.{name}") }
+    if plain { name.to_owned() } else { format!("{name:?}") }
 }
 
 /// A key's value, if it was written, and where.
@@ -214,6 +240,8 @@ impl<T: Setting> Slot<T> {
     pub(super) fn json(&self, default: Option<T>, defaults: bool) -> Option<Json> {
         match (self, default) {
             (Self::Written(value, _), _) => Some(value.json(defaults)),
+            // Laid over the application's, it is the default and not what that says.
+            (Self::Null(_), _) if !defaults => Some(Json::Null),
             (_, Some(default)) if defaults => Some(default.json(defaults)),
             _ => None,
         }
@@ -284,6 +312,10 @@ macro_rules! layer {
                 format!("a table with the keys {}", $crate::config::fault::listed(Self::KEYS.iter().copied()))
             }
 
+            fn empty() -> Option<Self> {
+                Some(Self::default())
+            }
+
             fn read(
                 node: &$crate::config::node::Node,
                 key: &str,
@@ -291,7 +323,7 @@ macro_rules! layer {
             ) -> Option<Self> {
                 let node = node.opened();
                 if !matches!(node.value, $crate::config::node::Value::Map(_)) {
-                    return reader.refuse(&node, key, Self::expected());
+                    return reader.refuse_kind(&node, key, Self::expected());
                 }
                 let mut read = Self::default();
                 for entry in node.entries() {

@@ -19,6 +19,7 @@ mod types;
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::PathBuf,
+    sync::OnceLock,
 };
 
 use serde_json::{Value as Json, json};
@@ -43,6 +44,8 @@ pub struct Loaded {
     pub config: Config,
     /// What was written without any effect.
     pub warnings: Vec<Warning>,
+    /// What the sources said, as [`Sources::fingerprint`] tells; 0 where they weren't asked.
+    pub fingerprint: u64,
     written: Root,
 }
 
@@ -64,7 +67,10 @@ impl Sources {
     /// # Errors
     /// As [`load`].
     pub fn load(&self) -> Result<Loaded, Faults> {
-        load(&self.files, &Environment::of_process()?)
+        // First: what is written while it is read is another change.
+        let fingerprint = self.fingerprint();
+        let loaded = load(&self.files, &Environment::of_process()?)?;
+        Ok(Loaded { fingerprint, ..loaded })
     }
 
     /// Differs where what the files say differs.
@@ -103,6 +109,7 @@ fn assemble(
             Err(broken) => faults.extend(broken),
         }
     }
+    let is_whole = faults.is_empty();
     let roots: Vec<_> = read.iter().map(|file| &file.root).collect();
     let variables = environment.layer(&roots, Root::KEYS, &mut faults);
     let layers = read.iter().map(|file| (&file.root, file.lenient)).chain([(&variables, false)]);
@@ -114,9 +121,14 @@ fn assemble(
         }
     }
     written.warn("", &mut warnings);
-    let config = resolve::resolve(&written, environment, &mut faults, &mut warnings);
+    // Where a file is missing from the whole, what doesn't fit together proves nothing.
+    let mut contradictions = faults.clone();
+    let config = resolve::resolve(&written, environment, &mut contradictions, &mut warnings);
+    if is_whole {
+        faults = contradictions;
+    }
     warnings.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
-    Faults::or(faults, Loaded { config, warnings, written })
+    Faults::or(faults, Loaded { config, warnings, fingerprint: 0, written })
 }
 
 impl Loaded {
@@ -171,8 +183,9 @@ fn home(name: &str) -> Option<String> {
             look(&inner["additionalProperties"], &format!("{}.NAME", layer::child(path, key)), name, found);
         }
     }
+    static SCHEMA: OnceLock<Json> = OnceLock::new();
     let mut found = Vec::new();
-    look(&Root::schema(), "", name, &mut found);
+    look(SCHEMA.get_or_init(Root::schema), "", name, &mut found);
     // What a model may say for itself is the same as what the application says.
     found.retain(|path| !path.contains(".NAME") || !path.contains("_config"));
     found.pop().filter(|_| found.is_empty())
@@ -182,7 +195,13 @@ fn home(name: &str) -> Option<String> {
 fn without_comments(root: &Node) -> Node {
     let mut root = root.clone();
     if let Value::Map(entries) = &mut root.value {
-        entries.retain(|entry| !entry.name.starts_with('$'));
+        let is_comment = |entry: &node::Entry| match entry.name.as_str() {
+            "$schema" | "$app_name" | "$provenance" | "$warnings" => true,
+            // With errors in it, it is what `check` says where there is no configuration.
+            "$errors" => matches!(&entry.node.value, Value::List(errors) if errors.is_empty()),
+            _ => false,
+        };
+        entries.retain(|entry| !is_comment(entry));
     }
     root
 }

@@ -67,6 +67,15 @@ impl Node {
         }
     }
 
+    /// A text; a variable's may stand in quotes, as JSON.
+    pub(super) fn text(&self) -> Option<String> {
+        match &self.value {
+            Value::Text(text) => Some(text.clone()),
+            Value::Variable(text) => Some(serde_json::from_str(text).unwrap_or_else(|_| text.clone())),
+            _ => None,
+        }
+    }
+
     pub(super) fn from_json(json: serde_json::Value, at: &Place) -> Self {
         let value = match json {
             serde_json::Value::Null => Value::Null,

@@ -1,11 +1,7 @@
 //! From what was written to what it means: which settings lie over which, and what must fit together. Single values were looked
 //! at when they were read. It never knows who uses them.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use super::{
     BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, ReloadPolicy,
@@ -54,6 +50,26 @@ pub(super) fn resolve(
             (name.to_owned(), context.model(name, entry, &key))
         })
         .collect();
+    if let Some(max) = Some(written.server().request_timeout_ms_max().0)
+        && written.server().request_timeout_ms.value().is_some_and(|timeout| timeout.0 > max)
+    {
+        faults.push(Fault::new(
+            &written.server().request_timeout_ms.at(),
+            "server.request_timeout_ms",
+            format!(
+                "at most request_timeout_ms_max, which is {max} ({})",
+                written.server().request_timeout_ms_max.at()
+            ),
+            format!("the number {}", written.server().request_timeout_ms().0),
+        ));
+    }
+    if written.server().traces.value().is_some_and(|traces| traces.endpoint.value().is_none()) {
+        let why = "nothing is exported without an endpoint".to_owned();
+        warnings.push(Warning { at: written.server().traces.at(), key: "server.traces".to_owned(), why });
+    }
+    if let Some((_, at)) = entries.entries.get("") {
+        faults.push(Fault::new(at, "model_settings.model_entries", "a name for each model", "an empty one"));
+    }
     let auth = auth::resolve(written, environment, faults, warnings);
     auth::check_exposure(written, &auth, faults);
     Config {
@@ -61,7 +77,7 @@ pub(super) fn resolve(
         server: server(&written.server(), auth::tls(written, faults)),
         auth,
         requests_max: deployment.allow_concurrent_inputs_handler().0 as usize,
-        mounts: mounts(&deployment),
+        mounts: mounts(&deployment, faults),
         models: specs,
         defaults,
         volumes,
@@ -244,15 +260,24 @@ fn volumes(
     mounts.iter().map(volume).collect()
 }
 
-fn mounts(deployment: &DeploymentConfig) -> Vec<Mount> {
-    let mount = |mount: &keys::Mount| {
-        Some(Mount {
-            from: Path::new(mount.local_path.value()?).to_owned(),
-            to: Path::new(mount.remote_path.value()?).to_owned(),
-            folder: mount.r#type() == MountKind::Dir,
-        })
-    };
-    deployment.mounts().iter().filter_map(mount).collect()
+fn mounts(deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    for (index, mount) in deployment.mounts().iter().enumerate() {
+        let key = format!("app_settings.deployment_config.mounts[{index}]");
+        let at = deployment.mounts.at();
+        let (Some(from), Some(to)) = (mount.local_path.value(), mount.remote_path.value()) else {
+            faults.push(Fault::new(&at, &key, "local_path and remote_path", "one of them at most"));
+            continue;
+        };
+        let (from, to) = (PathBuf::from(from), PathBuf::from(to));
+        if to.starts_with(&from) {
+            let found = format!("{}, which lies in {}", to.display(), from.display());
+            faults.push(Fault::new(&at, &key, "a remote_path outside of local_path", found));
+            continue;
+        }
+        mounts.push(Mount { from, to, folder: mount.r#type() == MountKind::Dir });
+    }
+    mounts
 }
 
 fn batch_policy(batch: &BatchConfig) -> BatchPolicy {
@@ -279,7 +304,7 @@ fn reload_policy(deployment: &DeploymentConfig) -> ReloadPolicy {
 
 fn traces(written: &keys::Server) -> Option<TraceSpec> {
     let traces = written.traces.value()?;
-    let header = |(name, value): (&str, &Secret)| (name.to_owned(), SecretText(value.0.clone()));
+    let header = |(name, value): (&str, &Secret)| (name.to_owned(), SecretText::new(value.0.clone()));
     Some(TraceSpec {
         endpoint: traces.endpoint.value()?.0.clone(),
         sample_ratio: traces.sample_ratio().0,
@@ -293,6 +318,7 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
     let request_timeout_max = milliseconds(written.request_timeout_ms_max().0);
     Server {
         listen,
+        insecure: written.insecure(),
         io_threads: written.io_threads() as usize,
         connections_max: written.connections_max().0 as usize,
         header_timeout: milliseconds(written.header_timeout_ms().0),

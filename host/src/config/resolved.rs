@@ -39,8 +39,8 @@ pub struct AuthSpec {
     pub header: String,
     /// The keys.
     pub keys: Vec<KeySpec>,
-    /// What `Modal-Key` and `Modal-Secret` must say, where they must be sent; `None` inside where nobody knows.
-    pub modal: Option<Option<(SecretText, SecretText)>>,
+    /// What `Modal-Key` and `Modal-Secret` must say, where they must be sent.
+    pub modal: Option<[KeySpec; 2]>,
     /// Where parameters are asked for.
     pub ssm: SsmSpec,
     /// Between two looks at keys that lie elsewhere.
@@ -73,7 +73,7 @@ pub struct KeySpec {
 }
 
 /// Where a key's value is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum KeySource {
     /// Here.
     Value(SecretText),
@@ -95,8 +95,16 @@ impl KeySource {
 }
 
 /// A text that is nobody's business; printed, it says so.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SecretText(pub(super) String);
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct SecretText(String);
+
+impl SecretText {
+    /// Hides a text.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+}
 
 impl std::ops::Deref for SecretText {
     type Target = String;
@@ -160,6 +168,8 @@ pub struct Mount {
 pub struct Server {
     /// Where HTTP is served.
     pub listen: SocketAddr,
+    /// Whether everybody who reaches it is let in unasked.
+    pub insecure: bool,
     /// Threads that serve connections.
     pub io_threads: usize,
     /// Open connections; further ones wait in the kernel's backlog.

@@ -55,15 +55,19 @@ pub(super) fn value(name: &str, environment: &Environment, folder: &Path) -> Opt
     look_for(name, environment, folder).into_iter().find(|(found, _)| found == name).map(|(_, value)| value)
 }
 
+/// The value of a variable of this name, or of its form as a variable.
+pub(super) fn variable(name: &str, environment: &Environment) -> Option<String> {
+    let upper = |letter: char| if letter.is_ascii_alphanumeric() { letter.to_ascii_uppercase() } else { '_' };
+    let variable: String = name.chars().map(upper).collect();
+    let value = environment.get(name).or_else(|| environment.get(&variable))?;
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
 /// The variable of this name, or of its form as a variable (`hub-token`: `HUB_TOKEN`); else the file of this name; else every
 /// file in the folder of this name, as `NAME/FILE`.
 fn look_for(name: &str, environment: &Environment, folder: &Path) -> Vec<(String, String)> {
-    let variable: String = name
-        .chars()
-        .map(|letter| if letter.is_ascii_alphanumeric() { letter.to_ascii_uppercase() } else { '_' })
-        .collect();
-    if let Some(value) = environment.get(name).or_else(|| environment.get(&variable)) {
-        return vec![(name.to_owned(), value.to_owned())];
+    if let Some(value) = variable(name, environment) {
+        return vec![(name.to_owned(), value)];
     }
     // A name is no path: what lies elsewhere is no secret of this folder.
     if name.is_empty() || name.starts_with('.') || name.contains('/') {

@@ -9,7 +9,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::Poll,
     time::{Duration, Instant},
@@ -57,6 +57,9 @@ pub(super) struct Peer {
     pub(super) post: Arc<Post>,
     pub(super) timer: ConnectionTimer,
     asked: AtomicBool,
+    /// Requests of an HTTP/2 connection: those that are open, and how many there ever were.
+    open: AtomicUsize,
+    begun: AtomicUsize,
 }
 
 /// An open port and the threads behind it.
@@ -99,6 +102,8 @@ impl Listener {
                         post: Arc::clone(&thread.post),
                         timer: ConnectionTimer::default(),
                         asked: AtomicBool::new(false),
+                        open: AtomicUsize::new(0),
+                        begun: AtomicUsize::new(0),
                     });
                     thread.runtime.spawn(run(peer, stream, tls.clone(), place, shutdown.clone()));
                 }
@@ -181,7 +186,10 @@ async fn speak(
         move |request| {
             peer.asked.store(true, Ordering::Relaxed);
             let peer = Arc::clone(&peer);
-            async move { Ok::<_, Infallible>(routes::answer(&peer, request).await) }
+            async move {
+                let _open = http2.then(|| OpenRequest::count(&peer));
+                Ok::<_, Infallible>(routes::answer(&peer, request).await)
+            }
         }
     });
     let stream = TokioIo::new(stream);
@@ -192,7 +200,10 @@ async fn speak(
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_INTERVAL)
             .max_concurrent_streams(STREAMS_MAX);
-        drive(protocol.serve_connection(stream, service), &peer, shutdown).await;
+        tokio::select! {
+            () = drive(protocol.serve_connection(stream, service), &peer, shutdown) => {}
+            () = idled(&peer) => tracing::debug!(peer = %peer.address, "a connection asked for nothing any more"),
+        }
     } else {
         let mut protocol = http1::Builder::new();
         protocol.timer(peer.timer.clone()).header_read_timeout(peer.context.server.header_timeout);
@@ -256,6 +267,37 @@ where
         Ending::Done => {}
         Ending::Early(error) => tracing::debug!(peer = %peer.address, %error, "a connection ended early"),
         Ending::Silent => tracing::debug!(peer = %peer.address, "a connection asked for nothing in time"),
+    }
+}
+
+/// Returns when nothing was asked on an HTTP/2 connection for `header_timeout` or up to twice that. Its pings prove that somebody
+/// is there, and not that they want anything.
+async fn idled(peer: &Peer) {
+    let mut seen = peer.begun.load(Ordering::Relaxed);
+    loop {
+        tokio::time::sleep(peer.context.server.header_timeout).await;
+        let begun = peer.begun.load(Ordering::Relaxed);
+        if begun == seen && peer.open.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        seen = begun;
+    }
+}
+
+/// Counts a request of an HTTP/2 connection while it is open.
+struct OpenRequest(Arc<Peer>);
+
+impl OpenRequest {
+    fn count(peer: &Arc<Peer>) -> Self {
+        peer.begun.fetch_add(1, Ordering::Relaxed);
+        peer.open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(peer))
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

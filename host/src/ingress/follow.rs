@@ -11,7 +11,7 @@ use opentelemetry::propagation::Extractor;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Context, connection::Peer, manage::may_manage};
+use super::{Context, connection::Peer, manage::may_look};
 use crate::{
     access::Caller,
     egress::HttpResponse,
@@ -49,7 +49,7 @@ impl Follower {
         if !asked && span.is_none() {
             return None;
         }
-        let may = || caller.explains || may_manage(context, peer.address.ip(), &head.headers).is_ok();
+        let may = || caller.explains || may_look(context, peer.address.ip(), head);
         Some(Box::new(Self {
             span: span.map(|span| {
                 let context = span.context();

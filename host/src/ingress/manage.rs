@@ -5,7 +5,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use hyper::{
     HeaderMap, Method,
-    header::{FORWARDED, HeaderName, ORIGIN, VIA},
+    header::{FORWARDED, HOST, HeaderName, ORIGIN, VIA},
+    http::{request::Parts, uri::Authority},
 };
 
 use super::{
@@ -20,22 +21,58 @@ use crate::{
 };
 
 /// Whether a caller may look at the host's inside and change it: with a key that manages; where there is none, from this machine.
-pub(super) fn may_manage(context: &Context, caller: IpAddr, headers: &HeaderMap) -> Result<(), AccessError> {
+pub(super) fn may_manage(context: &Context, caller: IpAddr, head: &Parts) -> Result<(), AccessError> {
     if context.access.has_management_keys() {
-        return context.access.manage(&Headers(headers));
+        return context.access.manage(&Headers(&head.headers));
     }
-    if caller.to_canonical().is_loopback() && !comes_from_elsewhere(headers) {
+    from_here(caller, head)
+}
+
+/// The same, of one who asked for something else: a refusal isn't counted.
+pub(super) fn may_look(context: &Context, caller: IpAddr, head: &Parts) -> bool {
+    if context.access.has_management_keys() {
+        return context.access.may_manage(&Headers(&head.headers)).is_ok();
+    }
+    from_here(caller, head).is_ok()
+}
+
+fn from_here(caller: IpAddr, head: &Parts) -> Result<(), AccessError> {
+    if caller.to_canonical().is_loopback() && names_this_machine(head) && !comes_from_elsewhere(&head.headers)
+    {
         return Ok(());
     }
     Err(AccessError::Forbidden(
-        "this answers callers on this machine only; a key with management = true opens it to others",
+        "this answers callers on this machine only, by its loopback address and through no proxy; a key with management = true opens it to others",
     ))
+}
+
+/// Whether the request is for a loopback address: a page in a browser may have made another name lead here.
+fn names_this_machine(head: &Parts) -> bool {
+    let written =
+        head.headers.get(HOST).map(|host| host.to_str().unwrap_or("unreadable").parse::<Authority>());
+    let authority = match (head.uri.authority(), written) {
+        (Some(authority), _) => authority.clone(),
+        (None, Some(Ok(authority))) => authority,
+        (None, Some(Err(_))) => return false,
+        // HTTP/1.0 has no such thing, and no browser speaks it.
+        (None, None) => return true,
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
 /// Whether somebody else asks through a program on this machine: a proxy, or a page in a browser.
 fn comes_from_elsewhere(headers: &HeaderMap) -> bool {
-    let x_forwarded_for = HeaderName::from_static("x-forwarded-for");
-    [ORIGIN, FORWARDED, VIA, x_forwarded_for].iter().any(|name| headers.contains_key(name))
+    let of_proxies = |name: &HeaderName| {
+        let name = name.as_str();
+        name.starts_with("x-forwarded") || ["x-real-ip", "cf-connecting-ip", "true-client-ip"].contains(&name)
+    };
+    let cross_site =
+        headers.get("sec-fetch-site").is_some_and(|site| site != "none" && site != "same-origin");
+    cross_site
+        || [ORIGIN, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
+        || headers.keys().any(of_proxies)
 }
 
 /// A management path, taken apart.

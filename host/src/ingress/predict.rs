@@ -15,6 +15,7 @@ use super::{
     request,
 };
 use crate::{
+    access::Caller,
     dispatch::Queued,
     egress::{self, HttpResponse},
     job::{Deadline, Job, JobError, Location, RequestId, reply},
@@ -78,7 +79,7 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
 pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_async", async |call: Call<'_>| {
         let opened = examine(peer, &call, Opened::decode).await?;
-        let job_id = peer.context.jobs.accept(&call.model.name)?;
+        let job_id = peer.context.jobs.accept(&call.model.name, call.caller.key.clone())?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
         let job = Job {
             request_id: id.clone(),
@@ -92,6 +93,8 @@ pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: 
         // Nobody waits on this connection, so there is nobody who could leave.
         Ticket::queue(peer, call.model, queued, 1).done();
         let (jobs, permit) = (Arc::clone(&peer.context.jobs), peer.context.gate.job());
+        // It counts among its key's calls until it has ended.
+        let place = call.caller.permit.clone();
         let (envelope, meta) = (call.input, opened.meta);
         tokio::spawn(async move {
             let finished = match (pending.wait().await, meta) {
@@ -100,7 +103,7 @@ pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: 
                 (Err(error), _) => Finished::Failed(egress::failed_job(&error, &envelope)),
             };
             jobs.finish(job_id, finished);
-            drop(permit);
+            drop((permit, place));
         });
         Ok(egress::object_response(StatusCode::OK, &json!({"job_id": job_id})))
     })
@@ -115,6 +118,7 @@ struct Call<'a> {
     generation: Arc<Generation>,
     input: Bytes,
     deadline: Deadline,
+    caller: &'a Caller,
     follower: Option<&'a Follower>,
 }
 
@@ -141,49 +145,56 @@ async fn run(
         Err(denied) => return (None, egress::denied(&denied)),
     };
     let follower = Follower::of(peer, head, &caller, endpoint);
-    let _permit = match context.gate.enter() {
-        Ok(permit) => permit,
-        Err(error) => return (None, egress::error(&error)),
-    };
-    let name = request::model_name(head.uri.query());
-    let model = match context.models.find(name.as_deref()) {
-        Ok(model) => model,
-        Err(error) => return (None, egress::error(&error)),
-    };
-    drop(name);
-    let deadline = match request::deadline(&head.headers, &context.server, begun) {
-        Ok(deadline) => deadline,
-        Err(error) => return (Some(model), egress::error(&error)),
-    };
-    let answered = {
-        // Pinned where they stand: passed on to a function, such a future is there twice, and each request moves it.
-        let mut limit = pin!(peer.timer.limit(deadline.0));
-        let mut work = pin!(async {
-            let input = match body::read(body, &context.server).await {
-                Ok(input) => input,
-                Err(error) => return Ok(error.into_response()),
-            };
-            let generation = model.serving()?;
-            answer(Call { model: &model, generation, input, deadline, follower: follower.as_deref() }).await
+    let (model, response) = 'answered: {
+        let _permit = match context.gate.enter() {
+            Ok(permit) => permit,
+            Err(error) => break 'answered (None, egress::error(&error)),
+        };
+        let name = request::model_name(head.uri.query());
+        let model = match context.models.find(name.as_deref()) {
+            Ok(model) => model,
+            Err(error) => break 'answered (None, egress::error(&error)),
+        };
+        drop(name);
+        let deadline = match request::deadline(&head.headers, &context.server, begun) {
+            Ok(deadline) => deadline,
+            Err(error) => break 'answered (Some(model), egress::error(&error)),
+        };
+        let answered = {
+            // Pinned where they stand: passed on to a function, such a future is there twice, and each request moves it.
+            let mut limit = pin!(peer.timer.limit(deadline.0));
+            let mut work = pin!(async {
+                let input = match body::read(body, &context.server).await {
+                    Ok(input) => input,
+                    Err(error) => return Ok(error.into_response()),
+                };
+                let generation = model.serving()?;
+                let follower = follower.as_deref();
+                answer(Call { model: &model, generation, input, deadline, caller: &caller, follower }).await
+            });
+            tokio::select! {
+                biased;
+                done = &mut work => done,
+                () = &mut limit => Err(JobError::DeadlinePassed),
+            }
+        };
+        let response = answered.unwrap_or_else(|error| {
+            if matches!(error, JobError::Lost) {
+                tracing::error!(model = model.name, request_id = %id, "a job was lost inside the host");
+            }
+            egress::error(&error)
         });
-        tokio::select! {
-            biased;
-            done = &mut work => done,
-            () = &mut limit => Err(JobError::DeadlinePassed),
-        }
+        model.metrics.request.observe(begun.elapsed().as_secs_f64());
+        (Some(model), response)
     };
-    let response = answered.unwrap_or_else(|error| {
-        if matches!(error, JobError::Lost) {
-            tracing::error!(model = model.name, request_id = %id, "a job was lost inside the host");
-        }
-        egress::error(&error)
-    });
-    model.metrics.request.observe(begun.elapsed().as_secs_f64());
     let response = match follower {
-        Some(follower) => follower.conclude(context, begun, &model.name, id, response),
+        Some(follower) => {
+            let name = model.as_ref().map_or("", |model| model.name.as_str());
+            follower.conclude(context, begun, name, id, response)
+        }
         None => response,
     };
-    (Some(model), response)
+    (model, response)
 }
 
 /// Looks at a body: a small one here and now, a large one on the blocking pool, as many at once as there are cores. The turn

@@ -16,11 +16,12 @@ use uuid::Uuid;
 use super::{
     Context,
     connection::Peer,
-    manage::{Managed, may_manage},
+    manage::{Managed, may_look, may_manage},
     predict,
     request::{Headers, put_id},
 };
 use crate::{
+    access::Caller,
     admin,
     egress::{self, HttpResponse, object_response},
 };
@@ -51,7 +52,7 @@ async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Manage
     let response = if head.method != managed.method() {
         wrong_method(if managed.method() == Method::GET { "GET" } else { "POST" })
     } else {
-        match may_manage(context, caller, &head.headers) {
+        match may_manage(context, caller, head) {
             Ok(()) => managed.answer(context).await,
             Err(denied) => egress::denied(&denied),
         }
@@ -67,12 +68,12 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
     let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
     let is_get = head.method == Method::GET;
     // Reasons hold paths and the like.
-    let may_look = || may_manage(context, caller, &head.headers).is_ok();
+    let may_look = || may_look(context, caller, head);
     let response = match endpoint {
         "/health" if is_get => admin::health(&context.models, may_look()),
         "/livez" if is_get => admin::live(),
         "/readyz" if is_get => admin::ready(&context.models, &context.gate, &context.access, may_look()),
-        "/metrics" | "/models" if is_get => match may_manage(context, caller, &head.headers) {
+        "/metrics" | "/models" if is_get => match may_manage(context, caller, head) {
             Err(denied) => egress::denied(&denied),
             Ok(()) if endpoint == "/models" => admin::models(&context.models),
             Ok(()) => {
@@ -81,7 +82,7 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
             }
         },
         "/jobs/{id}" if is_get => match context.access.admit(&Headers(&head.headers)) {
-            Ok(_caller) => report(context, job.unwrap_or_default()),
+            Ok(caller) => report(context, job.unwrap_or_default(), &caller),
             Err(denied) => egress::denied(&denied),
         },
         known if GET_ONLY.contains(&known) => wrong_method("GET"),
@@ -98,8 +99,10 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
     response
 }
 
-fn report(context: &Context, id: &str) -> HttpResponse {
-    match id.parse::<Uuid>().ok().and_then(|id| context.jobs.report(id)) {
+fn report(context: &Context, id: &str, caller: &Caller) -> HttpResponse {
+    // Another caller's job is nobody's.
+    let whose = if caller.manages { None } else { Some(caller.key.as_deref()) };
+    match id.parse::<Uuid>().ok().and_then(|id| context.jobs.report(id, whose)) {
         Some(report) => object_response(StatusCode::OK, &report),
         None => {
             let detail = format!(

@@ -65,6 +65,8 @@ pub enum Status {
         /// How many, and what to do.
         reason: String,
     },
+    /// It is no longer configured.
+    Removed,
     /// The host is shutting down.
     Stopping,
 }
@@ -114,6 +116,7 @@ impl Model {
                     format!("the model {name} could not be loaded; GET /models says why")
                 }
                 Status::Stuck { .. } => format!("the model {name} hangs; GET /models says why"),
+                Status::Removed => format!("the model {name} is no longer configured"),
                 Status::Stopping => "the server is shutting down".to_owned(),
             })
         })
@@ -128,7 +131,10 @@ impl Model {
     /// Says where it stands; jobs are taken while that is [`Status::Ready`].
     pub fn set_status(&self, status: Status, generation: Option<&Arc<Generation>>) {
         let ready = status == Status::Ready;
-        self.metrics.ready.set(i64::from(ready));
+        // Another model of its name may have come by now, and the gauges are that one's.
+        if status != Status::Removed {
+            self.metrics.ready.set(i64::from(ready));
+        }
         self.status.store(Arc::new(status));
         if ready {
             // Open first: who finds a generation finds the queue open.

@@ -86,7 +86,16 @@ impl Builder {
             }),
         };
         self.gauge.set(self.libraries.load(Ordering::SeqCst) as i64);
-        Ok(plugin.insert(opened?).clone())
+        let opened = plugin.insert(opened?).clone();
+        // The level may have changed since it was attached.
+        opened.attach(telemetry::plugin_level(), telemetry::plugin_line);
+        Ok(opened)
+    }
+
+    /// The plugin with this content, where it is open.
+    pub(super) fn opened(&self, sha256: &str) -> Option<Plugin> {
+        let entry = self.opened.lock().get(sha256).cloned()?;
+        entry.try_lock()?.clone()
     }
 
     /// Tells every opened plugin which lines are worth sending. Those that are being opened hear it then.

@@ -102,7 +102,9 @@ impl Loop {
         // Also where nothing else differs: its volumes may be others.
         let volumes = self.volumes.iter().filter(|volume| usage::uses(&spec, volume)).cloned().collect();
         let file = self.files.get(&spec.plugin).cloned();
-        self.tell(name, Event::Configure(Box::new(spec), volumes, file)).await;
+        // Here and now: who looks for a plugin's models next finds what is wanted, not what was.
+        model.respec(spec);
+        self.tell(name, Event::Configure(before, volumes, file)).await;
     }
 
     async fn remove(&mut self, name: &str) {

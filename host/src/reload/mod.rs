@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-use modalkit_loader::{LoadError, Staged, Store, Trust};
+use modalkit_loader::{LoadError, Plugin, Staged, Store, Trust};
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -94,6 +94,8 @@ enum Command {
     Tell(String, Event, Reply<()>),
     /// Look through a volume, and tell everybody who uses it.
     Volume(String, Reply<VolumeReport>),
+    /// Tell the plugins that are open.
+    Plugins(oneshot::Sender<BTreeMap<String, Plugin>>),
     /// Serve these models; those without an entry like this.
     Configure(BTreeMap<String, ModelSpec>, Box<ModelSpec>, oneshot::Sender<ModelChanges>),
 }
@@ -236,6 +238,16 @@ impl Control {
         report.await.unwrap_or(Err(ControlError::Stopping))
     }
 
+    /// The plugins in the volumes whose content is open, by name.
+    ///
+    /// # Errors
+    /// The host is going away.
+    pub async fn plugins(&self) -> Result<BTreeMap<String, Plugin>, ControlError> {
+        let (reply, plugins) = oneshot::channel();
+        self.send(Command::Plugins(reply)).await?;
+        plugins.await.map_err(|_| ControlError::Stopping)
+    }
+
     /// Serves these models from now on: adds, changes and unloads what differs. New generations come in afterwards, as any do.
     ///
     /// # Errors
@@ -362,6 +374,13 @@ impl Loop {
                         let _ = reply.send(Err(ControlError::Unknown(known)));
                     }
                 }
+            }
+            Command::Plugins(reply) => {
+                let opened = |(name, (_, staged)): (&String, &(PathBuf, Result<Staged, Arc<LoadError>>))| {
+                    Some((name.clone(), self.builder.opened(staged.as_ref().ok()?.sha256())?))
+                };
+                // Whoever asked may have left.
+                let _ = reply.send(self.files.iter().filter_map(opened).collect());
             }
             Command::Configure(models, defaults, reply) => {
                 let changes = self.configure(models, *defaults).await;

@@ -9,7 +9,7 @@ use serde_json::{Value as Json, json};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use super::{
-    fault::{listed, nearest},
+    fault::{Place, listed, nearest},
     layer::{Reader, Setting},
     node::{Node, Value},
 };
@@ -140,12 +140,15 @@ impl Setting for bool {
         let opened = node.opened();
         match &opened.value {
             Value::Bool(value) => Some(*value),
-            Value::Text(text) if reader.lenient => match text.to_ascii_lowercase().as_str() {
-                // As the Python library takes them.
-                "true" | "yes" | "on" | "1" => Some(true),
-                "false" | "no" | "off" | "0" => Some(false),
-                _ => reader.refuse_scalar(&opened, key, Self::expected()),
-            },
+            // A variable has no truth values but in words.
+            Value::Text(text) if reader.lenient || !matches!(node.at, Place::File { .. }) => {
+                match text.to_ascii_lowercase().as_str() {
+                    // As the Python library takes them.
+                    "true" | "yes" | "on" | "1" => Some(true),
+                    "false" | "no" | "off" | "0" => Some(false),
+                    _ => reader.refuse_scalar(&opened, key, Self::expected()),
+                }
+            }
             _ => reader.refuse_scalar(&opened, key, Self::expected()),
         }
     }
@@ -165,12 +168,7 @@ impl Setting for String {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        match &node.value {
-            Value::Text(text) => Some(text.clone()),
-            // JSON in quotes is the text in them.
-            Value::Variable(text) => Some(serde_json::from_str(text).unwrap_or_else(|_| text.clone())),
-            _ => reader.refuse(node, key, Self::expected()),
-        }
+        node.text().or_else(|| reader.refuse(node, key, Self::expected()))
     }
 
     fn json(&self, _: bool) -> Json {
@@ -195,15 +193,12 @@ macro_rules! choice {
             }
 
             fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-                let text = match &node.value {
-                    Value::Text(text) | Value::Variable(text) => text.as_str(),
-                    _ => return reader.refuse(node, key, Self::expected()),
-                };
-                match text {
+                let Some(text) = node.text() else { return reader.refuse(node, key, Self::expected()) };
+                match text.as_str() {
                     $($word => Some(Self::$variant),)+
                     _ => {
                         reader.refuse::<Self>(node, key, Self::expected());
-                        if let (Some(near), Some(fault)) = (nearest(text, [$($word),+]), reader.faults.last_mut()) {
+                        if let (Some(near), Some(fault)) = (nearest(&text, [$($word),+]), reader.faults.last_mut()) {
                             fault.hint = Some(format!("did you mean \"{near}\"?"));
                         }
                         None
@@ -245,12 +240,8 @@ impl Setting for Address {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        match &node.value {
-            Value::Text(text) | Value::Variable(text) => {
-                text.parse().ok().map(Self).or_else(|| reader.refuse(node, key, Self::expected()))
-            }
-            _ => reader.refuse(node, key, Self::expected()),
-        }
+        let address = node.text().and_then(|text| text.parse().ok());
+        address.map(Self).or_else(|| reader.refuse(node, key, Self::expected()))
     }
 
     fn json(&self, _: bool) -> Json {
@@ -272,13 +263,11 @@ impl Setting for Sha256 {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        match &node.value {
-            Value::Text(text) | Value::Variable(text)
-                if text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit()) =>
-            {
-                Some(Self(text.to_ascii_lowercase()))
-            }
-            _ => reader.refuse(node, key, Self::expected()),
+        let is_digest =
+            |text: &String| text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+        match node.text().filter(is_digest) {
+            Some(text) => Some(Self(text.to_ascii_lowercase())),
+            None => reader.refuse(node, key, Self::expected()),
         }
     }
 
@@ -301,10 +290,7 @@ impl Setting for Levels {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        let (Value::Text(text) | Value::Variable(text)) = &node.value else {
-            return reader.refuse(node, key, Self::expected());
-        };
-        let text = text.clone();
+        let Some(text) = node.text() else { return reader.refuse(node, key, Self::expected()) };
         // A word alone would be taken for a module of which everything is logged.
         let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
         if text.split(',').all(is_level) && text.parse::<Targets>().is_ok() {

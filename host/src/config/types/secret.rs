@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 use super::super::{
     fault::Fault,
     layer::{Reader, Setting},
-    node::{Node, Value},
+    node::Node,
 };
 
 /// What stands for a secret wherever settings are shown.
@@ -29,14 +29,10 @@ impl Setting for Secret {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        let found = match &node.value {
-            Value::Text(text) => text.clone(),
-            Value::Variable(text) => serde_json::from_str(text).unwrap_or_else(|_| text.clone()),
-            _ => {
-                let fault = Fault::new(&node.at, key, Self::expected(), node.kind());
-                reader.faults.push(fault.hint("write it in quotes"));
-                return None;
-            }
+        let Some(found) = node.text() else {
+            let fault = Fault::new(&node.at, key, Self::expected(), node.kind());
+            reader.faults.push(fault.hint("write it in quotes"));
+            return None;
         };
         let what = match found.as_str() {
             HIDDEN => {
@@ -66,16 +62,16 @@ impl Setting for Secret {
 pub(in crate::config) struct Url(pub(in crate::config) String);
 
 impl Url {
-    /// Without the password.
+    /// Without what may be a secret in it: who asks, and values of its query.
     fn shown(&self) -> String {
-        let Some((scheme, rest)) = self.0.split_once("://") else { return self.0.clone() };
-        let authority = rest.split('/').next().unwrap_or_default();
-        match authority.rsplit_once('@') {
-            Some((user, _)) if user.contains(':') => {
-                let name = user.split(':').next().unwrap_or_default();
-                format!("{scheme}://{name}:{HIDDEN}{}", &rest[user.len()..])
-            }
-            _ => self.0.clone(),
+        let Some((scheme, rest)) = self.0.split_once("://") else { return HIDDEN.to_owned() };
+        let rest = match rest.rsplit_once('@') {
+            Some((_, place)) => format!("{HIDDEN}@{place}"),
+            None => rest.to_owned(),
+        };
+        match rest.split_once('?') {
+            Some((path, _)) => format!("{scheme}://{path}?{HIDDEN}"),
+            None => format!("{scheme}://{rest}"),
         }
     }
 }
@@ -92,17 +88,23 @@ impl Setting for Url {
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
-        let text = match &node.value {
-            Value::Text(text) | Value::Variable(text) => text,
-            _ => return reader.refuse(node, key, Self::expected()),
+        let Some(text) = node.text() else {
+            reader.faults.push(Fault::new(&node.at, key, Self::expected(), node.kind()));
+            return None;
         };
-        match text.split_once("://") {
-            Some((scheme, _)) if !scheme.is_empty() => Some(Self(text.clone())),
-            _ => {
-                reader.faults.push(Fault::new(&node.at, key, Self::expected(), "a text without ://"));
-                None
+        let found = match text.split_once("://") {
+            _ if text.contains(HIDDEN) => "what `modalkit check` shows in the place of a secret",
+            Some((scheme, _))
+                if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
+                    && !scheme.is_empty() =>
+            {
+                return Some(Self(text));
             }
-        }
+            Some(_) => "another text before ://",
+            None => "a text without ://",
+        };
+        reader.faults.push(Fault::new(&node.at, key, Self::expected(), found));
+        None
     }
 
     fn json(&self, _: bool) -> Json {

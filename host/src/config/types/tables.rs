@@ -17,7 +17,9 @@ impl<T: Setting> Setting for Vec<T> {
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
         let opened = node.opened();
-        let Value::List(list) = &opened.value else { return reader.refuse(&opened, key, Self::expected()) };
+        let Value::List(list) = &opened.value else {
+            return reader.refuse_kind(&opened, key, Self::expected());
+        };
         let read = |(index, item): (usize, &Node)| T::read(item, &format!("{key}[{index}]"), reader);
         // Each that is wrong is told.
         let items: Vec<Option<T>> = list.iter().enumerate().map(read).collect();
@@ -45,7 +47,7 @@ impl<T: Setting> Setting for OneOrMany<T> {
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
         match node.opened().value {
             Value::List(_) => Some(Self(Vec::read(node, key, reader)?, true)),
-            Value::Map(_) => reader.refuse(&node.opened(), key, Self::expected()),
+            Value::Map(_) => reader.refuse_kind(&node.opened(), key, Self::expected()),
             _ => Some(Self(vec![T::read(node, key, reader)?], false)),
         }
     }
@@ -90,11 +92,12 @@ impl<T: Setting> Setting for Named<T> {
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
         let opened = node.opened();
         if !matches!(opened.value, Value::Map(_)) {
-            return reader.refuse(&opened, key, Self::expected());
+            return reader.refuse_kind(&opened, key, Self::expected());
         }
         let mut read = Self { entries: BTreeMap::new(), replaces: opened.whole };
         for Entry { name, at, node } in opened.entries() {
-            if let Some(value) = T::read(node, &child(key, name), reader) {
+            let null = matches!(node.opened().value, Value::Null).then(T::empty).flatten();
+            if let Some(value) = null.or_else(|| T::read(node, &child(key, name), reader)) {
                 read.entries.insert(name.clone(), (value, at.clone()));
             }
         }
@@ -147,6 +150,10 @@ pub(in crate::config) struct Over<T>(pub(in crate::config) T);
 impl<T: Setting> Setting for Over<T> {
     fn expected() -> String {
         T::expected()
+    }
+
+    fn empty() -> Option<Self> {
+        T::empty().map(Self)
     }
 
     fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
@@ -202,7 +209,7 @@ impl Setting for FreeForm {
         let opened = node.opened();
         match opened.value {
             Value::Map(_) => Some(Self(opened)),
-            _ => reader.refuse(&opened, key, Self::expected()),
+            _ => reader.refuse_kind(&opened, key, Self::expected()),
         }
     }
 

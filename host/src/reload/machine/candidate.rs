@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Event, Machine, OutcomeReply, Serving, Standby, State, hooks::Changes};
 use crate::{
     config::{GoldenSpec, ModelSpec},
-    pipeline::{Fleet, Generation, Golden, GoldenError, Progress, Status},
+    pipeline::{Fleet, Generation, Golden, GoldenError, Progress, Status, check_settings},
     reload::{
         build::{Builder, milliseconds},
         journal::{Cause, Entry, Outcome, Phase, Phases, unix_ms},
@@ -68,13 +68,18 @@ impl Machine {
             self.model.set_status(Status::Loading, None);
         }
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
-        let pin = self.model.spec().plugin_sha256.clone();
+        let spec = self.model.spec();
+        let (pin, settings) = (spec.plugin_sha256.clone(), spec.settings.clone());
         let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
                 check_pin(pin.as_deref(), &staged)?;
-                builder.build(&staged, &mut phases)
+                let plugin = builder.build(&staged, &mut phases)?;
+                match check_settings(&plugin, &settings) {
+                    Ok(()) => Ok(plugin),
+                    Err(faults) => Err(LoadError::Refused(faults.to_string())),
+                }
             });
             // A machine that has ended wants no plugin.
             let _ = done.send(built.map(|plugin| (plugin, phases)));

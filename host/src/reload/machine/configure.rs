@@ -1,7 +1,9 @@
 //! A model's entry changes: its batches and replicas at once, what its pipeline is loaded with by a new generation, which comes in
 //! as any other does. Where that fails, what serves goes on serving as it was loaded.
 
-use super::{From, Machine, PluginFile, Source, every};
+use modalkit_loader::Plugin;
+
+use super::{Candidate, From, Machine, PluginFile, Source, every};
 use crate::{
     config::{ModelSpec, Volume},
     pipeline::{Generation, Status},
@@ -23,35 +25,42 @@ pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpe
 impl Machine {
     pub(super) async fn on_configure(
         &mut self,
-        spec: ModelSpec,
+        before: &ModelSpec,
         volumes: Vec<Volume>,
         file: Option<PluginFile>,
     ) {
-        let before = self.model.spec();
+        let spec = self.model.spec();
         self.volumes = volumes;
-        if *before == spec {
+        if *before == *spec {
             return;
         }
         tracing::info!(model = self.model.name, "the model's configuration has changed");
         if before.reload.hook_interval != spec.reload.hook_interval {
             self.hook_tick = spec.reload.hook_interval.map(every);
         }
-        let another_plugin = before.plugin != spec.plugin;
-        let reload = needs_a_generation(&before, &spec);
-        let expected = format!("{}.so", spec.plugin);
-        self.model.respec(spec);
-        if !reload {
+        if !needs_a_generation(before, &spec) {
             return;
         }
-        // What was refused may be taken with these settings.
-        self.refused = None;
         self.give_up_candidate(Outcome::Superseded);
-        if another_plugin {
+        if before.plugin != spec.plugin {
             (self.source, self.passed_over, self.later) = (None, None, None);
         }
+        let serving = self.generation().filter(|generation| generation.spec.plugin == spec.plugin);
+        let serving = serving.map(|generation| generation.plugin.clone());
+        // Content that did badly does so with these settings too; what didn't load may load with them.
+        let did_badly =
+            self.refused.as_ref().filter(|refused| !refused.by_data).map(|refused| refused.sha256.clone());
+        let gone_back_from = self.gone_back_from.clone();
+        let is_out =
+            |sha256: &str| [&did_badly, &gone_back_from].iter().any(|out| out.as_deref() == Some(sha256));
         let candidate = self.candidate(Cause::Configuration, None);
-        match (file, self.generation().map(|generation| generation.plugin.clone())) {
+        match (file, serving) {
+            (Some((path, Ok(staged))), Some(plugin)) if is_out(staged.sha256()) => {
+                self.source = Some(Source { path, present: true });
+                self.load_again(candidate, plugin).await;
+            }
             (Some((path, Ok(staged))), _) => {
+                self.refused = None;
                 self.source = Some(Source { path, present: true });
                 self.build(candidate, From::Staged(staged));
             }
@@ -60,19 +69,25 @@ impl Machine {
                 self.refuse(candidate, Phase::Build, error.chain());
             }
             // The file has gone since it was opened.
-            (None, Some(plugin)) if !another_plugin => {
-                self.generations += 1;
-                let generation =
-                    Generation::new(self.generations, plugin, ModelSpec::clone(&self.model.spec()));
-                self.load(candidate, generation).await;
+            (None, Some(plugin)) => self.load_again(candidate, plugin).await,
+            (None, None) => {
+                let expected = format!("{}.so", spec.plugin);
+                if self.generation().is_some() {
+                    let reason = format!(
+                        "no volume holds {expected} or lib{expected}; what serves goes on until one does"
+                    );
+                    self.refuse(candidate, Phase::Build, reason);
+                } else {
+                    self.model.set_status(Status::Waiting { expected }, None);
+                }
             }
-            (None, Some(_)) => {
-                let reason = format!(
-                    "no volume holds {expected} or lib{expected}; what serves goes on until one does"
-                );
-                self.refuse(candidate, Phase::Build, reason);
-            }
-            (None, None) => self.model.set_status(Status::Waiting { expected }, None),
         }
+    }
+
+    /// The library that serves, with what the model's entry says now.
+    async fn load_again(&mut self, candidate: Candidate, plugin: Plugin) {
+        self.generations += 1;
+        let generation = Generation::new(self.generations, plugin, ModelSpec::clone(&self.model.spec()));
+        self.load(candidate, generation).await;
     }
 }

@@ -63,8 +63,8 @@ pub(super) enum Event {
     Gone(PathBuf),
     /// Model data changed.
     Data(VolumeChange),
-    /// The model is to be served like this, with data from these volumes; and its plugin's file, where one is there.
-    Configure(Box<ModelSpec>, Vec<Volume>, Option<PluginFile>),
+    /// The model is served differently than like this, with data from these volumes; and its plugin's file, where one is there.
+    Configure(Arc<ModelSpec>, Vec<Volume>, Option<PluginFile>),
     /// Somebody asks for a change and waits for its outcome.
     Order(Order),
     /// Somebody asks for a hook and waits for what it said.
@@ -151,6 +151,8 @@ pub(super) struct Machine {
     journal: Journal,
     source: Option<Source>,
     refused: Option<Refused>,
+    /// The content that somebody went back from.
+    gone_back_from: Option<String>,
     /// What the watch told of while a file was built whose content wasn't known yet.
     later: Option<(PathBuf, Staged)>,
     /// A second file with the plugin's name, for when the first goes.
@@ -197,6 +199,7 @@ impl Machine {
             journal: Journal::default(),
             source: None,
             refused: None,
+            gone_back_from: None,
             later: None,
             passed_over: None,
             hook: Hook::default(),
@@ -260,7 +263,7 @@ impl Machine {
             Event::File(path, staged) => self.on_file(path, staged),
             Event::Gone(path) => self.on_gone(&path),
             Event::Data(change) => self.on_data(change, Vec::new()).await,
-            Event::Configure(spec, volumes, file) => self.on_configure(*spec, volumes, file).await,
+            Event::Configure(spec, volumes, file) => self.on_configure(&spec, volumes, file).await,
             Event::Order(order) => self.on_order(order),
             Event::Hook(change, reply) if change.changed.is_empty() => {
                 self.call_hook(change, vec![reply]).await;
@@ -297,7 +300,7 @@ impl Machine {
             }
         };
         let sha256 = Some(staged.sha256());
-        let serves = self.serving_sha256() == sha256;
+        let serves = self.serving_sha256() == sha256 && self.serves_as_configured();
         let refused = self.refused.as_ref().map(|refused| refused.sha256.as_str()) == sha256;
         match &self.state {
             State::Building(candidate) if candidate.sha256.is_none() => {
@@ -309,7 +312,7 @@ impl Machine {
                     return;
                 }
                 // What came from the volume is no longer in it. What somebody asked for gives way to new content only.
-                if candidate.cause == Cause::File || !serves && !refused {
+                if candidate.cause != Cause::Request || !serves && !refused {
                     self.give_up_candidate(Outcome::Superseded);
                 }
             }
@@ -415,6 +418,7 @@ impl Machine {
     }
 
     fn reload(&mut self, waiting: Vec<OutcomeReply>) {
+        self.gone_back_from = None;
         let mut candidate = self.candidate(Cause::Request, None);
         candidate.waiting = waiting;
         match self.source.clone() {
@@ -437,6 +441,7 @@ impl Machine {
     }
 
     async fn roll_back(&mut self, waiting: Vec<OutcomeReply>) {
+        self.gone_back_from = self.serving_sha256().map(ToOwned::to_owned);
         if matches!(self.serving, Serving::OnTrial { .. }) {
             self.back_to_standby("asked for".into(), Cause::Request, waiting).await;
             return;
@@ -480,6 +485,8 @@ impl Machine {
                 tokio::time::sleep(TRIAL_TICK).await;
             }
         }
+        // Nothing is taken any more that no lane would run.
+        self.model.set_status(if unload.is_some() { Status::Removed } else { Status::Stopping }, None);
         let mut leaving = JoinSet::new();
         match self.serving {
             Serving::Nothing => {}
@@ -490,7 +497,6 @@ impl Machine {
             }
         }
         leaving.join_all().await;
-        self.model.set_status(Status::Stopping, None);
         if unload.is_some() {
             tracing::info!(model = self.model.name, "the model is no longer configured; it was unloaded");
         }
@@ -501,6 +507,11 @@ impl Machine {
             Serving::Nothing => None,
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => Some(&fleet.generation),
         }
+    }
+
+    /// Whether what serves was loaded as the model's entry says now.
+    fn serves_as_configured(&self) -> bool {
+        self.generation().is_some_and(|generation| !needs_a_generation(&generation.spec, &self.model.spec()))
     }
 
     fn generation_number(&self) -> Option<u64> {
