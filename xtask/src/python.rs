@@ -34,6 +34,8 @@ fn make() -> anyhow::Result<()> {
     if venv().is_ok() {
         return Ok(());
     }
+    // A fresh machine has no lists of packages.
+    run(Command::new("apt-get").arg("update"))?;
     run(Command::new("apt-get").args(["install", "--yes", "python3-venv"]))?;
     venv()
 }
