@@ -5,6 +5,7 @@
 mod access;
 mod architecture;
 mod batching;
+mod command_line;
 mod configuration;
 mod digits;
 mod failures;
