@@ -14,9 +14,10 @@ use crate::{
     dispatch::Models,
     ingress::{self, Certificate, Context},
     jobs::Jobs,
+    log::LogLevels,
     mounts, reconfigure,
     reload::Reload,
-    telemetry::{LogLevels, Metrics},
+    telemetry::Metrics,
     traces::Traces,
 };
 

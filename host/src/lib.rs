@@ -14,6 +14,7 @@ pub mod egress;
 pub mod ingress;
 pub mod job;
 pub mod jobs;
+pub mod log;
 pub mod mounts;
 pub mod pipeline;
 pub mod reconfigure;

@@ -19,10 +19,10 @@ use crate::{
     admission::Gate,
     config::{Fault, Faults, Loaded, ModelSpec, Sources},
     dispatch::Models,
+    log::LogLevels,
     mounts,
     pipeline::check_settings,
     reload::{Control, ModelChanges},
-    telemetry::LogLevels,
 };
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same.

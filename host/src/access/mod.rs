@@ -55,7 +55,7 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// For these rules; [`refresh`] follows what the second value says.
+    /// For these rules; [`refresh()`] follows what the second value says.
     #[must_use]
     pub fn new(access: Arc<Access>, spec: AuthSpec) -> (Self, watch::Receiver<AuthSpec>) {
         let (specs, followed) = watch::channel(spec);
@@ -126,7 +126,7 @@ const BEARER: &[u8] = b"Bearer ";
 const MODAL_HEADERS: [&str; 2] = ["modal-key", "modal-secret"];
 
 impl Access {
-    /// The rules of a configuration, with the values that it has itself; others come with [`refresh`].
+    /// The rules of a configuration, with the values that it has itself; others come with [`refresh()`].
     #[must_use]
     pub fn new(spec: AuthSpec, calls: IntCounterVec) -> Arc<Self> {
         let access = Self {

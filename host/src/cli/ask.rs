@@ -2,7 +2,6 @@
 //! and writes what people read, or the host's own JSON.
 
 use std::{
-    fmt::Write,
     fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -15,7 +14,8 @@ use serde_json::Value;
 use super::{
     DONE, NOT_DONE, WRONG_USAGE,
     args::Host,
-    print::{complain, print, table},
+    print::{complain, print},
+    show::for_people,
 };
 
 /// How long the host may take to take a connection. A reload itself may take as long as a model's load does.
@@ -231,232 +231,12 @@ fn escaped(name: &str) -> String {
     name.bytes().map(byte).collect()
 }
 
-fn for_people(ask: &Ask, answer: &Value) -> String {
-    match &answer["detail"] {
-        Value::String(detail) => return format!("{detail}\n"),
-        Value::Array(details) => return details.iter().map(fault_of_input).collect(),
-        _ => {}
-    }
-    match ask {
-        Ask::Models(None) => models(answer),
-        Ask::Models(Some(_)) => model(answer),
-        Ask::Reload(name) | Ask::RollBack(name) => format!("{name}: {}\n", outcome(answer)),
-        Ask::ReloadVolume(_) => volume(answer),
-        Ask::Config => settings(answer),
-        Ask::ReloadConfig => change(answer),
-        Ask::Job(_) | Ask::Predict { .. } => format!("{answer:#}\n"),
-    }
-}
-
-/// Where, and what is wrong with it.
-fn fault_of_input(detail: &Value) -> String {
-    let steps = detail["loc"].as_array().into_iter().flatten().skip(1).map(word);
-    let place = steps.collect::<Vec<_>>().join(".");
-    format!("{}{}{}\n", place, if place.is_empty() { "" } else { ": " }, word(&detail["msg"]))
-}
-
-fn settings(answer: &Value) -> String {
-    let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned)];
-    for row in answer["settings"].as_array().into_iter().flatten() {
-        rows.push([word(&row["key"]), word(&row["value"]), word(&row["from"])]);
-    }
-    let mut text = table(&rows);
-    if !answer["last_change"].is_null() {
-        let _ = write!(
-            text,
-            "\n{} ago: {}",
-            ago(&answer["last_change"]["at_unix_ms"]),
-            change(&answer["last_change"])
-        );
-    }
-    text
-}
-
-/// What became of a changed configuration.
-fn change(answer: &Value) -> String {
-    let names =
-        |value: &Value| value.as_array().into_iter().flatten().map(word).collect::<Vec<_>>().join(", ");
-    let mut text = format!("{}\n", word(&answer["outcome"]));
-    for (what, list) in answer["models"].as_object().into_iter().flatten() {
-        let list = names(list);
-        if !list.is_empty() {
-            let _ = writeln!(text, "{what}: {list}");
-        }
-    }
-    let restart = names(&answer["restart"]);
-    if !restart.is_empty() {
-        let _ = writeln!(text, "restart the host to apply: {restart}");
-    }
-    for fault in answer["errors"].as_array().into_iter().flatten() {
-        let _ = writeln!(
-            text,
-            "\n{}  {}\n  expected  {}\n  found     {}",
-            word(&fault["at"]),
-            word(&fault["key"]),
-            word(&fault["expected"]),
-            word(&fault["found"])
-        );
-        if let Some(help) = fault["help"].as_str() {
-            let _ = writeln!(text, "  help      {help}");
-        }
-    }
-    text
-}
-
-fn models(answer: &Value) -> String {
-    let mut rows =
-        vec![["MODEL", "STATE", "GENERATION", "PLUGIN", "VERSION", "REPLICAS", "QUEUED"].map(str::to_owned)];
-    for model in answer["models"].as_array().into_iter().flatten() {
-        let generation = &model["generation"];
-        rows.push([
-            word(&model["name"]),
-            word(&model["state"]),
-            word(&generation["number"]),
-            word(&model["plugin"]),
-            word(&generation["plugin_version"]),
-            word(&model["replicas"]),
-            word(&model["queued"]),
-        ]);
-    }
-    let mut text = table(&rows);
-    for model in answer["models"].as_array().into_iter().flatten() {
-        if let Some(reason) = model["reason"].as_str() {
-            let _ = writeln!(text, "\n{}: {reason}", word(&model["name"]));
-        }
-    }
-    text
-}
-
-fn model(answer: &Value) -> String {
-    let generation = &answer["generation"];
-    let facts = [
-        ("model", word(&answer["name"])),
-        ("state", word(&answer["state"])),
-        ("reason", word(&answer["reason"])),
-        ("reload", word(&answer["reload"])),
-        ("generation", word(&generation["number"])),
-        ("plugin", format!("{} {}", word(&generation["plugin_name"]), word(&generation["plugin_version"]))),
-        ("sha256", word(&generation["plugin_sha256"])),
-        ("file", word(&answer["source"]["path"])),
-        ("replicas", word(&answer["replicas"])),
-        ("goes back to", word(&answer["previous"])),
-        (
-            "retired",
-            format!(
-                "{} libraries, {} bytes",
-                word(&answer["retired"]["libraries"]),
-                word(&answer["retired"]["bytes"])
-            ),
-        ),
-    ];
-    let mut text = String::new();
-    for (name, fact) in facts.iter().filter(|(_, fact)| fact != "-") {
-        let _ = writeln!(text, "{name:<13} {fact}");
-    }
-    if answer["source"]["present"] == false {
-        text.push_str("              the file is gone; what is loaded serves on\n");
-    }
-    let mut rows = vec![["AGO", "CAUSE", "GENERATION", "MS", "OUTCOME"].map(str::to_owned)];
-    for entry in answer["history"].as_array().into_iter().flatten() {
-        rows.push([
-            ago(&entry["at_unix_ms"]),
-            word(&entry["cause"]),
-            word(&entry["generation"]),
-            total(entry),
-            outcome(entry),
-        ]);
-    }
-    text.push('\n');
-    text.push_str(&table(&rows));
-    text
-}
-
-fn volume(answer: &Value) -> String {
-    let mut text = String::new();
-    for (name, model) in answer["models"].as_object().into_iter().flatten() {
-        let reload = if model["reload"].is_null() {
-            "its plugin is as it was".into()
-        } else {
-            outcome(&model["reload"])
-        };
-        let _ = writeln!(text, "{name}: {reload}");
-        let errors: Vec<&str> =
-            model["hook"]["errors"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        if !errors.is_empty() {
-            let _ = writeln!(text, "{name}: on_volume_reload failed: {}", errors.join("; "));
-        }
-    }
-    if text.is_empty() { "no model uses it\n".into() } else { text }
-}
-
-fn outcome(entry: &Value) -> String {
-    let words = word(&entry["outcome"]).replace('_', " ");
-    match (entry["reason"].as_str(), words.as_str()) {
-        (Some(reason), _) => format!("{words}: {reason}"),
-        (None, "swapped") => format!("swapped, generation {} serves", word(&entry["generation"])),
-        (None, "superseded") => "superseded by a newer change".into(),
-        (None, _) => words,
-    }
-}
-
-/// What a change took before it ended: all phases but the drain, which comes after.
-fn total(entry: &Value) -> String {
-    let phases = entry["phases"].as_object().into_iter().flatten();
-    let sum: f64 = phases.filter(|(name, _)| *name != "drain_ms").filter_map(|(_, took)| took.as_f64()).sum();
-    format!("{sum:.0}")
-}
-
-fn ago(at: &Value) -> String {
-    let now =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_millis();
-    let seconds = now.saturating_sub(u128::from(at.as_u64().unwrap_or_default())) / 1000;
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min", seconds / 60),
-        3600..86_400 => format!("{} h", seconds / 3600),
-        _ => format!("{} d", seconds / 86_400),
-    }
-}
-
-fn word(value: &Value) -> String {
-    match value {
-        Value::Null => "-".into(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
-    fn models_are_a_table_and_reasons_stand_below() {
-        let answer = json!({"models": [
-            {"name": "echo", "state": "ready", "plugin": "echo", "replicas": 1, "queued": 0,
-             "generation": {"number": 3, "plugin_version": "0.1.0"}},
-            {"name": "digits", "state": "failed", "reason": "no luck", "plugin": "onnx", "replicas": 0, "queued": 0},
-        ]});
-        assert_eq!(
-            for_people(&Ask::Models(None), &answer),
-            "MODEL   STATE   GENERATION  PLUGIN  VERSION  REPLICAS  QUEUED\n\
-             echo    ready   3           echo    0.1.0    1         0\n\
-             digits  failed  -           onnx    -        0         0\n\
-             \ndigits: no luck\n"
-        );
-    }
-
-    #[test]
-    fn outcomes_are_sentences() {
-        let refused = json!({"outcome": "refused", "reason": "it is no ELF file"});
-        assert_eq!(for_people(&Ask::Reload("a".into()), &refused), "a: refused: it is no ELF file\n");
-        let swapped = json!({"outcome": "swapped", "generation": 4});
-        assert_eq!(for_people(&Ask::Reload("a".into()), &swapped), "a: swapped, generation 4 serves\n");
-        assert_eq!(for_people(&Ask::Reload("a".into()), &json!({"outcome": "stopped"})), "a: stopped\n");
+    fn a_name_is_one_step_of_a_path() {
         assert_eq!(escaped("my model/é"), "my%20model%2F%C3%A9");
-        let unknown = json!({"detail": "no such name; expected one of [\"a\"]"});
-        assert!(for_people(&Ask::RollBack("b".into()), &unknown).starts_with("no such name"));
     }
 }

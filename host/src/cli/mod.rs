@@ -7,6 +7,7 @@ mod check;
 mod inspect;
 mod print;
 mod serve;
+mod show;
 
 use std::process::ExitCode;
 

@@ -6,7 +6,7 @@ use anyhow::Context;
 use modalkit::{
     app::{self, Ended},
     config::{Loaded, Sources},
-    telemetry::{self, LogLevels},
+    log::{self, LogLevels},
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -24,7 +24,7 @@ pub(crate) fn run(files: Vec<PathBuf>) -> u8 {
             return WRONG_USAGE;
         }
     };
-    let log = match telemetry::install_log(&loaded.config.server.log) {
+    let log = match log::install(&loaded.config.server.log) {
         Ok(log) => log,
         Err(error) => {
             complain(&anyhow::Error::new(error).context("server.log"));

@@ -22,7 +22,7 @@ use prometheus::IntGauge;
 use super::journal::Phases;
 use crate::{
     config::{Server, Volume},
-    telemetry,
+    log,
 };
 
 /// Makes plugins of files.
@@ -88,7 +88,7 @@ impl Builder {
         self.gauge.set(self.libraries.load(Ordering::SeqCst) as i64);
         let opened = plugin.insert(opened?).clone();
         // The level may have changed since it was attached.
-        opened.attach(telemetry::plugin_level(), telemetry::plugin_line);
+        opened.attach(log::plugin_level(), log::plugin_line);
         Ok(opened)
     }
 
@@ -102,7 +102,7 @@ impl Builder {
     pub(super) fn tell_log_level(&self) {
         for entry in self.opened.lock().values() {
             if let Some(plugin) = entry.try_lock().as_deref().and_then(Option::as_ref) {
-                plugin.attach(telemetry::plugin_level(), telemetry::plugin_line);
+                plugin.attach(log::plugin_level(), log::plugin_line);
             }
         }
     }
@@ -127,7 +127,7 @@ impl Builder {
         let begun = Instant::now();
         // The same checks on the same bytes passed a moment ago in the other process, so this fails for want of memory at most.
         let plugin = Plugin::open(staged)?;
-        plugin.attach(telemetry::plugin_level(), telemetry::plugin_line);
+        plugin.attach(log::plugin_level(), log::plugin_line);
         phases.open_ms = Some(milliseconds(begun));
         Ok(plugin)
     }
