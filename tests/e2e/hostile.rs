@@ -270,3 +270,19 @@ fn callers_that_hang_up_at_random_leave_nothing_behind() {
     assert!(host.metric(r#"modalkit_jobs_skipped_total{model="puppet",reason="cancelled"}"#) > 0.0);
     no_panic_in_the_log(&host);
 }
+
+#[test]
+fn an_http2_connection_that_asks_for_nothing_any_more_is_ended() {
+    let host = Setup::new().config("[server]\nheader_timeout_ms = 200").start();
+    let mut stream = host.connect();
+    // The preface with empty settings, then a whole request: GET / in HPACK's static table.
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+    stream.write_all(b"\0\0\x03\x01\x05\0\0\0\x01\x82\x86\x84").unwrap();
+    let mut answered = Vec::new();
+    // It ends by itself; a ping that nobody answers would take forty seconds.
+    let begun = Instant::now();
+    stream.read_to_end(&mut answered).unwrap();
+    assert!(answered.len() > 30, "the request was answered: {answered:?}");
+    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+    assert_eq!(host.get("/livez").0, 200);
+}

@@ -29,6 +29,8 @@ pub trait Shown {
 pub struct Access {
     now: ArcSwap<Rules>,
     digester: Digester,
+    /// Rules are replaced one after the other.
+    setting: Mutex<()>,
     /// Limits by key, so that a new configuration doesn't forget who has called how often.
     limits: Mutex<Vec<(KeySpec, Arc<Limits>)>>,
     /// Values that were fetched, by where they lie.
@@ -132,6 +134,7 @@ impl Access {
         let access = Self {
             now: ArcSwap::from_pointee(Rules::of_nobody()),
             digester: Digester::new(),
+            setting: Mutex::default(),
             limits: Mutex::default(),
             values: Mutex::default(),
             calls,
@@ -142,6 +145,17 @@ impl Access {
 
     /// Replaces the rules, with the values that are known now.
     fn set(&self, spec: AuthSpec) {
+        let _alone = self.setting.lock();
+        self.put_in_force(spec);
+    }
+
+    /// The rules as they are, with the values that are known now. Never brings back rules that were replaced meanwhile.
+    fn set_again(&self) {
+        let _alone = self.setting.lock();
+        self.put_in_force(self.now.load().spec.clone());
+    }
+
+    fn put_in_force(&self, spec: AuthSpec) {
         let (mut keys, mut missing) = (Vec::new(), Vec::new());
         let values = self.values.lock();
         let value = |key: &KeySpec, missing: &mut Vec<String>| {

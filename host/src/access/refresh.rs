@@ -25,7 +25,7 @@ pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> s
         let spec = specs.borrow_and_update().clone();
         tokio::select! {
             faults = fetch_all(&access, &spec, &mut reads) => {
-                access.set(spec.clone());
+                access.set_again();
                 let mut missing = access.missing();
                 missing.extend(faults);
                 if missing != told {
