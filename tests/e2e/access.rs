@@ -126,16 +126,18 @@ fn a_key_is_held_to_its_limits() {
     assert_eq!(predict(&host, &[("x-api-key", OPERATOR)]).0, 200, "another key has limits of its own");
 
     let host = ready(with_keys("concurrency_max = 1\n").plugin("puppet"));
+    let ask = |body: &Value| host.post_with("/predict_sync?model_name=puppet", body, &key).0;
+    let inside = || {
+        let (_, text) = host.get_with("/metrics", &[("x-api-key", OPERATOR)]);
+        text.as_str().unwrap().contains("modalkit_key_calls_total{key=\"caller\",outcome=\"ok\"} 1")
+    };
     std::thread::scope(|scope| {
-        let slow = scope.spawn(|| {
-            host.post_with("/predict_sync?model_name=puppet", &json!({"do": "sleep", "ms": 600}), &key).0
-        });
-        wait_until("one is told to come back", || {
-            host.post_with("/predict_sync?model_name=puppet", &json!({}), &key).0 == 429
-        });
+        let slow = scope.spawn(|| ask(&json!({"do": "sleep", "ms": 4000})));
+        wait_until("the first is inside", inside);
+        assert_eq!(ask(&json!({})), 429);
         assert_eq!(slow.join().unwrap(), 200);
     });
-    assert_eq!(host.post_with("/predict_sync?model_name=puppet", &json!({}), &key).0, 200);
+    assert_eq!(ask(&json!({})), 200);
 }
 
 #[test]
