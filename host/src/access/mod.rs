@@ -1,5 +1,5 @@
-//! Who may call: keys, their permissions and limits. It owns the keys' digests, never the keys themselves, and never knows what a
-//! request asks for.
+//! Who may call: keys, their permissions and limits. It owns the keys' digests, which callers are compared with, and the values that
+//! were fetched from elsewhere, which nobody is shown. It never knows what a request asks for.
 
 mod keys;
 mod refresh;

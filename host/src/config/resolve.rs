@@ -50,9 +50,8 @@ pub(super) fn resolve(
             (name.to_owned(), context.model(name, entry, &key))
         })
         .collect();
-    if let Some(max) = Some(written.server().request_timeout_ms_max().0)
-        && written.server().request_timeout_ms.value().is_some_and(|timeout| timeout.0 > max)
-    {
+    let max = written.server().request_timeout_ms_max().0;
+    if written.server().request_timeout_ms.value().is_some_and(|timeout| timeout.0 > max) {
         faults.push(Fault::new(
             &written.server().request_timeout_ms.at(),
             "server.request_timeout_ms",
