@@ -15,6 +15,7 @@ use crate::{
     config::ModelSpec,
     dispatch::{self, Models},
     egress::{HttpResponse, object_response, text_response},
+    jobs::Jobs,
     pipeline::{Generation, Model, Status},
     reconfigure,
     reload::Report,
@@ -38,9 +39,10 @@ pub fn live() -> HttpResponse {
     object_response(StatusCode::OK, &json!({"live": true}))
 }
 
-/// `GET /readyz`: the volumes have been looked through, every model serves and new requests are taken.
+/// `GET /readyz`: the volumes have been looked through, every model serves, new requests are taken, and no broker refuses this host. One
+/// that is away is told of and no reason to send callers elsewhere: results wait in the journal.
 #[must_use]
-pub fn ready(models: &Models, gate: &Gate, access: &Access, reasons: bool) -> HttpResponse {
+pub fn ready(models: &Models, gate: &Gate, access: &Access, jobs: &Jobs, reasons: bool) -> HttpResponse {
     let all = models.all();
     let waiting: BTreeMap<&String, Value> = all
         .iter()
@@ -48,12 +50,24 @@ pub fn ready(models: &Models, gate: &Gate, access: &Access, reasons: bool) -> Ht
         .map(|(name, model)| (name, shown(&model.status(), reasons)))
         .collect();
     let keys = access.missing();
-    if waiting.is_empty() && keys.is_empty() && models.are_complete() && !gate.is_closed() {
-        return object_response(StatusCode::OK, &json!({"ready": true}));
+    let faults = jobs.queues().faults();
+    let journal = jobs.failing();
+    let denied = faults.values().any(|fault| fault.denied);
+    let queues = if reasons { json!(faults) } else { json!(faults.keys().collect::<Vec<_>>()) };
+    if waiting.is_empty() && keys.is_empty() && models.are_complete() && !gate.is_closed() && !denied {
+        let mut body = json!({"ready": true});
+        if !faults.is_empty() {
+            body["queues_not_usable"] = queues;
+        }
+        if let Some(why) = journal {
+            // Other requests are served as before.
+            body["journal_not_writable"] = if reasons { json!(*why) } else { json!(true) };
+        }
+        return object_response(StatusCode::OK, &body);
     }
     let looking = !models.are_complete();
     let keys = if reasons { json!(keys) } else { json!(keys.len()) };
-    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys});
+    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues});
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response

@@ -13,9 +13,11 @@ use crate::{
     config::{Loaded, Sources},
     dispatch::Models,
     ingress::{self, Certificate, Context},
-    jobs::Jobs,
+    jobs::{self, Jobs},
     log::LogLevels,
-    mounts, reconfigure,
+    mounts,
+    queues::Queues,
+    reconfigure,
     reload::Reload,
     telemetry::Metrics,
     traces::Traces,
@@ -66,7 +68,15 @@ pub async fn run(
     let metrics = Metrics::new(traces.clone());
     let models = Arc::new(Models::default());
     let gate = Gate::new(config.requests_max);
-    let jobs = Arc::new(Jobs::new(server.jobs_max, metrics.jobs.clone()));
+    let surroundings = modalkit_queue::Surroundings {};
+    let queues = Queues::open(&config.queues.named(&jobs::host_name(&server.state_folder)?), &surroundings)?;
+    let around = jobs::Around {
+        models: Arc::clone(&models),
+        gate: Arc::clone(&gate),
+        queues: Arc::clone(&queues),
+        metrics: Arc::clone(&metrics),
+    };
+    let jobs = Jobs::open(&server.state_folder, server.jobs, around)?;
     let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
@@ -83,7 +93,7 @@ pub async fn run(
         Arc::clone(&access),
         Arc::clone(&gate),
         models,
-        jobs,
+        Arc::clone(&jobs),
         metrics,
         control,
         configuration,
@@ -105,12 +115,15 @@ pub async fn run(
         never = reconfigure.run(hang_ups) => match never {},
         never = follow => match never {},
         never = access::refresh(access, specs) => match never {},
+        never = queues.watch() => match never {},
         () = stop => {}
     }
 
     let begun = Instant::now();
     tracing::info!(inside = gate.inside(), limit = ?server.drain_timeout, "shutting down");
     gate.close();
+    // Jobs that were handed to models are waited for; the others stay in the journal.
+    jobs.drain().await;
     // The accept loop ends and closes the port; connections end with the request they are in.
     let _ = shut_down.send(true);
     let (threads, connections) = serving.await?;
@@ -126,6 +139,11 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
+    // What has ended is written; a disk that hangs doesn't keep the host.
+    let closing = tokio::task::spawn_blocking(move || jobs.close());
+    if tokio::time::timeout(LEAVE_TIME_MAX, closing).await.is_err() {
+        tracing::warn!("the journal was not closed in time; the next start takes it as it is");
+    }
     // It waits for the collector, at most for a named time; a pool that is full of hung work doesn't keep the host.
     let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");

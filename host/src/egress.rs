@@ -54,15 +54,28 @@ pub fn replies(replies: Vec<Reply>) -> HttpResponse {
     json_bytes(StatusCode::OK, body.into())
 }
 
-/// What a failed asynchronous job leaves: the reference's message for failures, with the envelope that came in.
+/// Why an asynchronous job failed, in words.
 #[must_use]
-pub fn failed_job(job_error: &JobError, envelope: &[u8]) -> Bytes {
-    let message = match job_error {
+pub fn job_failure(job_error: &JobError) -> String {
+    match job_error {
         JobError::Failed(failure) => internal(failure),
         other => explain(other),
+    }
+}
+
+/// What a failed asynchronous job leaves: the reference's message for failures, with what came in. What isn't JSON is told as a text.
+#[must_use]
+pub fn failed_job(error: String, envelope: &[u8]) -> Bytes {
+    let text;
+    let original_message: &serde_json::value::RawValue = match serde_json::from_slice(envelope) {
+        Ok(original_message) => original_message,
+        Err(_) => {
+            text =
+                serde_json::value::to_raw_value(&String::from_utf8_lossy(envelope)).expect("a text is JSON");
+            &text
+        }
     };
-    let original_message = serde_json::from_slice(envelope).expect("it was parsed when it was accepted");
-    object(&FailedJob { status: "error", error: message, original_message })
+    object(&FailedJob { status: "error", error, original_message })
 }
 
 /// Written as it stands: turned into a `Value`, the envelope would be parsed again, and what JSON allows and `Value` doesn't
@@ -134,6 +147,7 @@ pub fn error(job_error: &JobError) -> HttpResponse {
         JobError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
         JobError::UnknownModel { .. } => StatusCode::NOT_FOUND,
         JobError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        JobError::Conflict(_) => StatusCode::CONFLICT,
         JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
         JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
         JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
@@ -176,7 +190,9 @@ fn explain(job_error: &JobError) -> String {
         JobError::UnknownModel { name: None, known } => {
             format!("several models are served: say ?model_name=, one of {known:?}")
         }
-        JobError::TooLarge(reason) | JobError::Unavailable(reason) => reason.clone(),
+        JobError::TooLarge(reason) | JobError::Conflict(reason) | JobError::Unavailable(reason) => {
+            reason.clone()
+        }
         JobError::Busy(reason) => (*reason).to_owned(),
         JobError::DeadlinePassed => "the deadline passed before there was an answer".to_owned(),
         JobError::BatchTimedOut(limit) => {
@@ -275,6 +291,7 @@ mod tests {
             (JobError::Invalid(Vec::new()), 422),
             (JobError::UnknownModel { name: Some("x".into()), known }, 404),
             (JobError::TooLarge(String::new()), 413),
+            (JobError::Conflict(String::new()), 409),
             (JobError::Busy(""), 429),
             (JobError::Unavailable(String::new()), 503),
             (JobError::DeadlinePassed, 504),
@@ -295,7 +312,8 @@ mod tests {
 
     #[test]
     fn a_failed_job_carries_its_envelope_to_the_letter() {
-        let message = failed_job(&JobError::Lost, br#"{"message": 1e999, "meta": {"s": "\ud800"}}"#);
+        let message =
+            failed_job(job_failure(&JobError::Lost), br#"{"message": 1e999, "meta": {"s": "\ud800"}}"#);
         let text = String::from_utf8_lossy(&message);
         assert!(
             text.ends_with(r#""original_message":{"message": 1e999, "meta": {"s": "\ud800"}}}"#),

@@ -59,10 +59,24 @@ pub struct Deadline(pub Instant);
 /// The answer to a job: the JSON object that the caller gets.
 pub type Reply = Result<Bytes, JobError>;
 
-/// Sends a reply, once. Dropped unused, it tells the caller that the job was lost.
-pub struct ReplyHandle {
-    sender: oneshot::Sender<Reply>,
-    mailbox: Arc<Mailbox>,
+/// Sends a reply, once. Dropped unused, it says that the job was lost.
+pub struct ReplyHandle(To);
+
+enum To {
+    /// A caller who waits on a connection.
+    Caller { sender: oneshot::Sender<Reply>, mailbox: Arc<Mailbox> },
+    /// A record that outlives connections.
+    Recorder(Box<dyn Recorder>),
+}
+
+/// Keeps what becomes of a job for which nobody waits on a connection. Dropped without an answer, it notes that there is none.
+pub trait Recorder: Send {
+    /// The job's batch begins.
+    fn begins(&self);
+    /// The job has an answer.
+    fn answered(self: Box<Self>, reply: Reply);
+    /// Whether nobody wants the answer any more.
+    fn is_abandoned(&self) -> bool;
 }
 
 /// Receives a reply.
@@ -106,19 +120,38 @@ impl Mailbox {
 #[must_use]
 pub fn reply(mailbox: &Arc<Mailbox>) -> (ReplyHandle, PendingReply) {
     let (sender, receiver) = oneshot::channel();
-    (ReplyHandle { sender, mailbox: Arc::clone(mailbox) }, PendingReply(receiver))
+    (ReplyHandle(To::Caller { sender, mailbox: Arc::clone(mailbox) }), PendingReply(receiver))
 }
 
 impl ReplyHandle {
+    /// Of a job whose answer is recorded.
+    #[must_use]
+    pub fn recorded(by: Box<dyn Recorder>) -> Self {
+        Self(To::Recorder(by))
+    }
+
+    /// Says that the job's batch begins.
+    pub fn begins(&self) {
+        if let To::Recorder(recorder) = &self.0 {
+            recorder.begins();
+        }
+    }
+
     /// Answers.
     pub fn send(self, reply: Reply) {
-        self.mailbox.put(self.sender, reply);
+        match self.0 {
+            To::Caller { sender, mailbox } => mailbox.put(sender, reply),
+            To::Recorder(recorder) => recorder.answered(reply),
+        }
     }
 
     /// Whether the caller has left.
     #[must_use]
     pub fn is_abandoned(&self) -> bool {
-        self.sender.is_closed()
+        match &self.0 {
+            To::Caller { sender, .. } => sender.is_closed(),
+            To::Recorder(recorder) => recorder.is_abandoned(),
+        }
     }
 }
 
@@ -143,6 +176,8 @@ pub enum JobError {
     },
     /// More than the host ever takes: send less.
     TooLarge(String),
+    /// Something else was sent under the same name: choose another name.
+    Conflict(String),
     /// The queue has no room, or too many requests are in flight: come back.
     Busy(&'static str),
     /// The model or the host isn't ready: come back.

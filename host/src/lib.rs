@@ -17,6 +17,7 @@ pub mod jobs;
 pub mod log;
 pub mod mounts;
 pub mod pipeline;
+pub mod queues;
 pub mod reconfigure;
 pub mod reload;
 pub mod telemetry;

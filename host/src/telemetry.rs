@@ -3,7 +3,13 @@
 //! Their grammar, and what each one says, stand in `docs/metrics.md`, which a test holds against this file. Labels are bounded:
 //! values are names in the configuration or the volumes, or words of this host, never what a caller sends.
 
-use std::{cell::RefCell, sync::Arc};
+use std::{
+    cell::RefCell,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
 
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -46,10 +52,65 @@ pub struct Metrics {
     pub requests_in_flight: IntGauge,
     /// Open connections.
     pub connections: IntGauge,
-    /// Asynchronous jobs that are remembered.
-    pub jobs: IntGauge,
+    /// Asynchronous jobs.
+    pub jobs: JobMetrics,
     /// Resident memory of the process.
     pub resident_bytes: Gauge,
+}
+
+/// Asynchronous jobs, their journal and their deliveries.
+pub struct JobMetrics {
+    /// Jobs in the journal, by state.
+    states: IntGaugeVec,
+    /// Those of them that haven't ended.
+    pub unended: AtomicI64,
+    /// Those of them whose batch runs.
+    pub running: IntGauge,
+    /// Their messages, by where they stand.
+    deliveries: IntGaugeVec,
+    ended: IntCounterVec,
+    delivered: IntCounterVec,
+    consumed: IntCounterVec,
+    /// From acceptance to the end, seconds.
+    pub seconds: Histogram,
+    /// From a group's first change to the end of its sync, seconds.
+    pub commit: Histogram,
+    /// Changes in a group.
+    pub commit_changes: Histogram,
+    /// Bytes that jobs take up in the journal.
+    pub journal_bytes: IntGauge,
+}
+
+impl JobMetrics {
+    /// The gauge of jobs in this state.
+    #[must_use]
+    pub fn state(&self, word: &str) -> IntGauge {
+        self.states.with_label_values(&[word])
+    }
+
+    /// The gauge of messages that stand so.
+    #[must_use]
+    pub fn delivery(&self, word: &str) -> IntGauge {
+        self.deliveries.with_label_values(&[word])
+    }
+
+    /// The counter of a model's jobs that ended so.
+    #[must_use]
+    pub fn ended(&self, model: &str, state: &str) -> IntCounter {
+        self.ended.with_label_values(&[model, state])
+    }
+
+    /// The counter of tries to deliver through a backend that ended so.
+    #[must_use]
+    pub fn delivered(&self, backend: &str, outcome: &str) -> IntCounter {
+        self.delivered.with_label_values(&[backend, outcome])
+    }
+
+    /// The counter of messages that were taken for a model and ended so.
+    #[must_use]
+    pub fn consumed(&self, model: &str, outcome: &str) -> IntCounter {
+        self.consumed.with_label_values(&[model, outcome])
+    }
 }
 
 /// What a metric is.
@@ -165,12 +226,13 @@ impl Metrics {
             registry.register(Box::new(vec.clone())).expect("names are unique");
             vec
         };
-        let gauges = |name, help| {
-            describe(name, "gauge", help, &["model"]);
-            let vec = IntGaugeVec::new(Opts::new(name, help), &["model"]).expect("constant names");
+        let gauges_by = |name, help, labels: &[&'static str]| {
+            describe(name, "gauge", help, labels);
+            let vec = IntGaugeVec::new(Opts::new(name, help), labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
             vec
         };
+        let gauges = |name, help| gauges_by(name, help, &["model"]);
         let gauge = |name, help| {
             describe(name, "gauge", help, &[]);
             let gauge = IntGauge::new(name, help).expect("constant names");
@@ -181,6 +243,7 @@ impl Metrics {
         describe(name, "gauge", help, &[]);
         let resident_bytes = Gauge::new(name, help).expect("constant names");
         registry.register(Box::new(resident_bytes.clone())).expect("names are unique");
+        let job_states = gauges_by("modalkit_jobs", "asynchronous jobs in the journal", &["state"]);
         let metrics = Self {
             traces,
             request: histogram(
@@ -259,7 +322,53 @@ impl Metrics {
             libraries: gauge("modalkit_plugin_libraries", "plugin libraries opened, none is ever closed"),
             requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
             connections: gauge("modalkit_connections", "open connections"),
-            jobs: gauge("modalkit_jobs_remembered", "asynchronous jobs that are remembered"),
+            jobs: JobMetrics {
+                running: job_states.with_label_values(&["running"]),
+                states: job_states,
+                unended: AtomicI64::new(0),
+                deliveries: gauges_by(
+                    "modalkit_job_deliveries",
+                    "their results on the way to queues",
+                    &["state"],
+                ),
+                ended: counter(
+                    "modalkit_jobs_ended_total",
+                    "asynchronous jobs that ended",
+                    &["model", "state"],
+                ),
+                delivered: counter(
+                    "modalkit_deliveries_total",
+                    "tries to deliver a result",
+                    &["backend", "outcome"],
+                ),
+                consumed: counter(
+                    "modalkit_consumed_total",
+                    "requests taken from queues",
+                    &["model", "outcome"],
+                ),
+                seconds: histogram(
+                    "modalkit_job_seconds",
+                    "from a job's acceptance to its end",
+                    &[],
+                    &seconds,
+                )
+                .with_label_values::<&str>(&[]),
+                commit: histogram(
+                    "modalkit_journal_commit_seconds",
+                    "one group of changes, until it is synced",
+                    &[],
+                    &seconds,
+                )
+                .with_label_values::<&str>(&[]),
+                commit_changes: histogram(
+                    "modalkit_journal_commit_items",
+                    "changes that share one sync",
+                    &[],
+                    &sizes,
+                )
+                .with_label_values::<&str>(&[]),
+                journal_bytes: gauge("modalkit_journal_bytes", "bytes that jobs take up in the journal"),
+            },
             resident_bytes,
             registry,
             catalogue: Vec::new(),
@@ -327,6 +436,8 @@ impl Metrics {
     #[must_use]
     pub fn render(&self) -> String {
         self.resident_bytes.set(resident_bytes().unwrap_or_default());
+        let queued = self.jobs.unended.load(Ordering::Relaxed) - self.jobs.running.get();
+        self.jobs.state("queued").set(queued.max(0));
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }
 }

@@ -80,7 +80,6 @@ fn each_library_is_known_where_it_belongs_only() {
         "prometheus::",
         &[
             "host/src/telemetry.rs",
-            "host/src/jobs.rs",
             "host/src/access/",
             "host/src/ingress/connection.rs",
             "host/src/reload/build.rs",
@@ -88,7 +87,9 @@ fn each_library_is_known_where_it_belongs_only() {
         ],
     );
     only_in("tract_onnx", &["plugins/onnx/", itself]);
-    only_in("object_store::", &["host/src/access/ssm.rs", itself]);
+    only_in("object_store::", &["host/src/access/ssm.rs", "host/queue/src/sqs.rs", itself]);
+    only_in("rusqlite", &["host/journal/", itself]);
+    only_in("redis::", &["host/queue/", "tests/", itself]);
     only_in("opentelemetry", &["host/src/traces.rs", "host/src/ingress/follow.rs", itself]);
     only_in("rustls::", &["host/src/ingress/", "host/src/app.rs", "tests/e2e/https.rs", itself]);
     only_in("governor::", &["host/src/access/", itself]);
@@ -103,8 +104,10 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
         ("sdk", vec!["modalkit-abi"]),
         ("host/batch", vec![]),
         ("host/loader", vec!["modalkit-abi"]),
-        ("host", vec!["modalkit-batch", "modalkit-loader"]),
-        ("tests", vec!["modalkit"]),
+        ("host/journal", vec![]),
+        ("host/queue", vec!["modalkit-loader"]),
+        ("host", vec!["modalkit-batch", "modalkit-journal", "modalkit-loader", "modalkit-queue"]),
+        ("tests", vec!["modalkit", "modalkit-queue"]),
         ("xtask", vec![]),
         ("xtask/bare", vec![]),
     ]);
@@ -209,6 +212,8 @@ fn the_reference_configuration_has_every_key_with_its_default() {
         let is_example = [
             "app_settings.deployment_config.mounts",
             "app_settings.build_config.env",
+            "app_settings.queue_config.backends.*.settings",
+            "app_settings.queue_config.consume",
             "model_settings.common",
         ];
         if let Some(default) = default.filter(|_| !is_example.contains(&path.as_str())) {

@@ -140,7 +140,8 @@ fn a_full_queue_is_429_and_an_answered_one_takes_more() {
         wait_until("two wait", || host.metric(r#"modalkit_queued_jobs{model="puppet"}"#) == 2.0);
         let (status, body) = host.post("/predict_sync", &json!({}));
         assert_eq!(status, 429, "{body}");
-        assert_eq!(host.post("/predict_async", &json!({"message": {}})).0, 429);
+        // A job waits in the journal for room.
+        assert_eq!(host.post("/predict_async", &json!({"message": {}})).0, 200);
         assert_eq!(busy.join().unwrap(), 200);
         waiting.into_iter().for_each(|caller| assert_eq!(caller.join().unwrap(), 200));
     });

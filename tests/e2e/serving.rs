@@ -111,10 +111,9 @@ fn an_envelope_is_taken_as_it_is_written_or_not_at_all() {
     };
     assert_eq!(refused(json!({"message": {"value": "x"}}))["loc"], json!(["body", "message", "value"]));
     assert_eq!(refused(json!({"message": {}, "meta": [1]}))["loc"], json!(["body", "meta"]));
-    assert_eq!(
-        refused(json!({"message": {}, "success_queue": "q"}))["loc"],
-        json!(["body", "success_queue"])
-    );
+    let nowhere = refused(json!({"message": {}, "success_queue": "nowhere://q"}));
+    assert_eq!(nowhere["loc"], json!(["body", "success_queue"]));
+    assert!(nowhere["msg"].as_str().unwrap().contains("expected one of memory"), "{nowhere}");
     let unknown = refused(json!({"message": {}, "queue": "q"}));
     assert_eq!((&unknown["loc"], &unknown["type"]), (&json!(["body", "queue"]), &json!("extra_forbidden")));
     let missing = refused(json!({"meta": {}}));

@@ -159,6 +159,7 @@ impl Setup {
         command
             .args(["--config".as_ref(), file.as_os_str()])
             .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
+            .env("MODALKIT_SERVER__STATE_FOLDER", self.folder.path().join("state"))
             .env("TMPDIR", self.folder.path().join("tmp"))
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())

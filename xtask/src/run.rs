@@ -23,6 +23,9 @@ pub(crate) const FINISH: &str = "run-finish";
 /// The flag for building again what changes.
 pub(crate) const WATCH: &str = "--watch";
 const CONFIG: &str = "config/modalkit.toml";
+/// Where the journal of asynchronous jobs lies, where the environment doesn't say.
+const STATE_FOLDER: &str = "MODALKIT_SERVER__STATE_FOLDER";
+const STATE: &str = "target/state";
 const DEFAULT_LISTEN: &str = "127.0.0.1:8000";
 /// How long the child waits for the host to answer before it prints how to ask it.
 const HOST_LOOKS: u32 = 100;
@@ -49,6 +52,7 @@ pub(crate) fn run(volume: &Path, watch: bool) -> anyhow::Result<()> {
         .args(["--config", CONFIG])
         .env("MODALKIT_APP_SETTINGS__DEPLOYMENT_CONFIG__VOLUMES", volumes)
         .env("MODALKIT_MODEL_SETTINGS__LOCAL_MODEL_REPOSITORY_FOLDER", &volume)
+        .env(STATE_FOLDER, env::var_os(STATE_FOLDER).unwrap_or_else(|| STATE.into()))
         .exec();
     Err(error).context("can't start the host")
 }

@@ -16,7 +16,7 @@ const DEFAULT_NAME: &str = "default";
 /// The secrets that `secure` compares with.
 const MODAL_SECRETS: (&str, &str) = ("modal-key", "modal-secret");
 const SOURCES: [&str; 4] = ["api_key", "variable", "secret", "ssm_key"];
-const DEFAULT_REGION: &str = "us-east-1";
+pub(super) const DEFAULT_REGION: &str = "us-east-1";
 
 pub(super) fn resolve(
     written: &Root,

@@ -5,7 +5,7 @@ use super::{
     layer::{Setting, layer},
     types::{
         Address, Amount, Count, FreeForm, Levels, MountKind, Named, OneOrMany, Over, PerSecond, Period,
-        QueueBackend, Ratio, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+        QueueKind, Ratio, RedisType, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
     },
 };
 
@@ -75,8 +75,16 @@ layer! {
         plugins_of_any_owner: bool = false;
         /// Takes plugins that their group or everybody may write.
         plugins_of_any_mode: bool = false;
-        /// Asynchronous jobs that are remembered, finished ones included.
-        jobs_max: Large = Count(10_000);
+        /// The folder of the journal of asynchronous jobs, for this host alone. What must survive the machine belongs on a volume.
+        state_folder: String = "state".to_owned();
+        /// Asynchronous jobs that are not done with: unfinished, or with results that are not delivered.
+        jobs_max: Large = Count(100_000);
+        /// Unfinished asynchronous jobs of one model.
+        jobs_per_model_max: Large = Count(50_000);
+        /// Seconds that finished jobs and their results are kept.
+        job_retention_seconds: Count<0, 31_536_000> = Count(3_600);
+        /// Bytes of the journal: beyond them the oldest finished jobs are forgotten sooner, and new ones are refused where there are none.
+        job_store_bytes_max: Count<1_048_576, 1_099_511_627_776> = Count(1 << 30);
         /// Log levels: one for all, or by module, as in `info,modalkit=debug`.
         log: Levels = Levels("info".to_owned());
         /// Settings of single volumes, by their names.
@@ -131,12 +139,12 @@ layer! {
         deployment_config: DeploymentConfig = DeploymentConfig::default();
         /// Who may call.
         auth_config: AuthConfig;
+        /// Where asynchronous results go, and requests come from.
+        queue_config: QueueConfig = QueueConfig::default();
     }
     later {
         /// The container image.
         build_config: BuildConfig;
-        /// Where asynchronous results go.
-        queue_config: QueueConfig;
     }
 }
 
@@ -191,14 +199,14 @@ layer! {
         mounts: Vec<Mount> = Vec::new();
         /// Whether callers must send Modal-Key and Modal-Secret, which are the secrets `modal-key` and `modal-secret`.
         secure: bool = false;
+        /// Further attempts for an asynchronous job that failed, where another may help.
+        retries: Count<0, 1000> = Count(1);
+        /// The region of cloud services: of SSM and SQS, where these have none of their own.
+        region: String;
     }
     later {
         /// The device of each replica: by name, several in order of preference, or null for none.
         gpu: OneOrMany<String>;
-        /// The region of cloud services.
-        region: String;
-        /// Attempts for a failed asynchronous job.
-        retries: Count<0, 1000>;
         /// Prefixes of buckets that are mirrored into folders.
         cloud_bucket_mounts: Vec<BucketMount>;
         /// Megabytes of the container.
@@ -303,12 +311,82 @@ layer! {
 }
 
 layer! {
-    /// Where asynchronous results go.
+    /// Where asynchronous results go, and requests come from.
     pub(super) struct QueueConfig {
-        /// The kind of queue.
-        backend: QueueBackend = QueueBackend::Memory;
-        /// Where the broker answers.
+        /// The backend of queues that name none: memory, redis, sqs, taskiq, or one of `backends`.
+        backend: String = "memory".to_owned();
+        /// Where the broker of that backend answers.
         broker_url: Url = Url("memory://".to_owned());
+        /// Further backends, by name. A queue chooses one by `NAME://QUEUE`.
+        backends: Named<QueueBackend>;
+        /// The backends of single queues: queue = backend.
+        queues: Named<String>;
+        /// Seconds that a result is tried to be delivered until it is given up.
+        delivery_deadline_seconds: Count<1, 31_536_000> = Count(86_400);
+        /// The queue for messages that are no requests and name no queue themselves.
+        dead_letter_queue: String;
+        /// Queues that requests are taken from.
+        consume: Vec<Consume> = Vec::new();
+    }
+}
+
+layer! {
+    /// A queue that requests are taken from. Its messages hold what `/predict_async` takes.
+    pub(super) struct Consume {
+        /// The queue: of SQS, or a stream of Redis.
+        queue: String;
+        /// The model that runs them.
+        model: String;
+        /// Requests that are taken and not done at once.
+        in_flight_max: Count<1, 100_000> = Count(64);
+        /// Seconds until a request that a dead host had taken comes to another one.
+        visibility_seconds: Count<2, 43_200> = Count(30);
+    }
+}
+
+layer! {
+    /// A kind of queue, and how its broker is reached.
+    pub(super) struct QueueBackend {
+        /// What it is.
+        kind: QueueKind, or "its name";
+        /// Where the broker answers: redis://, rediss:// (TLS), http:// or https://.
+        broker_url: Url, or "redis://127.0.0.1:6379; for SQS the region's own address";
+        /// Who asks, for Redis.
+        username: String;
+        /// The password, for Redis.
+        password: Secret;
+        /// The file with the authority of the broker's certificate, in PEM.
+        ca: String;
+        /// What a queue is in Redis.
+        redis_type: RedisType = RedisType::List;
+        /// Entries that a stream of Redis keeps, about; older ones go.
+        stream_length_max: Large;
+        /// The task that workers of TaskIQ execute.
+        task: String = "on_result".to_owned();
+        /// The same for single queues: queue = task.
+        tasks: Named<String>;
+        /// The region, for SQS.
+        region: String, or "app_settings.deployment_config.region, AWS_REGION, or us-east-1";
+        /// The id of the access key, for SQS; without one credentials are found as AWS's own programs find them.
+        access_key_id: Secret;
+        /// The secret of the access key.
+        secret_access_key: Secret;
+        /// The token of temporary credentials.
+        session_token: Secret;
+        /// Whether a queue of SQS that is not there is made.
+        create_missing: bool = true;
+        /// Bytes of one message.
+        message_bytes_max: Large, or "what the broker takes: 1048576 for SQS, 536870912 for Redis";
+        /// Messages in each queue in memory.
+        messages_max: Large = Count(10_000);
+        /// Bytes of all queues in memory.
+        bytes_max: Large = Count(64 << 20);
+        /// The plugin: `NAME.so` or `libNAME.so` in a volume.
+        plugin: String, or "the backend's name";
+        /// The plugin's own keys.
+        settings: FreeForm = FreeForm::default();
+        /// Names of secrets for the plugin.
+        secrets: Vec<String> = Vec::new();
     }
 }
 

@@ -11,6 +11,7 @@ mod files;
 mod keys;
 mod layer;
 mod node;
+mod queues;
 mod resolve;
 mod resolved;
 mod secrets;
@@ -28,8 +29,9 @@ pub use environment::Environment;
 pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
 pub use resolved::{
-    AuthSpec, BatchPolicy, Config, GoldenSpec, KeyLimits, KeySource, KeySpec, ModelSpec, Mount, Probation,
-    ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
+    AuthSpec, BatchPolicy, Config, ConsumeSpec, GoldenSpec, JobSpec, KeyLimits, KeySource, KeySpec,
+    ModelSpec, Mount, Probation, QueueSpec, ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec,
+    TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};
@@ -121,6 +123,7 @@ fn assemble(
         }
     }
     written.warn("", &mut warnings);
+    queues::warn_of_the_default(&written, read.iter().any(|file| file.lenient), &mut warnings);
     // Where a file is missing from the whole, what doesn't fit together proves nothing.
     let mut contradictions = faults.clone();
     let config = resolve::resolve(&written, environment, &mut contradictions, &mut warnings);

@@ -4,11 +4,13 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use super::{
-    BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, ReloadPolicy,
-    Replicas, SecretText, Secrets, Server, Settings, TlsFiles, TraceSpec, Volume, Warning, Watching, auth,
+    BatchPolicy, Config, Environment, Fault, GoldenSpec, JobSpec, ModelSpec, Mount, Place, Probation,
+    ReloadPolicy, Replicas, SecretText, Secrets, Server, Settings, TlsFiles, TraceSpec, Volume, Warning,
+    Watching, auth,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
+    queues,
     types::{MountKind, Secret, Watch},
 };
 
@@ -70,6 +72,8 @@ pub(super) fn resolve(
         faults.push(Fault::new(at, "model_settings.model_entries", "a name for each model", "an empty one"));
     }
     let auth = auth::resolve(written, environment, faults, warnings);
+    let folders: Vec<PathBuf> = volumes.iter().map(|volume| volume.mount_point.clone()).collect();
+    let queues = queues::resolve(written, environment, &folders, faults, warnings);
     auth::check_exposure(written, &auth, faults);
     Config {
         app_name: format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1)),
@@ -80,6 +84,7 @@ pub(super) fn resolve(
         models: specs,
         defaults,
         volumes,
+        queues,
     }
 }
 
@@ -115,6 +120,7 @@ impl Resolver<'_> {
             volumes: self.known_volumes(entry, key),
             golden: self.golden(entry, key),
             reload: reload_policy(&deployment),
+            retries: deployment.retries().0 as u32,
         }
     }
 
@@ -334,7 +340,13 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
         generations_max: written.generations_max().0 as usize,
         plugins_of_any_owner: written.plugins_of_any_owner(),
         plugins_of_any_mode: written.plugins_of_any_mode(),
-        jobs_max: written.jobs_max().0 as usize,
+        state_folder: written.state_folder().into(),
+        jobs: JobSpec {
+            jobs_max: written.jobs_max().0 as usize,
+            jobs_per_model_max: written.jobs_per_model_max().0 as usize,
+            retention: Duration::from_secs(written.job_retention_seconds().0),
+            bytes_max: written.job_store_bytes_max().0,
+        },
         log: written.log().0,
         secrets_folder: written.secrets_folder().into(),
         tls,

@@ -30,6 +30,85 @@ pub struct Config {
     pub auth: AuthSpec,
     /// What is put in place at the start.
     pub mounts: Vec<Mount>,
+    /// Where results go, and requests come from.
+    pub queues: QueueSpec,
+}
+
+/// `queue_config`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueSpec {
+    /// The backend of queues that name none.
+    pub usual: String,
+    /// The backends, by name.
+    pub backends: BTreeMap<String, modalkit_queue::Spec>,
+    /// The backends of single queues.
+    pub names: BTreeMap<String, String>,
+    /// How long a result is tried to be delivered.
+    pub deadline: Duration,
+    /// The queue for messages that are no requests.
+    pub dead_letter: Option<String>,
+    /// Queues that requests are taken from.
+    pub consume: Vec<ConsumeSpec>,
+}
+
+/// A queue that requests are taken from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConsumeSpec {
+    /// The queue.
+    pub queue: String,
+    /// The model.
+    pub model: String,
+    /// Requests that are taken and not done.
+    pub in_flight_max: usize,
+    /// How long a request that was taken is hidden from other hosts.
+    pub visibility: Duration,
+}
+
+impl Default for QueueSpec {
+    fn default() -> Self {
+        Self {
+            usual: "memory".to_owned(),
+            backends: BTreeMap::new(),
+            names: BTreeMap::new(),
+            deadline: Duration::from_secs(86_400),
+            dead_letter: None,
+            consume: Vec::new(),
+        }
+    }
+}
+
+impl QueueSpec {
+    /// The same for a host of this name: what it took from a stream is its own after a restart as well.
+    #[must_use]
+    pub fn named(&self, host: &str) -> Self {
+        let mut named = self.clone();
+        for backend in named.backends.values_mut() {
+            if let modalkit_queue::Spec::Redis(redis) = backend {
+                host.clone_into(&mut redis.consumer);
+            }
+        }
+        named
+    }
+
+    /// The backend that speaks SQS: the usual one, or the first.
+    #[must_use]
+    pub fn sqs(&self) -> Option<&String> {
+        let is_sqs = |name: &&String| matches!(self.backends.get(*name), Some(modalkit_queue::Spec::Sqs(_)));
+        Some(&self.usual).filter(is_sqs).or_else(|| self.backends.keys().find(is_sqs))
+    }
+}
+
+/// How asynchronous jobs are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JobSpec {
+    /// Jobs that aren't done with.
+    pub jobs_max: usize,
+    /// Unfinished ones of one model.
+    pub jobs_per_model_max: usize,
+    /// How long finished ones are kept.
+    pub retention: Duration,
+    /// Bytes of the journal.
+    pub bytes_max: u64,
 }
 
 /// Who may call.
@@ -202,8 +281,10 @@ pub struct Server {
     pub plugins_of_any_owner: bool,
     /// Whether plugins are taken that the group or everybody may write.
     pub plugins_of_any_mode: bool,
-    /// Asynchronous jobs that are remembered, finished ones included.
-    pub jobs_max: usize,
+    /// The folder of the journal of asynchronous jobs.
+    pub state_folder: PathBuf,
+    /// How they are kept.
+    pub jobs: JobSpec,
     /// Log levels: `info`, or `info,modalkit=debug`.
     pub log: String,
     /// The folder with one file for each secret.
@@ -276,6 +357,8 @@ pub struct ModelSpec {
     pub golden: Option<GoldenSpec>,
     /// How a new generation is brought in.
     pub reload: ReloadPolicy,
+    /// Further attempts for an asynchronous job that failed.
+    pub retries: u32,
 }
 
 /// A pipeline's own keys, and where each was written.

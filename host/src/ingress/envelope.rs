@@ -7,7 +7,7 @@ use bytes::Bytes;
 use jsonschema::Validator;
 use modalkit_loader::Item;
 use serde::{
-    Deserialize, Deserializer,
+    Deserializer,
     de::{DeserializeSeed, IgnoredAny, SeqAccess, Visitor},
 };
 use serde_json::{json, value::RawValue};
@@ -16,6 +16,7 @@ use super::predict::behind;
 use crate::{
     dispatch,
     job::{Detail, JobError, Location},
+    jobs::Parts,
     pipeline::{Generation, malformed},
 };
 
@@ -86,42 +87,24 @@ impl<'de> Visitor<'de> for AtMost {
     }
 }
 
-/// What `/predict_async` takes, and nothing else.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Envelope<'a> {
-    #[serde(borrow)]
-    message: &'a RawValue,
-    #[serde(default)]
-    success_queue: String,
-    #[serde(default)]
-    failure_queue: String,
-    #[serde(borrow, default)]
-    meta: Option<&'a RawValue>,
+/// What `/predict_async` takes: its parts, and the decoded input.
+pub(super) fn decode_envelope(generation: &Generation, body: &Bytes) -> Result<(Parts, Item), JobError> {
+    let parts = open(body)?;
+    let item = generation.decode(&parts.message).map_err(|error| behind(error, &["message".into()]))?;
+    Ok((parts, item))
 }
 
-/// An envelope's parts.
-pub(super) struct Opened {
-    pub(super) message: Bytes,
-    pub(super) item: Item,
-    pub(super) meta: Option<Bytes>,
-}
-
-impl Opened {
-    pub(super) fn decode(generation: &Generation, body: &Bytes) -> Result<Self, JobError> {
-        let envelope = open(body)?;
-        let message = body.slice_ref(envelope.message.get().as_bytes());
-        let item = generation.decode(&message).map_err(|error| behind(error, &["message".into()]))?;
-        let meta = envelope.meta.map(|meta| body.slice_ref(meta.get().as_bytes()));
-        Ok(Self { message, item, meta })
-    }
-}
-
-fn open(body: &Bytes) -> Result<Envelope<'_>, JobError> {
-    let envelope: Envelope<'_> = serde_json::from_slice(body)
+fn open(body: &Bytes) -> Result<Parts, JobError> {
+    let parts = Parts::of(body)
         .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
-    check(&envelope)?;
-    Ok(envelope)
+    if parts.meta.as_ref().is_some_and(|meta| !meta.starts_with(b"{")) {
+        return Err(JobError::Invalid(vec![Detail {
+            loc: vec!["body".into(), "meta".into()],
+            msg: "expected an object".into(),
+            kind: "dict_type",
+        }]));
+    }
+    Ok(parts)
 }
 
 fn envelope_schema() -> Option<&'static Validator> {
@@ -141,31 +124,6 @@ fn envelope_schema() -> Option<&'static Validator> {
         jsonschema::validator_for(&schema).ok()
     };
     SCHEMA.get_or_init(compile).as_ref()
-}
-
-fn check(envelope: &Envelope<'_>) -> Result<(), JobError> {
-    let mut details = Vec::new();
-    for (name, queue) in
-        [("success_queue", &envelope.success_queue), ("failure_queue", &envelope.failure_queue)]
-    {
-        if !queue.is_empty() {
-            details.push(Detail {
-                loc: vec!["body".into(), name.into()],
-                msg: format!(
-                    "expected an empty string, found {queue:?}: this host delivers to no queue; leave it out and ask GET /jobs/{{job_id}}"
-                ),
-                kind: "value_error",
-            });
-        }
-    }
-    if envelope.meta.is_some_and(|meta| !meta.get().starts_with('{')) {
-        details.push(Detail {
-            loc: vec!["body".into(), "meta".into()],
-            msg: "expected an object".into(),
-            kind: "dict_type",
-        });
-    }
-    if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
 }
 
 #[cfg(test)]
@@ -228,11 +186,9 @@ mod tests {
         #[test]
         fn no_body_makes_it_panic_and_what_is_sliced_is_json(body in nearly(), items_max in 0usize..4) {
             let body = Bytes::from(body);
-            if let Ok(envelope) = open(&body) {
-                let message = body.slice_ref(envelope.message.get().as_bytes());
-                prop_assert!(serde_json::from_slice::<&RawValue>(&message).is_ok());
-                let meta = envelope.meta.map(|meta| body.slice_ref(meta.get().as_bytes()));
-                let is_object = meta.is_none_or(|meta| meta.starts_with(b"{"));
+            if let Ok(parts) = open(&body) {
+                prop_assert!(serde_json::from_slice::<&RawValue>(&parts.message).is_ok());
+                let is_object = parts.meta.is_none_or(|meta| meta.starts_with(b"{"));
                 prop_assert!(is_object);
             }
             if let Ok(list) = split(&body, items_max) {

@@ -68,6 +68,11 @@ impl Follower {
         trail
     }
 
+    /// The trace, for those who go on with it elsewhere.
+    pub(super) fn traceparent(&self) -> Option<String> {
+        self.span.as_ref().map(|(_, context)| traceparent(context))
+    }
+
     /// Ends the span and writes the explanation.
     pub(super) fn conclude(
         self: Box<Self>,

@@ -6,6 +6,7 @@ mod connection;
 mod envelope;
 mod follow;
 mod io_threads;
+mod jobs;
 mod manage;
 mod predict;
 mod request;

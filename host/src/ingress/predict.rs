@@ -5,12 +5,11 @@ use std::{pin::pin, sync::Arc, time::Instant};
 use bytes::Bytes;
 use hyper::{StatusCode, body::Incoming, http::request::Parts};
 use modalkit_batch::JobId;
-use serde_json::json;
 
 use super::{
     Context, body,
     connection::Peer,
-    envelope::{Opened, decode_list},
+    envelope::{decode_envelope, decode_list},
     follow::Follower,
     request,
 };
@@ -18,8 +17,8 @@ use crate::{
     access::Caller,
     dispatch::Queued,
     egress::{self, HttpResponse},
-    job::{Deadline, Job, JobError, Location, RequestId, reply},
-    jobs::Finished,
+    job::{Deadline, Detail, Job, JobError, Location, RequestId, reply},
+    jobs::{self, Jobs},
     pipeline::{Generation, Model},
     trail::Trail,
 };
@@ -74,42 +73,54 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
     response
 }
 
-/// `POST /predict_async`: a wrapped input, the id of its job. The request's deadline is for the acceptance; the job itself
-/// has none.
+/// `POST /predict_async`: a wrapped input, the id of its job, which is on disk then. A deadline that the caller sets counts for the
+/// job as well; without one the request's usual deadline is for the acceptance, and the job has none.
 pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_async", async |call: Call<'_>| {
-        let opened = examine(peer, &call, Opened::decode).await?;
-        let job_id = peer.context.jobs.accept(&call.model.name, call.caller.key.clone())?;
-        let (handle, mut pending) = reply(&peer.post.mailbox);
-        let job = Job {
-            request_id: id.clone(),
-            input: opened.message,
-            item: Some(opened.item),
-            reply: handle,
+        let jobs = &peer.context.jobs;
+        let (parts, item) = examine(peer, &call, decode_envelope).await?;
+        check_queues(jobs, &parts)?;
+        let once = request::idempotency_key(&head.headers)?
+            .map(|key| jobs::once(call.caller.key.as_deref(), &call.model.name, key, &call.input));
+        let incoming = jobs::Incoming {
+            model: call.model.name.as_str().into(),
+            key: call.caller.key.clone(),
+            parts,
+            item: Some(item),
+            deadline: request::own_deadline(&head.headers, call.deadline),
+            trace: call.follower.and_then(Follower::traceparent),
             trail: call.trail(),
+            place: call.caller.permit.clone(),
+            once,
+            envelope: call.input,
         };
-        let queued =
-            call.model.queue.push([job], None).inspect_err(|_| peer.context.jobs.withdraw(job_id))?;
-        // Nobody waits on this connection, so there is nobody who could leave.
-        Ticket::queue(peer, call.model, queued, 1).done();
-        let (jobs, permit) = (Arc::clone(&peer.context.jobs), peer.context.gate.job());
-        // It counts among its key's calls until it has ended.
-        let place = call.caller.permit.clone();
-        let (envelope, meta) = (call.input, opened.meta);
-        tokio::spawn(async move {
-            let finished = match (pending.wait().await, meta) {
-                (Ok(answer), Some(meta)) => Finished::Succeeded(egress::with_meta(&answer, &meta)),
-                (Ok(answer), None) => Finished::Succeeded(answer),
-                (Err(error), _) => Finished::Failed(egress::failed_job(&error, &envelope)),
-            };
-            jobs.finish(job_id, finished);
-            drop((permit, place));
+        let (handle, mut pending) = reply(&peer.post.mailbox);
+        jobs.accept(incoming, move |accepted| {
+            handle.send(accepted.map(|id| format!("{{\"job_id\":\"{id}\"}}").into()));
         });
-        Ok(egress::object_response(StatusCode::OK, &json!({"job_id": job_id})))
+        pending.wait().await.map(|body| egress::reply(Ok(body)))
     })
     .await;
     count(&peer.context, model.as_deref(), "/predict_async", id, &response);
     response
+}
+
+/// A name that leads nowhere is told before the job is taken, and not when its result has nowhere to go.
+fn check_queues(jobs: &Jobs, parts: &jobs::Parts) -> Result<(), JobError> {
+    let mut details = Vec::new();
+    for (member, queue) in [("success_queue", &parts.success_queue), ("failure_queue", &parts.failure_queue)]
+    {
+        if !queue.is_empty()
+            && let Err(error) = jobs.queues().route(queue)
+        {
+            details.push(Detail {
+                loc: vec!["body".into(), member.into()],
+                msg: error.to_string(),
+                kind: "value_error",
+            });
+        }
+    }
+    if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
 }
 
 /// An admitted request whose body has been read.

@@ -22,6 +22,10 @@ use crate::{
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Milliseconds after which the caller doesn't want the answer any more.
 pub(super) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+/// The name under which a request counts once, however often it is sent.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// The longest such name.
+const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 /// The longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -84,9 +88,37 @@ pub(super) fn deadline(headers: &HeaderMap, server: &Server, now: Instant) -> Re
     Ok(Deadline(now + Duration::from_millis(milliseconds).min(server.request_timeout_max)))
 }
 
+/// The same as milliseconds since 1970, where the request itself says so.
+pub(super) fn own_deadline(headers: &HeaderMap, deadline: Deadline) -> Option<u64> {
+    headers.get(REQUEST_TIMEOUT)?;
+    let left = deadline.0.saturating_duration_since(Instant::now());
+    Some(modalkit_journal::unix_ms() + left.as_millis() as u64)
+}
+
+/// The name under which a request counts once.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, JobError> {
+    let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
+    match value.to_str() {
+        Ok(key) if (1..=IDEMPOTENCY_KEY_BYTES_MAX).contains(&key.len()) => Ok(Some(key)),
+        _ => Err(JobError::Invalid(vec![Detail {
+            loc: vec!["header".into(), "idempotency-key".into()],
+            msg: format!(
+                "expected 1 to {IDEMPOTENCY_KEY_BYTES_MAX} visible ASCII characters, found {value:?}"
+            ),
+            kind: "value_error",
+        }])),
+    }
+}
+
 /// `model_name` from the query.
 pub(super) fn model_name(query: Option<&str>) -> Option<Cow<'_, str>> {
-    query?.split('&').find_map(|pair| pair.strip_prefix("model_name=")).map(percent_decoded)
+    parameter(query, "model_name")
+}
+
+/// A parameter of the query.
+pub(super) fn parameter<'q>(query: Option<&'q str>, name: &str) -> Option<Cow<'q, str>> {
+    let value = |pair: &'q str| pair.strip_prefix(name)?.strip_prefix('=');
+    query?.split('&').find_map(value).map(percent_decoded)
 }
 
 /// `%20` and `+` are blanks, as in a query.

@@ -11,23 +11,22 @@ use hyper::{
     http::request::Parts,
 };
 use serde_json::json;
-use uuid::Uuid;
 
 use super::{
     Context,
     connection::Peer,
+    jobs::Asked,
     manage::{Managed, may_look, may_manage},
     predict,
-    request::{Headers, put_id},
+    request::put_id,
 };
 use crate::{
-    access::Caller,
     admin,
     egress::{self, HttpResponse, object_response},
 };
 
 /// The paths of this host. Their names are labels of metrics.
-const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/jobs/{id}"];
+const GET_ONLY: [&str; 5] = ["/health", "/livez", "/readyz", "/metrics", "/models"];
 
 pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
@@ -38,9 +37,10 @@ pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<
         "/predict_sync" if is_post => predict::sync(peer, &head, body, &id).await,
         "/predict_batch" if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
         "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
-        path => match Managed::parse(path) {
-            Some(managed) => Box::pin(manage(&peer.context, peer.address.ip(), &head, managed)).await,
-            None => elsewhere(&peer.context, peer.address.ip(), &head),
+        path => match (Managed::parse(path), Asked::parse(path)) {
+            (Some(managed), _) => Box::pin(manage(&peer.context, peer.address.ip(), &head, managed)).await,
+            (_, Some(asked)) => Box::pin(asked.answer(&peer.context, peer.address.ip(), &head)).await,
+            (None, None) => elsewhere(&peer.context, peer.address.ip(), &head),
         },
     };
     put_id(&id, response.headers_mut());
@@ -63,16 +63,16 @@ async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Manage
 
 /// Everything that isn't on the hot path.
 fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
-    let path = head.uri.path();
-    let job = path.strip_prefix("/jobs/").filter(|id| !id.is_empty() && !id.contains('/'));
-    let endpoint = if job.is_some() { "/jobs/{id}" } else { path };
+    let endpoint = head.uri.path();
     let is_get = head.method == Method::GET;
     // Reasons hold paths and the like.
     let may_look = || may_look(context, caller, head);
     let response = match endpoint {
         "/health" if is_get => admin::health(&context.models, may_look()),
         "/livez" if is_get => admin::live(),
-        "/readyz" if is_get => admin::ready(&context.models, &context.gate, &context.access, may_look()),
+        "/readyz" if is_get => {
+            admin::ready(&context.models, &context.gate, &context.access, &context.jobs, may_look())
+        }
         "/metrics" | "/models" if is_get => match may_manage(context, caller, head) {
             Err(denied) => egress::denied(&denied),
             Ok(()) if endpoint == "/models" => admin::models(&context.models),
@@ -81,15 +81,11 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
                 admin::metrics(&context.metrics)
             }
         },
-        "/jobs/{id}" if is_get => match context.access.admit(&Headers(&head.headers)) {
-            Ok(caller) => report(context, job.unwrap_or_default(), &caller),
-            Err(denied) => egress::denied(&denied),
-        },
         known if GET_ONLY.contains(&known) => wrong_method("GET"),
         "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
         _ => {
             let detail = format!(
-                "no such path: {path}; there are POST /predict_sync, /predict_batch, /predict_async, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload, /config/reload and GET /models/{{name}}, /config, {}",
+                "no such path: {endpoint}; there are POST /predict_sync, /predict_batch, /predict_async, /jobs/{{id}}/redeliver, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload, /config/reload, DELETE /jobs/{{id}}, /queues/{{name}} and GET /jobs, /jobs/{{id}}, /queues, /queues/{{name}}, /models/{{name}}, /config, {}",
                 GET_ONLY.join(", ")
             );
             return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
@@ -99,22 +95,8 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
     response
 }
 
-fn report(context: &Context, id: &str, caller: &Caller) -> HttpResponse {
-    // Another caller's job is nobody's.
-    let whose = if caller.manages { None } else { Some(caller.key.as_deref()) };
-    match id.parse::<Uuid>().ok().and_then(|id| context.jobs.report(id, whose)) {
-        Some(report) => object_response(StatusCode::OK, &report),
-        None => {
-            let detail = format!(
-                "no job {id:?}: it was never accepted, or was forgotten to make room for newer ones (server.jobs_max)"
-            );
-            object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
-        }
-    }
-}
-
-fn wrong_method(expected: &'static str) -> HttpResponse {
-    let detail = format!("expected the method {expected}");
+pub(super) fn wrong_method(expected: &'static str) -> HttpResponse {
+    let detail = format!("expected the method {}", expected.replace(", ", " or "));
     let mut response = object_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"detail": detail}));
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(expected));
     response
@@ -129,7 +111,9 @@ mod tests {
         access::Access,
         admission::Gate,
         config::{self, AuthSpec},
-        jobs::Jobs,
+        dispatch::Models,
+        jobs::{self, Jobs},
+        queues::Queues,
         reconfigure,
         reload::Control,
         telemetry::Metrics,
@@ -139,15 +123,24 @@ mod tests {
     async fn management_endpoints_answer_callers_on_this_machine_only() {
         let loaded = config::load(&[], &config::Environment::default()).unwrap();
         let metrics = Metrics::new(crate::traces::Traces::default());
-        let jobs = Arc::new(Jobs::new(1, metrics.jobs.clone()));
+        let state = tempfile::tempdir().unwrap();
+        let gate = Gate::new(1);
+        let models: Arc<Models> = Arc::default();
+        let around = jobs::Around {
+            models: Arc::clone(&models),
+            gate: Arc::clone(&gate),
+            queues: Queues::of_nobody(),
+            metrics: Arc::clone(&metrics),
+        };
+        let jobs = Jobs::open(state.path(), loaded.config.server.jobs, around).unwrap();
         let context = {
             let server = loaded.config.server.clone();
             let configuration = reconfigure::Handle::of_nobody(loaded);
             Context::new(
                 server,
                 Access::new(AuthSpec::default(), metrics.calls_by_key.clone()),
-                Gate::new(1),
-                Arc::default(),
+                gate,
+                models,
                 jobs,
                 metrics,
                 Control::of_nobody(),

@@ -223,6 +223,7 @@ fn run(instance: &Instance, lane: &Lane, replica: u64, taken: Taken, around: &Su
         if let Some(trail) = job.trail {
             followed.push((trail, arrived));
         }
+        job.reply.begins();
         callers.push(Caller { reply: job.reply, request_id: job.request_id });
         inputs.push((job.input, job.item));
     }

@@ -226,8 +226,21 @@ choice! {
     MountKind { File = "file", Dir = "dir" }
 }
 choice! {
-    /// Where results go.
-    QueueBackend { Memory = "memory", Sqs = "sqs", TaskIq = "taskiq" }
+    /// Kinds of queues.
+    QueueKind { Memory = "memory", Redis = "redis", Sqs = "sqs", TaskIq = "taskiq", Plugin = "plugin" }
+}
+choice! {
+    /// What a queue is in Redis.
+    RedisType { List = "list", Stream = "stream" }
+}
+
+impl QueueKind {
+    /// The kind of this name.
+    pub(in crate::config) fn of(name: &str) -> Option<Self> {
+        [Self::Memory, Self::Redis, Self::Sqs, Self::TaskIq, Self::Plugin]
+            .into_iter()
+            .find(|kind| kind.json(true).as_str() == Some(name))
+    }
 }
 
 /// An IP address and a port.

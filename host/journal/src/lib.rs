@@ -1,0 +1,314 @@
+//! Every accepted asynchronous job, on disk: one SQLite file in WAL mode, synced at each commit, written by one thread in groups.
+//!
+//! It owns the jobs' ids, rows, states and the note of which are being run. It never knows models, brokers or HTTP, nor when a job
+//! should run.
+//!
+//! A job costs two writes, or three where a queue gets its result: acceptance, end, delivery. Each shares its commit with whatever
+//! else waits at that moment.
+
+#![forbid(unsafe_code)]
+
+mod id;
+mod ledger;
+mod record;
+mod store;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+pub use id::{JobId, NotAnId};
+pub use ledger::{Ledger, SLOTS, Slot};
+pub use record::{
+    Accepted, Delivery, Filter, Finish, NewJob, Once, OpenJob, Page, Retry, State, Stored, Totals,
+};
+pub use writer::{Committed, OnCommit, Retention, unix_ms};
+
+use id::Ids;
+use store::{Opened, Reader, Store, StoreError};
+use writer::{Change, Shared, Writer};
+
+const FILE: &str = "jobs.sqlite";
+const LEDGER: &str = "running";
+const LOCK: &str = "lock";
+
+/// Why a journal can't be opened; each asks something else of the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The folder can't be made or used.
+    #[error("can't use the folder {folder} for the journal of asynchronous jobs")]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error("another host uses the journal in {0}: give each a folder of its own")]
+    InUse(PathBuf),
+    /// It isn't what was written: it may still hold accepted jobs.
+    #[error("the journal {file} can't be read: {why}")]
+    Damaged {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// It can't be read or written at the moment.
+    #[error("can't open the journal {file}: {why}")]
+    Unusable {
+        /// The file.
+        file: PathBuf,
+        /// What happened.
+        why: String,
+    },
+}
+
+/// Why a job isn't accepted; each asks something else of whoever sent it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AcceptError {
+    /// Something else was sent under its name.
+    #[error("another body was sent before under the same name, for the job {0}")]
+    Conflict(JobId),
+    /// Too many wait to be written.
+    #[error("too many jobs wait to be written")]
+    Busy,
+    /// Jobs that aren't done with take all the room there may be.
+    #[error("the journal is full of jobs that are not done with")]
+    Full,
+    /// The disk is full, or fails.
+    #[error("the journal can't be written: {0}")]
+    Unwritable(String),
+    /// The host is going away.
+    #[error("the journal is closed")]
+    Closed,
+}
+
+/// A file that can't be read at the moment.
+#[derive(Debug, thiserror::Error)]
+#[error("the journal can't be read")]
+pub struct ReadError(#[from] rusqlite::Error);
+
+/// The journal. Whoever drops it waits for what was handed to it.
+pub struct Journal {
+    shared: Arc<Shared>,
+    reader: Mutex<Reader>,
+    ids: Ids,
+    ledger: Arc<Ledger>,
+    writer: Option<JoinHandle<()>>,
+    /// Keeps other processes out; released last.
+    _lock: File,
+}
+
+impl Journal {
+    /// Opens the journal in a folder, which is made where it isn't there. `on_commit` hears of every group. Returns the jobs that
+    /// aren't done with, in the order in which they came.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(
+        folder: &Path,
+        retention: Retention,
+        on_commit: OnCommit,
+    ) -> Result<(Self, Vec<OpenJob>), OpenError> {
+        let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
+        let lock = lock(folder)?;
+        let path = folder.join(FILE);
+        let file = || path.clone();
+        let Opened { mut store, mut open_jobs, last_row } =
+            Store::open(&path).map_err(|error| match error {
+                StoreError::Damaged(why) => OpenError::Damaged { file: file(), why },
+                other => OpenError::Unusable { file: file(), why: other.to_string() },
+            })?;
+        let unusable = |error: rusqlite::Error| OpenError::Unusable { file: file(), why: error.to_string() };
+        // It holds what callers sent.
+        let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
+        let (ledger, running) = Ledger::open(&folder.join(LEDGER)).map_err(of_folder)?;
+        take_over(&mut store, &mut open_jobs, &running).map_err(unusable)?;
+        let ledger = Ledger::begin(ledger).map_err(of_folder)?;
+        let reader = Reader::open(&path).map_err(unusable)?;
+        let shared = Shared::new(retention);
+        let writer = Writer::start(store, Arc::clone(&shared), on_commit).map_err(of_folder)?;
+        let journal = Self {
+            shared,
+            reader: Mutex::new(reader),
+            ids: Ids::after(last_row),
+            ledger,
+            writer: Some(writer),
+            _lock: lock,
+        };
+        Ok((journal, open_jobs))
+    }
+
+    /// The name for the next job.
+    #[must_use]
+    pub fn next_id(&self) -> JobId {
+        self.ids.next(unix_ms())
+    }
+
+    /// Writes a job. `done` is called on the journal's thread once it is on disk, or can't be; it must not block.
+    pub fn accept(&self, job: NewJob, done: impl FnOnce(Result<Accepted, AcceptError>) + Send + 'static) {
+        self.shared.push(Change::Accept(job, Box::new(done)));
+    }
+
+    /// Writes that an attempt failed and another follows.
+    pub fn retry(&self, retry: Retry) {
+        self.shared.push(Change::Retry(retry));
+    }
+
+    /// Writes how many attempts a job has had.
+    pub fn attempts(&self, id: JobId, attempts: u32) {
+        self.shared.push(Change::Attempts(id, attempts));
+    }
+
+    /// Writes how a job ended. `done` is called once that is on disk, however long it takes.
+    pub fn finish(&self, finish: Finish, done: impl FnOnce() + Send + 'static) {
+        self.shared.push(Change::Finish(finish, Box::new(done)));
+    }
+
+    /// Writes that a queue has a job's message.
+    pub fn delivered(&self, id: JobId) {
+        self.shared.push(Change::Delivered(id, unix_ms(), None, None));
+    }
+
+    /// Writes that a job's message was given up.
+    pub fn dead(&self, id: JobId, why: String) {
+        self.shared.push(Change::Delivered(id, unix_ms(), Some(why), None));
+    }
+
+    /// Has a message delivered again that was delivered or given up. `done` gets the job once that is on disk, and `None` where
+    /// there is no such message or it is on its way.
+    pub fn redeliver(&self, id: JobId, done: impl FnOnce(Option<OpenJob>) + Send + 'static) {
+        self.shared.push(Change::Redeliver(id, Box::new(done)));
+    }
+
+    /// A job. Reads the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn job(&self, id: JobId) -> Result<Option<Stored>, ReadError> {
+        Ok(self.reader.lock().job(id)?)
+    }
+
+    /// What came in for a job that hasn't ended. Reads the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn envelope(&self, id: JobId) -> Result<Option<Bytes>, ReadError> {
+        Ok(self.reader.lock().body(id, false)?)
+    }
+
+    /// The message of a job that has ended. Reads the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn result(&self, id: JobId) -> Result<Option<Bytes>, ReadError> {
+        Ok(self.reader.lock().body(id, true)?)
+    }
+
+    /// Jobs, the youngest first. Reads the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn list(&self, filter: &Filter) -> Result<Page, ReadError> {
+        Ok(self.reader.lock().list(filter)?)
+    }
+
+    /// Where running jobs are noted.
+    #[must_use]
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Why nothing can be written at the moment.
+    #[must_use]
+    pub fn failing(&self) -> Option<Arc<String>> {
+        self.shared.failing.load_full()
+    }
+
+    /// Keeps finished jobs like this from now on.
+    pub fn set_retention(&self, retention: Retention) {
+        self.shared.retention.store(Arc::new(retention));
+    }
+
+    /// Accepts nothing more, and writes what was handed over; blocking. What can't be written is lost only with this process's
+    /// memory: the jobs it tells of are still in the journal as they were.
+    pub fn close(&mut self) {
+        self.shared.stop();
+        if let Some(writer) = self.writer.take() {
+            // A writer that panicked has said so.
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Moves a journal that can't be read out of the way; returns its new name.
+///
+/// # Errors
+/// It can't be moved, or another host uses it.
+pub fn set_aside(folder: &Path) -> Result<PathBuf, OpenError> {
+    let _lock = lock(folder)?;
+    let aside = folder.join(format!("{FILE}.damaged-{}", unix_ms()));
+    let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
+    for suffix in ["-wal", "-shm"] {
+        let with = |path: &Path| PathBuf::from(format!("{}{suffix}", path.display()));
+        match fs::rename(with(&folder.join(FILE)), with(&aside)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(of_folder(error)),
+            _ => {}
+        }
+    }
+    fs::rename(folder.join(FILE), &aside).map_err(of_folder)?;
+    Ok(aside)
+}
+
+fn lock(folder: &Path) -> Result<File, OpenError> {
+    let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(of_folder)?;
+    let lock = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(folder.join(LOCK))
+        .map_err(of_folder)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => Err(OpenError::InUse(folder.to_owned())),
+        Err(fs::TryLockError::Error(error)) => Err(of_folder(error)),
+    }
+}
+
+/// Counts an attempt for each job that was being run when the host died. On disk before the ledger is emptied: a host that dies
+/// at its start over and over counts each of these once.
+fn take_over(store: &mut Store, open_jobs: &mut [OpenJob], running: &[(i64, u32)]) -> rusqlite::Result<()> {
+    let mut group = store.begin()?;
+    let mut any = false;
+    for (row, attempt) in running {
+        let Ok(index) = open_jobs.binary_search_by_key(row, |job| job.id.row()) else { continue };
+        let job = &mut open_jobs[index];
+        if job.state == State::Queued && *attempt > job.attempts {
+            job.attempts = *attempt;
+            job.was_running = true;
+            group.attempts(job.id, *attempt)?;
+            any = true;
+        }
+    }
+    if any { group.commit() } else { Ok(()) }
+}

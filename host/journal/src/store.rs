@@ -1,0 +1,474 @@
+//! The tables and every statement. It never knows threads, nor who waits for what is written.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, params,
+};
+
+use crate::{
+    JobId,
+    record::{Accepted, Delivery, Filter, Finish, NewJob, OpenJob, Page, Retry, State, Stored, Totals},
+};
+
+/// The shape of the tables; another number is another version's file.
+const SCHEMA: i64 = 1;
+/// Marks a file as ours.
+const APPLICATION_ID: i64 = 0x4d4b_4a31;
+/// Pages in the write-ahead log until it is worked into the file.
+const CHECKPOINT_PAGES: u32 = 1000;
+/// What is left of the write-ahead log's file after it was.
+const WAL_BYTES_KEPT: u64 = 8 << 20;
+/// Rows that one list looks at: beyond them the caller asks again.
+const ROWS_LOOKED_AT: usize = 10_000;
+/// Jobs that one transaction forgets.
+pub(crate) const FORGOTTEN_AT_ONCE: usize = 256;
+
+const TABLES: &str = "
+    CREATE TABLE jobs (
+        row INTEGER PRIMARY KEY,
+        tail INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        key TEXT,
+        state INTEGER NOT NULL,
+        open INTEGER NOT NULL,
+        attempts INTEGER NOT NULL,
+        accepted INTEGER NOT NULL,
+        started INTEGER,
+        finished INTEGER,
+        next INTEGER,
+        deadline INTEGER,
+        delivery INTEGER NOT NULL,
+        delivered INTEGER,
+        queue TEXT,
+        trace TEXT,
+        once TEXT,
+        error TEXT,
+        delivery_error TEXT,
+        envelope BLOB,
+        result BLOB
+    ) STRICT;
+    CREATE INDEX open_jobs ON jobs (row) WHERE open = 1;
+    CREATE TABLE once (
+        name TEXT PRIMARY KEY,
+        row INTEGER NOT NULL,
+        tail INTEGER NOT NULL,
+        digest BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE totals (
+        id INTEGER PRIMARY KEY,
+        s0 INTEGER NOT NULL, s1 INTEGER NOT NULL, s2 INTEGER NOT NULL, s3 INTEGER NOT NULL,
+        d0 INTEGER NOT NULL, d1 INTEGER NOT NULL, d2 INTEGER NOT NULL, d3 INTEGER NOT NULL
+    ) STRICT;
+    INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0);
+";
+
+/// What can happen to the file.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    /// It isn't what was written.
+    #[error("it is damaged, or no journal at all: {0}")]
+    Damaged(String),
+    /// It was written by another version.
+    #[error(
+        "expected a journal of format {SCHEMA}, found format {0}: run the version of modalkit that wrote it"
+    )]
+    Foreign(i64),
+    /// It can't be read or written at the moment.
+    #[error(transparent)]
+    Sqlite(#[from] rusqlite::Error),
+}
+
+impl StoreError {
+    fn of_open(error: rusqlite::Error) -> Self {
+        if is_damage(&error) { Self::Damaged(error.to_string()) } else { Self::Sqlite(error) }
+    }
+}
+
+/// Whether an error says that the file isn't what was written.
+pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => {
+            matches!(failure.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+        }
+        // A value of another kind, or text that is none.
+        rusqlite::Error::FromSqlConversionFailure(..)
+        | rusqlite::Error::InvalidColumnType(..)
+        | rusqlite::Error::IntegralValueOutOfRange(..)
+        | rusqlite::Error::Utf8Error(..) => true,
+        _ => false,
+    }
+}
+
+/// The one connection that writes.
+pub(crate) struct Store {
+    connection: Connection,
+    pub(crate) totals: Totals,
+}
+
+/// A file, opened, and what was found in it.
+pub(crate) struct Opened {
+    pub(crate) store: Store,
+    pub(crate) open_jobs: Vec<OpenJob>,
+    pub(crate) last_row: i64,
+}
+
+impl Store {
+    pub(crate) fn open(path: &Path) -> Result<Opened, StoreError> {
+        let mut connection = Connection::open(path).map_err(StoreError::of_open)?;
+        let opened = Self::prepare(&mut connection).and_then(|()| Self::look(&connection));
+        let (totals, open_jobs, last_row) = opened?;
+        Ok(Opened { store: Self { connection, totals }, open_jobs, last_row })
+    }
+
+    fn prepare(connection: &mut Connection) -> Result<(), StoreError> {
+        let number = |name: &str| {
+            connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(StoreError::of_open)
+        };
+        let (application, version) = (number("application_id")?, number("user_version")?);
+        let is_new =
+            number("page_count")? == 0 || application == 0 && version == 0 && number("schema_version")? == 0;
+        if !is_new && application != APPLICATION_ID {
+            return Err(StoreError::Damaged("it says it is something else than a journal".to_owned()));
+        }
+        if !is_new && version != SCHEMA {
+            return Err(StoreError::Foreign(version));
+        }
+        let set = |name: &str, value: &dyn rusqlite::ToSql| {
+            connection.pragma_update(None, name, value).map_err(StoreError::of_open)
+        };
+        set("journal_mode", &"wal")?;
+        set("synchronous", &"full")?;
+        set("wal_autocheckpoint", &CHECKPOINT_PAGES)?;
+        set("journal_size_limit", &WAL_BYTES_KEPT)?;
+        if is_new {
+            let transaction = connection.transaction().map_err(StoreError::of_open)?;
+            transaction.execute_batch(TABLES)?;
+            transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+            transaction.pragma_update(None, "user_version", SCHEMA)?;
+            transaction.commit()?;
+        }
+        Ok(())
+    }
+
+    fn look(connection: &Connection) -> Result<(Totals, Vec<OpenJob>, i64), StoreError> {
+        let read = || -> rusqlite::Result<_> {
+            let totals = connection.query_row("SELECT * FROM totals", [], |row| {
+                let mut totals = Totals::default();
+                for index in 0..4 {
+                    totals.states[index] = row.get(index + 1)?;
+                    totals.deliveries[index] = row.get(index + 5)?;
+                }
+                Ok(totals)
+            })?;
+            let last: Option<i64> =
+                connection.query_row("SELECT max(row) FROM jobs", [], |row| row.get(0))?;
+            let mut statement = connection.prepare(
+                "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, finished, queue, trace
+                 FROM jobs INDEXED BY open_jobs WHERE open = 1 ORDER BY row",
+            )?;
+            let open = statement.query_map([], open_job)?.collect::<rusqlite::Result<Vec<_>>>()?;
+            Ok((totals, open, last.unwrap_or_default()))
+        };
+        read().map_err(StoreError::of_open)
+    }
+
+    /// A transaction. What it does to the totals counts when it is committed.
+    pub(crate) fn begin(&mut self) -> rusqlite::Result<Group<'_>> {
+        let totals = self.totals;
+        // A write at its end would otherwise find that another had come between.
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        Ok(Group { transaction, totals, counted: &mut self.totals })
+    }
+
+    /// Bytes that jobs take up in the file; what is free in it doesn't count.
+    pub(crate) fn bytes(&self) -> rusqlite::Result<u64> {
+        let number = |name: &str| self.connection.pragma_query_value(None, name, |row| row.get::<_, u64>(0));
+        Ok((number("page_count")? - number("freelist_count")?) * number("page_size")?)
+    }
+
+    /// Works the write-ahead log into the file.
+    pub(crate) fn checkpoint(&self) -> rusqlite::Result<()> {
+        self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
+    }
+}
+
+fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
+    Ok(OpenJob {
+        id: JobId::from_parts(row.get(0)?, row.get(1)?),
+        model: Arc::from(row.get_ref(2)?.as_str()?),
+        key: row.get_ref(3)?.as_str_or_null()?.map(Arc::from),
+        state: State::of(row.get(4)?),
+        attempts: row.get(5)?,
+        was_running: false,
+        accepted: row.get(6)?,
+        next: row.get(7)?,
+        deadline: row.get(8)?,
+        finished: row.get(9)?,
+        queue: row.get(10)?,
+        trace: row.get(11)?,
+    })
+}
+
+/// Changes that are committed together.
+pub(crate) struct Group<'s> {
+    transaction: Transaction<'s>,
+    totals: Totals,
+    counted: &'s mut Totals,
+}
+
+/// Why one job of a group isn't accepted.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// Something else came before under its name.
+    Conflict(JobId),
+    /// The group fails.
+    Store(rusqlite::Error),
+}
+
+impl From<rusqlite::Error> for Refusal {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl Group<'_> {
+    pub(crate) fn accept(&mut self, job: &NewJob) -> Result<Accepted, Refusal> {
+        if let Some(once) = &job.once {
+            let mut statement =
+                self.transaction.prepare_cached("SELECT row, tail, digest FROM once WHERE name = ?1")?;
+            let known = statement
+                .query_row([&once.name], |row| {
+                    Ok((
+                        JobId::from_parts(row.get(0)?, row.get(1)?),
+                        row.get_ref(2)?.as_blob()? == once.digest,
+                    ))
+                })
+                .optional()?;
+            match known {
+                Some((id, true)) => return Ok(Accepted::Known(id)),
+                Some((id, false)) => return Err(Refusal::Conflict(id)),
+                None => {}
+            }
+            self.transaction.prepare_cached("INSERT INTO once VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+                once.name,
+                job.id.row(),
+                job.id.tail(),
+                once.digest
+            ])?;
+        }
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, delivery, trace, once, envelope)
+             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, ?7, ?8, ?9)",
+        )?;
+        insert.execute(params![
+            job.id.row(),
+            job.id.tail(),
+            &*job.model,
+            job.key.as_deref(),
+            job.accepted,
+            job.deadline,
+            job.trace,
+            job.once.as_ref().map(|once| &once.name),
+            &*job.envelope,
+        ])?;
+        self.totals.add(State::Queued, Delivery::None, 1);
+        Ok(Accepted::New)
+    }
+
+    pub(crate) fn attempts(&mut self, id: JobId, attempts: u32) -> rusqlite::Result<()> {
+        let mut update = self.transaction.prepare_cached("UPDATE jobs SET attempts = ?2 WHERE row = ?1")?;
+        update.execute(params![id.row(), attempts]).map(drop)
+    }
+
+    pub(crate) fn retry(&mut self, retry: &Retry) -> rusqlite::Result<()> {
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE jobs SET attempts = ?2, started = ?3, next = ?4, error = ?5 WHERE row = ?1 AND state = 0",
+        )?;
+        let Retry { id, attempts, started, next, error } = retry;
+        update.execute(params![id.row(), attempts, started, next, error]).map(drop)
+    }
+
+    pub(crate) fn finish(&mut self, finish: &Finish) -> rusqlite::Result<()> {
+        let delivery = if finish.queue.is_some() { Delivery::Pending } else { Delivery::None };
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE jobs SET state = ?2, open = ?3, attempts = ?4, started = ?5, finished = ?6, next = NULL, result = ?7,
+             error = ?8, queue = ?9, delivery = ?10, envelope = NULL WHERE row = ?1 AND state = 0",
+        )?;
+        let changed = update.execute(params![
+            finish.id.row(),
+            finish.state.code(),
+            finish.queue.is_some(),
+            finish.attempts,
+            finish.started,
+            finish.finished,
+            finish.result.as_deref(),
+            finish.error,
+            finish.queue,
+            delivery.code(),
+        ])?;
+        if changed == 1 {
+            self.totals.add(State::Queued, Delivery::None, -1);
+            self.totals.add(finish.state, delivery, 1);
+        }
+        Ok(())
+    }
+
+    /// Says that a message was delivered, or given up for a reason.
+    pub(crate) fn delivered(&mut self, id: JobId, at: u64, dead: Option<&str>) -> rusqlite::Result<()> {
+        let delivery = if dead.is_some() { Delivery::Dead } else { Delivery::Delivered };
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE jobs SET delivery = ?2, delivered = ?3, delivery_error = ?4, open = 0 WHERE row = ?1 AND delivery = 1",
+        )?;
+        if update.execute(params![id.row(), delivery.code(), at, dead])? == 1 {
+            self.totals.deliveries[Delivery::Pending.code() as usize] -= 1;
+            self.totals.deliveries[delivery.code() as usize] += 1;
+        }
+        Ok(())
+    }
+
+    /// Has a message delivered again; `None` where there is no such message, or it is on its way.
+    pub(crate) fn redeliver(&mut self, id: JobId, now: u64) -> rusqlite::Result<Option<OpenJob>> {
+        let before: Option<i64> = self
+            .transaction
+            .prepare_cached(
+                "SELECT delivery FROM jobs WHERE row = ?1 AND tail = ?2 AND queue IS NOT NULL AND open = 0",
+            )?
+            .query_row(params![id.row(), id.tail()], |row| row.get(0))
+            .optional()?;
+        let Some(before) = before else { return Ok(None) };
+        // Its time to be delivered begins anew.
+        self.transaction
+            .prepare_cached(
+                "UPDATE jobs SET delivery = 1, delivered = NULL, delivery_error = NULL, open = 1, finished = ?2 WHERE row = ?1",
+            )?
+            .execute(params![id.row(), now])?;
+        self.totals.deliveries[Delivery::of(before).code() as usize] -= 1;
+        self.totals.deliveries[Delivery::Pending.code() as usize] += 1;
+        let mut statement = self.transaction.prepare_cached(
+            "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, finished, queue, trace FROM jobs WHERE row = ?1",
+        )?;
+        statement.query_row([id.row()], open_job).optional()
+    }
+
+    /// Forgets the oldest jobs that are done with: all that ended before `finished_before`, or any where that is `None`.
+    pub(crate) fn forget(&mut self, finished_before: Option<u64>) -> rusqlite::Result<usize> {
+        let mut oldest = self.transaction.prepare_cached(
+            "SELECT row, state, delivery, once FROM jobs WHERE open = 0 AND finished < ?1 ORDER BY row LIMIT ?2",
+        )?;
+        let before = finished_before.map_or(i64::MAX, |before| before as i64);
+        let found: Vec<(i64, i64, i64, Option<String>)> = oldest
+            .query_map(params![before, FORGOTTEN_AT_ONCE], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+            })?
+            .collect::<rusqlite::Result<_>>()?;
+        drop(oldest);
+        for (row, state, delivery, once) in &found {
+            self.transaction.prepare_cached("DELETE FROM jobs WHERE row = ?1")?.execute([row])?;
+            if let Some(once) = once {
+                self.transaction
+                    .prepare_cached("DELETE FROM once WHERE name = ?1 AND row = ?2")?
+                    .execute(params![once, row])?;
+            }
+            self.totals.add(State::of(*state), Delivery::of(*delivery), -1);
+        }
+        Ok(found.len())
+    }
+
+    pub(crate) fn commit(self) -> rusqlite::Result<()> {
+        let Self { transaction, totals, counted } = self;
+        if totals != *counted {
+            let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (totals.states, totals.deliveries);
+            transaction
+                .prepare_cached(
+                    "UPDATE totals SET s0 = ?1, s1 = ?2, s2 = ?3, s3 = ?4, d0 = ?5, d1 = ?6, d2 = ?7, d3 = ?8",
+                )?
+                .execute([s0, s1, s2, s3, d0, d1, d2, d3])?;
+        }
+        transaction.commit()?;
+        *counted = totals;
+        Ok(())
+    }
+}
+
+/// A connection that reads beside the one that writes.
+pub(crate) struct Reader(Connection);
+
+const COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, started, finished, next, error, queue, delivery, delivered, delivery_error";
+
+impl Reader {
+    pub(crate) fn open(path: &Path) -> rusqlite::Result<Self> {
+        // A read-only connection could not take part in the write-ahead log of a file that nobody else has open.
+        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        connection.pragma_update(None, "query_only", true)?;
+        Ok(Self(connection))
+    }
+
+    pub(crate) fn job(&self, id: JobId) -> rusqlite::Result<Option<Stored>> {
+        let text = format!("SELECT {COLUMNS}, result FROM jobs WHERE row = ?1 AND tail = ?2");
+        let mut statement = self.0.prepare_cached(&text)?;
+        statement
+            .query_row(params![id.row(), id.tail()], |row| {
+                let result: Option<Vec<u8>> = row.get(15)?;
+                Ok(Stored { result: result.map(Bytes::from), ..stored(row)? })
+            })
+            .optional()
+    }
+
+    /// One of the two bodies of a job.
+    pub(crate) fn body(&self, id: JobId, result: bool) -> rusqlite::Result<Option<Bytes>> {
+        let text = if result {
+            "SELECT result FROM jobs WHERE row = ?1"
+        } else {
+            "SELECT envelope FROM jobs WHERE row = ?1"
+        };
+        let mut statement = self.0.prepare_cached(text)?;
+        let body = statement.query_row([id.row()], |row| row.get::<_, Option<Vec<u8>>>(0)).optional()?;
+        Ok(body.flatten().map(Bytes::from))
+    }
+
+    pub(crate) fn list(&self, filter: &Filter) -> rusqlite::Result<Page> {
+        let text = format!("SELECT {COLUMNS} FROM jobs WHERE row < ?1 ORDER BY row DESC LIMIT ?2");
+        let mut statement = self.0.prepare_cached(&text)?;
+        let before = filter.after.map_or(i64::MAX, JobId::row);
+        let mut rows = statement.query(params![before, ROWS_LOOKED_AT])?;
+        let (mut jobs, mut looked_at, mut last) = (Vec::new(), 0, None);
+        while jobs.len() < filter.limit
+            && let Some(row) = rows.next()?
+        {
+            let job = stored(row)?;
+            looked_at += 1;
+            last = Some(job.id);
+            let fits = filter.state.is_none_or(|state| state == job.state)
+                && filter.model.as_ref().is_none_or(|model| *model == job.model)
+                && filter.key.as_ref().is_none_or(|key| *key == job.key)
+                && filter.delivery.is_none_or(|delivery| delivery == job.delivery);
+            if fits {
+                jobs.push(job);
+            }
+        }
+        let more = jobs.len() == filter.limit || looked_at == ROWS_LOOKED_AT;
+        Ok(Page { jobs, next: last.filter(|_| more) })
+    }
+}
+
+fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
+    Ok(Stored {
+        id: JobId::from_parts(row.get(0)?, row.get(1)?),
+        model: row.get(2)?,
+        key: row.get(3)?,
+        state: State::of(row.get(4)?),
+        attempts: row.get(5)?,
+        accepted: row.get(6)?,
+        started: row.get(7)?,
+        finished: row.get(8)?,
+        next: row.get(9)?,
+        result: None,
+        error: row.get(10)?,
+        queue: row.get(11)?,
+        delivery: Delivery::of(row.get(12)?),
+        delivered: row.get(13)?,
+        delivery_error: row.get(14)?,
+    })
+}

@@ -1,0 +1,281 @@
+//! What callers ask of asynchronous jobs after they were accepted, and of the queues that are kept in memory.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use hyper::{Method, StatusCode, http::request::Parts};
+use modalkit_journal::{Delivery, Filter, JobId, State};
+use serde_json::{Value, json, value::RawValue};
+
+use super::{
+    Context,
+    manage::may_manage,
+    request::{Headers, parameter, percent_decoded},
+    routes::wrong_method,
+};
+use crate::{
+    access::Caller,
+    egress::{self, HttpResponse, object_response},
+    job::{Detail, JobError},
+    jobs::Cancelled,
+};
+
+/// Jobs or messages in one answer, where the caller doesn't say, and at most.
+const LIMIT: usize = 100;
+const LIMIT_MAX: usize = 1000;
+
+/// A path of jobs or queues, taken apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked<'p> {
+    /// `/jobs`
+    Jobs,
+    /// `/jobs/{id}`
+    Job(&'p str),
+    /// `/jobs/{id}/redeliver`
+    Redeliver(&'p str),
+    /// `/queues`
+    Queues,
+    /// `/queues/{name}`
+    Queue(&'p str),
+}
+
+impl<'p> Asked<'p> {
+    /// `None` where the path is none of these.
+    pub(super) fn parse(path: &'p str) -> Option<Self> {
+        let mut steps = path.strip_prefix('/')?.split('/');
+        let path = (steps.next()?, steps.next(), steps.next());
+        if steps.next().is_some() {
+            return None;
+        }
+        match path {
+            ("jobs", None, None) => Some(Self::Jobs),
+            ("jobs", Some(id), None) if !id.is_empty() => Some(Self::Job(id)),
+            ("jobs", Some(id), Some("redeliver")) => Some(Self::Redeliver(id)),
+            ("queues", None, None) => Some(Self::Queues),
+            ("queues", Some(name), None) if !name.is_empty() => Some(Self::Queue(name)),
+            _ => None,
+        }
+    }
+
+    /// The path as a label of metrics.
+    fn endpoint(self) -> &'static str {
+        match self {
+            Self::Jobs => "/jobs",
+            Self::Job(_) => "/jobs/{id}",
+            Self::Redeliver(_) => "/jobs/{id}/redeliver",
+            Self::Queues => "/queues",
+            Self::Queue(_) => "/queues/{name}",
+        }
+    }
+
+    /// The methods that it takes.
+    fn methods(self) -> &'static str {
+        match self {
+            Self::Jobs | Self::Queues => "GET",
+            Self::Job(_) | Self::Queue(_) => "GET, DELETE",
+            Self::Redeliver(_) => "POST",
+        }
+    }
+
+    pub(super) async fn answer(self, context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
+        let response = self.respond(context, caller, head).await.unwrap_or_else(|response| *response);
+        context.metrics.requests("", self.endpoint(), response.status().as_u16()).inc();
+        response
+    }
+
+    async fn respond(
+        self,
+        context: &Context,
+        caller: IpAddr,
+        head: &Parts,
+    ) -> Result<HttpResponse, Box<HttpResponse>> {
+        let methods = self.methods();
+        if !methods.split(", ").any(|method| method == head.method.as_str()) {
+            return Err(Box::new(wrong_method(methods)));
+        }
+        let error = |error: JobError| Box::new(egress::error(&error));
+        let deletes = head.method == Method::DELETE;
+        let query = head.uri.query();
+        match self {
+            Self::Queues | Self::Queue(_) => {
+                may_manage(context, caller, head).map_err(|denied| Box::new(egress::denied(&denied)))?;
+                match self {
+                    Self::Queue(name) => {
+                        let limit = number(query, "limit", LIMIT, LIMIT_MAX).map_err(error)?;
+                        Ok(queue(context, &percent_decoded(name), limit, deletes))
+                    }
+                    _ => Ok(queues(context)),
+                }
+            }
+            Self::Jobs | Self::Job(_) | Self::Redeliver(_) => {
+                let caller = context
+                    .access
+                    .admit(&Headers(&head.headers))
+                    .map_err(|denied| Box::new(egress::denied(&denied)))?;
+                self.of_jobs(context, &caller, query, deletes).await.map_err(error)
+            }
+        }
+    }
+
+    async fn of_jobs(
+        self,
+        context: &Context,
+        caller: &Caller,
+        query: Option<&str>,
+        deletes: bool,
+    ) -> Result<HttpResponse, JobError> {
+        let jobs = &context.jobs;
+        // Another caller's job is nobody's.
+        let whose = if caller.manages { None } else { Some(caller.key.clone()) };
+        let id = match self {
+            Self::Job(id) | Self::Redeliver(id) => match id.parse::<JobId>() {
+                Ok(id) => id,
+                Err(_) => return Ok(unknown(id)),
+            },
+            _ => {
+                let listed = jobs.list(filter(query, whose)?).await?;
+                return Ok(object_response(StatusCode::OK, &listed));
+            }
+        };
+        Ok(match self {
+            Self::Redeliver(_) => match jobs.redeliver(id, whose).await? {
+                Some(true) => object_response(
+                    StatusCode::ACCEPTED,
+                    &json!({"job_id": id.to_string(), "delivery": "pending"}),
+                ),
+                Some(false) => {
+                    let detail = "its result is on its way, or no queue is to get it";
+                    object_response(StatusCode::CONFLICT, &json!({"detail": detail}))
+                }
+                None => unknown(&id.to_string()),
+            },
+            _ if deletes => cancelled(id, jobs.cancel(id, whose).await?),
+            _ => {
+                let wait_max = context.server.request_timeout_max.as_millis() as usize;
+                let wait = number(query, "wait_ms", 0, wait_max)?;
+                match jobs.report(id, whose, Duration::from_millis(wait as u64)).await? {
+                    Some(report) => object_response(StatusCode::OK, &report),
+                    None => unknown(&id.to_string()),
+                }
+            }
+        })
+    }
+}
+
+fn unknown(id: &str) -> HttpResponse {
+    let detail = format!(
+        "no job {id:?}: it was never accepted, or was forgotten after its end (server.job_retention_seconds, server.job_store_bytes_max)"
+    );
+    object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
+}
+
+fn cancelled(id: JobId, cancelled: Cancelled) -> HttpResponse {
+    let id = id.to_string();
+    match cancelled {
+        Cancelled::Done => object_response(StatusCode::OK, &json!({"job_id": id, "state": "cancelled"})),
+        Cancelled::Soon => {
+            let detail = "its batch runs and can't be stopped: the job ends with it, without a result and without another attempt";
+            object_response(
+                StatusCode::ACCEPTED,
+                &json!({"job_id": id, "state": "running", "detail": detail}),
+            )
+        }
+        Cancelled::Ended(state) => {
+            let detail = format!("the job has ended: {}", state.word());
+            object_response(
+                StatusCode::CONFLICT,
+                &json!({"job_id": id, "state": state.word(), "detail": detail}),
+            )
+        }
+        Cancelled::Unknown => unknown(&id),
+    }
+}
+
+/// A number of the query.
+fn number(query: Option<&str>, name: &str, default: usize, max: usize) -> Result<usize, JobError> {
+    let Some(text) = parameter(query, name) else { return Ok(default) };
+    match text.parse::<usize>() {
+        Ok(number) => Ok(number.min(max)),
+        Err(_) => Err(wrong(name, format!("expected a whole number, found {text:?}"))),
+    }
+}
+
+fn filter(query: Option<&str>, whose: Option<Option<Arc<str>>>) -> Result<Filter, JobError> {
+    fn word<T: Copy>(
+        query: Option<&str>,
+        name: &str,
+        all: &[T],
+        word: fn(T) -> &'static str,
+    ) -> Result<Option<T>, JobError> {
+        let Some(text) = parameter(query, name) else { return Ok(None) };
+        match all.iter().find(|one| word(**one) == text) {
+            Some(one) => Ok(Some(*one)),
+            None => {
+                let known: Vec<&str> = all.iter().map(|one| word(*one)).collect();
+                Err(wrong(name, format!("expected one of {}, found {text:?}", known.join(", "))))
+            }
+        }
+    }
+    let after = match parameter(query, "after") {
+        None => None,
+        Some(id) => Some(id.parse().map_err(|error| wrong("after", format!("{error}, found {id:?}")))?),
+    };
+    Ok(Filter {
+        state: word(query, "state", &State::ALL, State::word)?,
+        delivery: word(query, "delivery", &Delivery::ALL, Delivery::word)?,
+        model: parameter(query, "model").map(Into::into),
+        key: whose.map(|key| key.map(|key| key.to_string())),
+        after,
+        limit: number(query, "limit", LIMIT, LIMIT_MAX)?.max(1),
+    })
+}
+
+fn wrong(parameter: &str, msg: String) -> JobError {
+    JobError::Invalid(vec![Detail { loc: vec!["query".into(), parameter.into()], msg, kind: "value_error" }])
+}
+
+/// What the queues in memory hold.
+fn queues(context: &Context) -> HttpResponse {
+    let of_backend =
+        |(name, memory): (&str, &modalkit_queue::Memory)| (name.to_owned(), json!(memory.lengths()));
+    let backends: serde_json::Map<String, Value> = context.jobs.queues().memories().map(of_backend).collect();
+    let faults = context.jobs.queues().faults();
+    object_response(StatusCode::OK, &json!({"memory": backends, "not_usable": faults}))
+}
+
+/// The oldest messages of a queue in memory; taken out where that is asked for.
+fn queue(context: &Context, name: &str, limit: usize, takes: bool) -> HttpResponse {
+    let route = match context.jobs.queues().route(name) {
+        Ok(route) => route,
+        Err(error) => return object_response(StatusCode::NOT_FOUND, &json!({"detail": error.to_string()})),
+    };
+    let Some(memory) = route.adapter.memory() else {
+        let detail = format!("the queue {name:?} is with its broker: only queues in memory can be read here");
+        return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
+    };
+    let shelf = if takes { memory.take(&route.queue, limit) } else { memory.look(&route.queue, limit) };
+    let messages: Vec<Value> = shelf
+        .messages
+        .iter()
+        .map(|message| {
+            let body = serde_json::from_slice::<&RawValue>(&message.body).ok();
+            json!({"job_id": message.job_id, "body": body})
+        })
+        .collect();
+    object_response(StatusCode::OK, &json!({"length": shelf.length, "messages": messages}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_jobs_and_queues_are_taken_apart() {
+        assert_eq!(Asked::parse("/jobs"), Some(Asked::Jobs));
+        assert_eq!(Asked::parse("/jobs/a"), Some(Asked::Job("a")));
+        assert_eq!(Asked::parse("/jobs/a/redeliver"), Some(Asked::Redeliver("a")));
+        assert_eq!(Asked::parse("/queues/q"), Some(Asked::Queue("q")));
+        for path in ["/jobs/", "/jobs/a/b", "/queues/", "/queues/a/b", "/job", "jobs"] {
+            assert_eq!(Asked::parse(path), None, "{path}");
+        }
+    }
+}

@@ -1,0 +1,621 @@
+//! Asynchronous jobs: on disk before anybody is told of them, run until they have ended, their results delivered.
+//!
+//! ```text
+//! accept --> journal --> runner --> the model's queue --> runner --> journal --> delivery --> journal
+//!            (on disk)                                             (ended)      (a queue has it)
+//! ```
+//!
+//! It owns which jobs aren't done with, and never knows HTTP, nor how a batch is run.
+
+mod delivery;
+mod entry;
+mod envelope;
+mod report;
+mod runner;
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use modalkit_journal::{
+    AcceptError, Accepted, Committed, Delivery as Delivered, Filter, Finish, Journal, NewJob, Once,
+    OpenError, OpenJob, Retention, State, unix_ms,
+};
+use modalkit_loader::Item;
+use parking_lot::{Mutex, RwLock};
+use sha2::{Digest, Sha256};
+use tokio::{runtime::Handle, sync::oneshot};
+
+use crate::{
+    access::ConcurrencyPermit, admission::Gate, config::JobSpec, dispatch::Models, egress, job::JobError,
+    queues::Queues, telemetry::Metrics, trail::Trail,
+};
+use delivery::{Deliveries, Pending};
+use entry::{Entry, Head, Input, Live, Phase};
+use runner::{Event, Inbox, Runner};
+
+pub use envelope::Parts;
+pub use modalkit_journal::{JobId, set_aside};
+pub use report::{Listed, Report};
+
+/// Bytes of inputs that wait in memory; those of further jobs are read again when their turn comes.
+const INPUT_BYTES_MAX: usize = 64 << 20;
+/// The file with the name of this host.
+const NAME_FILE: &str = "host";
+/// How long whoever takes a job back waits for the journal.
+const CANCEL_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// The jobs of this host.
+pub struct Jobs {
+    shared: Arc<Shared>,
+    journal: RwLock<Option<Journal>>,
+    inbox: Arc<Inbox>,
+    runner: Mutex<Option<std::thread::JoinHandle<()>>>,
+    deliveries: Arc<Deliveries>,
+    blocking: Handle,
+}
+
+/// What the parts of this module share.
+struct Shared {
+    open: Mutex<Open>,
+    spec: JobSpec,
+    metrics: Arc<Metrics>,
+}
+
+/// The jobs that aren't done with.
+#[derive(Default)]
+struct Open {
+    by_id: HashMap<JobId, Arc<Entry>>,
+    /// Those that haven't ended, by model.
+    unended: HashMap<Arc<str>, usize>,
+    /// Bytes of their inputs in memory.
+    input_bytes: usize,
+}
+
+/// A job as it comes.
+pub struct Incoming {
+    /// The model.
+    pub model: Arc<str>,
+    /// The name of its key.
+    pub key: Option<Arc<str>>,
+    /// All that came.
+    pub envelope: Bytes,
+    /// The same, taken apart.
+    pub parts: Parts,
+    /// The decoded input.
+    pub item: Option<Item>,
+    /// Milliseconds since 1970 after which nobody wants its answer.
+    pub deadline: Option<u64>,
+    /// The trace that it belongs to.
+    pub trace: Option<String>,
+    /// What follows its first attempt.
+    pub trail: Option<Arc<Trail>>,
+    /// Its place among its key's calls.
+    pub place: Option<Arc<ConcurrencyPermit>>,
+    /// The name under which it comes once.
+    pub once: Option<Once>,
+}
+
+/// What became of a wish to take a job back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It won't run.
+    Done,
+    /// Its batch runs, or the journal takes long: it ends without a result.
+    Soon,
+    /// It had ended so.
+    Ended(State),
+    /// There is no such job.
+    Unknown,
+}
+
+/// What the jobs need from the host around them.
+pub struct Around {
+    /// Who runs them.
+    pub models: Arc<Models>,
+    /// Who waits for them at the end.
+    pub gate: Arc<Gate>,
+    /// Where their results go.
+    pub queues: Arc<Queues>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Jobs {
+    /// Opens the journal in this folder and goes on where it stopped. Deliveries run on the runtime that this is called on.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(folder: &Path, spec: JobSpec, around: Around) -> Result<Arc<Self>, OpenError> {
+        let Around { models, gate, queues, metrics } = around;
+        let retention = Retention { time: spec.retention, bytes_max: spec.bytes_max };
+        let inbox = Arc::new(Inbox::default());
+        let of_commits = (Arc::clone(&metrics), Arc::clone(&inbox));
+        let on_commit = Box::new(move |committed: &Committed| {
+            let (metrics, inbox) = &of_commits;
+            note(metrics, committed);
+            // What the group told the runner, it is woken for once.
+            inbox.ring();
+        });
+        let (journal, open) = Journal::open(folder, retention, on_commit)?;
+        let shared = Arc::new(Shared { open: Mutex::default(), spec, metrics });
+        let blocking = Handle::current();
+        let jobs = Arc::new_cyclic(|jobs| Self {
+            deliveries: Deliveries::new(jobs.clone(), queues, Arc::clone(&shared)),
+            shared,
+            journal: RwLock::new(Some(journal)),
+            inbox: Arc::clone(&inbox),
+            runner: Mutex::default(),
+            blocking,
+        });
+        jobs.go_on(open);
+        let runner = Runner::new(&jobs, models, gate, inbox);
+        *jobs.runner.lock() =
+            Some(runner.start().map_err(|source| OpenError::Folder { folder: folder.to_owned(), source })?);
+        Ok(jobs)
+    }
+
+    /// Takes over what the journal holds from before.
+    fn go_on(&self, open: Vec<OpenJob>) {
+        if !open.is_empty() {
+            let running = open.iter().filter(|job| job.was_running).count();
+            tracing::info!(jobs = open.len(), running, "jobs from before are gone on with");
+        }
+        for job in open {
+            let entry = self.shared.remember(&job);
+            if job.state == State::Queued {
+                self.shared.open.lock().count_unended(&entry.model);
+                self.inbox.put(Event::Accepted(entry, Head::default()));
+            } else if let Some(queue) = job.queue {
+                self.deliveries.add(Pending::new(entry, queue, job.finished.unwrap_or(job.accepted), None));
+            }
+        }
+    }
+
+    /// Takes a job in: `done` is called once it is on disk, with its id, or the id of the one that came before under its name.
+    /// It may be called on any thread, and must not block.
+    pub fn accept(
+        self: &Arc<Self>,
+        incoming: Incoming,
+        done: impl FnOnce(Result<JobId, JobError>) + Send + 'static,
+    ) {
+        let journal = self.journal.read();
+        let Some(journal) = &*journal else { return done(Err(closed())) };
+        let Incoming { model, key, envelope, parts, item, deadline, trace, trail, place, once } = incoming;
+        let id = journal.next_id();
+        let accepted = unix_ms();
+        let input = Some(Input { envelope: envelope.clone(), parts });
+        let entry = Arc::new(Entry {
+            id,
+            model: Arc::clone(&model),
+            accepted,
+            deadline,
+            trace: trace.clone(),
+            cancelled: AtomicBool::new(false),
+            live: Mutex::new(Live { input, place, ..Live::new(Phase::Accepting) }),
+        });
+        let head = Head { item, trail };
+        if let Err(error) = self.shared.admit(&entry, envelope.len()) {
+            return done(Err(error));
+        }
+        let job = NewJob { id, model, key, envelope, accepted, deadline, trace, once };
+        let (shared, inbox) = (Arc::clone(&self.shared), Arc::clone(&self.inbox));
+        journal.accept(job, move |accepted| match accepted {
+            Ok(Accepted::New) => {
+                entry.live.lock().phase = Phase::Waiting;
+                // The group's end rings.
+                inbox.put_quietly(Event::Accepted(entry, head));
+                done(Ok(id));
+            }
+            Ok(Accepted::Known(known)) => {
+                shared.withdraw(&entry);
+                done(Ok(known));
+            }
+            Err(error) => {
+                shared.withdraw(&entry);
+                done(Err(explain(&error)));
+            }
+        });
+    }
+
+    /// Takes in something that is no job, as one that has failed: its message goes to this queue, if there is one.
+    pub fn refuse(
+        self: &Arc<Self>,
+        incoming: Incoming,
+        queue: Option<String>,
+        error: String,
+        done: impl FnOnce(Result<JobId, JobError>) + Send + 'static,
+    ) {
+        let journal = self.journal.read();
+        let Some(journal) = &*journal else { return done(Err(closed())) };
+        let Incoming { model, key, envelope, deadline, trace, once, .. } = incoming;
+        let id = journal.next_id();
+        let now = unix_ms();
+        let result = egress::failed_job(error.clone(), &envelope);
+        let entry = self.shared.remember(&OpenJob {
+            id,
+            model: Arc::clone(&model),
+            key: key.clone(),
+            state: State::Failed,
+            attempts: 0,
+            was_running: false,
+            accepted: now,
+            next: None,
+            deadline,
+            finished: Some(now),
+            queue: queue.clone(),
+            trace: trace.clone(),
+        });
+        let job = NewJob { id, model, key, envelope, accepted: now, deadline, trace, once };
+        let finish = Finish {
+            id,
+            state: State::Failed,
+            attempts: 0,
+            started: None,
+            finished: now,
+            result: Some(result.clone()),
+            error: Some(error),
+            queue: queue.clone(),
+        };
+        let jobs = Arc::clone(self);
+        journal.accept(job, move |accepted| match accepted {
+            Ok(Accepted::New) => {
+                let Some(journal) = &*jobs.journal.read() else { return done(Err(closed())) };
+                let ended = Arc::clone(&jobs);
+                journal.finish(finish, move || {
+                    ended.ended(&entry, queue, now, result);
+                    done(Ok(id));
+                });
+            }
+            Ok(Accepted::Known(known)) => {
+                jobs.shared.done_with(&entry);
+                done(Ok(known));
+            }
+            Err(error) => {
+                jobs.shared.done_with(&entry);
+                done(Err(explain(&error)));
+            }
+        });
+    }
+
+    /// A job has ended, on disk.
+    fn ended(&self, entry: &Arc<Entry>, queue: Option<String>, finished: u64, message: Bytes) {
+        let waiting = {
+            let mut live = entry.live.lock();
+            live.phase = Phase::Ended;
+            live.place = None;
+            std::mem::take(&mut live.waiting)
+        };
+        match queue {
+            Some(queue) => {
+                self.deliveries.add(Pending::new(Arc::clone(entry), queue, finished, Some(message)));
+            }
+            None => self.shared.done_with(entry),
+        }
+        for waits in waiting {
+            // Whoever waited may have left.
+            let _ = waits.send(());
+        }
+    }
+
+    /// What is known of a job, after it has ended or this long; where it says whose, only of one that came with that key, or with
+    /// none.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where the journal can't be read.
+    pub async fn report(
+        self: &Arc<Self>,
+        id: JobId,
+        whose: Option<Option<Arc<str>>>,
+        wait: Duration,
+    ) -> Result<Option<Report>, JobError> {
+        let entry = self.shared.find(id);
+        if let Some(ended) = entry.as_ref().filter(|_| !wait.is_zero()).and_then(|entry| entry.wait()) {
+            // Whether it ended or not, what there is to say is said below.
+            let _ = tokio::time::timeout(wait, ended).await;
+        }
+        let stored = self.read(move |journal| journal.job(id)).await?;
+        let of_caller =
+            |key: &Option<String>| whose.as_ref().is_none_or(|whose| whose.as_deref() == key.as_deref());
+        Ok(stored.filter(|stored| of_caller(&stored.key)).map(|stored| {
+            let live = self.shared.find(id);
+            Report::of(stored, live.as_deref())
+        }))
+    }
+
+    /// Jobs, the youngest first.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where the journal can't be read.
+    pub async fn list(self: &Arc<Self>, filter: Filter) -> Result<Listed, JobError> {
+        let page = self.read(move |journal| journal.list(&filter)).await?;
+        let jobs = page.jobs.into_iter().map(|stored| {
+            let live = self.shared.find(stored.id);
+            Report::of(stored, live.as_deref())
+        });
+        Ok(Listed { jobs: jobs.collect(), next: page.next.map(|next| next.to_string()) })
+    }
+
+    /// Takes a job back that hasn't ended.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where the journal can't be read.
+    pub async fn cancel(
+        self: &Arc<Self>,
+        id: JobId,
+        whose: Option<Option<Arc<str>>>,
+    ) -> Result<Cancelled, JobError> {
+        let Some(stored) = self.read(move |journal| journal.job(id)).await? else {
+            return Ok(Cancelled::Unknown);
+        };
+        if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
+            return Ok(Cancelled::Unknown);
+        }
+        let entry = self.shared.find(id).filter(|_| stored.state == State::Queued);
+        let Some((entry, ended)) = entry.and_then(|entry| entry.wait().map(|ended| (entry, ended))) else {
+            return Ok(Cancelled::Ended(stored.state));
+        };
+        entry.cancelled.store(true, Ordering::SeqCst);
+        let runs = matches!(entry.live.lock().phase, Phase::Running | Phase::Ending);
+        self.inbox.put(Event::Cancel(entry));
+        self.inbox.ring();
+        let soon = runs || tokio::time::timeout(CANCEL_TIME_MAX, ended).await.is_err();
+        if soon {
+            return Ok(Cancelled::Soon);
+        }
+        let stored = self.read(move |journal| journal.job(id)).await?;
+        Ok(match stored.map(|stored| stored.state) {
+            Some(State::Cancelled) => Cancelled::Done,
+            Some(state) => Cancelled::Ended(state),
+            None => Cancelled::Unknown,
+        })
+    }
+
+    /// Has a job's message delivered again that was delivered or given up. `false` where there is none, or it is on its way.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where the journal can't be written.
+    pub async fn redeliver(
+        self: &Arc<Self>,
+        id: JobId,
+        whose: Option<Option<Arc<str>>>,
+    ) -> Result<Option<bool>, JobError> {
+        let Some(stored) = self.read(move |journal| journal.job(id)).await? else { return Ok(None) };
+        if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
+            return Ok(None);
+        }
+        if !matches!(stored.delivery, Delivered::Delivered | Delivered::Dead) {
+            return Ok(Some(false));
+        }
+        let (tell, told) = oneshot::channel();
+        {
+            let journal = self.journal.read();
+            let Some(journal) = &*journal else { return Err(closed()) };
+            journal.redeliver(id, move |job| drop(tell.send(job)));
+        }
+        let Ok(Some(job)) = told.await else { return Ok(Some(false)) };
+        let entry = self.shared.remember(&job);
+        entry.live.lock().phase = Phase::Ended;
+        if let Some(queue) = job.queue {
+            self.deliveries.add(Pending::new(entry, queue, job.finished.unwrap_or_default(), None));
+        }
+        Ok(Some(true))
+    }
+
+    /// Tells when a job has ended, on disk; at once where it has, or isn't known.
+    #[must_use]
+    pub fn watch(&self, id: JobId) -> Option<oneshot::Receiver<()>> {
+        self.shared.find(id)?.wait()
+    }
+
+    /// Why new jobs can't be accepted at the moment.
+    #[must_use]
+    pub fn failing(&self) -> Option<Arc<String>> {
+        self.journal.read().as_ref().and_then(Journal::failing)
+    }
+
+    /// Where results go.
+    #[must_use]
+    pub fn queues(&self) -> &Arc<Queues> {
+        &self.deliveries.queues
+    }
+
+    /// Hands no more jobs to models; those that wait stay in the journal for the next start.
+    pub async fn drain(&self) {
+        let (reply, drained) = oneshot::channel();
+        self.inbox.put(Event::Drain(reply));
+        self.inbox.ring();
+        // A runner that has ended hands nothing over either.
+        let _ = drained.await;
+    }
+
+    /// Ends the runner and the journal; what was handed to it is written. Blocking.
+    pub fn close(&self) {
+        self.inbox.put(Event::Stop);
+        self.inbox.ring();
+        if let Some(runner) = self.runner.lock().take() {
+            // One that panicked has said so.
+            let _ = runner.join();
+        }
+        let journal = self.journal.write().take();
+        if let Some(mut journal) = journal {
+            journal.close();
+        }
+    }
+
+    /// Reads the journal on a thread that may wait for the disk.
+    async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        read: impl FnOnce(&Journal) -> Result<T, modalkit_journal::ReadError> + Send + 'static,
+    ) -> Result<T, JobError> {
+        let jobs = Arc::clone(self);
+        let work = move || match &*jobs.journal.read() {
+            Some(journal) => read(journal).map_err(|error| {
+                tracing::error!(error = ?error, "the journal can't be read");
+                JobError::Unavailable(error.to_string())
+            }),
+            None => Err(closed()),
+        };
+        self.blocking.spawn_blocking(work).await.map_err(|_| JobError::Lost)?
+    }
+}
+
+impl Shared {
+    fn find(&self, id: JobId) -> Option<Arc<Entry>> {
+        self.open.lock().by_id.get(&id).cloned()
+    }
+
+    /// Counts a new job in, where there is room for it.
+    fn admit(&self, entry: &Arc<Entry>, input_bytes: usize) -> Result<(), JobError> {
+        let mut open = self.open.lock();
+        if open.by_id.len() >= self.spec.jobs_max {
+            return Err(JobError::Busy("too many asynchronous jobs are not done with (server.jobs_max)"));
+        }
+        if open.unended.get(&entry.model).copied().unwrap_or_default() >= self.spec.jobs_per_model_max {
+            return Err(JobError::Busy(
+                "too many asynchronous jobs of this model are unfinished (server.jobs_per_model_max)",
+            ));
+        }
+        if open.input_bytes + input_bytes > INPUT_BYTES_MAX {
+            // The journal will have it.
+            entry.live.lock().input = None;
+        } else {
+            open.input_bytes += input_bytes;
+        }
+        open.count_unended(&entry.model);
+        open.by_id.insert(entry.id, Arc::clone(entry));
+        Ok(())
+    }
+
+    /// Takes a job out again that wasn't accepted after all.
+    fn withdraw(&self, entry: &Entry) {
+        self.unended_less(entry);
+        self.done_with(entry);
+    }
+
+    /// A job has ended.
+    fn unended_less(&self, entry: &Entry) {
+        let input = entry.live.lock().input.take();
+        let mut open = self.open.lock();
+        open.input_bytes -= input.map_or(0, |input| input.envelope.len());
+        if let Some(count) = open.unended.get_mut(&entry.model) {
+            *count -= 1;
+            if *count == 0 {
+                open.unended.remove(&entry.model);
+            }
+        }
+    }
+
+    /// Nothing more will become of a job.
+    fn done_with(&self, entry: &Entry) {
+        self.open.lock().by_id.remove(&entry.id);
+    }
+
+    fn remember(&self, job: &OpenJob) -> Arc<Entry> {
+        let phase = if job.state == State::Queued { Phase::Waiting } else { Phase::Ended };
+        let entry = Arc::new(Entry {
+            id: job.id,
+            model: Arc::clone(&job.model),
+            accepted: job.accepted,
+            deadline: job.deadline,
+            trace: job.trace.clone(),
+            cancelled: AtomicBool::new(false),
+            live: Mutex::new(Live { attempts: job.attempts, next: job.next, ..Live::new(phase) }),
+        });
+        self.open.lock().by_id.insert(job.id, Arc::clone(&entry));
+        entry
+    }
+}
+
+impl Open {
+    fn count_unended(&mut self, model: &Arc<str>) {
+        *self.unended.entry(Arc::clone(model)).or_default() += 1;
+    }
+}
+
+impl Live {
+    fn new(phase: Phase) -> Self {
+        Self {
+            phase,
+            attempts: 0,
+            started: None,
+            next: None,
+            error: None,
+            input: None,
+            waiting: Vec::new(),
+            place: None,
+            delivery_attempts: 0,
+            delivery_error: None,
+        }
+    }
+}
+
+/// What this host is called among those that share a queue: the same as long as it keeps its state.
+///
+/// # Errors
+/// The folder can't be made or used.
+pub fn host_name(state_folder: &Path) -> Result<String, OpenError> {
+    let of_folder = |source| OpenError::Folder { folder: state_folder.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(state_folder).map_err(of_folder)?;
+    let file = state_folder.join(NAME_FILE);
+    match fs::read_to_string(&file) {
+        Ok(name) if !name.trim().is_empty() => return Ok(name.trim().to_owned()),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(of_folder(error)),
+        _ => {}
+    }
+    let name = uuid::Uuid::new_v4().to_string();
+    fs::write(&file, &name).map_err(of_folder)?;
+    Ok(name)
+}
+
+/// The name under which a caller's request counts once: a caller's own, for one model.
+#[must_use]
+pub fn once(key: Option<&str>, model: &str, name: &str, body: &[u8]) -> Once {
+    // Lengths before the parts: no two different ones read the same.
+    let key = key.unwrap_or_default();
+    Once {
+        name: format!("call:{}:{key}:{}:{model}:{name}", key.len(), model.len()),
+        digest: Sha256::digest(body).into(),
+    }
+}
+
+fn explain(error: &AcceptError) -> JobError {
+    match error {
+        AcceptError::Conflict(_) => JobError::Conflict(error.to_string()),
+        AcceptError::Busy => JobError::Busy("too many jobs wait to be written"),
+        AcceptError::Full => {
+            JobError::Busy("the journal is full of jobs that are not done with (server.job_store_bytes_max)")
+        }
+        AcceptError::Unwritable(_) => JobError::Unavailable(error.to_string()),
+        AcceptError::Closed => closed(),
+    }
+}
+
+fn closed() -> JobError {
+    JobError::Unavailable("the server is shutting down".into())
+}
+
+fn note(metrics: &Metrics, committed: &Committed) {
+    let jobs = &metrics.jobs;
+    jobs.unended.store(committed.totals.of(State::Queued), Ordering::Relaxed);
+    for state in [State::Succeeded, State::Failed, State::Cancelled] {
+        jobs.state(state.word()).set(committed.totals.of(state));
+    }
+    for delivery in [Delivered::Pending, Delivered::Delivered, Delivered::Dead] {
+        jobs.delivery(delivery.word()).set(committed.totals.delivery(delivery));
+    }
+    jobs.journal_bytes.set(committed.bytes as i64);
+    if committed.changes > 0 {
+        jobs.commit.observe(committed.took.as_secs_f64());
+        jobs.commit_changes.observe(committed.changes as f64);
+    }
+}

@@ -1,0 +1,94 @@
+//! What is told of a job.
+
+use modalkit_journal::{State, Stored};
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::entry::{Entry, Phase};
+
+/// A job, as `GET /jobs/{id}` shows it. Times are milliseconds since 1970.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    job_id: String,
+    model: String,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<Box<RawValue>>,
+    /// Why it failed, or its last attempt did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    attempts: u32,
+    accepted_unix_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    started_unix_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finished_unix_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_attempt_unix_ms: Option<u64>,
+    delivery: Delivery,
+}
+
+#[derive(Debug, Serialize)]
+struct Delivery {
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue: Option<String>,
+    /// While it is pending.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempts: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended_unix_ms: Option<u64>,
+}
+
+/// Jobs, as `GET /jobs` shows them.
+#[derive(Debug, Serialize)]
+pub struct Listed {
+    /// The jobs, the youngest first.
+    pub jobs: Vec<Report>,
+    /// Where to go on, as `after`.
+    pub next: Option<String>,
+}
+
+impl Report {
+    /// From what is written of it, and what this process knows beside that.
+    pub(super) fn of(stored: Stored, live: Option<&Entry>) -> Self {
+        let mut report = Self {
+            job_id: stored.id.to_string(),
+            model: stored.model,
+            state: stored.state.word(),
+            result: stored.result.and_then(|result| serde_json::from_slice(&result).ok()),
+            error: stored.error,
+            attempts: stored.attempts,
+            accepted_unix_ms: stored.accepted,
+            started_unix_ms: stored.started,
+            finished_unix_ms: stored.finished,
+            next_attempt_unix_ms: stored.next,
+            delivery: Delivery {
+                state: stored.delivery.word(),
+                queue: stored.queue,
+                attempts: None,
+                error: stored.delivery_error,
+                ended_unix_ms: stored.delivered,
+            },
+        };
+        let Some(entry) = live else { return report };
+        let live = entry.live.lock();
+        if stored.state == State::Queued {
+            report.attempts = report.attempts.max(live.attempts);
+            report.started_unix_ms = live.started.or(report.started_unix_ms);
+            report.next_attempt_unix_ms = live.next;
+            report.error = live.error.clone().or(report.error);
+            if live.phase == Phase::Running {
+                report.state = "running";
+                report.attempts += 1;
+                report.next_attempt_unix_ms = None;
+            }
+        } else {
+            report.delivery.attempts = Some(live.delivery_attempts);
+            report.delivery.error.clone_from(&live.delivery_error);
+        }
+        report
+    }
+}
