@@ -5,6 +5,7 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Instant};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
+    task::JoinSet,
 };
 
 use crate::{
@@ -77,6 +78,7 @@ pub async fn run(
         metrics: Arc::clone(&metrics),
     };
     let jobs = Jobs::open(&server.state_folder, server.jobs, around)?;
+    let consumed = config.queues.consume.clone();
     let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
@@ -88,6 +90,7 @@ pub async fn run(
         log,
     };
     let (reconfigure, configuration) = reconfigure::prepare(sources, loaded, running);
+    let of_consumers = Arc::clone(&metrics);
     let context = Context::new(
         server.clone(),
         Arc::clone(&access),
@@ -99,6 +102,15 @@ pub async fn run(
         configuration,
     );
     let (shut_down, shutdown) = watch::channel(false);
+    let mut consumers = JoinSet::new();
+    for spec in consumed {
+        consumers.spawn(ingress::consume::run(
+            spec,
+            Arc::clone(&jobs),
+            Arc::clone(&of_consumers),
+            shutdown.clone(),
+        ));
+    }
     let scheme = if certificate.is_some() { "https" } else { "http" };
     let acceptor = certificate.as_ref().map(Certificate::acceptor);
     let listener = ingress::Listener::new(listener, context, acceptor)?;
@@ -139,6 +151,8 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
+    // What was taken from queues and has ended was acknowledged, as far as there was time; the rest comes again.
+    consumers.shutdown().await;
     // What has ended is written; a disk that hangs doesn't keep the host.
     let closing = tokio::task::spawn_blocking(move || jobs.close());
     if tokio::time::timeout(LEAVE_TIME_MAX, closing).await.is_err() {

@@ -172,6 +172,12 @@ impl Queues {
         self.backends.iter().filter_map(|(name, broker)| Some((name.as_str(), broker.adapter.memory()?)))
     }
 
+    /// The queue for messages that are no requests.
+    #[must_use]
+    pub fn dead_letter(&self) -> Option<&str> {
+        self.spec.dead_letter.as_deref()
+    }
+
     /// How long a message is tried to be delivered.
     #[must_use]
     pub fn deadline(&self) -> Duration {

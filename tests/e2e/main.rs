@@ -15,6 +15,7 @@ mod insight;
 mod lifecycle;
 mod newcomer;
 mod other_compiler;
+mod queues;
 mod refusals;
 mod reload;
 mod serving;

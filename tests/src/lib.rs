@@ -2,6 +2,7 @@
 //!
 //! It finds what `cargo xtask test` has built beside the tests' own program, and never knows the host's inside.
 
+pub mod brokers;
 pub mod changes;
 pub mod load;
 pub mod version;
@@ -497,7 +498,7 @@ fn eprint_log(log: &[Value]) {
     }
 }
 
-fn agent() -> ureq::Agent {
+pub(crate) fn agent() -> ureq::Agent {
     let config =
         ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build();
     config.into()

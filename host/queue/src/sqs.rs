@@ -121,10 +121,12 @@ impl Sqs {
         if status.is_success() {
             return Ok(Ok(answer));
         }
-        let kind = answer["__type"].as_str().unwrap_or_default();
+        let said = String::from_utf8_lossy(&bytes);
+        let kind = answer["__type"].as_str().or_else(|| element(&said, "Code")).unwrap_or_default();
         let kind = kind.rsplit(['#', '.']).next().unwrap_or(kind);
         let kind = if kind.is_empty() { format!("status {}", status.as_u16()) } else { kind.to_owned() };
-        let text = answer["message"].as_str().or(answer["Message"].as_str()).unwrap_or_default();
+        let text = answer["message"].as_str().or(answer["Message"].as_str());
+        let text = text.or_else(|| element(&said, "Message")).unwrap_or_default();
         let text: String = text.chars().take(TEXT_CHARS).collect();
         let refused = Refused { kind, text };
         if status.as_u16() == 401 || status.as_u16() == 403 || is_denial(&refused.kind) {
@@ -301,6 +303,12 @@ fn entry(queue: &str, index: usize, message: &Message) -> Value {
 /// Two characters that JSON has and SQS refuses are written as escapes, which say the same.
 fn allowed(body: &str) -> String {
     body.replace('\u{fffe}', "\\ufffe").replace('\u{ffff}', "\\uffff")
+}
+
+/// An element of the XML that is answered before anybody has looked at which protocol is spoken.
+fn element<'x>(xml: &'x str, name: &str) -> Option<&'x str> {
+    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
+    rest.split_once('<').map(|(text, _)| text)
 }
 
 fn is_missing(kind: &str) -> bool {

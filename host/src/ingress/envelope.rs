@@ -89,12 +89,13 @@ impl<'de> Visitor<'de> for AtMost {
 
 /// What `/predict_async` takes: its parts, and the decoded input.
 pub(super) fn decode_envelope(generation: &Generation, body: &Bytes) -> Result<(Parts, Item), JobError> {
-    let parts = open(body)?;
+    let parts = open_envelope(body)?;
     let item = generation.decode(&parts.message).map_err(|error| behind(error, &["message".into()]))?;
     Ok((parts, item))
 }
 
-fn open(body: &Bytes) -> Result<Parts, JobError> {
+/// An envelope's parts.
+pub(super) fn open_envelope(body: &Bytes) -> Result<Parts, JobError> {
     let parts = Parts::of(body)
         .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
     if parts.meta.as_ref().is_some_and(|meta| !meta.starts_with(b"{")) {
@@ -186,7 +187,7 @@ mod tests {
         #[test]
         fn no_body_makes_it_panic_and_what_is_sliced_is_json(body in nearly(), items_max in 0usize..4) {
             let body = Bytes::from(body);
-            if let Ok(parts) = open(&body) {
+            if let Ok(parts) = open_envelope(&body) {
                 prop_assert!(serde_json::from_slice::<&RawValue>(&parts.message).is_ok());
                 let is_object = parts.meta.is_none_or(|meta| meta.starts_with(b"{"));
                 prop_assert!(is_object);

@@ -3,6 +3,7 @@
 
 mod body;
 mod connection;
+pub mod consume;
 mod envelope;
 mod follow;
 mod io_threads;

@@ -32,6 +32,12 @@ pub struct Parts {
 }
 
 impl Parts {
+    /// Of what is no envelope.
+    #[must_use]
+    pub fn of_nothing() -> Self {
+        Self { message: Bytes::new(), success_queue: String::new(), failure_queue: String::new(), meta: None }
+    }
+
     /// Takes an envelope apart.
     ///
     /// # Errors

@@ -105,6 +105,26 @@ pub struct Incoming {
     pub once: Option<Once>,
 }
 
+impl Incoming {
+    /// The same once more, without what only saves work.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        let Self { model, key, envelope, parts, deadline, trace, place, once, .. } = self;
+        Self {
+            model: Arc::clone(model),
+            key: key.clone(),
+            envelope: envelope.clone(),
+            parts: parts.clone(),
+            item: None,
+            deadline: *deadline,
+            trace: trace.clone(),
+            trail: None,
+            place: place.clone(),
+            once: once.clone(),
+        }
+    }
+}
+
 /// What became of a wish to take a job back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancelled {
