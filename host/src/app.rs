@@ -39,7 +39,8 @@ pub enum Ended {
     CutOff,
 }
 
-/// Serves until `stop` is ready, then drains. The configuration is read again when its files change and at each hang-up, and
+/// Serves until `stop` is ready, then drains. With `set_journal_aside` a journal that can't be read doesn't keep it from starting. The
+/// configuration is read again when its files change and at each hang-up, and
 /// applied as far as it can be without a restart.
 ///
 /// # Errors
@@ -48,6 +49,7 @@ pub async fn run(
     sources: Sources,
     loaded: Loaded,
     log: LogLevels,
+    set_journal_aside: bool,
     hang_ups: mpsc::Receiver<()>,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
@@ -77,7 +79,10 @@ pub async fn run(
         queues: Arc::clone(&queues),
         metrics: Arc::clone(&metrics),
     };
-    let jobs = Jobs::open(&server.state_folder, server.jobs, around)?;
+    if set_journal_aside {
+        jobs::set_aside_if_damaged(&server.state_folder)?;
+    }
+    let jobs = Jobs::open(&server.state_folder, server.jobs, around).map_err(explain)?;
     let consumed = config.queues.consume.clone();
     let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
@@ -162,6 +167,23 @@ pub async fn run(
     let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
     Ok(if drained { Ended::Drained } else { Ended::CutOff })
+}
+
+/// A journal that can't be read may hold jobs that were accepted: going on without it is for people to decide.
+fn explain(error: modalkit_journal::OpenError) -> anyhow::Error {
+    let hint = match &error {
+        modalkit_journal::OpenError::Damaged { .. } => Some(
+            "it may hold jobs that were accepted; `modalkit serve --set-journal-aside` renames it and begins an empty one",
+        ),
+        modalkit_journal::OpenError::InUse(_) => {
+            Some("server.state_folder, or MODALKIT_SERVER__STATE_FOLDER")
+        }
+        _ => None,
+    };
+    match hint {
+        Some(hint) => anyhow::anyhow!("{error}; {hint}"),
+        None => anyhow::Error::new(error),
+    }
 }
 
 async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {

@@ -12,6 +12,7 @@ mod failures;
 mod hostile;
 mod https;
 mod insight;
+mod jobs;
 mod lifecycle;
 mod newcomer;
 mod other_compiler;

@@ -7,6 +7,7 @@
 
 mod config;
 mod failing;
+mod jobs;
 mod keys;
 mod memory;
 mod metrics;
@@ -16,7 +17,7 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 9] = [
+const PARTS: [(&str, fn()); 12] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -26,6 +27,9 @@ const PARTS: [(&str, fn()); 9] = [
     ("config", config::fifty_changes),
     ("keys", keys::by_matching_prefix),
     ("metrics", metrics::of_one_request),
+    ("jobs", jobs::chaos),
+    ("sharing", jobs::sharing),
+    ("million", jobs::a_million),
 ];
 
 fn main() -> ExitCode {

@@ -284,3 +284,36 @@ pub fn python(program: &str, arguments: &[&str]) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
+
+/// Adds an entry with the field `data` to a stream of Redis.
+///
+/// # Panics
+/// Where Redis doesn't answer.
+#[must_use]
+pub fn xadd(connection: &mut redis::Connection, key: &str, data: &str) -> String {
+    redis::cmd("XADD").arg(key).arg("*").arg("data").arg(data).query(connection).expect("Redis answers")
+}
+
+/// Empties a key of Redis.
+///
+/// # Panics
+/// Where Redis doesn't answer.
+pub fn redis_clear(port: u16, key: &str) {
+    redis::cmd("DEL").arg(key).exec(&mut redis_connection(port)).expect("Redis answers");
+}
+
+/// Takes what a stream of Redis holds now out of it: for each entry the field `data`.
+///
+/// # Panics
+/// Where Redis doesn't answer.
+#[must_use]
+pub fn redis_take(port: u16, key: &str) -> Vec<Vec<u8>> {
+    let mut connection = redis_connection(port);
+    let reply: redis::streams::StreamRangeReply =
+        redis::cmd("XRANGE").arg(key).arg("-").arg("+").query(&mut connection).expect("Redis answers");
+    let ids: Vec<&String> = reply.ids.iter().map(|entry| &entry.id).collect();
+    if !ids.is_empty() {
+        redis::cmd("XDEL").arg(key).arg(&ids).exec(&mut connection).expect("Redis answers");
+    }
+    reply.ids.iter().map(|entry| entry.get("data").unwrap_or_default()).collect()
+}

@@ -4,6 +4,7 @@
 
 pub mod brokers;
 pub mod changes;
+pub mod chaos;
 pub mod load;
 pub mod version;
 
@@ -175,24 +176,26 @@ impl Setup {
     /// Where it doesn't.
     #[must_use]
     pub fn start(self) -> Host {
-        let mut child =
-            self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let stderr = child.stderr.take().expect("standard error is piped");
-        let reader = thread::spawn({
-            let log = Arc::clone(&log);
-            move || {
-                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                    log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-                }
-            }
-        });
+        let log = Arc::default();
+        let (child, reader) = self.spawn(&log);
         let mut host =
             Host { address: ([127, 0, 0, 1], 0).into(), child, log, reader: Some(reader), setup: self };
-        let line = host.log_line("listening");
-        let address = line["address"].as_str().expect("the line says where").parse();
-        host.address = address.expect("an address");
+        host.wait_for_address();
         host
+    }
+
+    /// Starts the host, and a thread that reads its log.
+    fn spawn(&self, log: &Arc<Mutex<Vec<String>>>) -> (Child, JoinHandle<()>) {
+        let mut child =
+            self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
+        let stderr = child.stderr.take().expect("standard error is piped");
+        let log = Arc::clone(log);
+        let reader = thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        (child, reader)
     }
 
     /// Starts the host and waits until every model serves.
@@ -320,6 +323,12 @@ impl Host {
         self.setup.write_config();
     }
 
+    /// A folder of this host's own.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.setup.folder()
+    }
+
     /// The host's private folder for temporary files.
     #[must_use]
     pub fn temporary_folder(&self) -> PathBuf {
@@ -330,6 +339,67 @@ impl Host {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Ends it as `kill -9` does.
+    pub fn kill(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("the log's reader doesn't panic");
+        }
+    }
+
+    /// Starts it again on the same folders, with an empty log, and waits until it listens.
+    ///
+    /// # Panics
+    /// Where it doesn't.
+    pub fn start_again(&mut self) {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let (child, reader) = self.setup.spawn(&self.log);
+        (self.child, self.reader) = (child, Some(reader));
+        self.wait_for_address();
+    }
+
+    fn wait_for_address(&mut self) {
+        let line = self.log_line("listening");
+        let address = line["address"].as_str().expect("the line says where").parse();
+        self.address = address.expect("an address");
+    }
+
+    /// Takes something away.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn delete(&self, path: &str) -> Answer {
+        read(&mut agent().delete(self.url(path)).call().expect("the host answers"))
+    }
+
+    /// Sends an envelope, and returns the job's id.
+    ///
+    /// # Panics
+    /// Where it isn't accepted.
+    #[must_use]
+    pub fn job(&self, model: &str, envelope: &Value) -> String {
+        let (status, answer) = self.post(&format!("/predict_async?model_name={model}"), envelope);
+        assert_eq!(status, 200, "{answer}");
+        answer["job_id"].as_str().expect("an id").to_owned()
+    }
+
+    /// What there is to say of a job once it has ended.
+    ///
+    /// # Panics
+    /// Where it doesn't end.
+    #[must_use]
+    pub fn ended(&self, job: &str) -> Value {
+        let mut report = Value::Null;
+        wait_until("the job has ended", || {
+            report = self.get(&format!("/jobs/{job}?wait_ms=1000")).1;
+            !["queued", "running"].contains(&report["state"].as_str().unwrap_or_default())
+        });
+        report
     }
 
     /// Sends a JSON body.

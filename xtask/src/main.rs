@@ -30,7 +30,7 @@ cargo xtask COMMAND
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
-                                race, config, keys, metrics
+                                race, config, keys, metrics, jobs, sharing, million
 
 The volume is target/volume unless --volume says otherwise.";
 

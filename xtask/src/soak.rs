@@ -2,10 +2,11 @@
 
 use std::process::Command;
 
-use crate::build;
+use crate::{build, python};
 
 pub(crate) fn run(parts: &[String]) -> anyhow::Result<()> {
-    let packages = ["modalkit", "echo", "fixture-versioned"];
+    python::ensure()?;
+    let packages = ["modalkit", "echo", "fixture-puppet", "fixture-versioned"];
     let mut build = vec!["build", "--release"];
     packages.iter().for_each(|package| build.extend(["--package", package]));
     build::cargo(&build)?;

@@ -1,6 +1,6 @@
 //! The tables and every statement. It never knows threads, nor who waits for what is written.
 
-use std::{path::Path, sync::Arc};
+use std::{io::Read, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use rusqlite::{
@@ -14,6 +14,8 @@ use crate::{
 
 /// The shape of the tables; another number is another version's file.
 const SCHEMA: i64 = 1;
+/// The first bytes of each file of SQLite.
+const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 /// Marks a file as ours.
 const APPLICATION_ID: i64 = 0x4d4b_4a31;
 /// Pages in the write-ahead log until it is worked into the file.
@@ -116,6 +118,13 @@ pub(crate) struct Opened {
 
 impl Store {
     pub(crate) fn open(path: &Path) -> Result<Opened, StoreError> {
+        // SQLite takes a file that is shorter than its own header for a new one.
+        let mut header = [0; MAGIC.len()];
+        let read = std::fs::File::open(path)
+            .and_then(|mut file| Ok((file.metadata()?.len(), file.read(&mut header)?)));
+        if read.is_ok_and(|(length, _)| length > 0) && header != *MAGIC {
+            return Err(StoreError::Damaged("it doesn't begin as a journal does".to_owned()));
+        }
         let mut connection = Connection::open(path).map_err(StoreError::of_open)?;
         let opened = Self::prepare(&mut connection).and_then(|()| Self::look(&connection));
         let (totals, open_jobs, last_row) = opened?;
@@ -429,7 +438,10 @@ impl Reader {
     }
 
     pub(crate) fn list(&self, filter: &Filter) -> rusqlite::Result<Page> {
-        let text = format!("SELECT {COLUMNS} FROM jobs WHERE row < ?1 ORDER BY row DESC LIMIT ?2");
+        // What isn't done with is found without looking at all that is.
+        let is_open = filter.state == Some(State::Queued) || filter.delivery == Some(Delivery::Pending);
+        let open = if is_open { "INDEXED BY open_jobs WHERE open = 1 AND" } else { "WHERE" };
+        let text = format!("SELECT {COLUMNS} FROM jobs {open} row < ?1 ORDER BY row DESC LIMIT ?2");
         let mut statement = self.0.prepare_cached(&text)?;
         let before = filter.after.map_or(i64::MAX, JobId::row);
         let mut rows = statement.query(params![before, ROWS_LOOKED_AT])?;

@@ -225,6 +225,15 @@ fn a_folder_has_one_host_and_a_damaged_journal_is_kept() {
         assert!(matches!(&error, OpenError::Damaged { .. }), "{error}");
         assert!(error.to_string().contains("jobs.sqlite"), "{error}");
     }
+    // One that was cut short is no new one.
+    for cut in [1, 40, 99] {
+        fs::write(&file, &b"SQLite format 4 and what else there may be in such a file, or in one that was cut off at some point"[..cut]).unwrap();
+        assert!(matches!(
+            Journal::open(folder.path(), KEEP, Box::new(|_| ())),
+            Err(OpenError::Damaged { .. })
+        ));
+    }
+    fs::write(&file, &bytes).unwrap();
     let aside = set_aside(folder.path()).unwrap();
     assert_eq!(fs::read(&aside).unwrap(), bytes);
     let (_journal, found) = open(folder.path(), KEEP);

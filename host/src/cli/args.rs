@@ -29,7 +29,11 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Serve until SIGTERM or SIGINT (what happens without a command).
-    Serve,
+    Serve {
+        /// Where the journal of asynchronous jobs can't be read: rename it and begin an empty one.
+        #[arg(long)]
+        set_journal_aside: bool,
+    },
     /// Print every setting with its value and where that comes from, and everything that is wrong.
     Check {
         /// Print the settings as a configuration file in JSON, with `$provenance` and `$warnings`, or the errors.
@@ -90,10 +94,31 @@ pub(crate) enum Command {
         #[command(flatten)]
         host: Host,
     },
-    /// Show what became of an asynchronous job of a running host.
+    /// Show a running host's asynchronous jobs, or one of them; take one back, or have its result delivered again.
     Jobs {
-        /// The job's id.
-        id: String,
+        /// The job's id; without one, the youngest jobs are listed.
+        id: Option<String>,
+        /// Take it back.
+        #[arg(long, requires = "id", conflicts_with = "redeliver")]
+        cancel: bool,
+        /// Have its result delivered again.
+        #[arg(long, requires = "id")]
+        redeliver: bool,
+        /// Wait for its end, at most so many milliseconds.
+        #[arg(long, requires = "id", value_name = "MS")]
+        wait: Option<u64>,
+        /// List those in this state: queued, succeeded, failed or cancelled.
+        #[arg(long, conflicts_with = "id")]
+        state: Option<String>,
+        /// List those whose results are: none, pending, delivered or dead.
+        #[arg(long, conflicts_with = "id")]
+        delivery: Option<String>,
+        /// List those of this model.
+        #[arg(long, conflicts_with = "id")]
+        model: Option<String>,
+        /// At most so many.
+        #[arg(long, conflicts_with = "id", default_value_t = 20)]
+        limit: usize,
         #[command(flatten)]
         host: Host,
     },

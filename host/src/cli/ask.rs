@@ -37,7 +37,22 @@ pub(crate) enum Ask {
     /// The configuration, read again.
     ReloadConfig,
     /// What became of a job.
-    Job(String),
+    Job(String, Option<u64>),
+    /// A job, taken back.
+    CancelJob(String),
+    /// A job's result, delivered again.
+    Redeliver(String),
+    /// Jobs.
+    Jobs {
+        /// In this state.
+        state: Option<String>,
+        /// Whose results are so.
+        delivery: Option<String>,
+        /// Of this model.
+        model: Option<String>,
+        /// At most so many.
+        limit: usize,
+    },
     /// An answer.
     Predict {
         /// Of which model.
@@ -161,7 +176,18 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
         Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), Some(String::new())),
         Ask::Config => ("/config".to_owned(), None),
         Ask::ReloadConfig => ("/config/reload".to_owned(), Some(String::new())),
-        Ask::Job(id) => (format!("/jobs/{}", escaped(id)), None),
+        Ask::Job(id, None) => (format!("/jobs/{}", escaped(id)), None),
+        Ask::Job(id, Some(wait)) => (format!("/jobs/{}?wait_ms={wait}", escaped(id)), None),
+        Ask::CancelJob(id) => (format!("/jobs/{}", escaped(id)), None),
+        Ask::Redeliver(id) => (format!("/jobs/{}/redeliver", escaped(id)), Some(String::new())),
+        Ask::Jobs { state, delivery, model, limit } => {
+            let parameter = |name: &str, value: &Option<String>| {
+                value.as_ref().map(|value| format!("&{name}={}", escaped(value))).unwrap_or_default()
+            };
+            let filters =
+                parameter("state", state) + &parameter("delivery", delivery) + &parameter("model", model);
+            (format!("/jobs?limit={limit}{filters}"), None)
+        }
         Ask::Predict { model: name, input, how: How::Now } => {
             (format!("/predict_sync{}", model(name)), Some(input.clone()))
         }
@@ -175,6 +201,11 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
     let whole = format!("{url}{path}");
     let bearer = host.key.as_ref().map(|key| format!("Bearer {key}"));
     let sent = match body {
+        None if matches!(ask, Ask::CancelJob(_)) => match &bearer {
+            Some(bearer) => agent.delete(&whole).header("authorization", bearer),
+            None => agent.delete(&whole),
+        }
+        .call(),
         Some(body) => {
             let request = agent.post(&whole).header("content-type", "application/json");
             match &bearer {
@@ -201,7 +232,7 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
         401 if host.key.is_none() => "show a key: MODALKIT_KEY or --key\n",
         _ => "",
     };
-    Ok(Answered { text: text + hint, done: status == 200 })
+    Ok(Answered { text: text + hint, done: (200..300).contains(&status) })
 }
 
 fn agent(ca: Option<&Path>) -> Result<ureq::Agent, ClientError> {

@@ -53,7 +53,8 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
     };
     let files = cli.files(&environment);
     let code = match cli.command {
-        None | Some(Command::Serve) => serve::run(files),
+        None => serve::run(files, false),
+        Some(Command::Serve { set_journal_aside }) => serve::run(files, set_journal_aside),
         Some(
             Command::Config { command: ConfigCommand::Schema }
             | Command::Completions { .. }
@@ -74,7 +75,15 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(Command::Config { command: ConfigCommand::Reload { host } }) => {
             ask::run(&Ask::ReloadConfig, &host, &files, &environment)
         }
-        Some(Command::Jobs { id, host }) => ask::run(&Ask::Job(id), &host, &files, &environment),
+        Some(Command::Jobs { id, cancel, redeliver, wait, state, delivery, model, limit, host }) => {
+            let what = match id {
+                Some(id) if cancel => Ask::CancelJob(id),
+                Some(id) if redeliver => Ask::Redeliver(id),
+                Some(id) => Ask::Job(id, wait),
+                None => Ask::Jobs { state, delivery, model, limit },
+            };
+            ask::run(&what, &host, &files, &environment)
+        }
         Some(Command::Predict { model, input, batch, later, host }) => match ask::input(&input) {
             Ok(input) => {
                 let how = match (batch, later) {

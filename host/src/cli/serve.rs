@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::complain};
 
-pub(crate) fn run(files: Vec<PathBuf>) -> u8 {
+pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
     let sources = Sources::new(files);
     let loaded = match sources.load() {
         Ok(loaded) => loaded,
@@ -31,10 +31,10 @@ pub(crate) fn run(files: Vec<PathBuf>) -> u8 {
             return WRONG_USAGE;
         }
     };
-    serve(sources, loaded, log)
+    serve(sources, loaded, log, set_journal_aside)
 }
 
-fn serve(sources: Sources, loaded: Loaded, log: LogLevels) -> u8 {
+fn serve(sources: Sources, loaded: Loaded, log: LogLevels, set_journal_aside: bool) -> u8 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Connections have threads of their own; what is left is to accept, to watch and to scale.
@@ -76,7 +76,7 @@ fn serve(sources: Sources, loaded: Loaded, log: LogLevels) -> u8 {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            ended = app::run(sources, loaded, log, hang_ups, stop) => match ended {
+            ended = app::run(sources, loaded, log, set_journal_aside, hang_ups, stop) => match ended {
                 Ok(Ended::Drained) => DONE,
                 Ok(Ended::CutOff) => NOT_DONE,
                 Err(error) => {

@@ -19,7 +19,8 @@ pub(crate) fn for_people(ask: &Ask, answer: &Value) -> String {
         Ask::ReloadVolume(_) => volume(answer),
         Ask::Config => settings(answer),
         Ask::ReloadConfig => change(answer),
-        Ask::Job(_) | Ask::Predict { .. } => format!("{answer:#}\n"),
+        Ask::Jobs { .. } => jobs(answer),
+        Ask::Job(..) | Ask::CancelJob(_) | Ask::Redeliver(_) | Ask::Predict { .. } => format!("{answer:#}\n"),
     }
 }
 
@@ -45,6 +46,21 @@ fn settings(answer: &Value) -> String {
         );
     }
     text
+}
+
+/// Jobs, the youngest first.
+fn jobs(answer: &Value) -> String {
+    let mut rows = vec![["JOB", "MODEL", "STATE", "ATTEMPTS", "DELIVERY", "ACCEPTED"].map(str::to_owned)];
+    for job in answer["jobs"].as_array().into_iter().flatten() {
+        let delivery = match job["delivery"]["queue"].as_str() {
+            Some(queue) => format!("{} ({queue})", word(&job["delivery"]["state"])),
+            None => word(&job["delivery"]["state"]),
+        };
+        let accepted = format!("{} ago", ago(&job["accepted_unix_ms"]));
+        let of = |key: &str| word(&job[key]);
+        rows.push([of("job_id"), of("model"), of("state"), of("attempts"), delivery, accepted]);
+    }
+    table(&rows)
 }
 
 /// What became of a changed configuration.

@@ -44,7 +44,7 @@ use entry::{Entry, Head, Input, Live, Phase};
 use runner::{Event, Inbox, Runner};
 
 pub use envelope::Parts;
-pub use modalkit_journal::{JobId, set_aside};
+pub use modalkit_journal::JobId;
 pub use report::{Listed, Report};
 
 /// Bytes of inputs that wait in memory; those of further jobs are read again when their turn comes.
@@ -576,6 +576,22 @@ impl Live {
             delivery_attempts: 0,
             delivery_error: None,
         }
+    }
+}
+
+/// Moves a journal that can't be read out of the way, and says so.
+///
+/// # Errors
+/// It can't be moved, or it can't be used for another reason.
+pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
+    let retention = Retention { time: Duration::MAX, bytes_max: u64::MAX };
+    match Journal::open(state_folder, retention, Box::new(|_| ())) {
+        Err(OpenError::Damaged { why, .. }) => {
+            let aside = modalkit_journal::set_aside(state_folder)?;
+            tracing::error!(journal = %aside.display(), why, "the journal was set aside; jobs that it holds are not run");
+            Ok(())
+        }
+        opened => opened.map(drop),
     }
 }
 

@@ -1,0 +1,499 @@
+//! Asynchronous jobs over HTTP: what is accepted is run and delivered, whatever dies in between.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use modalkit_tests::{Host, Setup, brokers, built, wait_until};
+use serde_json::{Value, json};
+
+fn puppet(config: &str) -> Host {
+    Setup::new().plugin("puppet").config(config).ready()
+}
+
+/// A model that runs one job at a time.
+const ONE: &str = "[model_settings.model_entries.puppet]\n";
+
+fn messages(host: &Host, queue: &str) -> Vec<Value> {
+    let (status, answer) = host.get(&format!("/queues/{queue}?limit=1000"));
+    assert_eq!(status, 200, "{answer}");
+    answer["messages"].as_array().unwrap().clone()
+}
+
+#[test]
+fn results_go_to_the_queue_for_answers_or_the_one_for_failures() {
+    let host = puppet("");
+    let envelope = |message: Value| json!({"message": message, "success_queue": "good", "failure_queue": "bad", "meta": {"user": 7}});
+    let good = host.job("puppet", &envelope(json!({"value": 5})));
+    let report = host.ended(&good);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(1)));
+    wait_until("it is delivered", || {
+        host.get(&format!("/jobs/{good}")).1["delivery"]["state"] == "delivered"
+    });
+    let found = messages(&host, "good");
+    let expected = json!({"status": "success", "value": 5, "batch": 1, "meta": {"user": 7}});
+    assert_eq!(found, [json!({"job_id": good, "body": expected})]);
+
+    let bad = host.job("puppet", &envelope(json!({"do": "fail"})));
+    wait_until("it is delivered", || host.get(&format!("/jobs/{bad}")).1["delivery"]["state"] == "delivered");
+    let found = messages(&host, "bad");
+    assert_eq!(found[0]["body"]["status"], "error");
+    assert_eq!(found[0]["body"]["original_message"], envelope(json!({"do": "fail"})));
+    assert!(found[0]["body"]["error"].as_str().unwrap().contains("told to fail this item"), "{found:?}");
+    let report = host.ended(&bad);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(1)), "it would fail again");
+
+    // Without a queue there is no delivery. What is taken out of a queue is gone.
+    let quiet = host.job("puppet", &json!({"message": {}}));
+    assert_eq!(host.ended(&quiet)["delivery"]["state"], "none");
+    assert_eq!(host.delete("/queues/good").1["messages"].as_array().unwrap().len(), 1);
+    assert_eq!(messages(&host, "good"), [json!(null); 0]);
+    // Delivered again where somebody asks for it.
+    let (status, answer) = host.post(&format!("/jobs/{good}/redeliver"), &json!({}));
+    assert_eq!(status, 202, "{answer}");
+    wait_until("it is there again", || messages(&host, "good").len() == 1);
+    assert_eq!(host.post(&format!("/jobs/{quiet}/redeliver"), &json!({})).0, 409);
+}
+
+#[test]
+fn what_may_help_is_tried_again_and_what_cannot_is_not() {
+    let host = puppet("[app_settings.deployment_config]\nretries = 2");
+    let once = host.job("puppet", &json!({"message": {"do": "fail once", "value": 1}}));
+    let report = host.ended(&once);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(2)), "{report}");
+    let always = host.job("puppet", &json!({"message": {"do": "fail the batch"}}));
+    wait_until("it waits for its next attempt", || {
+        host.get(&format!("/jobs/{always}")).1["next_attempt_unix_ms"].is_u64()
+    });
+    let report = host.ended(&always);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(3)), "{report}");
+    assert!(report["error"].as_str().unwrap().contains("told to fail the batch"), "{report}");
+    for what in ["fail", "refuse"] {
+        let report = host.ended(&host.job("puppet", &json!({"message": {"do": what}})));
+        assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(1)), "{report}");
+    }
+}
+
+#[test]
+fn a_host_that_is_killed_goes_on_where_it_was() {
+    let mut redis = brokers::redis(&[]);
+    redis.start();
+    let mut host = puppet(&format!(
+        "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"",
+        redis.port
+    ));
+    let envelope = |value: i64| json!({"message": {"value": value, "do": "sleep", "ms": 30}, "success_queue": "results"});
+    let jobs: BTreeMap<String, i64> =
+        (0..40).map(|value| (host.job("puppet", &envelope(value)), value)).collect();
+    // Some have ended, one runs, others wait.
+    wait_until("some are delivered", || brokers::redis_list(redis.port, "results").len() > 3);
+    host.kill();
+    redis.kill();
+    host.start_again();
+    wait_until("the rest has run", || {
+        host.get("/jobs?state=queued").1["jobs"].as_array().is_some_and(Vec::is_empty)
+    });
+    assert!(host.get("/jobs?delivery=pending").1["jobs"].as_array().unwrap().len() > 3);
+    wait_until("it says who is away", || {
+        host.get("/readyz").1["queues_not_usable"]["redis"]["error"].is_string()
+    });
+    assert_eq!(host.get("/readyz").0, 200, "a broker that is away keeps nobody out");
+    redis.start();
+    wait_until("all are delivered", || {
+        jobs.keys().all(|job| host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered")
+    });
+    let mut found: Vec<i64> = brokers::redis_list(redis.port, "results")
+        .iter()
+        .map(|body| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
+        .collect();
+    found.sort_unstable();
+    let delivered = found.len();
+    found.dedup();
+    assert_eq!(found, (0..40).collect::<Vec<i64>>(), "{delivered} messages");
+    for (job, value) in &jobs {
+        assert_eq!(host.ended(job)["result"]["value"], *value, "no result belongs to another job");
+    }
+}
+
+#[test]
+fn a_job_that_takes_hosts_down_stops_being_tried() {
+    let mut host = puppet("[app_settings.deployment_config]\nretries = 1");
+    // Something else first, so that both are accepted before the host dies.
+    let _ = host.job("puppet", &json!({"message": {"do": "sleep", "ms": 800}}));
+    let killer =
+        host.job("puppet", &json!({"message": {"do": "take the host down"}, "failure_queue": "bad"}));
+    let innocent = host.job("puppet", &json!({"message": {"value": 3}}));
+    for _ in 0..2 {
+        let _ = host.wait();
+        host.start_again();
+    }
+    let report = host.ended(&killer);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(2)), "{report}");
+    assert!(report["error"].as_str().unwrap().contains("running when the host died"), "{report}");
+    let report = host.ended(&innocent);
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(1)), "{report}");
+    wait_until("its failure is told", || messages(&host, "bad").len() == 1);
+}
+
+#[test]
+fn a_key_for_once_gives_the_same_job_and_refuses_another_body() {
+    let mut host = puppet("");
+    let send = |host: &Host, key: &str, value: i64| {
+        host.post_with("/predict_async", &json!({"message": {"value": value}}), &[("idempotency-key", key)])
+    };
+    let (_, first) = send(&host, "a", 1);
+    assert_eq!(send(&host, "a", 1), (200, first.clone()));
+    let (status, answer) = send(&host, "a", 2);
+    assert_eq!(status, 409, "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains(first["job_id"].as_str().unwrap()), "{answer}");
+    assert_ne!(send(&host, "b", 1).1, first);
+    host.kill();
+    host.start_again();
+    wait_until("it is ready", || host.get("/readyz").0 == 200);
+    assert_eq!(send(&host, "a", 1), (200, first), "also after a restart");
+    let (status, answer) = send(&host, &"x".repeat(300), 1);
+    assert_eq!((status, &answer["detail"][0]["loc"][1]), (422, &json!("idempotency-key")));
+}
+
+#[test]
+fn a_job_can_be_taken_back_until_it_has_ended() {
+    let host = puppet(ONE);
+    let running = host
+        .job("puppet", &json!({"message": {"do": "sleep", "ms": 1500, "value": 1}, "success_queue": "q"}));
+    wait_until("it runs", || host.get(&format!("/jobs/{running}")).1["state"] == "running");
+    assert!(host.text("/metrics").contains("modalkit_jobs{state=\"running\"} 1"));
+    let queued = host.job("puppet", &json!({"message": {"value": 2}, "success_queue": "q"}));
+    let (status, answer) = host.delete(&format!("/jobs/{queued}"));
+    assert_eq!((status, &answer["state"]), (200, &json!("cancelled")), "{answer}");
+    assert_eq!(host.get(&format!("/jobs/{queued}")).1["state"], "cancelled");
+    let (status, answer) = host.delete(&format!("/jobs/{running}"));
+    assert_eq!(status, 202, "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("can't be stopped"), "{answer}");
+    assert_eq!(host.ended(&running)["state"], "cancelled");
+    assert_eq!(host.delete(&format!("/jobs/{running}")).0, 409);
+    assert_eq!(messages(&host, "q"), [json!(null); 0]);
+    let unknown = "01890a5d-ac96-774a-8a3d-0b7b1c1b1c1b";
+    for path in [format!("/jobs/{unknown}"), "/jobs/nonsense".to_owned()] {
+        assert_eq!(host.delete(&path).0, 404);
+    }
+}
+
+#[test]
+fn a_caller_can_wait_for_a_job_and_its_deadline_ends_it() {
+    let host = puppet(ONE);
+    let job = host.job("puppet", &json!({"message": {"do": "sleep", "ms": 400}}));
+    let begun = Instant::now();
+    let (_, report) = host.get(&format!("/jobs/{job}?wait_ms=30000"));
+    assert_eq!(report["state"], "succeeded", "{report}");
+    assert!(begun.elapsed() < Duration::from_secs(20), "it was told when it had ended");
+    let busy = host.job("puppet", &json!({"message": {"do": "sleep", "ms": 800}}));
+    let (_, late) =
+        host.post_with("/predict_async", &json!({"message": {}}), &[("x-request-timeout-ms", "100")]);
+    let report = host.ended(late["job_id"].as_str().unwrap());
+    assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(0)), "{report}");
+    assert!(report["error"].as_str().unwrap().contains("deadline"), "{report}");
+    let _ = host.ended(&busy);
+    assert_eq!(host.get(&format!("/jobs/{job}?wait_ms=soon")).0, 422);
+}
+
+#[test]
+fn jobs_are_listed_and_bounded() {
+    let config = "[server]\njobs_max = 4\njobs_per_model_max = 3\n";
+    let host = Setup::new().plugin("puppet").plugin("echo").config(config).ready();
+    let blocker = host.job("puppet", &json!({"message": {"do": "sleep", "ms": 2000}}));
+    let waiting: Vec<String> = (0..2).map(|_| host.job("puppet", &json!({"message": {}}))).collect();
+    let (status, answer) = host.post("/predict_async?model_name=puppet", &json!({"message": {}}));
+    assert_eq!(status, 429, "{answer}");
+    assert!(answer["detail"].as_str().unwrap().contains("jobs_per_model_max"), "{answer}");
+    // One whose result can't be delivered counts as well.
+    let other = host.job("echo", &json!({"message": {"text": "a"}}));
+    assert_eq!(host.ended(&other)["state"], "succeeded");
+    let listed = |query: &str| {
+        let (status, answer) = host.get(&format!("/jobs{query}"));
+        assert_eq!(status, 200, "{answer}");
+        let id = |job: &Value| job["job_id"].as_str().unwrap().to_owned();
+        (answer["jobs"].as_array().unwrap().iter().map(id).collect::<Vec<_>>(), answer["next"].clone())
+    };
+    assert_eq!(listed("?model=echo").0, [other.clone()]);
+    assert_eq!(listed("?state=queued").0.len(), 3);
+    assert_eq!(listed("").0, [&other, &waiting[1], &waiting[0], &blocker].map(Clone::clone));
+    let (first, next) = listed("?limit=3");
+    let (rest, _) = listed(&format!("?limit=3&after={}", next.as_str().unwrap()));
+    assert_eq!((first.len(), rest), (3, vec![blocker.clone()]));
+    assert_eq!(host.get("/jobs?state=done").0, 422);
+    for job in [&blocker, &waiting[0], &waiting[1]] {
+        assert_eq!(host.ended(job)["state"], "succeeded");
+    }
+}
+
+#[test]
+fn a_message_that_a_broker_never_takes_is_dead_and_can_be_sent_again() {
+    let mut moto = brokers::moto(false);
+    moto.start();
+    let backend = |limit: usize| {
+        format!(
+            "[app_settings.queue_config]\nbackend = \"sqs\"\n[app_settings.queue_config.backends.sqs]\nbroker_url = \"http://127.0.0.1:{}/\"\n\
+             access_key_id = \"k\"\nsecret_access_key = \"s\"\nmessage_bytes_max = {limit}",
+            moto.port
+        )
+    };
+    let mut host = puppet(&backend(300));
+    let envelope =
+        json!({"message": {"value": 1}, "success_queue": "results", "meta": {"x": "y".repeat(400)}});
+    let job = host.job("puppet", &envelope);
+    let mut report = json!(null);
+    wait_until("it is given up", || {
+        report = host.get(&format!("/jobs/{job}")).1;
+        report["delivery"]["state"] == "dead"
+    });
+    assert!(report["delivery"]["error"].as_str().unwrap().contains("message_bytes_max"), "{report}");
+    assert_eq!(report["result"]["value"], 1, "the result is there all the same");
+    assert!(host.text("/metrics").contains("modalkit_deliveries_total{backend=\"sqs\",outcome=\"dead\"} 1"));
+    host.configure(&backend(1 << 20));
+    host.kill();
+    host.start_again();
+    assert_eq!(host.post(&format!("/jobs/{job}/redeliver"), &json!({})).0, 202);
+    wait_until("it is delivered", || host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered");
+    assert_eq!(brokers::sqs_drain(moto.port, "results").len(), 1);
+}
+
+#[test]
+fn a_broker_that_refuses_this_host_is_told_of_and_stops_nothing() {
+    let mut redis = brokers::redis(&["--requirepass", "right"]);
+    redis.start();
+    let host = Setup::new()
+        .plugin("puppet")
+        .config(&format!(
+            "[app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\npassword = \"{}\"",
+            redis.port, modalkit_tests::SECRET
+        ))
+        .start();
+    let mut ready = json!(null);
+    wait_until("it is known", || {
+        ready = host.get("/readyz").1;
+        ready["queues_not_usable"]["main"]["denied"] == true
+    });
+    assert_eq!(host.get("/readyz").0, 503);
+    let line = host.log_line("does not let this host in");
+    assert_eq!(line["level"], "ERROR", "{line}");
+    wait_until("it serves all the same", || host.post("/predict_sync", &json!({"value": 1})).0 == 200);
+    let job = host.job("puppet", &json!({"message": {}, "success_queue": "main://q"}));
+    assert_eq!(host.ended(&job)["state"], "succeeded");
+    assert_eq!(host.get(&format!("/jobs/{job}")).1["delivery"]["state"], "pending");
+}
+
+#[test]
+fn a_damaged_journal_is_kept_and_started_over_only_where_somebody_says_so() {
+    let mut host = puppet("");
+    let job = host.job("puppet", &json!({"message": {}}));
+    let _ = host.ended(&job);
+    host.kill();
+    let state = host.folder().join("state");
+    fs::write(state.join("jobs.sqlite"), "this is no journal, and was one").unwrap();
+    let run = |arguments: &[&str]| {
+        Command::new(built().join("modalkit"))
+            .args(["--config", host.folder().join("modalkit.toml").to_str().unwrap()])
+            .args(arguments)
+            .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
+            .env("MODALKIT_SERVER__STATE_FOLDER", &state)
+            .output()
+            .unwrap()
+    };
+    for _ in 0..2 {
+        let output = run(&[]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("jobs.sqlite") && said.contains("--set-journal-aside"), "{said}");
+    }
+    let mut command = Command::new(built().join("modalkit"))
+        .args([
+            "--config",
+            host.folder().join("modalkit.toml").to_str().unwrap(),
+            "serve",
+            "--set-journal-aside",
+        ])
+        .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
+        .env("MODALKIT_SERVER__STATE_FOLDER", &state)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let aside = || {
+        let names =
+            fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        // Its log goes with it.
+        names
+            .filter(|name| name.contains("damaged") && !name.ends_with("-wal") && !name.ends_with("-shm"))
+            .collect::<Vec<_>>()
+    };
+    wait_until("it is set aside, and a new one is there", || {
+        aside().len() == 1 && fs::metadata(state.join("jobs.sqlite")).is_ok_and(|file| file.len() > 100)
+    });
+    assert_eq!(fs::read_to_string(state.join(&aside()[0])).unwrap(), "this is no journal, and was one");
+    modalkit_tests::signal(command.id(), "TERM");
+    assert!(command.wait().unwrap().success());
+}
+
+/// A file system of its own size, that vanishes with this.
+struct SmallDisk<'f>(&'f Path);
+
+impl<'f> SmallDisk<'f> {
+    /// `None` where this user may not mount one.
+    fn mount(folder: &'f Path, bytes: u64) -> Option<Self> {
+        fs::create_dir_all(folder).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tests"])
+            .arg(folder)
+            .output();
+        mounted.is_ok_and(|output| output.status.success()).then(|| Self(folder))
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        // Lazily: a host may still have it open.
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_new_jobs_and_loses_none_that_was_accepted() {
+    const DISK: u64 = 8 << 20;
+    let setup = Setup::new()
+        .plugin("puppet")
+        .config("[server]\njob_retention_seconds = 0\n[app_settings.batch_config]\nmax_batch_size = 8");
+    let state = setup.folder().join("state");
+    let Some(_disk) = SmallDisk::mount(&state, DISK) else {
+        return eprintln_skipped("mounting a small file system needs root");
+    };
+    let mut host = setup.ready();
+    let padding = "x".repeat(20_000);
+    let send = |host: &Host, value: i64, what: &str| {
+        let message = json!({"value": value, "do": what, "ms": 1500});
+        let envelope = json!({"message": message, "success_queue": "results", "meta": {"padding": padding}});
+        host.post("/predict_async", &envelope)
+    };
+    // Those at the head take their time, so that the others wait, and fill the disk.
+    let mut accepted = Vec::new();
+    let mut refused = 0;
+    for value in 0..2000 {
+        let (status, answer) = send(&host, value, if value < 8 { "sleep" } else { "" });
+        match status {
+            200 => accepted.push((answer["job_id"].as_str().unwrap().to_owned(), value)),
+            503 => {
+                assert!(answer["detail"].as_str().unwrap().contains("full"), "{answer}");
+                refused += 1;
+            }
+            other => panic!("{other}: {answer}"),
+        }
+        if refused > 20 {
+            break;
+        }
+    }
+    assert!(refused > 0, "{} were accepted on a disk of {DISK} bytes", accepted.len());
+    assert_eq!(host.get("/livez").0, 200);
+    assert_eq!(
+        host.post("/predict_sync", &json!({"value": 1})).0,
+        200,
+        "other requests are served as before"
+    );
+    // Space returns.
+    let more = format!("remount,size={}", 8 * DISK);
+    assert!(Command::new("mount").args(["-o", &more]).arg(&state).status().unwrap().success());
+    wait_until("jobs are accepted again", || send(&host, 5000, "").0 == 200);
+    // Nothing that was accepted is lost, also not where the host dies now.
+    host.kill();
+    host.start_again();
+    let mut results: Vec<i64> = Vec::new();
+    wait_until("all have a result", || {
+        let (_, taken) = host.delete("/queues/results?limit=1000");
+        let values = taken["messages"].as_array().cloned().unwrap_or_default();
+        results.extend(values.iter().map(|message| message["body"]["value"].as_i64().unwrap()));
+        // A result that lay in the memory of the host that died was delivered; its job is gone or says so.
+        accepted.iter().all(|(job, value)| {
+            results.contains(value) || {
+                let (status, report) = host.get(&format!("/jobs/{job}"));
+                status == 404 || report["delivery"]["state"] == "delivered"
+            }
+        })
+    });
+}
+
+/// A test that can't run here says so.
+#[expect(clippy::print_stderr, reason = "a skipped test is seen in the output")]
+fn eprintln_skipped(why: &str) {
+    eprintln!("skipped: {why}");
+}
+
+#[test]
+fn requests_from_a_queue_are_run_once_and_acknowledged_when_their_results_are_on_disk() {
+    let mut redis = brokers::redis(&[]);
+    redis.start();
+    let config = format!(
+        "[app_settings.queue_config]\nbackend = \"main\"\ndead_letter_queue = \"dead\"\n\
+         [app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nredis_type = \"stream\"\n\
+         [[app_settings.queue_config.consume]]\nqueue = \"requests\"\nmodel = \"puppet\"\nin_flight_max = 4\nvisibility_seconds = 2\n",
+        redis.port
+    );
+    let mut host = puppet(&config);
+    let mut connection = brokers::redis_connection(redis.port);
+    let mut add = |body: &str| {
+        let _: String = brokers::xadd(&mut connection, "requests", body);
+    };
+    for value in 0..10 {
+        add(&json!({"message": {"value": value, "do": "sleep", "ms": 200}, "success_queue": "results"})
+            .to_string());
+    }
+    add("no JSON at all");
+    add(r#"{"message": {"ms": "x"}, "failure_queue": "bad"}"#);
+    add(r#"{"massage": {}, "failure_queue": "bad"}"#);
+    wait_until("some are taken", || !brokers::redis_stream(redis.port, "results").is_empty());
+    assert!(
+        host.get("/jobs?state=queued").1["jobs"].as_array().unwrap().len() <= 4,
+        "no more is taken than may be in flight"
+    );
+    // Longer than their visibility, so that what nobody extends would come again.
+    host.kill();
+    thread::sleep(Duration::from_millis(200));
+    host.start_again();
+    let results = || {
+        let mut values: Vec<i64> = brokers::redis_stream(redis.port, "results")
+            .iter()
+            .map(|(body, _)| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
+            .collect();
+        values.sort_unstable();
+        values
+    };
+    wait_until("all have results", || {
+        let mut values = results();
+        values.dedup();
+        values == (0..10).collect::<Vec<i64>>()
+    });
+    let bodies = |queue: &str| -> Vec<Value> {
+        brokers::redis_stream(redis.port, queue)
+            .iter()
+            .map(|(body, _)| serde_json::from_slice(body).unwrap())
+            .collect()
+    };
+    wait_until("those that are no requests are told", || {
+        bodies("dead").len() == 1 && bodies("bad").len() == 2
+    });
+    assert_eq!(bodies("dead")[0]["original_message"], "no JSON at all");
+    let errors: Vec<String> =
+        bodies("bad").iter().map(|body| body["error"].as_str().unwrap().to_owned()).collect();
+    assert!(errors.iter().any(|error| error.contains("massage")), "{errors:?}");
+    wait_until("everything is acknowledged", || brokers::redis_stream(redis.port, "requests").is_empty());
+    assert!(results().len() <= 14, "what was running when the host died ran twice at most");
+}
+
+/// The short form of `cargo xtask soak jobs`.
+#[test]
+fn jobs_survive_hosts_and_brokers_that_are_killed() {
+    let chaos = modalkit_tests::chaos::Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
+    let counted = chaos.run();
+    assert!(counted.accepted > 0 && counted.lost == 0 && counted.foreign == 0, "{counted:?}");
+}
