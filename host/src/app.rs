@@ -19,7 +19,7 @@ use crate::{
     mounts,
     queues::Queues,
     reconfigure,
-    reload::Reload,
+    reload::{Reload, build},
     telemetry::Metrics,
     traces::Traces,
 };
@@ -71,7 +71,7 @@ pub async fn run(
     let metrics = Metrics::new(traces.clone());
     let models = Arc::new(Models::default());
     let gate = Gate::new(config.requests_max);
-    let surroundings = modalkit_queue::Surroundings {};
+    let surroundings = modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server)? };
     let queues = Queues::open(&config.queues.named(&jobs::host_name(&server.state_folder)?), &surroundings)?;
     let around = jobs::Around {
         models: Arc::clone(&models),

@@ -127,7 +127,7 @@ extern "C" fn describe<P: InferencePipeline>() -> RResult<Description, Failure> 
     })
 }
 
-extern "C" fn attach(host: HostApi) {
+pub(crate) extern "C" fn attach(host: HostApi) {
     let attached = guarded(|| {
         forward::attach(host);
         Ok(())
@@ -245,13 +245,13 @@ unsafe extern "C" fn drop_instance<P: InferencePipeline>(instance: InstanceHandl
     discard(|| unsafe { from_raw::<Instance<P>>(instance.into_raw()) });
 }
 
-fn into_raw<T>(value: T) -> *mut () {
+pub(crate) fn into_raw<T>(value: T) -> *mut () {
     Box::into_raw(Box::new(value)).cast()
 }
 
 /// # Safety
 /// `raw` came from [`into_raw`] with the same `T` and is given up.
-unsafe fn from_raw<T>(raw: *mut ()) -> Box<T> {
+pub(crate) unsafe fn from_raw<T>(raw: *mut ()) -> Box<T> {
     // SAFETY: by the caller's promise.
     unsafe { Box::from_raw(raw.cast()) }
 }
@@ -271,7 +271,7 @@ unsafe fn batch_mut<'a, P: InferencePipeline>(batch: BatchHandle) -> &'a mut Bat
 }
 
 /// Runs plugin code; errors and panics come back as a [`Failure`].
-fn guarded<T>(run: impl FnOnce() -> Result<T, PipelineError>) -> RResult<T, Failure> {
+pub(crate) fn guarded<T>(run: impl FnOnce() -> Result<T, PipelineError>) -> RResult<T, Failure> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(value)) => ROk(value),
         Ok(Err(error)) => RErr(error.into_failure()),
@@ -296,7 +296,7 @@ fn examined<T>(run: impl FnOnce() -> Result<T, Refusal>) -> RResult<T, Rejection
 }
 
 /// Drops a value of the author's, whose `drop` may panic; the panic hook has logged it then.
-fn discard<T>(take: impl FnOnce() -> Box<T>) {
+pub(crate) fn discard<T>(take: impl FnOnce() -> Box<T>) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(take()))) {
         std::mem::forget(panic);
     }

@@ -57,17 +57,20 @@ mod forward;
 mod instance;
 mod object;
 mod pipeline;
+mod queue;
 mod schema;
 pub mod testkit;
 
 pub use context::{LoadContext, NoSettings, VolumeReload};
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};
 pub use pipeline::{InferencePipeline, Outcome};
+pub use queue::{QueueBackend, QueueContext, QueuedMessage};
 
 /// What [`export_pipeline!`] expands to; nothing here is for an author's hands.
 #[doc(hidden)]
 pub mod __private {
     pub use crate::export::{constructor_of, handshake_of, header_of};
+    pub use crate::queue::{queue_constructor_of, queue_header_of};
     pub use modalkit_abi::{
         Handshake,
         abi_stable::library::{LibHeader, RootModuleResult},

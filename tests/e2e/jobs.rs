@@ -219,7 +219,7 @@ fn jobs_are_listed_and_bounded() {
         let id = |job: &Value| job["job_id"].as_str().unwrap().to_owned();
         (answer["jobs"].as_array().unwrap().iter().map(id).collect::<Vec<_>>(), answer["next"].clone())
     };
-    assert_eq!(listed("?model=echo").0, [other.clone()]);
+    assert_eq!(listed("?model=echo").0, std::slice::from_ref(&other));
     assert_eq!(listed("?state=queued").0.len(), 3);
     assert_eq!(listed("").0, [&other, &waiting[1], &waiting[0], &blocker].map(Clone::clone));
     let (first, next) = listed("?limit=3");
@@ -496,4 +496,20 @@ fn jobs_survive_hosts_and_brokers_that_are_killed() {
     let chaos = modalkit_tests::chaos::Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
     let counted = chaos.run();
     assert!(counted.accepted > 0 && counted.lost == 0 && counted.foreign == 0, "{counted:?}");
+}
+
+#[test]
+fn results_go_into_a_file_by_a_plugin_that_is_dropped_into_the_volume() {
+    let setup = Setup::new().plugin("puppet").plugin("queue-file");
+    let results = setup.folder().join("results");
+    let config = format!(
+        "[app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nsettings = {{ folder = {results:?} }}"
+    );
+    let host = setup.config(&config).ready();
+    assert_eq!(host.models(), 1, "a queue is no model");
+    let job = host.job("puppet", &json!({"message": {"value": 9}, "success_queue": "file://answers"}));
+    wait_until("it is delivered", || host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered");
+    let line: Value =
+        serde_json::from_str(&fs::read_to_string(results.join("answers.jsonl")).unwrap()).unwrap();
+    assert_eq!(line, json!({"job_id": job, "body": {"status": "success", "value": 9, "batch": 1}}));
 }

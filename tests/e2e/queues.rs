@@ -2,15 +2,17 @@
 //! hung, or refuse.
 
 use std::{
+    path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use modalkit_loader::{QueuePlugin, Store, Trust};
 use modalkit_queue::{
-    AwsCredentials, Backend, MemorySpec, Message, QueueError, RedisShape, RedisSpec, Source, Spec, SqsSpec,
-    Surroundings, TaskIqSpec, open,
+    AwsCredentials, Backend, MemorySpec, Message, PluginSpec, QueueError, RedisShape, RedisSpec, Source,
+    Spec, SqsSpec, Surroundings, TaskIqSpec, open,
 };
 use modalkit_tests::{
     PATIENCE,
@@ -28,7 +30,8 @@ struct Rig {
     /// The bodies in a queue, the oldest first.
     look: fn(&Self, &dyn Backend, &str) -> Vec<Vec<u8>>,
     queue: &'static str,
-    bytes_max: usize,
+    /// `None` where there is no limit.
+    bytes_max: Option<usize>,
     keeps_order: bool,
 }
 
@@ -45,7 +48,12 @@ impl Rig {
 fn of(spec: &Spec) -> Arc<dyn Backend> {
     // As the host does; another test may have been first.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    open(spec, &Surroundings {}).unwrap()
+    let copies = Store::new(Trust { any_owner: true, any_mode: true }).unwrap();
+    let open_plugin = Arc::new(move |file: &Path| {
+        let staged = copies.stage(file).map_err(|error| error.chain())?;
+        QueuePlugin::open(&staged).map_err(|error| error.to_string())
+    });
+    open(spec, &Surroundings { open_plugin }).unwrap()
 }
 
 fn memory() -> Rig {
@@ -58,7 +66,7 @@ fn memory() -> Rig {
             shelf.messages.into_iter().map(|message| message.body.to_vec()).collect()
         },
         queue: "results",
-        bytes_max: 8 << 20,
+        bytes_max: Some(8 << 20),
         keeps_order: true,
     }
 }
@@ -90,7 +98,7 @@ fn redis(shape: RedisShape) -> Rig {
             },
         },
         queue: "results",
-        bytes_max: 8 << 20,
+        bytes_max: Some(8 << 20),
         keeps_order: true,
     }
 }
@@ -164,7 +172,7 @@ fn sqs(queue: &'static str) -> Rig {
         },
         queue,
         // Less what attributes take.
-        bytes_max: (1 << 20) - 256,
+        bytes_max: Some((1 << 20) - 256),
         keeps_order: queue.ends_with(".fifo"),
     }
 }
@@ -210,7 +218,7 @@ fn conforms(mut rig: Rig) {
         assert!(matches!(runtime.block_on(backend.check()), Err(QueueError::Unavailable(_))));
         let results = runtime.block_on(backend.send(queue, &[message(0, "0")]));
         assert!(matches!(results[..], [Err(QueueError::Unavailable(_))]), "{results:?}");
-        rig.server.as_mut().unwrap().start();
+        rig.server.iter_mut().for_each(Server::start);
         wait_until("it is found", || runtime.block_on(backend.check()).is_ok());
     }
 
@@ -229,23 +237,23 @@ fn conforms(mut rig: Rig) {
     let letters: String = ('\u{0}'..=char::MAX).step_by(97).filter(|letter| !letter.is_control()).collect();
     texts.push(serde_json::to_string(&letters).unwrap());
     texts.push(r#"{"escapes": "\u0000\n\ud83d\ude00 \\ \" ", "number": 1e999, "e": "é😀"}"#.to_owned());
-    for size in [1000, 100_000, rig.bytes_max] {
+    for size in [1000, 100_000, rig.bytes_max.unwrap_or(8 << 20)] {
         texts.push(format!("\"{}\"", "x".repeat(size - 2)));
     }
     let messages: Vec<Message> =
         texts.iter().enumerate().map(|(number, text)| message(1000 + number, text.clone())).collect();
     let before = look(&rig).len();
     for one in &messages {
-        if rig.server.is_none() {
+        if let Some(memory) = backend.memory() {
             // All of them together are more than this memory holds.
-            let _ = backend.memory().unwrap().take(queue, usize::MAX);
+            let _ = memory.take(queue, usize::MAX);
         }
         deliver(&runtime, &*backend, queue, std::slice::from_ref(one));
-        if rig.server.is_none() {
+        if backend.memory().is_some() {
             assert_eq!(look(&rig), [one.body.to_vec()]);
         }
     }
-    if rig.server.is_some() {
+    if backend.memory().is_none() {
         let mut found = look(&rig);
         let taken_out = matches!(rig.spec, Spec::Sqs(_));
         found.drain(..if taken_out { 0 } else { before });
@@ -256,11 +264,13 @@ fn conforms(mut rig: Rig) {
         }
         assert!(found == expected, "a body is not what was sent");
     }
-    let large = message(2000, format!("\"{}\"", "x".repeat(rig.bytes_max)));
-    let refused = runtime.block_on(backend.send(queue, &[message(2001, "1"), large]));
-    assert!(refused[0].is_ok() || rig.server.is_none(), "{refused:?}");
-    let Err(QueueError::Rejected(why)) = &refused[1] else { panic!("{refused:?}") };
-    assert!(why.contains("GET /jobs/job-2000"), "{why}");
+    if let Some(bytes_max) = rig.bytes_max {
+        let large = message(2000, format!("\"{}\"", "x".repeat(bytes_max)));
+        let refused = runtime.block_on(backend.send(queue, &[message(2001, "1"), large]));
+        assert!(refused[0].is_ok() || backend.memory().is_some(), "{refused:?}");
+        let Err(QueueError::Rejected(why)) = &refused[1] else { panic!("{refused:?}") };
+        assert!(why.contains("GET /jobs/job-2000"), "{why}");
+    }
 
     if let Some(server) = &mut rig.server {
         // Killed and back; hung and back.
@@ -289,6 +299,65 @@ fn conforms(mut rig: Rig) {
         let results = runtime.block_on(refused.send(queue, &[message(4000, "4")]));
         assert!(matches!(results[..], [Err(QueueError::Denied(_))]), "{results:?}");
     }
+}
+
+/// The queue in a file, whose plugin comes after the first message.
+fn file(folder: &Path) -> Rig {
+    Rig {
+        server: None,
+        spec: Spec::Plugin(PluginSpec {
+            name: "file".to_owned(),
+            plugin: "queue-file".to_owned(),
+            folders: vec![folder.to_owned()],
+            settings: json!({"folder": folder.join("results"), "rotate_bytes": 1 << 30}).to_string(),
+            secrets: Default::default(),
+            batch_max: 256,
+        }),
+        refuses: None,
+        look: |rig, _, queue| {
+            #[derive(serde::Deserialize)]
+            struct Line<'a> {
+                #[serde(borrow)]
+                body: &'a serde_json::value::RawValue,
+            }
+            let Spec::Plugin(spec) = &rig.spec else { return Vec::new() };
+            let file = spec.folders[0].join("results").join(format!("{queue}.jsonl"));
+            let text = std::fs::read_to_string(file).unwrap_or_default();
+            let body =
+                |line: &str| serde_json::from_str::<Line<'_>>(line).unwrap().body.get().as_bytes().to_vec();
+            text.lines().map(body).collect()
+        },
+        queue: "results",
+        bytes_max: None,
+        keeps_order: true,
+    }
+}
+
+#[test]
+fn a_queue_of_a_plugin_conforms() {
+    let folder = tempfile::tempdir().unwrap();
+    let rig = file(folder.path());
+    let (runtime, backend) = (runtime(), rig.open());
+    let Err(QueueError::Unavailable(why)) = runtime.block_on(backend.check()) else {
+        panic!("nobody is there")
+    };
+    assert!(why.contains("waits for its plugin queue-file.so"), "{why}");
+    // What is no plugin, and what is one that is told wrong settings, is said and waited out.
+    let path = folder.path().join("queue-file.so");
+    modalkit_tests::put(b"no library", &path);
+    wait_until(
+        "it is looked at",
+        || matches!(runtime.block_on(backend.check()), Err(QueueError::Unavailable(why)) if why.contains("no ELF file")),
+    );
+    modalkit_tests::install(&modalkit_tests::library("queue-file"), &path);
+    wait_until("it is taken up", || runtime.block_on(backend.check()).is_ok());
+    conforms(rig);
+
+    let rig = file(folder.path());
+    let Spec::Plugin(spec) = rig.spec else { return };
+    let wrong = of(&Spec::Plugin(PluginSpec { settings: json!({"fodler": "x"}).to_string(), ..spec }));
+    let Err(QueueError::Denied(why)) = runtime.block_on(wrong.check()) else { panic!("settings are wrong") };
+    assert!(why.contains("folder"), "{why}");
 }
 
 #[test]

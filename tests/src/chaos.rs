@@ -116,8 +116,10 @@ impl Chaos {
         for round in 0..self.rounds {
             let accepted: Mutex<HashMap<String, i64>> = Mutex::default();
             thread::scope(|scope| {
-                for _ in 0..self.clients {
-                    scope.spawn(|| client(address, self.jobs / self.clients, &next, &accepted));
+                for number in 0..self.clients {
+                    let jobs = self.jobs / self.clients + usize::from(number < self.jobs % self.clients);
+                    let (next, accepted) = (&next, &accepted);
+                    scope.spawn(move || client(address, jobs, next, accepted));
                 }
                 // Not at the same moment in every round, and the same in every run.
                 let moment = Duration::from_millis((round as u64 * 397 + 61) % MOMENT_MAX);
@@ -318,7 +320,7 @@ impl Sharing {
     fn fill(&self, broker: &Server) {
         let request = |value: usize| {
             let mut message = json!({"value": value});
-            if value % 5 == 0 {
+            if value.is_multiple_of(5) {
                 message["do"] = json!("sleep");
                 message["ms"] = json!(value % 40);
             }

@@ -55,6 +55,11 @@ pub enum OpenError {
         "it exports no modalkit plugin; call `modalkit_sdk::export_pipeline!` once in a crate of type cdylib"
     )]
     NotAPlugin,
+    /// It is a queue's plugin.
+    #[error(
+        "it exports a queue backend and no pipeline; name it in app_settings.queue_config.backends with kind = \"plugin\""
+    )]
+    IsAQueue,
     /// It was built for another boundary.
     #[error("it was built for plugin ABI {found} (SDK {sdk}, {rustc}), and this host has ABI {expected}; rebuild it with the SDK of this host", expected = ABI_VERSION)]
     AbiVersion {

@@ -15,6 +15,7 @@ mod handles;
 mod library;
 mod modesty;
 pub mod preflight;
+mod queue;
 mod store;
 
 pub use elf::is_whole;
@@ -23,4 +24,5 @@ pub use handles::{Batch, Foreign, Instance, Item, Outcome};
 pub use library::{Load, LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
 pub use modesty::be_modest;
+pub use queue::{Outgoing, Queue, QueuePlugin};
 pub use store::{Staged, Store, Trust};

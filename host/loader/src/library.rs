@@ -9,9 +9,9 @@ use std::{
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
     ABI_VERSION, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LoadArgs, LogLevel, LogRecord, MAGIC,
-    PluginModuleRef, Secret,
+    PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
     abi_stable::{
-        library::{AbiHeaderRef, LibHeader, LibraryError},
+        library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
         std_types::{ROption, RResult},
     },
 };
@@ -59,7 +59,7 @@ impl Plugin {
     /// # Errors
     /// The file isn't a plugin that this host can run; see [`OpenError`].
     pub fn open(staged: &Staged) -> Result<Self, OpenError> {
-        let (module, handshake) = take(staged.path())?;
+        let (module, handshake) = take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
         let description = match module.describe()() {
             RResult::ROk(description) => description,
             RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),
@@ -80,7 +80,7 @@ impl Plugin {
     /// Sends what the plugin logs, down to `level`, to `sink`. The first sink of the process takes the lines of all
     /// plugins; a second call for a plugin changes its level.
     pub fn attach(&self, level: LogLevel, sink: LogSink) {
-        LOG_SINK.get_or_init(|| sink);
+        set_log_sink(sink);
         self.module().attach()(HostApi { log: forward, level });
     }
 
@@ -209,16 +209,19 @@ pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
 }
 
 /// Opens a file and checks all that can be checked before plugin code runs.
-fn take(path: &Path) -> Result<(PluginModuleRef, &'static Handshake), OpenError> {
+pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'static Handshake), OpenError> {
     elf::check(path)?;
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
     let library =
         unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(&error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
-    let handshake = unsafe { library.get::<*const Handshake>(HANDSHAKE_SYMBOL) }
-        .map(|symbol| *symbol)
-        .map_err(|_| OpenError::NotAPlugin)?;
+    let handshake =
+        unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).map_err(|_| {
+            // SAFETY: only the address is taken.
+            let is_queue = unsafe { library.get::<*const Handshake>(QUEUE_HANDSHAKE_SYMBOL) }.is_ok();
+            if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin }
+        })?;
     // Never closed; see `Plugin`. A refused library stays mapped as well, as its constructors have run.
     std::mem::forget(library);
     // SAFETY: a library that exports our symbol promises that it points to a `Handshake`, whose shape is frozen.
@@ -230,7 +233,7 @@ fn take(path: &Path) -> Result<(PluginModuleRef, &'static Handshake), OpenError>
     let header: AbiHeaderRef = unsafe { std::mem::transmute(header) };
     let module = header
         .upgrade()
-        .and_then(|header| header.init_root_module::<PluginModuleRef>())
+        .and_then(|header| header.init_root_module::<M>())
         .map_err(|error| OpenError::Layout { difference: first_difference(&error) })?;
     Ok((module, handshake))
 }
@@ -310,7 +313,12 @@ fn brief(lines: &[&str]) -> String {
 /// What is shown of each side of a difference.
 const DIFFERENCE_CHARS: usize = 120;
 
-extern "C" fn forward(record: &LogRecord<'_>) {
+/// Sends what plugins log here; the first one stays.
+pub(crate) fn set_log_sink(sink: LogSink) {
+    LOG_SINK.get_or_init(|| sink);
+}
+
+pub(crate) extern "C" fn forward(record: &LogRecord<'_>) {
     if let Some(sink) = LOG_SINK.get() {
         sink(
             record.level,

@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LoadError, OpenError, Plugin, Staged};
+use crate::{LoadError, OpenError, Plugin, QueuePlugin, Staged};
 
 /// What the child found.
 #[derive(Debug, Serialize, Deserialize)]
@@ -95,8 +95,14 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
 #[must_use]
 pub fn child(file: &Path) -> String {
     leave_with_the_parent();
-    let verdict = match Plugin::open(&Staged::in_place(file)) {
-        Ok(_) => Verdict::Fit,
+    let staged = Staged::in_place(file);
+    // The other kind of plugin is as fit as this one; whoever asked knows which it takes.
+    let opened = match Plugin::open(&staged) {
+        Err(OpenError::IsAQueue) => QueuePlugin::open(&staged).map(drop),
+        opened => opened.map(drop),
+    };
+    let verdict = match opened {
+        Ok(()) => Verdict::Fit,
         Err(OpenError::MissingLibrary { name, .. }) => Verdict::Needs(name),
         Err(error) => Verdict::Refused(error.to_string()),
     };

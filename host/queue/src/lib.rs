@@ -7,6 +7,8 @@
 
 #[cfg(feature = "memory")]
 mod memory;
+#[cfg(feature = "plugin")]
+mod plugin;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(feature = "sqs")]
@@ -20,6 +22,8 @@ use bytes::Bytes;
 
 #[cfg(feature = "memory")]
 pub use memory::{Memory, Shelf};
+#[cfg(feature = "plugin")]
+pub use plugin::OpenPlugin;
 
 /// What an adapter's calls return.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -245,13 +249,18 @@ pub struct PluginSpec {
 pub struct SpecError(pub String);
 
 /// What adapters need from their host.
-pub struct Surroundings {}
+pub struct Surroundings {
+    /// Opens a plugin's file; blocking.
+    #[cfg(feature = "plugin")]
+    pub open_plugin: OpenPlugin,
+}
 
 /// Makes the adapter. It connects when it is first used.
 ///
 /// # Errors
 /// [`SpecError`], where no connection could ever be made like that.
 pub fn open(spec: &Spec, around: &Surroundings) -> Result<Arc<dyn Backend>, SpecError> {
+    #[cfg(not(feature = "plugin"))]
     let _ = around;
     match spec {
         #[cfg(feature = "memory")]
@@ -262,6 +271,8 @@ pub fn open(spec: &Spec, around: &Surroundings) -> Result<Arc<dyn Backend>, Spec
         Spec::Sqs(spec) => Ok(Arc::new(sqs::Sqs::open(spec)?)),
         #[cfg(feature = "taskiq")]
         Spec::TaskIq(spec) => Ok(Arc::new(taskiq::TaskIq::open(spec)?)),
+        #[cfg(feature = "plugin")]
+        Spec::Plugin(spec) => Ok(Arc::new(plugin::PluginQueue::open(spec, &around.open_plugin))),
         #[allow(unreachable_patterns, reason = "where a feature is off")]
         _ => {
             Err(SpecError("this build has no adapter for it (a cargo feature of modalkit-queue)".to_owned()))

@@ -13,7 +13,7 @@ use std::{
 };
 
 use modalkit_loader::{
-    LoadError, Plugin, Staged, Store, Trust, be_modest,
+    LoadError, Plugin, QueuePlugin, Staged, Store, Trust, be_modest,
     preflight::{self, Preflight},
 };
 use parking_lot::Mutex;
@@ -38,6 +38,9 @@ pub(super) struct Builder {
     gauge: IntGauge,
 }
 
+/// This very program, even where its file has been replaced since it started.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
 /// The argument that makes this program the preflight's child.
 pub const PREFLIGHT_COMMAND: &str = "preflight";
 
@@ -48,8 +51,7 @@ impl Builder {
         libraries_max: usize,
         gauge: IntGauge,
     ) -> Self {
-        // This very program, even where its file has been replaced since it started.
-        let program = PathBuf::from("/proc/self/exe");
+        let program = PathBuf::from(THIS_PROGRAM);
         Self {
             store,
             program,
@@ -108,20 +110,8 @@ impl Builder {
     }
 
     fn open(&self, staged: &Staged, phases: &mut Phases) -> Result<Plugin, LoadError> {
-        let how =
-            Preflight { program: &self.program, args: &[PREFLIGHT_COMMAND], limit: self.preflight_limit };
         let begun = Instant::now();
-        // The child is as modest as the thread that starts it.
-        let fit = thread::scope(|scope| {
-            let preflight = || {
-                be_modest();
-                preflight::run(staged, &how)
-            };
-            scope
-                .spawn(preflight)
-                .join()
-                .unwrap_or_else(|_| Err(LoadError::Refused("the host failed over it; see its log".into())))
-        });
+        let fit = try_first(staged, &self.program, self.preflight_limit);
         phases.preflight_ms = Some(milliseconds(begun));
         fit?;
         let begun = Instant::now();
@@ -131,6 +121,48 @@ impl Builder {
         phases.open_ms = Some(milliseconds(begun));
         Ok(plugin)
     }
+}
+
+/// Opens a copy in a process of its own.
+fn try_first(staged: &Staged, program: &Path, limit: Duration) -> Result<(), LoadError> {
+    let how = Preflight { program, args: &[PREFLIGHT_COMMAND], limit };
+    // The child is as modest as the thread that starts it.
+    thread::scope(|scope| {
+        let preflight = || {
+            be_modest();
+            preflight::run(staged, &how)
+        };
+        let failed = |_| Err(LoadError::Refused("the host failed over it; see its log".into()));
+        scope.spawn(preflight).join().unwrap_or_else(failed)
+    })
+}
+
+/// What opens queue plugins: each content once, and as many as there may be of pipelines.
+///
+/// # Errors
+/// The private folder for copies can't be made.
+pub fn queue_opener(server: &Server) -> Result<modalkit_queue::OpenPlugin, LoadError> {
+    let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
+    let store = Store::new(trust)?;
+    let (limit, libraries_max) = (server.preflight_timeout, server.generations_max);
+    let opened: Mutex<HashMap<String, QueuePlugin>> = Mutex::default();
+    let open = move |file: &Path| -> Result<QueuePlugin, LoadError> {
+        let staged = store.stage(file)?;
+        // Held while one is opened: another backend may want the same.
+        let mut opened = opened.lock();
+        if let Some(plugin) = opened.get(staged.sha256()) {
+            return Ok(plugin.clone());
+        }
+        if opened.len() >= libraries_max {
+            return Err(LoadError::TooManyLibraries { found: opened.len(), limit: libraries_max });
+        }
+        try_first(&staged, Path::new(THIS_PROGRAM), limit)?;
+        let plugin = QueuePlugin::open(&staged)?;
+        plugin.attach(log::plugin_level(), log::plugin_line);
+        opened.insert(staged.sha256().to_owned(), plugin.clone());
+        Ok(plugin)
+    };
+    Ok(Arc::new(move |file: &Path| open(file).map_err(|error| error.chain())))
 }
 
 /// Opens a plugin as a host would, in a process of its own first; the file is not served.

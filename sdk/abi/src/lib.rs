@@ -1,4 +1,5 @@
-//! The boundary between host and plugin: one handshake symbol, one table of functions, opaque handles and bytes.
+//! The boundary between host and plugin: one handshake symbol, one table of functions, opaque handles and bytes. There are two tables:
+//! that of pipelines and that of queues.
 //!
 //! It owns the layout of everything that crosses, and knows neither serde nor threads nor what a pipeline does.
 //! Nothing here may change without [`ABI_VERSION`] and this crate's own version changing with it.
@@ -15,11 +16,16 @@
 
 mod handshake;
 mod module;
+mod queue;
 
 pub use handshake::{ABI_VERSION, HANDSHAKE_SYMBOL, Handshake, MAGIC, StaticStr};
 pub use module::{
     BatchHandle, Description, Failure, FailureKind, HostApi, InstanceHandle, ItemHandle, LoadArgs, LogLevel,
     LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, Secret, VolumeChange,
+};
+pub use queue::{
+    QUEUE_HANDSHAKE_SYMBOL, QueueDescription, QueueHandle, QueueMessage, QueueModule, QueueModuleRef,
+    QueueOpenArgs, Sent,
 };
 
 pub use abi_stable;

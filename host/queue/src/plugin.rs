@@ -1,0 +1,217 @@
+//! One's own queue, in a plugin. The plugin's code runs on a thread of its own, one call at a time; a file that comes later, or changes, is
+//! taken up between two calls.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use modalkit_loader::{Failure, FailureKind, Outgoing, Queue, QueuePlugin};
+use tokio::sync::oneshot;
+
+use crate::{Answer, Backend, Message, PluginSpec, QueueError};
+
+/// Opens a plugin's file: a private copy, tried in another process first. Blocking.
+pub type OpenPlugin = Arc<dyn Fn(&Path) -> Result<QueuePlugin, String> + Send + Sync>;
+
+/// Between two looks at the file.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+/// Calls that wait for the one under way; more are told to come back.
+const WAITING_MAX: usize = 4;
+
+pub(crate) struct PluginQueue {
+    work: SyncSender<Work>,
+    batch_max: usize,
+}
+
+/// One call.
+enum Work {
+    Check(oneshot::Sender<Result<(), QueueError>>),
+    Send { queue: String, messages: Vec<Message>, reply: oneshot::Sender<Vec<Result<(), QueueError>>> },
+}
+
+/// What runs on the thread.
+struct Worker {
+    spec: PluginSpec,
+    open: OpenPlugin,
+    seen: Option<Seen>,
+    looked: Option<Instant>,
+    backend: Result<Queue, QueueError>,
+}
+
+/// A file as it was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    path: PathBuf,
+    length: u64,
+    changed: Option<SystemTime>,
+}
+
+impl PluginQueue {
+    pub(crate) fn open(spec: &PluginSpec, open: &OpenPlugin) -> Self {
+        let (work, calls) = sync_channel(WAITING_MAX);
+        let worker = Worker {
+            spec: spec.clone(),
+            open: Arc::clone(open),
+            seen: None,
+            looked: None,
+            backend: Err(QueueError::Unavailable("its plugin has not been looked for yet".to_owned())),
+        };
+        let named = thread::Builder::new().name(format!("queue.{}", spec.name));
+        if let Err(error) = named.spawn(move || worker.run(&calls)) {
+            // Its calls will say that nobody is there.
+            tracing::error!(backend = spec.name, %error, "can't start the thread of a queue plugin");
+        }
+        Self { work, batch_max: spec.batch_max }
+    }
+
+    fn ask(&self, work: Work) -> Result<(), QueueError> {
+        self.work.try_send(work).map_err(|error| {
+            QueueError::Unavailable(match error {
+                TrySendError::Full(_) => "the plugin hangs in a call; others wait for it".to_owned(),
+                TrySendError::Disconnected(_) => "the plugin's thread has ended".to_owned(),
+            })
+        })
+    }
+}
+
+fn ended() -> QueueError {
+    QueueError::Unavailable("the plugin's thread has ended".to_owned())
+}
+
+impl Backend for PluginQueue {
+    fn check(&self) -> Answer<'_, Result<(), QueueError>> {
+        Box::pin(async {
+            let (reply, told) = oneshot::channel();
+            self.ask(Work::Check(reply))?;
+            told.await.unwrap_or_else(|_| Err(ended()))
+        })
+    }
+
+    fn batch_max(&self, _: &str) -> usize {
+        self.batch_max
+    }
+
+    fn send<'a>(
+        &'a self,
+        queue: &'a str,
+        messages: &'a [Message],
+    ) -> Answer<'a, Vec<Result<(), QueueError>>> {
+        Box::pin(async move {
+            let (reply, told) = oneshot::channel();
+            let work = Work::Send { queue: queue.to_owned(), messages: messages.to_vec(), reply };
+            match self.ask(work) {
+                Ok(()) => told.await.unwrap_or_else(|_| vec![Err(ended()); messages.len()]),
+                Err(error) => vec![Err(error); messages.len()],
+            }
+        })
+    }
+}
+
+impl Worker {
+    fn run(mut self, calls: &Receiver<Work>) {
+        while let Ok(work) = calls.recv() {
+            self.look();
+            // Whoever asked may have given up.
+            match work {
+                Work::Check(reply) => drop(reply.send(self.check())),
+                Work::Send { queue, messages, reply } => {
+                    if !reply.is_closed() {
+                        let _ = reply.send(self.send(&queue, &messages));
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), QueueError> {
+        let backend = self.backend.as_ref().map_err(Clone::clone)?;
+        backend.check().map_err(|failure| explain(&failure))
+    }
+
+    fn send(&self, queue: &str, messages: &[Message]) -> Vec<Result<(), QueueError>> {
+        let backend = match &self.backend {
+            Ok(backend) => backend,
+            Err(error) => return vec![Err(error.clone()); messages.len()],
+        };
+        let crossing: Vec<Outgoing<'_>> = messages
+            .iter()
+            .map(|message| Outgoing {
+                job_id: &message.job_id,
+                body: &message.body,
+                traceparent: message.traceparent.as_deref(),
+            })
+            .collect();
+        let each = |result: Result<(), Failure>| {
+            result.map_err(|failure| match failure.kind {
+                // Of a message, this says that it will never be taken.
+                FailureKind::Permanent | FailureKind::InvalidInput => {
+                    QueueError::Rejected(failure.message.to_string())
+                }
+                _ => QueueError::Unavailable(failure.message.to_string()),
+            })
+        };
+        backend.send(queue, &crossing).into_iter().map(each).collect()
+    }
+
+    /// Takes up the plugin's file where there is a new one.
+    fn look(&mut self) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < BETWEEN_LOOKS) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        let Some(found) = self.find() else {
+            if self.backend.is_err() {
+                let names = format!("{0}.so or lib{0}.so", self.spec.plugin);
+                self.backend =
+                    Err(QueueError::Unavailable(format!("it waits for its plugin {names} in a volume")));
+            }
+            return;
+        };
+        if self.seen.as_ref() == Some(&found) && self.backend.is_ok() {
+            return;
+        }
+        let opened = (self.open)(&found.path).map_err(QueueError::Unavailable).and_then(|plugin| {
+            let opened = plugin.backend(&self.spec.name, &self.spec.settings, &self.spec.secrets);
+            let opened = opened.map_err(|failure| explain(&failure))?;
+            tracing::info!(
+                backend = self.spec.name,
+                sha256 = plugin.sha256(),
+                version = plugin.version(),
+                "queue plugin opened"
+            );
+            Ok(opened)
+        });
+        match (&self.backend, opened) {
+            // The one before goes on.
+            (Ok(_), Err(error)) => {
+                tracing::error!(backend = self.spec.name, %error, "the changed queue plugin is not taken; the one before goes on");
+            }
+            (_, opened) => self.backend = opened,
+        }
+        self.seen = Some(found);
+    }
+
+    fn find(&self) -> Option<Seen> {
+        let names = [format!("{}.so", self.spec.plugin), format!("lib{}.so", self.spec.plugin)];
+        let paths = self.spec.folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
+        paths.into_iter().find_map(|path| {
+            let file = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
+            Some(Seen { path, length: file.len(), changed: file.modified().ok() })
+        })
+    }
+}
+
+/// An error of the whole backend: a permanent one waits for somebody who changes something.
+fn explain(failure: &Failure) -> QueueError {
+    let message = failure.message.to_string();
+    match failure.kind {
+        FailureKind::Permanent | FailureKind::InvalidInput => QueueError::Denied(message),
+        _ => QueueError::Unavailable(message),
+    }
+}

@@ -1,0 +1,108 @@
+//! The table of functions that a queue plugin exports. It stands beside the pipeline's: a library exports one of the two.
+//!
+//! What was said of handles, panics and ownership in [`crate::PluginModule`] holds here.
+
+use abi_stable::{
+    StableAbi, declare_root_module_statics,
+    library::RootModule,
+    package_version_strings,
+    sabi_types::VersionStrings,
+    std_types::{ROption, RResult, RSlice, RStr, RString, RVec},
+};
+
+use crate::{Failure, HostApi, Secret};
+
+/// The name under which a queue plugin exports its [`crate::Handshake`], NUL-terminated for `dlsym`.
+pub const QUEUE_HANDSHAKE_SYMBOL: &[u8] = b"modalkit_queue_handshake\0";
+
+/// An opened queue backend.
+#[repr(transparent)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueHandle(*mut ());
+
+impl QueueHandle {
+    /// Wraps the plugin's pointer.
+    #[must_use]
+    pub const fn from_raw(raw: *mut ()) -> Self {
+        Self(raw)
+    }
+
+    /// The plugin's pointer.
+    #[must_use]
+    pub const fn into_raw(self) -> *mut () {
+        self.0
+    }
+}
+
+// SAFETY: the SDK makes these handles only of values that are `Send + Sync`; its trait bounds say so.
+unsafe impl Send for QueueHandle {}
+// SAFETY: as above.
+unsafe impl Sync for QueueHandle {}
+
+/// What a queue plugin says of itself once its layout is known to match.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct QueueDescription {
+    /// The plugin crate's name.
+    pub name: RString,
+    /// The plugin crate's version.
+    pub version: RString,
+    /// JSON Schema of the backend's own keys.
+    pub settings_schema: RString,
+}
+
+/// What a queue backend is opened with.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct QueueOpenArgs<'a> {
+    /// The backend's name in the configuration.
+    pub backend_name: RStr<'a>,
+    /// The backend's own keys, a JSON object.
+    pub settings: RStr<'a>,
+    /// The secrets that it names.
+    pub secrets: RSlice<'a, Secret<'a>>,
+}
+
+/// A message on its way to a queue.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct QueueMessage<'a> {
+    /// The job that it tells of.
+    pub job_id: RStr<'a>,
+    /// JSON.
+    pub body: RSlice<'a, u8>,
+    /// The trace that it belongs to.
+    pub traceparent: ROption<RStr<'a>>,
+}
+
+/// What became of messages: one entry each, in order.
+pub type Sent = RVec<RResult<(), Failure>>;
+
+/// The functions of a queue plugin.
+#[repr(C)]
+#[derive(StableAbi)]
+#[sabi(kind(Prefix(prefix_ref = QueueModuleRef)))]
+#[sabi(missing_field(panic))]
+pub struct QueueModule {
+    /// Name, version and schema.
+    pub describe: extern "C" fn() -> RResult<QueueDescription, Failure>,
+    /// Connects the plugin's own `tracing`, `log` and panic hook to the host's log. Calling it again changes the level.
+    pub attach: extern "C" fn(HostApi),
+    /// Opens a backend.
+    pub open: extern "C" fn(QueueOpenArgs<'_>) -> RResult<QueueHandle, Failure>,
+    /// Says whether messages could be sent.
+    pub check: unsafe extern "C" fn(QueueHandle) -> RResult<(), Failure>,
+    /// Sends messages to a queue, in order; fails whole where the plugin panicked.
+    pub send:
+        unsafe extern "C" fn(QueueHandle, RStr<'_>, RSlice<'_, QueueMessage<'_>>) -> RResult<Sent, Failure>,
+    /// Ends a backend.
+    #[sabi(last_prefix_field)]
+    pub drop_queue: unsafe extern "C" fn(QueueHandle),
+}
+
+impl RootModule for QueueModuleRef {
+    declare_root_module_statics! {QueueModuleRef}
+    const BASE_NAME: &'static str = "modalkit_queue";
+    const NAME: &'static str = "modalkit_queue";
+    const VERSION_STRINGS: VersionStrings = package_version_strings!();
+}
