@@ -58,8 +58,7 @@ pub async fn run(
     loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     mounts::put_in_place(&config.mounts).await;
     let server = config.server.clone();
-    // For connections that this host opens itself. Another may have been installed before by whoever runs it.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    install_cryptography();
     let certificate = server.tls.clone().map(Certificate::read).transpose()?;
     let listener = bind(server.listen).await?;
     let address = listener.local_addr()?;
@@ -167,6 +166,12 @@ pub async fn run(
     let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
     Ok(if drained { Ended::Drained } else { Ended::CutOff })
+}
+
+/// For connections that this program opens itself.
+pub fn install_cryptography() {
+    // Another may have been installed before by whoever runs it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// A journal that can't be read may hold jobs that were accepted: going on without it is for people to decide.

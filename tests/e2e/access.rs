@@ -360,32 +360,37 @@ fn signed_by_nobody(service: &str) -> String {
     )
 }
 
-#[test]
-fn a_key_comes_from_ssm_by_a_signed_request() {
-    let folder = tempfile::tempdir().unwrap();
-    let moto = Moto::start(folder.path());
-    let host = ready(moto.host(&moto.access.1));
-    assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 200);
-    assert_eq!(predict(&host, &[("x-api-key", "another")]).0, 401);
+/// What needs moto, which speaks SSM.
+mod with_moto {
+    use super::*;
 
-    // A wrong secret: moto verifies the signature, so nobody gets in, and the host says why.
-    let host = moto.host("wrong").start();
-    let line = host.log_line("not all keys are known");
-    assert!(line["message"].as_str().unwrap().contains("403"), "{line}");
-    assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 503);
-    assert_eq!(host.get("/readyz").0, 503);
-}
-
-#[test]
-fn a_key_that_was_fetched_once_stays_while_ssm_is_away() {
-    let folder = tempfile::tempdir().unwrap();
-    let moto = Moto::start(folder.path());
-    let host = ready(moto.host(&moto.access.1));
-    drop(moto);
-    let _ = host.log_line("is as it was fetched before");
-    // Over more than one further try to fetch it.
-    for _ in 0..300 {
+    #[test]
+    fn a_key_comes_from_ssm_by_a_signed_request() {
+        let folder = tempfile::tempdir().unwrap();
+        let moto = Moto::start(folder.path());
+        let host = ready(moto.host(&moto.access.1));
         assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 200);
+        assert_eq!(predict(&host, &[("x-api-key", "another")]).0, 401);
+
+        // A wrong secret: moto verifies the signature, so nobody gets in, and the host says why.
+        let host = moto.host("wrong").start();
+        let line = host.log_line("not all keys are known");
+        assert!(line["message"].as_str().unwrap().contains("403"), "{line}");
+        assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 503);
+        assert_eq!(host.get("/readyz").0, 503);
     }
-    assert_eq!(host.get("/readyz").0, 200);
+
+    #[test]
+    fn a_key_that_was_fetched_once_stays_while_ssm_is_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let moto = Moto::start(folder.path());
+        let host = ready(moto.host(&moto.access.1));
+        drop(moto);
+        let _ = host.log_line("is as it was fetched before");
+        // Over more than one further try to fetch it.
+        for _ in 0..300 {
+            assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 200);
+        }
+        assert_eq!(host.get("/readyz").0, 200);
+    }
 }

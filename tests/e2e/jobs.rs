@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::Path,
-    process::Command,
+    process::{Child, Command},
     thread,
     time::{Duration, Instant},
 };
@@ -76,47 +76,6 @@ fn what_may_help_is_tried_again_and_what_cannot_is_not() {
     for what in ["fail", "refuse"] {
         let report = host.ended(&host.job("puppet", &json!({"message": {"do": what}})));
         assert_eq!((&report["state"], &report["attempts"]), (&json!("failed"), &json!(1)), "{report}");
-    }
-}
-
-#[test]
-fn a_host_that_is_killed_goes_on_where_it_was() {
-    let mut redis = brokers::redis(&[]);
-    redis.start();
-    let mut host = puppet(&format!(
-        "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"",
-        redis.port
-    ));
-    let envelope = |value: i64| json!({"message": {"value": value, "do": "sleep", "ms": 30}, "success_queue": "results"});
-    let jobs: BTreeMap<String, i64> =
-        (0..40).map(|value| (host.job("puppet", &envelope(value)), value)).collect();
-    // Some have ended, one runs, others wait.
-    wait_until("some are delivered", || brokers::redis_list(redis.port, "results").len() > 3);
-    host.kill();
-    redis.kill();
-    host.start_again();
-    wait_until("the rest has run", || {
-        host.get("/jobs?state=queued").1["jobs"].as_array().is_some_and(Vec::is_empty)
-    });
-    assert!(host.get("/jobs?delivery=pending").1["jobs"].as_array().unwrap().len() > 3);
-    wait_until("it says who is away", || {
-        host.get("/readyz").1["queues_not_usable"]["redis"]["error"].is_string()
-    });
-    assert_eq!(host.get("/readyz").0, 200, "a broker that is away keeps nobody out");
-    redis.start();
-    wait_until("all are delivered", || {
-        jobs.keys().all(|job| host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered")
-    });
-    let mut found: Vec<i64> = brokers::redis_list(redis.port, "results")
-        .iter()
-        .map(|body| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
-        .collect();
-    found.sort_unstable();
-    let delivered = found.len();
-    found.dedup();
-    assert_eq!(found, (0..40).collect::<Vec<i64>>(), "{delivered} messages");
-    for (job, value) in &jobs {
-        assert_eq!(host.ended(job)["result"]["value"], *value, "no result belongs to another job");
     }
 }
 
@@ -232,62 +191,6 @@ fn jobs_are_listed_and_bounded() {
 }
 
 #[test]
-fn a_message_that_a_broker_never_takes_is_dead_and_can_be_sent_again() {
-    let mut moto = brokers::moto(false);
-    moto.start();
-    let backend = |limit: usize| {
-        format!(
-            "[app_settings.queue_config]\nbackend = \"sqs\"\n[app_settings.queue_config.backends.sqs]\nbroker_url = \"http://127.0.0.1:{}/\"\n\
-             access_key_id = \"k\"\nsecret_access_key = \"s\"\nmessage_bytes_max = {limit}",
-            moto.port
-        )
-    };
-    let mut host = puppet(&backend(300));
-    let envelope =
-        json!({"message": {"value": 1}, "success_queue": "results", "meta": {"x": "y".repeat(400)}});
-    let job = host.job("puppet", &envelope);
-    let mut report = json!(null);
-    wait_until("it is given up", || {
-        report = host.get(&format!("/jobs/{job}")).1;
-        report["delivery"]["state"] == "dead"
-    });
-    assert!(report["delivery"]["error"].as_str().unwrap().contains("message_bytes_max"), "{report}");
-    assert_eq!(report["result"]["value"], 1, "the result is there all the same");
-    assert!(host.text("/metrics").contains("modalkit_deliveries_total{backend=\"sqs\",outcome=\"dead\"} 1"));
-    host.configure(&backend(1 << 20));
-    host.kill();
-    host.start_again();
-    assert_eq!(host.post(&format!("/jobs/{job}/redeliver"), &json!({})).0, 202);
-    wait_until("it is delivered", || host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered");
-    assert_eq!(brokers::sqs_drain(moto.port, "results").len(), 1);
-}
-
-#[test]
-fn a_broker_that_refuses_this_host_is_told_of_and_stops_nothing() {
-    let mut redis = brokers::redis(&["--requirepass", "right"]);
-    redis.start();
-    let host = Setup::new()
-        .plugin("puppet")
-        .config(&format!(
-            "[app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\npassword = \"{}\"",
-            redis.port, modalkit_tests::SECRET
-        ))
-        .start();
-    let mut ready = json!(null);
-    wait_until("it is known", || {
-        ready = host.get("/readyz").1;
-        ready["queues_not_usable"]["main"]["denied"] == true
-    });
-    assert_eq!(host.get("/readyz").0, 503);
-    let line = host.log_line("does not let this host in");
-    assert_eq!(line["level"], "ERROR", "{line}");
-    wait_until("it serves all the same", || host.post("/predict_sync", &json!({"value": 1})).0 == 200);
-    let job = host.job("puppet", &json!({"message": {}, "success_queue": "main://q"}));
-    assert_eq!(host.ended(&job)["state"], "succeeded");
-    assert_eq!(host.get(&format!("/jobs/{job}")).1["delivery"]["state"], "pending");
-}
-
-#[test]
 fn a_damaged_journal_is_kept_and_started_over_only_where_somebody_says_so() {
     let mut host = puppet("");
     let job = host.job("puppet", &json!({"message": {}}));
@@ -310,18 +213,20 @@ fn a_damaged_journal_is_kept_and_started_over_only_where_somebody_says_so() {
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("jobs.sqlite") && said.contains("--set-journal-aside"), "{said}");
     }
-    let mut command = Command::new(built().join("modalkit"))
-        .args([
-            "--config",
-            host.folder().join("modalkit.toml").to_str().unwrap(),
-            "serve",
-            "--set-journal-aside",
-        ])
-        .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
-        .env("MODALKIT_SERVER__STATE_FOLDER", &state)
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut started = Ended(
+        Command::new(built().join("modalkit"))
+            .args([
+                "--config",
+                host.folder().join("modalkit.toml").to_str().unwrap(),
+                "serve",
+                "--set-journal-aside",
+            ])
+            .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
+            .env("MODALKIT_SERVER__STATE_FOLDER", &state)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
     let aside = || {
         let names =
             fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -334,8 +239,19 @@ fn a_damaged_journal_is_kept_and_started_over_only_where_somebody_says_so() {
         aside().len() == 1 && fs::metadata(state.join("jobs.sqlite")).is_ok_and(|file| file.len() > 100)
     });
     assert_eq!(fs::read_to_string(state.join(&aside()[0])).unwrap(), "this is no journal, and was one");
-    modalkit_tests::signal(command.id(), "TERM");
-    assert!(command.wait().unwrap().success());
+    modalkit_tests::signal(started.0.id(), "TERM");
+    assert!(started.0.wait().unwrap().success());
+}
+
+/// A process that ends with this.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// A file system of its own size, that vanishes with this.
@@ -430,75 +346,6 @@ fn eprintln_skipped(why: &str) {
 }
 
 #[test]
-fn requests_from_a_queue_are_run_once_and_acknowledged_when_their_results_are_on_disk() {
-    let mut redis = brokers::redis(&[]);
-    redis.start();
-    let config = format!(
-        "[app_settings.queue_config]\nbackend = \"main\"\ndead_letter_queue = \"dead\"\n\
-         [app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nredis_type = \"stream\"\n\
-         [[app_settings.queue_config.consume]]\nqueue = \"requests\"\nmodel = \"puppet\"\nin_flight_max = 4\nvisibility_seconds = 2\n",
-        redis.port
-    );
-    let mut host = puppet(&config);
-    let mut connection = brokers::redis_connection(redis.port);
-    let mut add = |body: &str| {
-        let _: String = brokers::xadd(&mut connection, "requests", body);
-    };
-    for value in 0..10 {
-        add(&json!({"message": {"value": value, "do": "sleep", "ms": 200}, "success_queue": "results"})
-            .to_string());
-    }
-    add("no JSON at all");
-    add(r#"{"message": {"ms": "x"}, "failure_queue": "bad"}"#);
-    add(r#"{"massage": {}, "failure_queue": "bad"}"#);
-    wait_until("some are taken", || !brokers::redis_stream(redis.port, "results").is_empty());
-    assert!(
-        host.get("/jobs?state=queued").1["jobs"].as_array().unwrap().len() <= 4,
-        "no more is taken than may be in flight"
-    );
-    // Longer than their visibility, so that what nobody extends would come again.
-    host.kill();
-    thread::sleep(Duration::from_millis(200));
-    host.start_again();
-    let results = || {
-        let mut values: Vec<i64> = brokers::redis_stream(redis.port, "results")
-            .iter()
-            .map(|(body, _)| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
-            .collect();
-        values.sort_unstable();
-        values
-    };
-    wait_until("all have results", || {
-        let mut values = results();
-        values.dedup();
-        values == (0..10).collect::<Vec<i64>>()
-    });
-    let bodies = |queue: &str| -> Vec<Value> {
-        brokers::redis_stream(redis.port, queue)
-            .iter()
-            .map(|(body, _)| serde_json::from_slice(body).unwrap())
-            .collect()
-    };
-    wait_until("those that are no requests are told", || {
-        bodies("dead").len() == 1 && bodies("bad").len() == 2
-    });
-    assert_eq!(bodies("dead")[0]["original_message"], "no JSON at all");
-    let errors: Vec<String> =
-        bodies("bad").iter().map(|body| body["error"].as_str().unwrap().to_owned()).collect();
-    assert!(errors.iter().any(|error| error.contains("massage")), "{errors:?}");
-    wait_until("everything is acknowledged", || brokers::redis_stream(redis.port, "requests").is_empty());
-    assert!(results().len() <= 14, "what was running when the host died ran twice at most");
-}
-
-/// The short form of `cargo xtask soak jobs`.
-#[test]
-fn jobs_survive_hosts_and_brokers_that_are_killed() {
-    let chaos = modalkit_tests::chaos::Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
-    let counted = chaos.run();
-    assert!(counted.accepted > 0 && counted.lost == 0 && counted.foreign == 0, "{counted:?}");
-}
-
-#[test]
 fn results_go_into_a_file_by_a_plugin_that_is_dropped_into_the_volume() {
     let setup = Setup::new().plugin("puppet").plugin("queue-file");
     let results = setup.folder().join("results");
@@ -512,4 +359,184 @@ fn results_go_into_a_file_by_a_plugin_that_is_dropped_into_the_volume() {
     let line: Value =
         serde_json::from_str(&fs::read_to_string(results.join("answers.jsonl")).unwrap()).unwrap();
     assert_eq!(line, json!({"job_id": job, "body": {"status": "success", "value": 9, "batch": 1}}));
+}
+
+/// What needs Redis.
+mod with_redis {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_killed_goes_on_where_it_was() {
+        let mut redis = brokers::redis(&[]);
+        redis.start();
+        let mut host = puppet(&format!(
+            "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"",
+            redis.port
+        ));
+        let envelope = |value: i64| json!({"message": {"value": value, "do": "sleep", "ms": 30}, "success_queue": "results"});
+        let jobs: BTreeMap<String, i64> =
+            (0..40).map(|value| (host.job("puppet", &envelope(value)), value)).collect();
+        // Some have ended, one runs, others wait.
+        wait_until("some are delivered", || brokers::redis_list(redis.port, "results").len() > 3);
+        host.kill();
+        redis.kill();
+        host.start_again();
+        wait_until("the rest has run", || {
+            host.get("/jobs?state=queued").1["jobs"].as_array().is_some_and(Vec::is_empty)
+        });
+        assert!(host.get("/jobs?delivery=pending").1["jobs"].as_array().unwrap().len() > 3);
+        wait_until("it says who is away", || {
+            host.get("/readyz").1["queues_not_usable"]["redis"]["error"].is_string()
+        });
+        assert_eq!(host.get("/readyz").0, 200, "a broker that is away keeps nobody out");
+        redis.start();
+        wait_until("all are delivered", || {
+            jobs.keys().all(|job| host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered")
+        });
+        let mut found: Vec<i64> = brokers::redis_list(redis.port, "results")
+            .iter()
+            .map(|body| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
+            .collect();
+        found.sort_unstable();
+        let delivered = found.len();
+        found.dedup();
+        assert_eq!(found, (0..40).collect::<Vec<i64>>(), "{delivered} messages");
+        for (job, value) in &jobs {
+            assert_eq!(host.ended(job)["result"]["value"], *value, "no result belongs to another job");
+        }
+    }
+
+    #[test]
+    fn a_broker_that_refuses_this_host_is_told_of_and_stops_nothing() {
+        let mut redis = brokers::redis(&["--requirepass", "right"]);
+        redis.start();
+        let host = Setup::new()
+        .plugin("puppet")
+        .config(&format!(
+            "[app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\npassword = \"{}\"",
+            redis.port, modalkit_tests::SECRET
+        ))
+        .start();
+        let mut ready = json!(null);
+        wait_until("it is known", || {
+            ready = host.get("/readyz").1;
+            ready["queues_not_usable"]["main"]["denied"] == true
+        });
+        assert_eq!(host.get("/readyz").0, 503);
+        let line = host.log_line("does not let this host in");
+        assert_eq!(line["level"], "ERROR", "{line}");
+        wait_until("it serves all the same", || host.post("/predict_sync", &json!({"value": 1})).0 == 200);
+        let job = host.job("puppet", &json!({"message": {}, "success_queue": "main://q"}));
+        assert_eq!(host.ended(&job)["state"], "succeeded");
+        assert_eq!(host.get(&format!("/jobs/{job}")).1["delivery"]["state"], "pending");
+    }
+
+    #[test]
+    fn requests_from_a_queue_are_run_once_and_acknowledged_when_their_results_are_on_disk() {
+        let mut redis = brokers::redis(&[]);
+        redis.start();
+        let config = format!(
+            "[app_settings.queue_config]\nbackend = \"main\"\ndead_letter_queue = \"dead\"\n\
+         [app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nredis_type = \"stream\"\n\
+         [[app_settings.queue_config.consume]]\nqueue = \"requests\"\nmodel = \"puppet\"\nin_flight_max = 4\nvisibility_seconds = 2\n",
+            redis.port
+        );
+        let mut host = puppet(&config);
+        let mut connection = brokers::redis_connection(redis.port);
+        let mut add = |body: &str| {
+            let _: String = brokers::xadd(&mut connection, "requests", body);
+        };
+        for value in 0..10 {
+            add(&json!({"message": {"value": value, "do": "sleep", "ms": 200}, "success_queue": "results"})
+                .to_string());
+        }
+        add("no JSON at all");
+        add(r#"{"message": {"ms": "x"}, "failure_queue": "bad"}"#);
+        add(r#"{"massage": {}, "failure_queue": "bad"}"#);
+        wait_until("some are taken", || !brokers::redis_stream(redis.port, "results").is_empty());
+        assert!(
+            host.get("/jobs?state=queued").1["jobs"].as_array().unwrap().len() <= 4,
+            "no more is taken than may be in flight"
+        );
+        // Longer than their visibility, so that what nobody extends would come again.
+        host.kill();
+        thread::sleep(Duration::from_millis(200));
+        host.start_again();
+        let results = || {
+            let mut values: Vec<i64> = brokers::redis_stream(redis.port, "results")
+                .iter()
+                .map(|(body, _)| serde_json::from_slice::<Value>(body).unwrap()["value"].as_i64().unwrap())
+                .collect();
+            values.sort_unstable();
+            values
+        };
+        wait_until("all have results", || {
+            let mut values = results();
+            values.dedup();
+            values == (0..10).collect::<Vec<i64>>()
+        });
+        let bodies = |queue: &str| -> Vec<Value> {
+            brokers::redis_stream(redis.port, queue)
+                .iter()
+                .map(|(body, _)| serde_json::from_slice(body).unwrap())
+                .collect()
+        };
+        wait_until("those that are no requests are told", || {
+            bodies("dead").len() == 1 && bodies("bad").len() == 2
+        });
+        assert_eq!(bodies("dead")[0]["original_message"], "no JSON at all");
+        let errors: Vec<String> =
+            bodies("bad").iter().map(|body| body["error"].as_str().unwrap().to_owned()).collect();
+        assert!(errors.iter().any(|error| error.contains("massage")), "{errors:?}");
+        wait_until("everything is acknowledged", || brokers::redis_stream(redis.port, "requests").is_empty());
+        assert!(results().len() <= 14, "what was running when the host died ran twice at most");
+    }
+
+    /// The short form of `cargo xtask soak jobs`.
+    #[test]
+    fn jobs_survive_hosts_and_brokers_that_are_killed() {
+        let chaos = modalkit_tests::chaos::Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
+        let counted = chaos.run();
+        assert!(counted.accepted > 0 && counted.lost == 0 && counted.foreign == 0, "{counted:?}");
+    }
+}
+
+/// What needs moto, which speaks SQS.
+mod with_moto {
+    use super::*;
+
+    #[test]
+    fn a_message_that_a_broker_never_takes_is_dead_and_can_be_sent_again() {
+        let mut moto = brokers::moto(false);
+        moto.start();
+        let backend = |limit: usize| {
+            format!(
+                "[app_settings.queue_config]\nbackend = \"sqs\"\n[app_settings.queue_config.backends.sqs]\nbroker_url = \"http://127.0.0.1:{}/\"\n\
+             access_key_id = \"k\"\nsecret_access_key = \"s\"\nmessage_bytes_max = {limit}",
+                moto.port
+            )
+        };
+        let mut host = puppet(&backend(300));
+        let envelope =
+            json!({"message": {"value": 1}, "success_queue": "results", "meta": {"x": "y".repeat(400)}});
+        let job = host.job("puppet", &envelope);
+        let mut report = json!(null);
+        wait_until("it is given up", || {
+            report = host.get(&format!("/jobs/{job}")).1;
+            report["delivery"]["state"] == "dead"
+        });
+        assert!(report["delivery"]["error"].as_str().unwrap().contains("message_bytes_max"), "{report}");
+        assert_eq!(report["result"]["value"], 1, "the result is there all the same");
+        assert!(
+            host.text("/metrics").contains("modalkit_deliveries_total{backend=\"sqs\",outcome=\"dead\"} 1")
+        );
+        host.configure(&backend(1 << 20));
+        host.kill();
+        host.start_again();
+        assert_eq!(host.post(&format!("/jobs/{job}/redeliver"), &json!({})).0, 202);
+        wait_until("it is delivered", || {
+            host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered"
+        });
+        assert_eq!(brokers::sqs_drain(moto.port, "results").len(), 1);
+    }
 }

@@ -47,7 +47,7 @@ impl Rig {
 
 fn of(spec: &Spec) -> Arc<dyn Backend> {
     // As the host does; another test may have been first.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    modalkit::app::install_cryptography();
     let copies = Store::new(Trust { any_owner: true, any_mode: true }).unwrap();
     let open_plugin = Arc::new(move |file: &Path| {
         let staged = copies.stage(file).map_err(|error| error.chain())?;
@@ -365,36 +365,6 @@ fn memory_conforms() {
     conforms(memory());
 }
 
-#[test]
-fn lists_of_redis_conform() {
-    conforms(redis(RedisShape::List));
-}
-
-#[test]
-fn streams_of_redis_conform() {
-    conforms(redis(RedisShape::Stream));
-}
-
-#[test]
-fn lists_of_taskiq_conform() {
-    conforms(taskiq(RedisShape::List));
-}
-
-#[test]
-fn streams_of_taskiq_conform() {
-    conforms(taskiq(RedisShape::Stream));
-}
-
-#[test]
-fn queues_of_sqs_conform() {
-    conforms(sqs("results"));
-}
-
-#[test]
-fn ordered_queues_of_sqs_conform() {
-    conforms(sqs("results.fifo"));
-}
-
 /// Takes until there is a message.
 fn receive(
     runtime: &tokio::runtime::Runtime,
@@ -433,37 +403,6 @@ fn gives_messages(server: &mut Server, spec: &Spec, other: &Spec) {
     assert!(nothing.is_empty(), "it was acknowledged: {nothing:?}");
 }
 
-#[test]
-fn streams_of_redis_give_messages_until_they_are_acknowledged() {
-    let mut server = brokers::redis(&[]);
-    let spec = redis_spec(server.port, RedisShape::Stream);
-    let other = RedisSpec { consumer: "another".to_owned(), ..spec.clone() };
-    gives_messages(&mut server, &Spec::Redis(spec), &Spec::Redis(other));
-    assert!(brokers::redis_stream(server.port, "requests").is_empty(), "nothing is left in the stream");
-}
-
-#[test]
-fn queues_of_sqs_give_messages_until_they_are_acknowledged() {
-    let mut server = brokers::moto(false);
-    let spec = Spec::Sqs(sqs_spec(server.port, "k", "s"));
-    gives_messages(&mut server, &spec, &spec);
-}
-
-#[test]
-fn a_right_signature_is_taken_and_a_wrong_one_refused() {
-    let mut server = brokers::moto(true);
-    server.start();
-    let (key_id, secret) = brokers::access_key(server.port);
-    let runtime = runtime();
-    let right = of(&Spec::Sqs(sqs_spec(server.port, &key_id, &secret)));
-    assert_eq!(runtime.block_on(right.check()), Ok(()));
-    assert_eq!(runtime.block_on(right.send("signed", &[message(1, "{}")])), [Ok(())]);
-    let wrong = of(&Spec::Sqs(sqs_spec(server.port, &key_id, "no-secret-at-all")));
-    let results = runtime.block_on(wrong.send("signed", &[message(1, "{}")]));
-    let [Err(QueueError::Denied(why))] = &results[..] else { panic!("{results:?}") };
-    assert!(why.contains("SignatureDoesNotMatch") && !why.contains("no-secret"), "{why}");
-}
-
 const READ_WITH_BOTO3: &str = r#"
 import sys, boto3
 sqs = boto3.client("sqs", endpoint_url=sys.argv[1], region_name="us-east-1", aws_access_key_id="k", aws_secret_access_key="s")
@@ -472,23 +411,6 @@ for message in sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10, Message
     attributes = message["MessageAttributes"]
     print(message["Body"].encode().hex(), attributes["job_id"]["StringValue"], attributes["traceparent"]["StringValue"])
 "#;
-
-#[test]
-fn boto3_reads_what_was_sent_byte_for_byte() {
-    let mut server = brokers::moto(false);
-    server.start();
-    let runtime = runtime();
-    let backend = of(&Spec::Sqs(sqs_spec(server.port, "k", "s")));
-    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let body = "{\"status\": \"success\", \"text\": \"é😀 \\u0000\", \"n\": 0.10}";
-    let sent = Message { traceparent: Some(trace.to_owned()), ..message(7, body) };
-    assert_eq!(runtime.block_on(backend.send("for-boto3", &[sent])), [Ok(())]);
-    let printed =
-        brokers::python(READ_WITH_BOTO3, &[&format!("http://127.0.0.1:{}", server.port), "for-boto3"]);
-    let words: Vec<&str> = printed.split_whitespace().collect();
-    let hex: String = body.bytes().map(|byte| format!("{byte:02x}")).collect();
-    assert_eq!(words, [hex.as_str(), "job-7", trace]);
-}
 
 /// What a worker of TaskIQ, with this broker, has executed.
 const WORKER: &str = r#"
@@ -564,12 +486,105 @@ fn kill_family(process: u32) {
         std::process::Command::new("sh").args(["-c", &format!("kill -KILL {process} 2>/dev/null")]).status();
 }
 
-#[test]
-fn a_worker_of_taskiq_executes_what_a_list_holds() {
-    a_worker_executes("list", RedisShape::List);
+/// What needs Redis.
+mod with_redis {
+    use super::*;
+
+    #[test]
+    fn lists_of_redis_conform() {
+        conforms(redis(RedisShape::List));
+    }
+
+    #[test]
+    fn streams_of_redis_conform() {
+        conforms(redis(RedisShape::Stream));
+    }
+
+    #[test]
+    fn lists_of_taskiq_conform() {
+        conforms(taskiq(RedisShape::List));
+    }
+
+    #[test]
+    fn streams_of_taskiq_conform() {
+        conforms(taskiq(RedisShape::Stream));
+    }
+
+    #[test]
+    fn streams_of_redis_give_messages_until_they_are_acknowledged() {
+        let mut server = brokers::redis(&[]);
+        let spec = redis_spec(server.port, RedisShape::Stream);
+        let other = RedisSpec { consumer: "another".to_owned(), ..spec.clone() };
+        gives_messages(&mut server, &Spec::Redis(spec), &Spec::Redis(other));
+        assert!(brokers::redis_stream(server.port, "requests").is_empty(), "nothing is left in the stream");
+    }
+
+    /// What needs workers of TaskIQ too.
+    mod with_taskiq {
+        use super::super::*;
+
+        #[test]
+        fn a_worker_of_taskiq_executes_what_a_list_holds() {
+            a_worker_executes("list", RedisShape::List);
+        }
+
+        #[test]
+        fn a_worker_of_taskiq_executes_what_a_stream_holds() {
+            a_worker_executes("stream", RedisShape::Stream);
+        }
+    }
 }
 
-#[test]
-fn a_worker_of_taskiq_executes_what_a_stream_holds() {
-    a_worker_executes("stream", RedisShape::Stream);
+/// What needs moto, which speaks SQS.
+mod with_moto {
+    use super::*;
+
+    #[test]
+    fn queues_of_sqs_conform() {
+        conforms(sqs("results"));
+    }
+
+    #[test]
+    fn ordered_queues_of_sqs_conform() {
+        conforms(sqs("results.fifo"));
+    }
+
+    #[test]
+    fn queues_of_sqs_give_messages_until_they_are_acknowledged() {
+        let mut server = brokers::moto(false);
+        let spec = Spec::Sqs(sqs_spec(server.port, "k", "s"));
+        gives_messages(&mut server, &spec, &spec);
+    }
+
+    #[test]
+    fn a_right_signature_is_taken_and_a_wrong_one_refused() {
+        let mut server = brokers::moto(true);
+        server.start();
+        let (key_id, secret) = brokers::access_key(server.port);
+        let runtime = runtime();
+        let right = of(&Spec::Sqs(sqs_spec(server.port, &key_id, &secret)));
+        assert_eq!(runtime.block_on(right.check()), Ok(()));
+        assert_eq!(runtime.block_on(right.send("signed", &[message(1, "{}")])), [Ok(())]);
+        let wrong = of(&Spec::Sqs(sqs_spec(server.port, &key_id, "no-secret-at-all")));
+        let results = runtime.block_on(wrong.send("signed", &[message(1, "{}")]));
+        let [Err(QueueError::Denied(why))] = &results[..] else { panic!("{results:?}") };
+        assert!(why.contains("SignatureDoesNotMatch") && !why.contains("no-secret"), "{why}");
+    }
+
+    #[test]
+    fn boto3_reads_what_was_sent_byte_for_byte() {
+        let mut server = brokers::moto(false);
+        server.start();
+        let runtime = runtime();
+        let backend = of(&Spec::Sqs(sqs_spec(server.port, "k", "s")));
+        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let body = "{\"status\": \"success\", \"text\": \"é😀 \\u0000\", \"n\": 0.10}";
+        let sent = Message { traceparent: Some(trace.to_owned()), ..message(7, body) };
+        assert_eq!(runtime.block_on(backend.send("for-boto3", &[sent])), [Ok(())]);
+        let printed =
+            brokers::python(READ_WITH_BOTO3, &[&format!("http://127.0.0.1:{}", server.port), "for-boto3"]);
+        let words: Vec<&str> = printed.split_whitespace().collect();
+        let hex: String = body.bytes().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(words, [hex.as_str(), "job-7", trace]);
+    }
 }

@@ -13,7 +13,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{free_port, python_tool, signal, wait_until};
+use crate::{free_port, python_tool, signal, wait_until, workspace};
 
 /// How long a broker that doesn't answer is given.
 const LOOK_TIME_MAX: Duration = Duration::from_secs(2);
@@ -97,7 +97,7 @@ pub fn redis(arguments: &[&str]) -> Server {
     let (port, folder) = (free_port(), tempfile::tempdir().expect("a temporary folder"));
     let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     Server::new(port, folder, redis_answers, move || {
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(workspace().join("target/brokers/redis-server"));
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir", "."]);
         command.args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"]).args(&arguments);
         command

@@ -4,6 +4,7 @@
 //! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads.
 
 mod insight;
+mod jobs;
 mod process;
 mod wrk;
 
@@ -56,8 +57,11 @@ pub(crate) fn run(only: &[String], rounds: usize, seconds: usize) -> anyhow::Res
     if only == ["insight"] {
         return insight::run(rounds, seconds);
     }
+    if only == ["jobs"] {
+        return jobs::run(rounds, seconds);
+    }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
-        bail!("no workload {unknown:?}; expected echo, batched, big or insight");
+        bail!("no workload {unknown:?}; expected echo, batched, big, insight or jobs");
     }
     wrk::ensure()?;
     let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big"];
@@ -115,6 +119,7 @@ fn measure_in(
             for server in [&bare, &host] {
                 let load = Load {
                     port: server.port,
+                    path: "/predict_sync",
                     concurrency,
                     seconds,
                     body: &body,

@@ -2,19 +2,45 @@
 
 use std::{process::Command, time::Instant};
 
+use anyhow::bail;
+
 use crate::{
+    brokers,
     build::{cargo, command, run},
     python,
 };
 
+/// What tests may be left without. A module of tests that needs one is called `with_NAME`.
+const BROKERS: [&str; 3] = ["redis", "moto", "taskiq"];
+
 /// Every test. The end-to-end tests start real hosts with real plugins, so these are built first.
-pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
-    python::ensure()?;
+pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
+    if let Some(unknown) = without.iter().find(|name| !BROKERS.contains(&name.as_str())) {
+        bail!("--without {unknown}: expected one of {}", BROKERS.join(", "));
+    }
+    let has = |name: &str| !without.iter().any(|without| without == name);
+    if has("redis") {
+        brokers::ensure_redis()?;
+    }
+    if has("moto") || has("taskiq") {
+        python::ensure()?;
+    }
     println!("building the host, the plugins and the fixtures");
     cargo(&["build", "--workspace"])?;
     let mut tests = vec!["test".to_owned(), "--workspace".to_owned()];
     tests.extend_from_slice(args);
-    cargo(&tests)
+    if !without.is_empty() {
+        if !args.iter().any(|arg| arg == "--") {
+            tests.push("--".to_owned());
+        }
+        // Tests that need a broker stand in modules that say so.
+        tests.extend(without.iter().flat_map(|name| ["--skip".to_owned(), format!("with_{name}::")]));
+    }
+    cargo(&tests)?;
+    for name in without {
+        println!("not tested: what needs {name} (--without {name})");
+    }
+    Ok(())
 }
 
 /// What has to hold before a change is taken, each step with the time it took.
@@ -26,7 +52,7 @@ pub(crate) fn ci() -> anyhow::Result<()> {
         run(doc.env("RUSTDOCFLAGS", "--deny warnings"))
     })?;
     timed("licences, bans and sources", deny)?;
-    timed("tests", || test(&[]))
+    timed("tests", || test(&[], &[]))
 }
 
 /// `cargo deny` is no part of a toolchain: it is run where it is installed.

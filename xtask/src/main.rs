@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "a command line tool talks on standard output")]
 
 mod bench;
+mod brokers;
 mod build;
 mod check;
 mod new_plugin;
@@ -23,10 +24,14 @@ cargo xtask COMMAND
                                 --watch: build and install a plugin again when its source changes
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
-  test [ARGS...]                every test; ARGS go to `cargo test`
+  test [--without NAME] [ARGS...]
+                                every test; ARGS go to `cargo test`. Without a broker (redis, moto, taskiq) those that need
+                                it are left out, and the end says so
+  brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, then every test
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
                                 (--rounds N, --seconds N, default 5 and 4)
+  bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
@@ -73,7 +78,17 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             let [name] = args.as_slice() else { bail!("expected the new plugin's name\n\n{USAGE}") };
             new_plugin::create(name)?;
         }
-        "test" => check::test(&args)?,
+        "brokers" => {
+            nothing_else(&args)?;
+            brokers::serve()?;
+        }
+        "test" => {
+            let mut without = Vec::new();
+            while let Some(name) = take(&mut args, "--without")? {
+                without.push(name);
+            }
+            check::test(&args, &without)?;
+        }
         "ci" => {
             nothing_else(&args)?;
             check::ci()?;

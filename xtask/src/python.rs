@@ -1,6 +1,10 @@
 //! The Python tools that tests need, in a virtual environment of their own under `target/`.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::Context;
 
@@ -27,6 +31,12 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
         .args(TOOLS))
     .context("can't install the tests' Python tools")?;
     Ok(fs::write(stamp, wanted)?)
+}
+
+/// A program of these tools.
+pub(crate) fn tool(name: &str) -> PathBuf {
+    // Absolute: some are started in folders of their own.
+    std::env::current_dir().unwrap_or_default().join(FOLDER).join("bin").join(name)
 }
 
 fn make() -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 
 use std::{fs::File, io, path::Path};
 
+use modalkit_abi::QUEUE_HANDSHAKE_SYMBOL;
 use object::{
     Endianness, FileKind,
     elf::{self, FileHeader64},
@@ -41,6 +42,21 @@ pub fn is_whole(file: &Path) -> io::Result<bool> {
         return Ok(!begins_like_one(length));
     }
     Ok(!matches!(read(&cache, length), Err(OpenError::Truncated { .. })))
+}
+
+/// Whether a file exports a queue backend rather than a pipeline. What can't be read exports nothing.
+#[must_use]
+pub fn exports_queue(file: &Path) -> bool {
+    let symbol = QUEUE_HANDSHAKE_SYMBOL.strip_suffix(b"\0").unwrap_or(QUEUE_HANDSHAKE_SYMBOL);
+    let Ok(file) = File::open(file) else { return false };
+    let cache = ReadCache::new(file);
+    let exports = || -> Option<bool> {
+        let header = FileHeader64::<Endianness>::parse(&cache).ok()?;
+        let endian = header.endian().ok()?;
+        let symbols = header.sections(endian, &cache).ok()?.symbols(endian, &cache, elf::SHT_DYNSYM).ok()?;
+        Some(symbols.iter().any(|found| symbols.symbol_name(endian, found).is_ok_and(|name| name == symbol)))
+    };
+    exports().unwrap_or(false)
 }
 
 /// Checks what can be checked without the dynamic linker.

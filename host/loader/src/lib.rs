@@ -18,7 +18,7 @@ pub mod preflight;
 mod queue;
 mod store;
 
-pub use elf::is_whole;
+pub use elf::{exports_queue, is_whole};
 pub use error::{LoadError, OpenError};
 pub use handles::{Batch, Foreign, Instance, Item, Outcome};
 pub use library::{Load, LogSink, Plugin, mapped_bytes};

@@ -78,14 +78,6 @@ impl Default for QueueSpec {
 }
 
 impl QueueSpec {
-    /// The names of the plugins that are queue backends.
-    pub fn plugins(&self) -> impl Iterator<Item = &str> {
-        self.backends.values().filter_map(|backend| match backend {
-            modalkit_queue::Spec::Plugin(spec) => Some(spec.plugin.as_str()),
-            _ => None,
-        })
-    }
-
     /// The same for a host of this name: what it took from a stream is its own after a restart as well.
     #[must_use]
     pub fn named(&self, host: &str) -> Self {

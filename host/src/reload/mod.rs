@@ -304,8 +304,6 @@ impl Loop {
 
     async fn on_told(&mut self, volume: usize, told: Told) {
         match told {
-            // Whoever delivers results has it; it is no model.
-            Told::Plugin { name, .. } if self.config.queues.plugins().any(|queue| queue == name) => {}
             Told::Plugin { name, path, staged } => {
                 self.files.insert(name.clone(), (path.clone(), staged.clone()));
                 for model in self.models_of(&name) {

@@ -441,7 +441,14 @@ impl Look {
             seen.complaint = complaint;
             seen.told = true;
             seen.known = true;
-            if !same {
+            let is_queue = staged.as_ref().is_ok_and(|staged| modalkit_loader::exports_queue(staged.path()));
+            if is_queue {
+                // Whoever delivers results looks for it by its name; it is no model.
+                tracing::info!(
+                    plugin = name,
+                    "a queue backend is in the volume; backends of queue_config with kind = \"plugin\" can name it"
+                );
+            } else if !same {
                 told.push(Told::Plugin {
                     name: name.clone(),
                     path: path.clone(),

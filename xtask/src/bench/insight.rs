@@ -54,6 +54,7 @@ fn measure(rounds: usize, seconds: usize, folder: &Path) -> anyhow::Result<()> {
                 server,
                 &Load {
                     port: server.port,
+                    path: "/predict_sync",
                     concurrency: CONCURRENCY,
                     seconds,
                     body: &body,

@@ -8,6 +8,7 @@ use crate::build;
 
 pub(super) struct Load<'a> {
     pub(super) port: u16,
+    pub(super) path: &'a str,
     pub(super) concurrency: usize,
     pub(super) seconds: usize,
     pub(super) body: &'a Path,
@@ -59,7 +60,7 @@ impl Load<'_> {
             .arg(format!("-d{}s", self.seconds))
             .arg("-s")
             .arg(self.script)
-            .arg(format!("http://127.0.0.1:{}/predict_sync", self.port))
+            .arg(format!("http://127.0.0.1:{}{}", self.port, self.path))
             .output()
             .context("can't start wrk")?;
         let text = String::from_utf8_lossy(&out.stdout);
