@@ -67,7 +67,7 @@ pub fn ready(models: &Models, gate: &Gate, access: &Access, jobs: &Jobs, reasons
     }
     let looking = !models.are_complete();
     let keys = if reasons { json!(keys) } else { json!(keys.len()) };
-    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues});
+    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some()});
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response

@@ -106,6 +106,7 @@ pub async fn run(
         configuration,
     );
     let (shut_down, shutdown) = watch::channel(false);
+    let (finish, finished) = watch::channel(false);
     let mut consumers = JoinSet::new();
     for spec in consumed {
         consumers.spawn(ingress::consume::run(
@@ -113,6 +114,7 @@ pub async fn run(
             Arc::clone(&jobs),
             Arc::clone(&of_consumers),
             shutdown.clone(),
+            finished.clone(),
         ));
     }
     let scheme = if certificate.is_some() { "https" } else { "http" };
@@ -147,6 +149,12 @@ pub async fn run(
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
     }
+    // What was taken from queues and has ended is acknowledged; the rest comes again.
+    let _ = finish.send(true);
+    let acknowledged = async { while consumers.join_next().await.is_some() {} };
+    if tokio::time::timeout(LEAVE_TIME_MAX, acknowledged).await.is_err() {
+        tracing::warn!("requests from queues were not acknowledged in time; they come again");
+    }
     // What was answered last may be on its way to a slow reader; and who waits for a reload hears that it is over.
     let written = tokio::time::timeout(WRITE_TIME_MAX.min(server.drain_timeout), connections.closed());
     let left = tokio::time::timeout(LEAVE_TIME_MAX, reload.stop());
@@ -155,8 +163,6 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
-    // What was taken from queues and has ended was acknowledged, as far as there was time; the rest comes again.
-    consumers.shutdown().await;
     // What has ended is written; a disk that hangs doesn't keep the host.
     let closing = tokio::task::spawn_blocking(move || jobs.close());
     if tokio::time::timeout(LEAVE_TIME_MAX, closing).await.is_err() {

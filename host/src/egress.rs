@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::{
     access::AccessError,
     dispatch,
-    job::{Detail, JobError, Reply},
+    job::{Detail, JobError, Location, Reply},
     reconfigure::Change,
     reload::{ControlError, Entry, Outcome, VolumeModel, VolumeReport},
 };
@@ -180,7 +180,7 @@ fn internal(failure: &Failure) -> String {
 
 fn explain(job_error: &JobError) -> String {
     match job_error {
-        JobError::Invalid(details) => details.first().map(|detail| detail.msg.clone()).unwrap_or_default(),
+        JobError::Invalid(details) => details.first().map(placed).unwrap_or_default(),
         JobError::UnknownModel { name: Some(name), known } => {
             format!("no model named {name:?}; expected one of {known:?}")
         }
@@ -201,6 +201,17 @@ fn explain(job_error: &JobError) -> String {
         JobError::Failed(failure) => failure.message.to_string(),
         JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
     }
+}
+
+/// What is wrong with an input, with its place.
+fn placed(detail: &Detail) -> String {
+    let step = |step: &Location| match step {
+        Location::Key(key) => key.clone(),
+        Location::Index(index) => index.to_string(),
+    };
+    // The first step says that it is the body.
+    let place: Vec<String> = detail.loc.iter().skip(1).map(step).collect();
+    if place.is_empty() { detail.msg.clone() } else { format!("{}: {}", place.join("."), detail.msg) }
 }
 
 /// What became of a reload or rollback: 409 where what serves stayed.

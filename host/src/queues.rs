@@ -1,7 +1,8 @@
 //! Which queue's name leads to which broker, and how each broker is. It owns the adapters, and never knows what is sent.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures_util::{FutureExt, future::join_all};
 use modalkit_queue::{Backend, Memory, Message, QueueError, Surroundings, open};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -26,8 +27,8 @@ pub struct Queues {
 
 struct Broker {
     adapter: Arc<dyn Backend>,
-    /// Its last error; `None` while it does well.
-    fault: Mutex<Option<QueueError>>,
+    /// What went wrong last, by what was done: one that answers may still refuse to be sent to.
+    faults: Mutex<BTreeMap<&'static str, QueueError>>,
 }
 
 /// A queue, found by its name.
@@ -64,7 +65,7 @@ impl Queues {
         let backend = |(name, backend)| {
             let adapter = open(backend, around)
                 .map_err(|error| anyhow::Error::new(error).context(format!("the queue backend {name:?}")))?;
-            Ok((String::clone(name), Broker { adapter, fault: Mutex::default() }))
+            Ok((String::clone(name), Broker { adapter, faults: Mutex::default() }))
         };
         let backends = spec.backends.iter().map(backend).collect::<anyhow::Result<_>>()?;
         Ok(Arc::new(Self { spec: spec.clone(), backends }))
@@ -109,60 +110,72 @@ impl Queues {
 
     /// Sends messages, in order; one result each.
     pub async fn send(&self, route: &Route, messages: &[Message]) -> Vec<Result<(), QueueError>> {
-        let sent = timeout(CALL_TIME_MAX, route.adapter.send(&route.queue, messages)).await;
-        let results = sent.unwrap_or_else(|_| {
-            vec![Err(QueueError::Unavailable(format!("no answer within {CALL_TIME_MAX:?}"))); messages.len()]
-        });
+        let sent = AssertUnwindSafe(timeout(CALL_TIME_MAX, route.adapter.send(&route.queue, messages)));
+        let mut results = match sent.catch_unwind().await {
+            Ok(Ok(results)) => results,
+            Ok(Err(_)) => vec![Err(no_answer()); messages.len()],
+            Err(_) => vec![
+                Err(QueueError::Unavailable("the host failed over it; see its log".to_owned()));
+                messages.len()
+            ],
+        };
+        // Whatever an adapter says, each message has its result.
+        results.resize(messages.len(), Err(no_answer()));
         let fault = results.iter().find_map(|result| match result {
             Err(error @ (QueueError::Unavailable(_) | QueueError::Denied(_))) => Some(error.clone()),
             _ => None,
         });
-        self.note(&route.backend, fault);
+        self.note(&route.backend, "send", fault);
         results
     }
 
-    /// Notes how a broker is, and says so where that has changed.
-    pub fn note(&self, backend: &str, fault: Option<QueueError>) {
+    /// Notes how a broker is to whoever does something, and says so where that has changed.
+    pub fn note(&self, backend: &str, doing: &'static str, fault: Option<QueueError>) {
         let Some(broker) = self.backends.get(backend) else { return };
-        let mut known = broker.fault.lock();
-        match (&*known, &fault) {
+        let mut faults = broker.faults.lock();
+        let known = faults.get(doing);
+        match (known, &fault) {
             (None, Some(QueueError::Denied(error))) => {
                 tracing::error!(
                     backend,
+                    doing,
                     error,
                     "the queue backend does not let this host in; results wait in the journal"
                 );
             }
             (None, Some(error)) => {
-                tracing::warn!(backend, %error, "the queue backend can't be used; results wait in the journal");
+                tracing::warn!(backend, doing, %error, "the queue backend can't be used; results wait in the journal");
             }
-            (Some(_), None) => tracing::info!(backend, "the queue backend can be used again"),
+            (Some(_), None) => tracing::info!(backend, doing, "the queue backend can be used again"),
             _ => {}
         }
-        *known = fault;
+        match fault {
+            Some(fault) => drop(faults.insert(doing, fault)),
+            None => drop(faults.remove(doing)),
+        }
     }
 
     /// How the brokers are that aren't well.
     #[must_use]
     pub fn faults(&self) -> BTreeMap<String, Fault> {
         let fault = |(name, broker): (&String, &Broker)| {
-            let fault = broker.fault.lock().clone()?;
-            let denied = matches!(fault, QueueError::Denied(_));
-            Some((name.clone(), Fault { error: fault.to_string(), denied }))
+            let faults = broker.faults.lock();
+            let denied = faults.values().find(|fault| matches!(fault, QueueError::Denied(_)));
+            let fault = denied.or_else(|| faults.values().next())?;
+            Some((name.clone(), Fault { error: fault.to_string(), denied: denied.is_some() }))
         };
         self.backends.iter().filter_map(fault).collect()
     }
 
     /// Looks at the brokers now and then, for ever: one that refuses is known of before the first result.
     pub async fn watch(&self) -> std::convert::Infallible {
+        let check = async |(name, broker): (&String, &Broker)| {
+            let checked = timeout(CALL_TIME_MAX, broker.adapter.check()).await;
+            self.note(name, "check", checked.unwrap_or_else(|_| Err(no_answer())).err());
+        };
         loop {
-            for (name, broker) in &self.backends {
-                let checked = timeout(CALL_TIME_MAX, broker.adapter.check()).await;
-                let checked = checked.unwrap_or_else(|_| {
-                    Err(QueueError::Unavailable(format!("no answer within {CALL_TIME_MAX:?}")))
-                });
-                self.note(name, checked.err());
-            }
+            // At once: one that hangs hides no other.
+            join_all(self.backends.iter().map(check)).await;
             tokio::time::sleep(BETWEEN_CHECKS).await;
         }
     }
@@ -183,4 +196,8 @@ impl Queues {
     pub fn deadline(&self) -> Duration {
         self.spec.deadline
     }
+}
+
+fn no_answer() -> QueueError {
+    QueueError::Unavailable(format!("no answer within {CALL_TIME_MAX:?}"))
 }

@@ -79,6 +79,8 @@ pub struct JobMetrics {
     pub commit_changes: Histogram,
     /// Bytes that jobs take up in the journal.
     pub journal_bytes: IntGauge,
+    /// 1 while the journal can be written.
+    pub journal_writable: IntGauge,
 }
 
 impl JobMetrics {
@@ -368,6 +370,10 @@ impl Metrics {
                 )
                 .with_label_values::<&str>(&[]),
                 journal_bytes: gauge("modalkit_journal_bytes", "bytes that jobs take up in the journal"),
+                journal_writable: gauge(
+                    "modalkit_journal_writable",
+                    "1 while jobs can be written to the journal",
+                ),
             },
             resident_bytes,
             registry,

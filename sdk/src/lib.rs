@@ -64,7 +64,7 @@ pub mod testkit;
 pub use context::{LoadContext, NoSettings, VolumeReload};
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};
 pub use pipeline::{InferencePipeline, Outcome};
-pub use queue::{QueueBackend, QueueContext, QueuedMessage};
+pub use queue::{QueueBackend, QueueContext, QueueError, QueuedMessage};
 
 /// What [`export_pipeline!`] expands to; nothing here is for an author's hands.
 #[doc(hidden)]

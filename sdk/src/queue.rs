@@ -2,7 +2,7 @@
 //!
 //! Every `unsafe` here rests on the ownership rules in `modalkit_abi::QueueModule`, which the host's loader keeps.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use modalkit_abi::{
     Failure, QueueDescription, QueueHandle, QueueMessage, QueueModule, QueueModuleRef, QueueOpenArgs, Sent,
@@ -32,7 +32,7 @@ use crate::{
 /// ```
 /// use std::sync::Mutex;
 ///
-/// use modalkit_sdk::{NoSettings, PipelineError, QueueBackend, QueueContext, QueuedMessage, export_queue_backend};
+/// use modalkit_sdk::{NoSettings, QueueBackend, QueueContext, QueueError, QueuedMessage, export_queue_backend};
 ///
 /// /// Keeps messages, to be looked at in a debugger.
 /// struct Drawer(Mutex<Vec<String>>);
@@ -40,13 +40,13 @@ use crate::{
 /// impl QueueBackend for Drawer {
 ///     type Settings = NoSettings;
 ///
-///     fn open(_: QueueContext<NoSettings>) -> Result<Self, PipelineError> {
+///     fn open(_: QueueContext<NoSettings>) -> Result<Self, QueueError> {
 ///         Ok(Self(Mutex::default()))
 ///     }
 ///
-///     fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), PipelineError>> {
+///     fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), QueueError>> {
 ///         let keep = |message: &QueuedMessage<'_>| {
-///             let mut drawer = self.0.lock().map_err(|_| PipelineError::transient("the drawer is stuck"))?;
+///             let mut drawer = self.0.lock().map_err(|_| QueueError::retry("the drawer is stuck"))?;
 ///             drawer.push(format!("{queue}: {}", message.job_id));
 ///             Ok(())
 ///         };
@@ -63,21 +63,76 @@ pub trait QueueBackend: Send + Sync + Sized + 'static {
     /// Opens it. A host tries again, now and then, what fails here.
     ///
     /// # Errors
-    /// Permanent where somebody has to change something: a wrong password, say. Transient where waiting may help.
-    fn open(context: QueueContext<Self::Settings>) -> Result<Self, PipelineError>;
+    /// [`QueueError::refuse`] where somebody has to change something.
+    fn open(context: QueueContext<Self::Settings>) -> Result<Self, QueueError>;
 
     /// Whether messages could be sent now.
     ///
     /// # Errors
     /// As for [`QueueBackend::open`].
-    fn check(&self) -> Result<(), PipelineError> {
+    fn check(&self) -> Result<(), QueueError> {
         Ok(())
     }
 
     /// Sends messages to the queue of this name, in order; one result each, in their order.
     ///
-    /// Transient errors are tried again; a permanent one says that this message will never be taken.
-    fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), PipelineError>>;
+    /// What fails is tried again, but for [`QueueError::refuse`].
+    fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), QueueError>>;
+}
+
+/// Why a message isn't in its queue, or a backend can't be used.
+///
+/// Any error becomes one by `?`, and is then tried again: that a message will never be taken has to be said.
+///
+/// ```
+/// use modalkit_sdk::QueueError;
+///
+/// fn append(path: &str, body: &str) -> Result<(), QueueError> {
+///     if body.len() > 1 << 20 {
+///         return Err(QueueError::refuse("expected at most a mebibyte"));
+///     }
+///     std::fs::write(path, body)?;
+///     Ok(())
+/// }
+/// # assert!(append("/nowhere/at/all", "{}").is_err());
+/// ```
+#[derive(Debug)]
+pub struct QueueError(PipelineError);
+
+impl QueueError {
+    /// Another try may help.
+    #[must_use]
+    pub fn retry(message: impl fmt::Display) -> Self {
+        Self(PipelineError::transient(message))
+    }
+
+    /// Of a message: it will never be taken. Of a backend: somebody has to change something, a wrong password, say.
+    #[must_use]
+    pub fn refuse(message: impl fmt::Display) -> Self {
+        Self(PipelineError::permanent(message))
+    }
+
+    /// The same, with what was being done in front.
+    #[must_use]
+    pub fn context(self, doing: impl fmt::Display) -> Self {
+        Self(self.0.context(doing))
+    }
+
+    fn into_pipeline_error(self) -> PipelineError {
+        self.0
+    }
+}
+
+impl<E: std::error::Error> From<E> for QueueError {
+    fn from(error: E) -> Self {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        Self::retry(text)
+    }
 }
 
 /// What [`QueueBackend::open`] gets.
@@ -205,7 +260,8 @@ extern "C" fn open<B: QueueBackend>(args: QueueOpenArgs<'_>) -> RResult<QueueHan
             settings: parse_settings(&args.settings)?,
             secrets: Secrets(secrets),
         };
-        let opened = Opened { backend: B::open(context)?, name: args.backend_name.to_string() };
+        let backend = B::open(context).map_err(QueueError::into_pipeline_error)?;
+        let opened = Opened { backend, name: args.backend_name.to_string() };
         Ok(QueueHandle::from_raw(into_raw(opened)))
     })
 }
@@ -214,7 +270,7 @@ unsafe extern "C" fn check<B: QueueBackend>(queue: QueueHandle) -> RResult<(), F
     // SAFETY: a live backend of this library.
     let opened = unsafe { opened::<B>(queue) };
     serving(&opened.name);
-    guarded(|| opened.backend.check())
+    guarded(|| opened.backend.check().map_err(QueueError::into_pipeline_error))
 }
 
 unsafe extern "C" fn send<B: QueueBackend>(
@@ -232,11 +288,12 @@ unsafe extern "C" fn send<B: QueueBackend>(
         let results = opened.backend.send(name.as_str(), &messages);
         if results.len() != messages.len() {
             let (expected, found) = (messages.len(), results.len());
-            return Err(PipelineError::permanent(format!(
+            return Err(PipelineError::transient(format!(
                 "the queue backend returned {found} results for {expected} messages"
             )));
         }
-        Ok(results.into_iter().map(|result| result.map_err(PipelineError::into_failure).into()).collect())
+        let failure = |error: QueueError| error.into_pipeline_error().into_failure();
+        Ok(results.into_iter().map(|result| result.map_err(failure).into()).collect())
     })
 }
 

@@ -211,6 +211,10 @@ fn files_of_the_python_library_load_unchanged() {
     assert_eq!(loaded.config.volumes[0].name, "demo-models");
 
     let files = Files::new();
+    let file =
+        files.put("broker.toml", "[app_settings.queue_config]\nbroker_url = \"redis://127.0.0.1:6379\"\n");
+    let said = load(&[file], &[]).unwrap().warnings[0].to_string();
+    assert!(said.contains("broker_url") && said.contains("unless backend says redis or taskiq"), "{said}");
     let file = files.put("other.yaml", "app_settings: {colour: red, batch_config: {max_bach_size: 3}}\n");
     let loaded = load(&[file], &[]).unwrap();
     let said: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();

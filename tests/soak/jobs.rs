@@ -22,8 +22,8 @@ pub(crate) fn chaos() {
     let slow = (whole / 10).max(1);
     for (rounds, victim, broker) in [
         (whole, Victim::Host, Broker::Redis),
-        (whole / 2, Victim::Broker, Broker::Redis),
-        (whole / 2, Victim::Both, Broker::Redis),
+        ((whole / 2).max(1), Victim::Broker, Broker::Redis),
+        ((whole / 2).max(1), Victim::Both, Broker::Redis),
         (slow, Victim::Host, Broker::Sqs),
         (slow, Victim::Broker, Broker::Sqs),
         (slow, Victim::Both, Broker::Sqs),
@@ -102,4 +102,7 @@ pub(crate) fn a_million() {
     let mean = |parts: &[(f64, f64, f64)]| parts.iter().map(|part| part.0).sum::<f64>() / parts.len() as f64;
     let (first, last) = (mean(&parts[1..4]), mean(&parts[parts.len() - 3..]));
     println!("rate at the end {:.2} of that at the start", last / first);
+    let (early, late) = (parts[1], parts[parts.len() - 1]);
+    assert!(late.1 < 4.0 * early.1.max(50.0), "the journal grows: {early:?} {late:?}");
+    assert!(late.2 < 2.0 * early.2, "memory grows: {early:?} {late:?}");
 }

@@ -317,3 +317,22 @@ pub fn redis_take(port: u16, key: &str) -> Vec<Vec<u8>> {
     }
     reply.ids.iter().map(|entry| entry.get("data").unwrap_or_default()).collect()
 }
+
+/// Gives Redis another password.
+///
+/// # Panics
+/// Where it doesn't take it.
+pub fn redis_set_password(port: u16, old: &str, new: &str) {
+    let client = redis::Client::open(format!("redis://:{old}@127.0.0.1:{port}")).expect("an address");
+    let mut connection = client.get_connection().expect("Redis answers");
+    redis::cmd("CONFIG").arg("SET").arg("requirepass").arg(new).exec(&mut connection).expect("it is set");
+}
+
+/// Adds an entry whose one field is named by these bytes.
+///
+/// # Panics
+/// Where Redis doesn't answer.
+pub fn redis_add_bytes(port: u16, key: &str, field: &[u8]) {
+    let mut connection = redis_connection(port);
+    redis::cmd("XADD").arg(key).arg("*").arg(field).arg("x").exec(&mut connection).expect("Redis answers");
+}

@@ -182,7 +182,9 @@ impl Chaos {
         wait_until("the host is ready", || host.get("/readyz").0 == 200);
         let none = |query: &str| host.get(query).1["jobs"].as_array().is_some_and(Vec::is_empty);
         wait_at_most(ROUND_TIME_MAX, "all jobs have ended and are delivered", || {
-            none("/jobs?state=queued&limit=1") && none("/jobs?delivery=pending&limit=1")
+            none("/jobs?state=queued&limit=1")
+                && none("/jobs?state=running&limit=1")
+                && none("/jobs?delivery=pending&limit=1")
         });
         let results = match self.broker {
             Broker::Redis => {

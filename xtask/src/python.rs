@@ -29,7 +29,10 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
     run(Command::new(Path::new(FOLDER).join("bin/pip"))
         .args(["install", "--quiet", "--disable-pip-version-check"])
         .args(TOOLS))
-    .context("can't install the tests' Python tools")?;
+    .with_context(|| {
+        let tools = TOOLS.join(" ");
+        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install {tools}`, or leave them out with `--without moto --without taskiq`")
+    })?;
     Ok(fs::write(stamp, wanted)?)
 }
 

@@ -2,10 +2,16 @@
 
 use std::process::Command;
 
-use crate::{build, python};
+use crate::{brokers, build, python};
+
+/// The parts that need Redis and SQS.
+const WITH_BROKERS: [&str; 2] = ["jobs", "sharing"];
 
 pub(crate) fn run(parts: &[String]) -> anyhow::Result<()> {
-    python::ensure()?;
+    if parts.is_empty() || parts.iter().any(|part| WITH_BROKERS.contains(&part.as_str())) {
+        brokers::ensure_redis()?;
+        python::ensure()?;
+    }
     let packages = ["modalkit", "echo", "fixture-puppet", "fixture-versioned"];
     let mut build = vec!["build", "--release"];
     packages.iter().for_each(|package| build.extend(["--package", package]));

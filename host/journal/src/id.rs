@@ -24,6 +24,11 @@ impl JobId {
         (((bits >> 80) << COUNTER_BITS) | ((bits >> 64) & 0xfff)) as i64
     }
 
+    /// The least row of a job that came at this moment.
+    pub(crate) fn first_row_of(unix_ms: u64) -> i64 {
+        (unix_ms << COUNTER_BITS) as i64
+    }
+
     /// What is random in it.
     pub(crate) fn tail(self) -> i64 {
         self.0.as_u128() as u64 as i64
@@ -88,8 +93,8 @@ impl Ids {
                 Err(found) => last = found,
             }
         };
-        // The two bits of the variant, then 62 random ones.
-        let tail = (1 << 63) | (fastrand::u64(..) >> 2);
+        // The two bits of the variant, then 62 from the system's generator.
+        let (_, tail) = Uuid::new_v4().as_u64_pair();
         JobId::from_parts(row, tail as i64)
     }
 }

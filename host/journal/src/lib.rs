@@ -163,6 +163,21 @@ impl Journal {
         self.shared.push(Change::Accept(job, Box::new(done)));
     }
 
+    /// Writes a job that is none, as one that has failed, in one step. `done` is called as for [`Journal::accept`].
+    pub fn refuse(
+        &self,
+        job: NewJob,
+        finish: Finish,
+        done: impl FnOnce(Result<Accepted, AcceptError>) + Send + 'static,
+    ) {
+        self.shared.push(Change::Refuse(job, finish, Box::new(done)));
+    }
+
+    /// Writes that a job was taken back while it ran. `done` is called once that is on disk.
+    pub fn cancel(&self, id: JobId, done: impl FnOnce() + Send + 'static) {
+        self.shared.push(Change::Cancel(id, Box::new(done)));
+    }
+
     /// Writes that an attempt failed and another follows.
     pub fn retry(&self, retry: Retry) {
         self.shared.push(Change::Retry(retry));
@@ -224,6 +239,14 @@ impl Journal {
     /// [`ReadError`].
     pub fn list(&self, filter: &Filter) -> Result<Page, ReadError> {
         Ok(self.reader.lock().list(filter)?)
+    }
+
+    /// Looks through the whole file: what is wrong with it, if anything is. Takes as long as reading it.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn damage(&self) -> Result<Option<String>, ReadError> {
+        Ok(self.reader.lock().damage()?)
     }
 
     /// Where running jobs are noted.
@@ -310,5 +333,12 @@ fn take_over(store: &mut Store, open_jobs: &mut [OpenJob], running: &[(i64, u32)
             any = true;
         }
     }
-    if any { group.commit() } else { Ok(()) }
+    if !any {
+        return Ok(());
+    }
+    match group.commit() {
+        // A host starts on a full disk as well: it knows, and writes it with what becomes of the job.
+        Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => Ok(()),
+        committed => committed,
+    }
 }

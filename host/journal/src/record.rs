@@ -170,14 +170,16 @@ pub struct OpenJob {
     pub attempts: u32,
     /// Whether it was running when its host died.
     pub was_running: bool,
+    /// Somebody took it back while it ran.
+    pub cancelled: bool,
     /// When it came.
     pub accepted: u64,
     /// When its next attempt may begin.
     pub next: Option<u64>,
     /// After this nobody wants its answer.
     pub deadline: Option<u64>,
-    /// When it ended.
-    pub finished: Option<u64>,
+    /// Since when its message is to be delivered.
+    pub pending: Option<u64>,
     /// The queue that is to get its message.
     pub queue: Option<String>,
     /// The trace that it belongs to.

@@ -25,7 +25,9 @@ const WAL_BYTES_KEPT: u64 = 8 << 20;
 /// Rows that one list looks at: beyond them the caller asks again.
 const ROWS_LOOKED_AT: usize = 10_000;
 /// Jobs that one transaction forgets.
-pub(crate) const FORGOTTEN_AT_ONCE: usize = 256;
+pub(crate) const FORGOTTEN_AT_ONCE: usize = 1024;
+/// Bytes of a row without its bodies, about.
+const ROW_BYTES: i64 = 128;
 
 const TABLES: &str = "
     CREATE TABLE jobs (
@@ -41,7 +43,9 @@ const TABLES: &str = "
         finished INTEGER,
         next INTEGER,
         deadline INTEGER,
+        cancelled INTEGER NOT NULL,
         delivery INTEGER NOT NULL,
+        pending INTEGER,
         delivered INTEGER,
         queue TEXT,
         trace TEXT,
@@ -174,7 +178,7 @@ impl Store {
             let last: Option<i64> =
                 connection.query_row("SELECT max(row) FROM jobs", [], |row| row.get(0))?;
             let mut statement = connection.prepare(
-                "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, finished, queue, trace
+                "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled
                  FROM jobs INDEXED BY open_jobs WHERE open = 1 ORDER BY row",
             )?;
             let open = statement.query_map([], open_job)?.collect::<rusqlite::Result<Vec<_>>>()?;
@@ -214,9 +218,10 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         accepted: row.get(6)?,
         next: row.get(7)?,
         deadline: row.get(8)?,
-        finished: row.get(9)?,
+        pending: row.get(9)?,
         queue: row.get(10)?,
         trace: row.get(11)?,
+        cancelled: row.get(12)?,
     })
 }
 
@@ -227,11 +232,22 @@ pub(crate) struct Group<'s> {
     counted: &'s mut Totals,
 }
 
+/// Which jobs are forgotten.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Forget {
+    /// Those that ended before this moment.
+    EndedBefore(u64),
+    /// The oldest, about so many bytes of them.
+    Bytes(u64),
+}
+
 /// Why one job of a group isn't accepted.
 #[derive(Debug)]
 pub(crate) enum Refusal {
     /// Something else came before under its name.
     Conflict(JobId),
+    /// There is no room.
+    Full,
     /// The group fails.
     Store(rusqlite::Error),
 }
@@ -243,7 +259,8 @@ impl From<rusqlite::Error> for Refusal {
 }
 
 impl Group<'_> {
-    pub(crate) fn accept(&mut self, job: &NewJob) -> Result<Accepted, Refusal> {
+    /// Writes a job, where it hasn't come before under its name and there is room.
+    pub(crate) fn accept(&mut self, job: &NewJob, is_full: bool) -> Result<Accepted, Refusal> {
         if let Some(once) = &job.once {
             let mut statement =
                 self.transaction.prepare_cached("SELECT row, tail, digest FROM once WHERE name = ?1")?;
@@ -260,6 +277,11 @@ impl Group<'_> {
                 Some((id, false)) => return Err(Refusal::Conflict(id)),
                 None => {}
             }
+        }
+        if is_full {
+            return Err(Refusal::Full);
+        }
+        if let Some(once) = &job.once {
             self.transaction.prepare_cached("INSERT INTO once VALUES (?1, ?2, ?3, ?4)")?.execute(params![
                 once.name,
                 job.id.row(),
@@ -268,8 +290,8 @@ impl Group<'_> {
             ])?;
         }
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, delivery, trace, once, envelope)
-             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, ?7, ?8, ?9)",
+            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, cancelled, delivery, trace, once, envelope)
+             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, 0, ?7, ?8, ?9)",
         )?;
         insert.execute(params![
             job.id.row(),
@@ -302,8 +324,8 @@ impl Group<'_> {
     pub(crate) fn finish(&mut self, finish: &Finish) -> rusqlite::Result<()> {
         let delivery = if finish.queue.is_some() { Delivery::Pending } else { Delivery::None };
         let mut update = self.transaction.prepare_cached(
-            "UPDATE jobs SET state = ?2, open = ?3, attempts = ?4, started = ?5, finished = ?6, next = NULL, result = ?7,
-             error = ?8, queue = ?9, delivery = ?10, envelope = NULL WHERE row = ?1 AND state = 0",
+            "UPDATE jobs SET state = ?2, open = ?3, attempts = ?4, started = coalesce(?5, started), finished = ?6, next = NULL,
+             result = ?7, error = ?8, queue = ?9, delivery = ?10, pending = ?6, envelope = NULL WHERE row = ?1 AND state = 0",
         )?;
         let changed = update.execute(params![
             finish.id.row(),
@@ -322,6 +344,18 @@ impl Group<'_> {
             self.totals.add(finish.state, delivery, 1);
         }
         Ok(())
+    }
+
+    /// Says that a job was taken back while it ran.
+    pub(crate) fn cancel(&mut self, id: JobId) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE jobs SET cancelled = 1 WHERE row = ?1 AND state = 0")?;
+        update.execute([id.row()]).map(drop)
+    }
+
+    /// Writes what is there already: it says whether the disk can be written.
+    pub(crate) fn touch(&mut self) -> rusqlite::Result<()> {
+        self.transaction.prepare_cached("UPDATE totals SET s0 = s0")?.execute([]).map(drop)
     }
 
     /// Says that a message was delivered, or given up for a reason.
@@ -350,28 +384,37 @@ impl Group<'_> {
         // Its time to be delivered begins anew.
         self.transaction
             .prepare_cached(
-                "UPDATE jobs SET delivery = 1, delivered = NULL, delivery_error = NULL, open = 1, finished = ?2 WHERE row = ?1",
+                "UPDATE jobs SET delivery = 1, delivered = NULL, delivery_error = NULL, open = 1, pending = ?2 WHERE row = ?1",
             )?
             .execute(params![id.row(), now])?;
         self.totals.deliveries[Delivery::of(before).code() as usize] -= 1;
         self.totals.deliveries[Delivery::Pending.code() as usize] += 1;
         let mut statement = self.transaction.prepare_cached(
-            "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, finished, queue, trace FROM jobs WHERE row = ?1",
+            "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled FROM jobs WHERE row = ?1",
         )?;
         statement.query_row([id.row()], open_job).optional()
     }
 
-    /// Forgets the oldest jobs that are done with: all that ended before `finished_before`, or any where that is `None`.
-    pub(crate) fn forget(&mut self, finished_before: Option<u64>) -> rusqlite::Result<usize> {
+    /// Forgets the oldest jobs that are done with: those that ended before a moment, or as many as take up some bytes. Says how many.
+    pub(crate) fn forget(&mut self, which: Forget) -> rusqlite::Result<usize> {
+        // No job ended before it came, so that those which came later aren't looked at.
+        let (ended, row, mut bytes) = match which {
+            Forget::EndedBefore(moment) => (moment as i64, JobId::first_row_of(moment), i64::MAX),
+            Forget::Bytes(bytes) => (i64::MAX, i64::MAX, bytes as i64),
+        };
         let mut oldest = self.transaction.prepare_cached(
-            "SELECT row, state, delivery, once FROM jobs WHERE open = 0 AND finished < ?1 ORDER BY row LIMIT ?2",
+            "SELECT row, state, delivery, once, coalesce(length(result), 0) FROM jobs
+             WHERE open = 0 AND finished < ?1 AND row < ?2 ORDER BY row LIMIT ?3",
         )?;
-        let before = finished_before.map_or(i64::MAX, |before| before as i64);
-        let found: Vec<(i64, i64, i64, Option<String>)> = oldest
-            .query_map(params![before, FORGOTTEN_AT_ONCE], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
-            })?
-            .collect::<rusqlite::Result<_>>()?;
+        let mut rows = oldest.query(params![ended, row, FORGOTTEN_AT_ONCE])?;
+        let mut found: Vec<(i64, i64, i64, Option<String>)> = Vec::new();
+        while bytes > 0
+            && let Some(row) = rows.next()?
+        {
+            bytes -= row.get::<_, i64>(4)? + ROW_BYTES;
+            found.push((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
+        }
+        drop(rows);
         drop(oldest);
         for (row, state, delivery, once) in &found {
             self.transaction.prepare_cached("DELETE FROM jobs WHERE row = ?1")?.execute([row])?;
@@ -407,6 +450,12 @@ pub(crate) struct Reader(Connection);
 const COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, started, finished, next, error, queue, delivery, delivered, delivery_error";
 
 impl Reader {
+    /// Looks through the whole file; what is wrong with it, if anything is.
+    pub(crate) fn damage(&self) -> rusqlite::Result<Option<String>> {
+        let said: String = self.0.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        Ok((said != "ok").then_some(said))
+    }
+
     pub(crate) fn open(path: &Path) -> rusqlite::Result<Self> {
         // A read-only connection could not take part in the write-ahead log of a file that nobody else has open.
         let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;

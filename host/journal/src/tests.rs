@@ -158,6 +158,17 @@ fn what_is_done_with_is_forgotten_by_age_and_by_size_and_what_is_not_is_kept() {
     wait_until(|| count(&journal) == 1);
     assert!(journal.job(waiting).unwrap().is_some());
 
+    // Where finished jobs take all the room, they make room for new ones, of which none is refused.
+    journal.set_retention(Retention { bytes_max: 1 << 20, ..KEEP });
+    for _ in 0..2000 {
+        let job = job(&journal, &body);
+        let id = job.id;
+        accept(&journal, job).unwrap();
+        finish(&journal, id, None);
+    }
+    let kept = count(&journal);
+    assert!((100..2000).contains(&kept), "{kept} of 2000 are kept in a mebibyte");
+
     // Envelopes of jobs that wait fill it; nothing more is taken until there is room.
     journal.set_retention(Retention { bytes_max: 400 << 10, ..KEEP });
     let mut refused = false;
@@ -176,6 +187,61 @@ fn what_is_done_with_is_forgotten_by_age_and_by_size_and_what_is_not_is_kept() {
         finish(&journal, job.id, None);
     }
     wait_until(|| accept(&journal, job(&journal, &body)).is_ok());
+}
+
+#[test]
+fn what_is_refused_has_failed_at_once_and_what_is_taken_back_stays_so() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let (refused, running) = (job(&journal, "no JSON"), job(&journal, "{}"));
+    let (id, other) = (refused.id, running.id);
+    let finish = Finish {
+        id,
+        state: State::Failed,
+        attempts: 0,
+        started: None,
+        finished: 3,
+        result: Some(Bytes::from_static(b"{}")),
+        error: Some("no request".into()),
+        queue: Some("dead".into()),
+    };
+    let (done, answer) = mpsc::sync_channel(1);
+    journal.refuse(refused, finish, move |accepted| done.send(accepted).unwrap());
+    assert_eq!(answer.recv().unwrap(), Ok(Accepted::New));
+    accept(&journal, running).unwrap();
+    let (done, answer) = mpsc::sync_channel(1);
+    journal.cancel(other, move || done.send(()).unwrap());
+    answer.recv().unwrap();
+    drop(journal);
+    let (_journal, found) = open(folder.path(), KEEP);
+    let found: Vec<_> =
+        found.iter().map(|job| (job.id, job.state, job.cancelled, job.queue.clone())).collect();
+    assert_eq!(found, [(id, State::Failed, false, Some("dead".into())), (other, State::Queued, true, None)]);
+}
+
+#[test]
+fn damage_behind_a_whole_beginning_is_found() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    for _ in 0..200 {
+        let job = job(&journal, &format!("{{\"x\":\"{}\"}}", "y".repeat(900)));
+        let id = job.id;
+        accept(&journal, job).unwrap();
+        finish(&journal, id, None);
+    }
+    assert_eq!(journal.damage().unwrap(), None);
+    drop(journal);
+    let file = folder.path().join("jobs.sqlite");
+    let mut bytes = fs::read(&file).unwrap();
+    let from = bytes.len() / 2;
+    bytes[from..from + 8192].fill(9);
+    fs::write(&file, &bytes).unwrap();
+    let found = Journal::open(folder.path(), KEEP, Box::new(|_| ()));
+    let damaged = match &found {
+        Ok((journal, _)) => journal.damage().unwrap().is_some(),
+        Err(error) => matches!(error, OpenError::Damaged { .. }),
+    };
+    assert!(damaged);
 }
 
 #[test]

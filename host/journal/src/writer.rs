@@ -14,13 +14,19 @@ use parking_lot::{Condvar, Mutex};
 use crate::{
     AcceptError, JobId,
     record::{Accepted, Finish, NewJob, OpenJob, Retry, Totals},
-    store::{FORGOTTEN_AT_ONCE, Refusal, Store},
+    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Store, is_damage},
 };
 
 /// Changes in one group.
 const GROUP_MAX: usize = 4096;
 /// Jobs that wait to be written; more are told to come back.
 const ACCEPTS_WAITING_MAX: usize = 16_384;
+/// Bytes of the jobs that wait to be written.
+const ACCEPT_BYTES_MAX: usize = 64 << 20;
+/// Bytes of the jobs in one group.
+const GROUP_BYTES_MAX: usize = 16 << 20;
+/// The share of the journal's bytes that is made room for beyond what must be.
+const BYTES_SPARE: u64 = 64;
 /// Between two tries of what couldn't be written.
 const BETWEEN_TRIES: Duration = Duration::from_millis(250);
 /// Between two looks for jobs that are to be forgotten.
@@ -36,6 +42,9 @@ pub(crate) type RedeliverDone = Box<dyn FnOnce(Option<OpenJob>) + Send>;
 /// One change.
 pub(crate) enum Change {
     Accept(NewJob, AcceptDone),
+    /// One that is accepted and has failed at once, in the same group.
+    Refuse(NewJob, Finish, AcceptDone),
+    Cancel(JobId, Done),
     Attempts(JobId, u32),
     Retry(Retry),
     Finish(Finish, Done),
@@ -63,6 +72,8 @@ pub struct Committed {
     pub totals: Totals,
     /// Bytes of the journal.
     pub bytes: u64,
+    /// Whether it could be written.
+    pub writable: bool,
 }
 
 /// Hears of every group, after those who waited for it.
@@ -81,6 +92,7 @@ pub(crate) struct Shared {
 struct Intake {
     changes: VecDeque<Change>,
     accepts: usize,
+    accept_bytes: usize,
     stop: bool,
     /// Whether the writer sleeps.
     asleep: bool,
@@ -99,24 +111,25 @@ impl Shared {
     /// Hands a change to the writer. One that can't be taken is answered here.
     pub(crate) fn push(&self, change: Change) {
         let mut intake = self.intake.lock();
-        if let Change::Accept(job, done) = change {
+        if let Some(bytes) = change.accepted_bytes() {
             let refused = if intake.stop {
                 Some(AcceptError::Closed)
-            } else if intake.accepts >= ACCEPTS_WAITING_MAX {
+            } else if intake.accepts >= ACCEPTS_WAITING_MAX
+                || intake.accepts > 0 && intake.accept_bytes + bytes > ACCEPT_BYTES_MAX
+            {
                 Some(AcceptError::Busy)
             } else {
                 self.failing.load_full().map(|why| AcceptError::Unwritable(why.to_string()))
             };
             if let Some(error) = refused {
                 drop(intake);
-                done(Err(error));
+                change.refuse(error);
                 return;
             }
             intake.accepts += 1;
-            intake.changes.push_back(Change::Accept(job, done));
-        } else {
-            intake.changes.push_back(change);
+            intake.accept_bytes += bytes;
         }
+        intake.changes.push_back(change);
         let wake = std::mem::take(&mut intake.asleep);
         drop(intake);
         if wake {
@@ -140,11 +153,36 @@ impl Shared {
         if intake.changes.is_empty() && intake.stop {
             return None;
         }
-        let count = intake.changes.len().min(GROUP_MAX);
-        let taken: VecDeque<Change> = intake.changes.drain(..count).collect();
-        let accepts = taken.iter().filter(|change| matches!(change, Change::Accept(..))).count();
-        intake.accepts -= accepts;
+        let (mut taken, mut bytes) = (VecDeque::new(), 0);
+        while taken.len() < GROUP_MAX
+            && bytes < GROUP_BYTES_MAX
+            && let Some(change) = intake.changes.pop_front()
+        {
+            if let Some(of_job) = change.accepted_bytes() {
+                intake.accepts -= 1;
+                intake.accept_bytes -= of_job;
+                bytes += of_job;
+            }
+            taken.push_back(change);
+        }
         Some(taken)
+    }
+}
+
+impl Change {
+    /// The bytes of a job that is to be accepted; `None` for what says what has become of one that was.
+    fn accepted_bytes(&self) -> Option<usize> {
+        match self {
+            Self::Accept(job, _) | Self::Refuse(job, ..) => Some(job.envelope.len()),
+            _ => None,
+        }
+    }
+
+    /// Tells whoever wants a job accepted that it isn't.
+    fn refuse(self, error: AcceptError) {
+        if let Self::Accept(_, done) | Self::Refuse(_, _, done) = self {
+            done(Err(error));
+        }
     }
 }
 
@@ -163,6 +201,8 @@ pub(crate) struct Writer {
     kept: VecDeque<Change>,
     cleaned: Instant,
     bytes: u64,
+    /// All that is kept is of jobs that aren't done with, and more than there may be.
+    full: bool,
 }
 
 impl Writer {
@@ -173,7 +213,8 @@ impl Writer {
     ) -> std::io::Result<JoinHandle<()>> {
         let bytes = store.bytes().unwrap_or_default();
         let cleaned = Instant::now();
-        let writer = Self { store, shared, on_commit, kept: VecDeque::new(), cleaned, bytes };
+        let writer = Self { store, shared, on_commit, kept: VecDeque::new(), cleaned, bytes, full: false };
+        writer.tell(0, Duration::ZERO);
         thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run())
     }
 
@@ -184,8 +225,14 @@ impl Writer {
             else {
                 break;
             };
-            let mut changes = std::mem::take(&mut self.kept);
-            changes.extend(taken);
+            let count = self.kept.len().min(GROUP_MAX);
+            let mut changes: VecDeque<Change> = self.kept.drain(..count).collect();
+            if self.kept.is_empty() {
+                changes.extend(taken);
+            } else {
+                // Behind those that were there before: a job's end comes before its delivery.
+                keep(&mut self.kept, taken, &AcceptError::Busy);
+            }
             // An empty group says whether the disk can be written again.
             if !changes.is_empty() || failing {
                 self.write(changes);
@@ -196,10 +243,8 @@ impl Writer {
                 thread::sleep(BETWEEN_TRIES / 4);
             }
         }
-        if let Err(error) = self.store.checkpoint() {
-            // It is done at the next start.
-            let _ = error;
-        }
+        // Where that fails, the next start does it.
+        let _ = self.store.checkpoint();
     }
 
     /// Commits a group, and tells those who wait for it.
@@ -216,40 +261,44 @@ impl Writer {
                         Told::Redelivered(done, job) => done(job),
                     }
                 }
-                let committed = Committed {
-                    changes: count,
-                    took: begun.elapsed(),
-                    totals: self.store.totals,
-                    bytes: self.bytes,
-                };
-                (self.on_commit)(&committed);
+                self.tell(count, begun.elapsed());
             }
             Err((error, changes)) => {
-                let why = Arc::new(error.to_string());
-                self.shared.failing.store(Some(Arc::clone(&why)));
-                for change in changes {
-                    match change {
-                        Change::Accept(_, done) => done(Err(AcceptError::Unwritable(why.to_string()))),
-                        other => self.kept.push_back(other),
-                    }
-                }
-                // Whoever was told pushes work that others are woken for.
-                let committed = Committed {
-                    changes: 0,
-                    took: begun.elapsed(),
-                    totals: self.store.totals,
-                    bytes: self.bytes,
+                let why = if is_damage(&error) {
+                    format!(
+                        "{error}: the file is damaged, `modalkit serve --set-journal-aside` begins an empty one"
+                    )
+                } else {
+                    error.to_string()
                 };
-                (self.on_commit)(&committed);
+                self.shared.failing.store(Some(Arc::new(why.clone())));
+                let mut failed = VecDeque::new();
+                keep(&mut failed, changes, &AcceptError::Unwritable(why));
+                // In front of those that came later.
+                failed.append(&mut self.kept);
+                self.kept = failed;
+                // Whoever was told may have told others, who are woken now.
+                self.tell(0, begun.elapsed());
             }
         }
+    }
+
+    fn tell(&self, changes: usize, took: Duration) {
+        let writable = self.shared.failing.load().is_none();
+        (self.on_commit)(&Committed {
+            changes,
+            took,
+            totals: self.store.totals,
+            bytes: self.bytes,
+            writable,
+        });
     }
 
     fn commit(
         &mut self,
         changes: VecDeque<Change>,
     ) -> Result<Vec<Told>, (rusqlite::Error, VecDeque<Change>)> {
-        let full = self.bytes > self.shared.retention.load().bytes_max;
+        let full = self.full;
         let mut answers: Vec<Option<Result<Accepted, AcceptError>>> = Vec::with_capacity(changes.len());
         let mut redelivered = VecDeque::new();
         let written = (|| {
@@ -257,12 +306,15 @@ impl Writer {
             for change in &changes {
                 let mut answer = None;
                 match change {
-                    Change::Accept(..) if full => answer = Some(Err(AcceptError::Full)),
-                    Change::Accept(job, _) => match group.accept(job) {
-                        Ok(accepted) => answer = Some(Ok(accepted)),
-                        Err(Refusal::Conflict(id)) => answer = Some(Err(AcceptError::Conflict(id))),
-                        Err(Refusal::Store(error)) => return Err(error),
-                    },
+                    Change::Accept(job, _) => answer = Some(said(group.accept(job, full))?),
+                    Change::Refuse(job, finish, _) => {
+                        let accepted = said(group.accept(job, full))?;
+                        if accepted == Ok(Accepted::New) {
+                            group.finish(finish)?;
+                        }
+                        answer = Some(accepted);
+                    }
+                    Change::Cancel(id, _) => group.cancel(*id)?,
                     Change::Attempts(id, attempts) => group.attempts(*id, *attempts)?,
                     Change::Retry(retry) => group.retry(retry)?,
                     Change::Finish(finish, _) => group.finish(finish)?,
@@ -271,14 +323,21 @@ impl Writer {
                 }
                 answers.push(answer);
             }
+            if changes.is_empty() {
+                group.touch()?;
+            }
             group.commit()
         })();
         if let Err(error) = written {
             return Err((error, changes));
         }
         let told = changes.into_iter().zip(answers).filter_map(|(change, answer)| match change {
-            Change::Accept(_, done) => answer.map(|answer| Told::Accepted(done, answer)),
-            Change::Finish(_, done) | Change::Delivered(_, _, _, Some(done)) => Some(Told::Done(done)),
+            Change::Accept(_, done) | Change::Refuse(_, _, done) => {
+                answer.map(|answer| Told::Accepted(done, answer))
+            }
+            Change::Cancel(_, done) | Change::Finish(_, done) | Change::Delivered(_, _, _, Some(done)) => {
+                Some(Told::Done(done))
+            }
             Change::Redeliver(_, done) => Some(Told::Redelivered(done, redelivered.pop_front().flatten())),
             Change::Attempts(..) | Change::Retry(_) | Change::Delivered(_, _, _, None) => None,
         });
@@ -289,21 +348,56 @@ impl Writer {
     fn clean(&mut self) {
         let retention = **self.shared.retention.load();
         self.bytes = self.store.bytes().unwrap_or(self.bytes);
-        let too_large = self.bytes > retention.bytes_max;
-        if !too_large && self.cleaned.elapsed() < BETWEEN_CLEANINGS {
+        let excess = self.bytes.saturating_sub(retention.bytes_max);
+        if excess == 0 {
+            self.full = false;
+        }
+        // Where there was nothing to be forgotten, there is nothing for a while.
+        let waits = self.cleaned.elapsed() < BETWEEN_CLEANINGS;
+        if waits && (excess == 0 || self.full) {
             return;
         }
-        let before =
-            if too_large { None } else { Some(unix_ms().saturating_sub(retention.time.as_millis() as u64)) };
+        let which = if excess > 0 {
+            // A little more than must be, so that the next group needs none.
+            Forget::Bytes(excess + retention.bytes_max / BYTES_SPARE)
+        } else {
+            Forget::EndedBefore(unix_ms().saturating_sub(retention.time.as_millis() as u64))
+        };
         let forgotten = self.store.begin().and_then(|mut group| {
-            let forgotten = group.forget(before)?;
+            let forgotten = group.forget(which)?;
             if forgotten > 0 { group.commit().map(|()| forgotten) } else { Ok(0) }
         });
-        match forgotten {
-            Ok(FORGOTTEN_AT_ONCE) => {}
-            // There is no more; or it can't be written, which the next group will say.
-            Ok(_) | Err(_) => self.cleaned = Instant::now(),
+        // What can't be written is said by the next group.
+        let forgotten = forgotten.unwrap_or_default();
+        self.full = excess > 0 && forgotten == 0;
+        if excess == 0 && forgotten < FORGOTTEN_AT_ONCE || self.full {
+            self.cleaned = Instant::now();
         }
+        if forgotten > 0 {
+            self.bytes = self.store.bytes().unwrap_or(self.bytes);
+            self.tell(0, Duration::ZERO);
+        }
+    }
+}
+
+/// Keeps changes for a later group; jobs that are to be accepted are refused.
+fn keep(kept: &mut VecDeque<Change>, changes: VecDeque<Change>, error: &AcceptError) {
+    for change in changes {
+        if change.accepted_bytes().is_some() {
+            change.refuse(error.clone());
+        } else {
+            kept.push_back(change);
+        }
+    }
+}
+
+/// What whoever sent a job is told; an error of the disk is the whole group's.
+fn said(accepted: Result<Accepted, Refusal>) -> rusqlite::Result<Result<Accepted, AcceptError>> {
+    match accepted {
+        Ok(accepted) => Ok(Ok(accepted)),
+        Err(Refusal::Conflict(id)) => Ok(Err(AcceptError::Conflict(id))),
+        Err(Refusal::Full) => Ok(Err(AcceptError::Full)),
+        Err(Refusal::Store(error)) => Err(error),
     }
 }
 

@@ -216,14 +216,12 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     let library =
         unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(&error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
-    let handshake =
-        unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).map_err(|_| {
-            // SAFETY: only the address is taken.
-            let is_queue = unsafe { library.get::<*const Handshake>(QUEUE_HANDSHAKE_SYMBOL) }.is_ok();
-            if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin }
-        })?;
+    let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
+    // SAFETY: as above.
+    let is_queue = unsafe { library.get::<*const Handshake>(QUEUE_HANDSHAKE_SYMBOL) }.is_ok();
     // Never closed; see `Plugin`. A refused library stays mapped as well, as its constructors have run.
     std::mem::forget(library);
+    let handshake = handshake.ok_or(if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin })?;
     // SAFETY: a library that exports our symbol promises that it points to a `Handshake`, whose shape is frozen.
     let handshake: &'static Handshake = unsafe { &*handshake };
     check(handshake)?;

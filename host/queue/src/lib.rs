@@ -33,6 +33,8 @@ pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub struct Message {
     /// The job that it tells of: where the broker has a place for it, it goes there.
     pub job_id: String,
+    /// This delivery's name: the same however often it is tried, and another where somebody has it delivered again.
+    pub delivery_id: String,
     /// JSON.
     pub body: Bytes,
     /// The trace that it belongs to, where the broker has headers.
@@ -227,7 +229,7 @@ pub struct AwsCredentials {
 }
 
 /// `plugin`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PluginSpec {
     /// The backend's name, which its log lines carry.
     pub name: String,
@@ -241,6 +243,15 @@ pub struct PluginSpec {
     pub secrets: BTreeMap<String, String>,
     /// Messages in one call.
     pub batch_max: usize,
+}
+
+impl std::fmt::Debug for PluginSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PluginSpec")
+            .field("name", &self.name)
+            .field("plugin", &self.plugin)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A broker can't be used as it is configured.

@@ -115,6 +115,7 @@ mod tests {
         let memory = Memory::new(&MemorySpec { messages_max: 2, bytes_max: 10 });
         let message = |body: &'static str| Message {
             job_id: "j".to_owned(),
+            delivery_id: "j".to_owned(),
             body: Bytes::from_static(body.as_bytes()),
             traceparent: None,
         };

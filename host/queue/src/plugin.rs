@@ -3,16 +3,13 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
-    },
+    sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use modalkit_loader::{Failure, FailureKind, Outgoing, Queue, QueuePlugin};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{Answer, Backend, Message, PluginSpec, QueueError};
 
@@ -21,11 +18,13 @@ pub type OpenPlugin = Arc<dyn Fn(&Path) -> Result<QueuePlugin, String> + Send + 
 
 /// Between two looks at the file.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
-/// Calls that wait for the one under way; more are told to come back.
+/// The same where the file was not taken.
+const AFTER_A_FAILURE: Duration = Duration::from_secs(3);
+/// Calls that wait for the one under way; more wait for their turn to do so.
 const WAITING_MAX: usize = 4;
 
 pub(crate) struct PluginQueue {
-    work: SyncSender<Work>,
+    work: mpsc::Sender<Work>,
     batch_max: usize,
 }
 
@@ -54,7 +53,7 @@ struct Seen {
 
 impl PluginQueue {
     pub(crate) fn open(spec: &PluginSpec, open: &OpenPlugin) -> Self {
-        let (work, calls) = sync_channel(WAITING_MAX);
+        let (work, calls) = mpsc::channel(WAITING_MAX);
         let worker = Worker {
             spec: spec.clone(),
             open: Arc::clone(open),
@@ -63,20 +62,16 @@ impl PluginQueue {
             backend: Err(QueueError::Unavailable("its plugin has not been looked for yet".to_owned())),
         };
         let named = thread::Builder::new().name(format!("queue.{}", spec.name));
-        if let Err(error) = named.spawn(move || worker.run(&calls)) {
+        if let Err(error) = named.spawn(move || worker.run(calls)) {
             // Its calls will say that nobody is there.
             tracing::error!(backend = spec.name, %error, "can't start the thread of a queue plugin");
         }
         Self { work, batch_max: spec.batch_max }
     }
 
-    fn ask(&self, work: Work) -> Result<(), QueueError> {
-        self.work.try_send(work).map_err(|error| {
-            QueueError::Unavailable(match error {
-                TrySendError::Full(_) => "the plugin hangs in a call; others wait for it".to_owned(),
-                TrySendError::Disconnected(_) => "the plugin's thread has ended".to_owned(),
-            })
-        })
+    /// Waits for its turn; whoever calls has a limit of its own.
+    async fn ask(&self, work: Work) -> Result<(), QueueError> {
+        self.work.send(work).await.map_err(|_| ended())
     }
 }
 
@@ -88,7 +83,7 @@ impl Backend for PluginQueue {
     fn check(&self) -> Answer<'_, Result<(), QueueError>> {
         Box::pin(async {
             let (reply, told) = oneshot::channel();
-            self.ask(Work::Check(reply))?;
+            self.ask(Work::Check(reply)).await?;
             told.await.unwrap_or_else(|_| Err(ended()))
         })
     }
@@ -105,7 +100,7 @@ impl Backend for PluginQueue {
         Box::pin(async move {
             let (reply, told) = oneshot::channel();
             let work = Work::Send { queue: queue.to_owned(), messages: messages.to_vec(), reply };
-            match self.ask(work) {
+            match self.ask(work).await {
                 Ok(()) => told.await.unwrap_or_else(|_| vec![Err(ended()); messages.len()]),
                 Err(error) => vec![Err(error); messages.len()],
             }
@@ -114,8 +109,8 @@ impl Backend for PluginQueue {
 }
 
 impl Worker {
-    fn run(mut self, calls: &Receiver<Work>) {
-        while let Ok(work) = calls.recv() {
+    fn run(mut self, mut calls: mpsc::Receiver<Work>) {
+        while let Some(work) = calls.blocking_recv() {
             self.look();
             // Whoever asked may have given up.
             match work {
@@ -161,7 +156,10 @@ impl Worker {
 
     /// Takes up the plugin's file where there is a new one.
     fn look(&mut self) {
-        if self.looked.is_some_and(|looked| looked.elapsed() < BETWEEN_LOOKS) {
+        // One that can't be taken is tried in a process of its own each time.
+        let pause =
+            if self.seen.is_some() && self.backend.is_err() { AFTER_A_FAILURE } else { BETWEEN_LOOKS };
+        if self.looked.is_some_and(|looked| looked.elapsed() < pause) {
             return;
         }
         self.looked = Some(Instant::now());

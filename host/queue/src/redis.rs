@@ -1,7 +1,7 @@
 //! Redis: a queue is a list or a stream. Streams can also be taken from, by a consumer group that all hosts share.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs,
     time::{Duration, Instant},
 };
@@ -11,7 +11,6 @@ use parking_lot::Mutex;
 use redis::{
     Client, ErrorKind, IntoConnectionInfo, Pipeline, RedisError, ServerErrorKind, TlsCertificates, Value,
     aio::{ConnectionManager, ConnectionManagerConfig},
-    streams::{StreamAutoClaimReply, StreamId, StreamReadReply},
 };
 
 use crate::{Answer, Backend, Message, QueueError, Received, RedisShape, RedisSpec, Source, SpecError, fits};
@@ -81,9 +80,20 @@ impl Redis {
     ) -> Result<Vec<Result<Value, QueueError>>, QueueError> {
         let mut connection = self.connection()?;
         let answers: Vec<Value> =
-            pipeline.query_async(&mut connection).await.map_err(|error| self.explain(&error))?;
-        let each = |answer: Value| answer.extract_error().map_err(|error| self.explain(&error));
+            pipeline.query_async(&mut connection).await.map_err(|error| self.reset(&error))?;
+        let each = |answer: Value| answer.extract_error().map_err(|error| self.reset(&error));
         Ok(answers.into_iter().map(each).collect())
+    }
+
+    /// After an error the connection is made anew, unless it is the command that Redis refuses: a connection that was refused once
+    /// stays so, and one that nobody answers on any more is only known to be dead after a long time.
+    fn reset(&self, error: &RedisError) -> QueueError {
+        let of_the_command = matches!(error.kind(), ErrorKind::Server(kind) if kind != ServerErrorKind::ReadOnly)
+            && !matches!(error.code(), Some("NOAUTH" | "WRONGPASS"));
+        if !of_the_command {
+            *self.connection.lock() = None;
+        }
+        self.explain(error)
     }
 
     /// The same for messages of which some are too large.
@@ -95,7 +105,8 @@ impl Redis {
         let mut results: Vec<Result<(), QueueError>> =
             messages.iter().map(|message| fits(message, self.spec.message_bytes_max)).collect();
         let mut pipeline = Pipeline::new();
-        pipeline.ignore_errors();
+        // All or none: one that fails must not be overtaken by those behind it.
+        pipeline.atomic().ignore_errors();
         for (message, result) in messages.iter().zip(&results) {
             if result.is_ok() {
                 add(&mut pipeline, message);
@@ -121,7 +132,13 @@ impl Redis {
 
     pub(crate) fn explain(&self, error: &RedisError) -> QueueError {
         let at = self.client.get_connection_info().addr();
-        let text = format!("Redis at {at}: {error}");
+        let text = match error.kind() {
+            // It would show what was read.
+            ErrorKind::Parse | ErrorKind::UnexpectedReturnType => {
+                format!("Redis at {at} answered with something else than was asked for")
+            }
+            _ => format!("Redis at {at}: {error}"),
+        };
         let denied = matches!(
             error.kind(),
             ErrorKind::AuthenticationFailed | ErrorKind::Server(ServerErrorKind::NoPerm)
@@ -147,6 +164,7 @@ impl Redis {
     ) -> Result<Vec<Received>, QueueError> {
         let (mut connection, own, looks) = self.consuming(queue, wait, hidden).await?;
         let consumer = &self.spec.consumer;
+        let failed = |error: &RedisError| self.forget(queue, error);
         if let Some(own) = own {
             let mut read = redis::cmd("XREADGROUP");
             read.arg("GROUP")
@@ -157,26 +175,33 @@ impl Redis {
                 .arg("STREAMS")
                 .arg(queue)
                 .arg(own);
-            let reply: Option<StreamReadReply> =
-                read.query_async(&mut connection).await.map_err(|error| self.forget(queue, &error))?;
-            let entries =
-                reply.into_iter().flat_map(|reply| reply.keys).flat_map(|key| key.ids).collect::<Vec<_>>();
-            let seen = entries.last().map(|entry| entry.id.clone());
+            let reply: Read = read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+            let entries = entries_of(reply);
+            let seen = entries.last().map(|(id, _)| id.clone());
             if let Some(consuming) = self.consuming.lock().get_mut(queue) {
-                consuming.own = seen.clone();
+                consuming.own.clone_from(&seen);
             }
             if seen.is_some() {
                 return self.received(queue, entries).await;
             }
         }
         if looks {
-            let mut claim = redis::cmd("XAUTOCLAIM");
+            // Those that have been idle, wherever they stand among those that are worked on.
             let idle = hidden.as_millis() as u64;
-            claim.arg(queue).arg(GROUP).arg(consumer).arg(idle).arg("0-0").arg("COUNT").arg(max);
-            let reply: StreamAutoClaimReply =
-                claim.query_async(&mut connection).await.map_err(|error| self.forget(queue, &error))?;
-            if !reply.claimed.is_empty() {
-                return self.received(queue, reply.claimed).await;
+            let mut look = redis::cmd("XPENDING");
+            look.arg(queue).arg(GROUP).arg("IDLE").arg(idle).arg("-").arg("+").arg(max);
+            let left: Vec<(String, String, u64, u64)> =
+                look.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+            if !left.is_empty() {
+                let ids: Vec<&String> = left.iter().map(|(id, ..)| id).collect();
+                let mut claim = redis::cmd("XCLAIM");
+                claim.arg(queue).arg(GROUP).arg(consumer).arg(idle).arg(&ids);
+                let claimed: Vec<Option<Entry>> =
+                    claim.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+                let entries: Vec<Entry> = claimed.into_iter().flatten().collect();
+                if !entries.is_empty() {
+                    return self.received(queue, entries).await;
+                }
             }
             if let Some(consuming) = self.consuming.lock().get_mut(queue) {
                 consuming.looked = Some(Instant::now());
@@ -185,10 +210,8 @@ impl Redis {
         let mut read = redis::cmd("XREADGROUP");
         read.arg("GROUP").arg(GROUP).arg(consumer).arg("COUNT").arg(max);
         read.arg("BLOCK").arg((wait.as_millis() as u64).max(1)).arg("STREAMS").arg(queue).arg(">");
-        let reply: Option<StreamReadReply> =
-            read.query_async(&mut connection).await.map_err(|error| self.forget(queue, &error))?;
-        let entries = reply.into_iter().flat_map(|reply| reply.keys).flat_map(|key| key.ids).collect();
-        self.received(queue, entries).await
+        let reply: Read = read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+        self.received(queue, entries_of(reply)).await
     }
 
     /// The connection for a stream, made with its group where there is none; from where on to look at what this host had taken, and
@@ -223,30 +246,38 @@ impl Redis {
         self.explain(error)
     }
 
-    async fn received(&self, queue: &str, entries: Vec<StreamId>) -> Result<Vec<Received>, QueueError> {
+    async fn received(&self, queue: &str, entries: Vec<Entry>) -> Result<Vec<Received>, QueueError> {
         let mut received = Vec::with_capacity(entries.len());
         let mut gone = Vec::new();
-        for entry in entries {
-            if entry.map.is_empty() {
+        for (id, fields) in entries {
+            let Some(fields) = fields else {
                 // It was deleted while somebody had it.
-                gone.push(entry.id);
+                gone.push(id);
                 continue;
-            }
-            let text = |field: &str| entry.get::<String>(field);
+            };
+            let field = |name: &str| {
+                fields.chunks_exact(2).find(|pair| pair[0] == name.as_bytes()).map(|pair| pair[1].clone())
+            };
             // One without the field is handed on as it is, to be refused in words.
-            let body = entry.get::<Vec<u8>>(BODY).map_or_else(Bytes::new, Bytes::from);
-            received.push(Received {
-                id: entry.id.clone(),
-                receipt: entry.id.clone(),
-                body,
-                traceparent: text(TRACE),
-            });
+            let body = field(BODY).map_or_else(Bytes::new, Bytes::from);
+            let traceparent = field(TRACE).and_then(|trace| String::from_utf8(trace).ok());
+            received.push(Received { receipt: id.clone(), id, body, traceparent });
         }
         if !gone.is_empty() {
             self.acknowledge(queue, &gone).await?;
         }
         Ok(received)
     }
+}
+
+/// An entry: its id, and its fields and their values in turns; none where it was deleted. Others may have written anything there.
+type Entry = (String, Option<Vec<Vec<u8>>>);
+
+/// What is read from streams: for each its name and entries.
+type Read = Option<Vec<(Vec<u8>, Vec<Entry>)>>;
+
+fn entries_of(read: Read) -> Vec<Entry> {
+    read.into_iter().flatten().flat_map(|(_, entries)| entries).collect()
 }
 
 fn client(spec: &RedisSpec) -> Result<Client, SpecError> {
@@ -341,7 +372,7 @@ impl Source for Redis {
             pipeline.cmd("XACK").arg(queue).arg(GROUP).arg(receipts).ignore();
             pipeline.cmd("XDEL").arg(queue).arg(receipts).ignore();
             let mut connection = self.connection()?;
-            pipeline.query_async::<()>(&mut connection).await.map_err(|error| self.explain(&error))
+            pipeline.query_async::<()>(&mut connection).await.map_err(|error| self.reset(&error))
         })
     }
 
@@ -356,10 +387,7 @@ impl Source for Redis {
             // Claimed by whoever has it, it counts as just taken.
             claim.arg(queue).arg(GROUP).arg(&self.spec.consumer).arg(0).arg(receipts).arg("JUSTID");
             let mut connection = self.connection()?;
-            let kept: HashSet<String> =
-                claim.query_async(&mut connection).await.map_err(|error| self.explain(&error))?;
-            drop(kept);
-            Ok(())
+            claim.query_async::<Value>(&mut connection).await.map(drop).map_err(|error| self.reset(&error))
         })
     }
 }

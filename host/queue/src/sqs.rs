@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use object_store::{
-    Certificate, ClientOptions,
+    Certificate, ClientOptions, RetryConfig,
     aws::{AmazonS3Builder, AwsAuthorizer, AwsCredential, AwsCredentialProvider},
     client::{HttpClient, HttpConnector, HttpRequestBody, ReqwestConnector, StaticCredentialProvider},
 };
@@ -63,7 +63,15 @@ impl Sqs {
             })),
             None => {
                 // The store is never asked for anything: it knows where credentials come from.
-                let store = AmazonS3Builder::from_env().with_region(&spec.region).with_bucket_name("none");
+                let retry = RetryConfig {
+                    max_retries: 1,
+                    retry_timeout: RESPONSE_TIME_MAX,
+                    ..RetryConfig::default()
+                };
+                let store = AmazonS3Builder::from_env()
+                    .with_region(&spec.region)
+                    .with_bucket_name("none")
+                    .with_retry(retry);
                 Arc::clone(store.build().map_err(|error| refuse(&error))?.credentials())
             }
         };
@@ -158,7 +166,7 @@ impl Sqs {
                     make["Attributes"] = json!({"FifoQueue": "true"});
                 }
                 let made = self.ask(&self.client, "CreateQueue", &make).await?;
-                made.map_err(|refused| self.rejected(queue, &refused))?
+                made.map_err(|refused| self.refusal(queue, &refused))?
             }
             Err(refused) if is_missing(&refused.kind) => {
                 return Err(QueueError::Unavailable(format!(
@@ -166,7 +174,7 @@ impl Sqs {
                     self.endpoint
                 )));
             }
-            Err(refused) => return Err(self.rejected(queue, &refused)),
+            Err(refused) => return Err(self.refusal(queue, &refused)),
         };
         let Some(url) = answer["QueueUrl"].as_str() else {
             return Err(QueueError::Unavailable(format!(
@@ -178,11 +186,16 @@ impl Sqs {
         Ok(url.to_owned())
     }
 
-    fn rejected(&self, queue: &str, refused: &Refused) -> QueueError {
-        QueueError::Rejected(format!(
-            "SQS at {}, queue {queue:?}: {}: {}",
-            self.endpoint, refused.kind, refused.text
-        ))
+    /// What a refusal means: only some say that a message will never be taken. Anything else may pass, or be mended by somebody.
+    fn refusal(&self, queue: &str, refused: &Refused) -> QueueError {
+        let text = format!("SQS at {}, queue {queue:?}: {}: {}", self.endpoint, refused.kind, refused.text);
+        if is_denial(&refused.kind) {
+            QueueError::Denied(text)
+        } else if is_about_the_message(&refused.kind) {
+            QueueError::Rejected(text)
+        } else {
+            QueueError::Unavailable(text)
+        }
     }
 
     /// A request to a queue; one that has gone is looked for anew the next time.
@@ -203,7 +216,7 @@ impl Sqs {
                     self.endpoint
                 )))
             }
-            Err(refused) => Err(self.rejected(queue, &refused)),
+            Err(refused) => Err(self.refusal(queue, &refused)),
         }
     }
 
@@ -213,6 +226,14 @@ impl Sqs {
         let sent = self.ask_queue(&self.client, "SendMessageBatch", queue, json!({"Entries": entries})).await;
         let answer = match sent {
             Ok(answer) => answer,
+            Err(QueueError::Rejected(_)) if messages.len() > 1 => {
+                // One of them is refused, and the others with it.
+                let mut results = Vec::with_capacity(messages.len());
+                for message in messages {
+                    results.extend(Box::pin(self.send_batch(queue, &[*message])).await);
+                }
+                return results;
+            }
             Err(error) => return vec![Err(error); messages.len()],
         };
         let mut results: Vec<Result<(), QueueError>> =
@@ -232,9 +253,7 @@ impl Sqs {
                 kind: failed["Code"].as_str().unwrap_or_default().to_owned(),
                 text: failed["Message"].as_str().unwrap_or_default().chars().take(TEXT_CHARS).collect(),
             };
-            let by_us = failed["SenderFault"].as_bool().unwrap_or_default();
-            let error = self.rejected(queue, &refused);
-            *result = Err(if by_us { error } else { QueueError::Unavailable(error.to_string()) });
+            *result = Err(self.refusal(queue, &refused));
         }
         results
     }
@@ -242,6 +261,14 @@ impl Sqs {
     /// Sends in batches that the service takes: so many messages, and so many bytes, at once.
     async fn send_all(&self, queue: &str, messages: &[Message]) -> Vec<Result<(), QueueError>> {
         let body_bytes_max = self.message_bytes_max.saturating_sub(ATTRIBUTE_BYTES);
+        let written: Vec<Message> = messages
+            .iter()
+            .map(|message| Message {
+                body: allowed(&String::from_utf8_lossy(&message.body)).into(),
+                ..message.clone()
+            })
+            .collect();
+        let messages = written.as_slice();
         let mut results: Vec<Result<(), QueueError>> =
             messages.iter().map(|message| fits(message, body_bytes_max)).collect();
         let (mut batches, mut bytes): (Vec<Vec<usize>>, usize) = (Vec::new(), 0);
@@ -258,13 +285,30 @@ impl Sqs {
                 }
             }
         }
-        let at_once = if queue.ends_with(FIFO) { 1 } else { REQUESTS_AT_ONCE };
+        if queue.ends_with(FIFO) {
+            // Behind one that isn't there nothing is sent, or it would be overtaken.
+            let mut failed = false;
+            for batch in batches {
+                let sent = if failed {
+                    vec![
+                        Err(QueueError::Unavailable("it waits for the one before it".to_owned()));
+                        batch.len()
+                    ]
+                } else {
+                    let of_batch: Vec<&Message> = batch.iter().map(|place| &messages[*place]).collect();
+                    self.send_batch(queue, &of_batch).await
+                };
+                failed |= sent.iter().any(|result| !matches!(result, Ok(()) | Err(QueueError::Rejected(_))));
+                batch.into_iter().zip(sent).for_each(|(place, result)| results[place] = result);
+            }
+            return results;
+        }
         let sent = stream::iter(batches).map(|batch| async move {
             let of_batch: Vec<&Message> = batch.iter().map(|place| &messages[*place]).collect();
             let sent = self.send_batch(queue, &of_batch).await;
             (batch, sent)
         });
-        let sent: Vec<_> = sent.buffered(at_once).collect().await;
+        let sent: Vec<_> = sent.buffered(REQUESTS_AT_ONCE).collect().await;
         for (place, result) in sent.into_iter().flat_map(|(batch, sent)| batch.into_iter().zip(sent)) {
             results[place] = result;
         }
@@ -272,14 +316,18 @@ impl Sqs {
     }
 
     async fn change(&self, action: &str, queue: &str, entries: Vec<Value>) -> Result<(), QueueError> {
-        for batch in entries.chunks(BATCH) {
+        let batches: Vec<Vec<Value>> = entries.chunks(BATCH).map(<[Value]>::to_vec).collect();
+        let changed = stream::iter(batches).map(|batch| async move {
             let answer = self.ask_queue(&self.client, action, queue, json!({"Entries": batch})).await?;
             // A receipt that has expired means that the message is somebody else's by now.
             for failed in answer["Failed"].as_array().into_iter().flatten() {
                 tracing::debug!(queue, action, code = %failed["Code"], "SQS didn't take a receipt");
             }
-        }
-        Ok(())
+            Ok(())
+        });
+        // Each is tried, whatever becomes of the others.
+        let changed: Vec<Result<(), QueueError>> = changed.buffer_unordered(REQUESTS_AT_ONCE).collect().await;
+        changed.into_iter().collect()
     }
 }
 
@@ -287,7 +335,7 @@ fn entry(queue: &str, index: usize, message: &Message) -> Value {
     let text = |text: &str| json!({"DataType": "String", "StringValue": text});
     let mut entry = json!({
         "Id": index.to_string(),
-        "MessageBody": allowed(&String::from_utf8_lossy(&message.body)),
+        "MessageBody": String::from_utf8_lossy(&message.body),
         "MessageAttributes": {JOB: text(&message.job_id)},
     });
     if let Some(trace) = &message.traceparent {
@@ -295,7 +343,7 @@ fn entry(queue: &str, index: usize, message: &Message) -> Value {
     }
     if queue.ends_with(FIFO) {
         entry["MessageGroupId"] = json!(GROUP);
-        entry["MessageDeduplicationId"] = json!(message.job_id);
+        entry["MessageDeduplicationId"] = json!(message.delivery_id);
     }
     entry
 }
@@ -313,6 +361,18 @@ fn element<'x>(xml: &'x str, name: &str) -> Option<&'x str> {
 
 fn is_missing(kind: &str) -> bool {
     kind.contains("QueueDoesNotExist") || kind.contains("NonExistentQueue")
+}
+
+/// Whether an error says that a message will never be taken.
+fn is_about_the_message(kind: &str) -> bool {
+    const KINDS: [&str; 5] = [
+        "BatchRequestTooLong",
+        "InvalidMessageContents",
+        "InvalidParameterValue",
+        "MessageTooLong",
+        "UnsupportedOperation",
+    ];
+    KINDS.iter().any(|about| kind.contains(about))
 }
 
 /// Whether an error is about who we are, and not about what we ask.
@@ -350,6 +410,7 @@ impl Backend for Sqs {
             match self.ask(&self.client, "ListQueues", &json!({"MaxResults": 1})).await {
                 // It knows us, and allows other things.
                 Err(QueueError::Denied(why)) if why.contains("AccessDenied") => Ok(()),
+                Ok(Err(refused)) => Err(self.refusal("", &refused)),
                 answer => answer.map(drop),
             }
         })

@@ -124,6 +124,7 @@ mod tests {
         let backend = TaskIq::open(&TaskIqSpec { redis, task: "on_result".to_owned(), tasks }).unwrap();
         let message = Message {
             job_id: "j1".to_owned(),
+            delivery_id: "j1".to_owned(),
             body: Bytes::from_static(b"{\"a\": 1e999, \"b\": 0.10}"),
             traceparent: None,
         };

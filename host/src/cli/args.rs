@@ -107,7 +107,7 @@ pub(crate) enum Command {
         /// Wait for its end, at most so many milliseconds.
         #[arg(long, requires = "id", value_name = "MS")]
         wait: Option<u64>,
-        /// List those in this state: queued, succeeded, failed or cancelled.
+        /// List those in this state: queued, running, succeeded, failed or cancelled.
         #[arg(long, conflicts_with = "id")]
         state: Option<String>,
         /// List those whose results are: none, pending, delivered or dead.
@@ -116,6 +116,9 @@ pub(crate) enum Command {
         /// List those of this model.
         #[arg(long, conflicts_with = "id")]
         model: Option<String>,
+        /// List those that came before this one.
+        #[arg(long, conflicts_with = "id", value_name = "ID")]
+        after: Option<String>,
         /// At most so many.
         #[arg(long, conflicts_with = "id", default_value_t = 20)]
         limit: usize,

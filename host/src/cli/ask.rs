@@ -50,6 +50,8 @@ pub(crate) enum Ask {
         delivery: Option<String>,
         /// Of this model.
         model: Option<String>,
+        /// Before this one.
+        after: Option<String>,
         /// At most so many.
         limit: usize,
     },
@@ -180,12 +182,14 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
         Ask::Job(id, Some(wait)) => (format!("/jobs/{}?wait_ms={wait}", escaped(id)), None),
         Ask::CancelJob(id) => (format!("/jobs/{}", escaped(id)), None),
         Ask::Redeliver(id) => (format!("/jobs/{}/redeliver", escaped(id)), Some(String::new())),
-        Ask::Jobs { state, delivery, model, limit } => {
+        Ask::Jobs { state, delivery, model, after, limit } => {
             let parameter = |name: &str, value: &Option<String>| {
                 value.as_ref().map(|value| format!("&{name}={}", escaped(value))).unwrap_or_default()
             };
-            let filters =
-                parameter("state", state) + &parameter("delivery", delivery) + &parameter("model", model);
+            let filters = parameter("state", state)
+                + &parameter("delivery", delivery)
+                + &parameter("model", model)
+                + &parameter("after", after);
             (format!("/jobs?limit={limit}{filters}"), None)
         }
         Ask::Predict { model: name, input, how: How::Now } => {

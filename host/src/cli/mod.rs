@@ -75,12 +75,12 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(Command::Config { command: ConfigCommand::Reload { host } }) => {
             ask::run(&Ask::ReloadConfig, &host, &files, &environment)
         }
-        Some(Command::Jobs { id, cancel, redeliver, wait, state, delivery, model, limit, host }) => {
+        Some(Command::Jobs { id, cancel, redeliver, wait, state, delivery, model, after, limit, host }) => {
             let what = match id {
                 Some(id) if cancel => Ask::CancelJob(id),
                 Some(id) if redeliver => Ask::Redeliver(id),
                 Some(id) => Ask::Job(id, wait),
-                None => Ask::Jobs { state, delivery, model, limit },
+                None => Ask::Jobs { state, delivery, model, after, limit },
             };
             ask::run(&what, &host, &files, &environment)
         }

@@ -60,7 +60,11 @@ fn jobs(answer: &Value) -> String {
         let of = |key: &str| word(&job[key]);
         rows.push([of("job_id"), of("model"), of("state"), of("attempts"), delivery, accepted]);
     }
-    table(&rows)
+    let mut text = table(&rows);
+    if let Some(next) = answer["next"].as_str() {
+        let _ = writeln!(text, "there may be more: --after {next}");
+    }
+    text
 }
 
 /// What became of a changed configuration.

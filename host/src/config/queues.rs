@@ -55,7 +55,14 @@ pub(super) fn resolve(
     if !entries.entries.contains_key(&usual) {
         let at = config.backend.at();
         match known_kind {
-            Some(_) => {
+            Some(kind) => {
+                let url = config.broker_url.value().filter(|url| url.0 != NO_BROKER);
+                if let (QueueKind::Memory, Some(url)) = (kind, url) {
+                    let near = if url.0.starts_with("redis") { "redis or taskiq" } else { "sqs" };
+                    let why = format!("nobody reads it: results stay in memory unless backend says {near}");
+                    let at = config.broker_url.at();
+                    context.warnings.push(Warning { at, key: child(KEY, "broker_url"), why });
+                }
                 let implied =
                     QueueBackend { broker_url: config.broker_url.clone(), ..QueueBackend::default() };
                 if let Some(spec) = context.backend(&usual, &implied, (KEY, &at)) {
@@ -80,6 +87,7 @@ pub(super) fn resolve(
     backends.entry("memory".to_owned()).or_insert_with(|| memory(&QueueBackend::default()));
     let names = context.names(&config, &backends);
     let consume = context.consume(&config, &names, &usual, &backends);
+    context.dead_letter(&config, &consume, &backends);
     QueueSpec {
         usual,
         names,
@@ -255,7 +263,7 @@ impl Resolver<'_> {
         backends: &BTreeMap<String, Spec>,
     ) -> Vec<ConsumeSpec> {
         let at = config.consume.at();
-        let mut specs = Vec::new();
+        let (mut specs, mut seen) = (Vec::new(), Vec::new());
         for (index, consume) in config.consume().iter().enumerate() {
             let key = format!("{KEY}.consume[{index}]");
             let (Some(queue), Some(model)) = (consume.queue.value(), consume.model.value()) else {
@@ -280,9 +288,43 @@ impl Resolver<'_> {
                     format!("{queue:?} of {backend:?}"),
                 ));
             }
+            let of_broker = (backend.to_owned(), queue.rsplit("://").next().unwrap_or(queue).to_owned());
+            if seen.contains(&of_broker) {
+                let expected = "each queue once: two would take each other's messages";
+                self.faults.push(Fault::new(
+                    &at,
+                    &child(&key, "queue"),
+                    expected,
+                    format!("{queue:?} again"),
+                ));
+            }
+            seen.push(of_broker);
             specs.push(consumed(consume, queue, model));
         }
         specs
+    }
+
+    /// A queue for what is no request must be there, and must not be one that requests are taken from.
+    fn dead_letter(
+        &mut self,
+        config: &QueueConfig,
+        consume: &[ConsumeSpec],
+        backends: &BTreeMap<String, Spec>,
+    ) {
+        let Some(queue) = config.dead_letter_queue.value() else { return };
+        let (at, key) = (config.dead_letter_queue.at(), child(KEY, "dead_letter_queue"));
+        if consume.iter().any(|consume| consume.queue == *queue) {
+            let found = format!("{queue:?}, from which requests are taken");
+            self.faults.push(Fault::new(&at, &key, "another queue than those in consume", found));
+        }
+        if let Some((backend, _)) = queue.split_once("://")
+            && !backend.starts_with("http")
+            && !backends.contains_key(backend)
+        {
+            let known: Vec<&str> = backends.keys().map(String::as_str).collect();
+            let expected = format!("a queue of one of the backends {}", listed(known.iter().copied()));
+            self.faults.push(Fault::new(&at, &key, expected, format!("{queue:?}")));
+        }
     }
 }
 

@@ -39,8 +39,14 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// How many times within its visibility a message is said to be worked on.
 const EXTENSIONS: u32 = 3;
 
-/// Takes from one queue until the host shuts down, and acknowledges until it is dropped. What wasn't by then comes again.
-pub async fn run(spec: ConsumeSpec, jobs: Arc<Jobs>, metrics: Arc<Metrics>, shutdown: watch::Receiver<bool>) {
+/// Takes from one queue until the host shuts down, and acknowledges what ends until `finish`. What wasn't by then comes again.
+pub async fn run(
+    spec: ConsumeSpec,
+    jobs: Arc<Jobs>,
+    metrics: Arc<Metrics>,
+    shutdown: watch::Receiver<bool>,
+    finish: watch::Receiver<bool>,
+) {
     let route = match jobs.queues().route(&spec.queue) {
         Ok(route) if route.adapter.source().is_some() => route,
         // The configuration is looked at before it comes here.
@@ -50,7 +56,9 @@ pub async fn run(spec: ConsumeSpec, jobs: Arc<Jobs>, metrics: Arc<Metrics>, shut
         }
     };
     tracing::info!(queue = spec.queue, model = spec.model, "taking requests from a queue");
-    Consumer { spec, route, jobs, metrics, in_flight: HashMap::new(), done: Vec::new() }.run(shutdown).await;
+    Consumer { spec, route, jobs, metrics, in_flight: HashMap::new(), done: Vec::new() }
+        .run(shutdown, finish)
+        .await;
 }
 
 struct Consumer {
@@ -71,7 +79,7 @@ struct Ended {
 }
 
 impl Consumer {
-    async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
+    async fn run(mut self, mut shutdown: watch::Receiver<bool>, mut finish: watch::Receiver<bool>) {
         let mut working: FuturesUnordered<BoxFuture<'static, Ended>> = FuturesUnordered::new();
         let mut extend = interval(self.spec.visibility / EXTENSIONS);
         extend.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -106,20 +114,27 @@ impl Consumer {
                 }
                 _ = extend.tick() => self.extend().await,
                 Ok(()) = shutdown.changed() => receiving = None,
+                Ok(()) = finish.changed() => {
+                    // All that has ended has told so by now.
+                    while let Some(Some(ended)) = working.next().now_or_never() {
+                        self.ended(ended);
+                    }
+                    return self.acknowledge().await;
+                }
                 () = std::future::ready(()), if acknowledges => self.acknowledge().await,
                 received = async { receiving.as_mut().expect("it is there").await }, if receiving.is_some() => {
                     receiving = None;
                     match received {
                         Ok(messages) => {
                             failures = 0;
-                            jobs.queues().note(&route.backend, None);
+                            jobs.queues().note(&route.backend, "take", None);
                             for message in messages {
                                 working.extend(self.take(message));
                             }
                         }
                         Err(error) => {
                             failures += 1;
-                            jobs.queues().note(&route.backend, Some(error));
+                            jobs.queues().note(&route.backend, "take", Some(error));
                         }
                     }
                 }
@@ -135,7 +150,12 @@ impl Consumer {
         }
         let once = Once {
             // One that the broker names the same is the same, whatever it holds.
-            name: format!("queue:{}:{}:{id}", self.spec.queue.len(), self.spec.queue),
+            name: format!(
+                "queue:{}:{}:{}:{id}",
+                self.route.backend,
+                self.route.queue.len(),
+                self.route.queue
+            ),
             digest: [0; 32],
         };
         let incoming = |parts: Parts| Incoming {
@@ -270,8 +290,11 @@ async fn work(jobs: Arc<Jobs>, id: String, make: Make) -> Ended {
 
 /// The failure queue that a message names, if it is an object that does.
 fn failure_queue(body: &[u8]) -> Option<String> {
-    let value: serde_json::Value = serde_json::from_slice(body).ok()?;
-    value.get("failure_queue")?.as_str().map(ToOwned::to_owned)
+    #[derive(serde::Deserialize)]
+    struct Named {
+        failure_queue: String,
+    }
+    serde_json::from_slice::<Named>(body).ok().map(|named| named.failure_queue)
 }
 
 fn no_answer() -> QueueError {

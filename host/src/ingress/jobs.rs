@@ -132,7 +132,8 @@ impl<'p> Asked<'p> {
                 Err(_) => return Ok(unknown(id)),
             },
             _ => {
-                let listed = jobs.list(filter(query, whose)?).await?;
+                let (filter, running) = filter(query, whose)?;
+                let listed = jobs.list(filter, running).await?;
                 return Ok(object_response(StatusCode::OK, &listed));
             }
         };
@@ -179,6 +180,10 @@ fn cancelled(id: JobId, cancelled: Cancelled) -> HttpResponse {
                 &json!({"job_id": id, "state": "running", "detail": detail}),
             )
         }
+        Cancelled::Unwritten => {
+            let detail = "it is being taken back; the journal of jobs can't be written at the moment";
+            object_response(StatusCode::ACCEPTED, &json!({"job_id": id, "detail": detail}))
+        }
         Cancelled::Ended(state) => {
             let detail = format!("the job has ended: {}", state.word());
             object_response(
@@ -199,7 +204,8 @@ fn number(query: Option<&str>, name: &str, default: usize, max: usize) -> Result
     }
 }
 
-fn filter(query: Option<&str>, whose: Option<Option<Arc<str>>>) -> Result<Filter, JobError> {
+/// Which jobs are wanted; of those that haven't ended, whether those that run.
+fn filter(query: Option<&str>, whose: Option<Option<Arc<str>>>) -> Result<(Filter, Option<bool>), JobError> {
     fn word<T: Copy>(
         query: Option<&str>,
         name: &str,
@@ -210,23 +216,33 @@ fn filter(query: Option<&str>, whose: Option<Option<Arc<str>>>) -> Result<Filter
         match all.iter().find(|one| word(**one) == text) {
             Some(one) => Ok(Some(*one)),
             None => {
-                let known: Vec<&str> = all.iter().map(|one| word(*one)).collect();
+                let mut known: Vec<&str> = all.iter().map(|one| word(*one)).collect();
+                if name == "state" {
+                    known.push("running");
+                }
                 Err(wrong(name, format!("expected one of {}, found {text:?}", known.join(", "))))
             }
         }
     }
+    // Whether a job runs isn't written.
+    let (state, running) = match parameter(query, "state").as_deref() {
+        Some("running") => (Some(State::Queued), Some(true)),
+        Some("queued") => (Some(State::Queued), Some(false)),
+        _ => (word(query, "state", &State::ALL, State::word)?, None),
+    };
     let after = match parameter(query, "after") {
         None => None,
         Some(id) => Some(id.parse().map_err(|error| wrong("after", format!("{error}, found {id:?}")))?),
     };
-    Ok(Filter {
-        state: word(query, "state", &State::ALL, State::word)?,
+    let filter = Filter {
+        state,
         delivery: word(query, "delivery", &Delivery::ALL, Delivery::word)?,
         model: parameter(query, "model").map(Into::into),
         key: whose.map(|key| key.map(|key| key.to_string())),
         after,
         limit: number(query, "limit", LIMIT, LIMIT_MAX)?.max(1),
-    })
+    };
+    Ok((filter, running))
 }
 
 fn wrong(parameter: &str, msg: String) -> JobError {

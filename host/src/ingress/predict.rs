@@ -78,17 +78,25 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
 pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_async", async |call: Call<'_>| {
         let jobs = &peer.context.jobs;
-        let (parts, item) = examine(peer, &call, decode_envelope).await?;
+        let (key, name) = (call.caller.key.clone(), call.model.name.clone());
+        let once = request::idempotency_key(&head.headers)?.map(ToOwned::to_owned);
+        // A large body is digested where it is parsed.
+        let (parts, item, once) = examine(peer, &call, move |generation, body| {
+            let (parts, item) = decode_envelope(generation, body)?;
+            Ok((parts, item, once.map(|once| jobs::once(key.as_deref(), &name, &once, body))))
+        })
+        .await?;
         check_queues(jobs, &parts)?;
-        let once = request::idempotency_key(&head.headers)?
-            .map(|key| jobs::once(call.caller.key.as_deref(), &call.model.name, key, &call.input));
         let incoming = jobs::Incoming {
             model: call.model.name.as_str().into(),
             key: call.caller.key.clone(),
             parts,
             item: Some(item),
             deadline: request::own_deadline(&head.headers, call.deadline),
-            trace: call.follower.and_then(Follower::traceparent),
+            trace: call
+                .follower
+                .and_then(Follower::traceparent)
+                .or_else(|| request::traceparent(&head.headers)),
             trail: call.trail(),
             place: call.caller.permit.clone(),
             once,

@@ -24,6 +24,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(super) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 /// The name under which a request counts once, however often it is sent.
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// Bytes of a `traceparent` of the version that there is.
+const TRACEPARENT_BYTES: usize = 55;
 /// The longest such name.
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 /// The longest id that is taken over from a caller.
@@ -108,6 +110,12 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, JobEr
             kind: "value_error",
         }])),
     }
+}
+
+/// The caller's own trace, where it has one.
+pub(super) fn traceparent(headers: &HeaderMap) -> Option<String> {
+    let trace = headers.get("traceparent")?.to_str().ok()?;
+    (trace.len() == TRACEPARENT_BYTES).then(|| trace.to_owned())
 }
 
 /// `model_name` from the query.

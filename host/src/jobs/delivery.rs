@@ -88,7 +88,7 @@ impl Deliveries {
             let batch_max = route.as_ref().map_or(1, |route| route.adapter.batch_max(&route.queue));
             let Some(batch) = self.take(&queue, batch_max) else { return };
             let Some(jobs) = self.jobs.upgrade() else { return };
-            let (messages, batch) = match self.messages(&jobs, batch).await {
+            let (messages, batch) = match self.messages(&jobs, &queue, batch).await {
                 Ok(read) => read,
                 Err(batch) => {
                     self.put_back(&queue, batch);
@@ -137,13 +137,15 @@ impl Deliveries {
         }
     }
 
-    /// The messages of a batch, read from the journal where they aren't in memory. All come back where that can't be read.
+    /// The messages of a batch, read from the journal where they aren't in memory, up to the bytes of one call: the rest is put back.
+    /// All come back where the journal can't be read.
     async fn messages(
         &self,
         jobs: &Arc<Jobs>,
-        batch: Vec<Pending>,
+        queue: &str,
+        mut batch: Vec<Pending>,
     ) -> Result<(Vec<Message>, Vec<Pending>), Vec<Pending>> {
-        let mut messages = Vec::with_capacity(batch.len());
+        let (mut messages, mut bytes): (Vec<Message>, usize) = (Vec::with_capacity(batch.len()), 0);
         for pending in &batch {
             let id = pending.entry.id;
             let body = match &pending.body {
@@ -154,9 +156,18 @@ impl Deliveries {
                     Err(_) => return Err(batch),
                 },
             };
+            bytes += body.len();
+            if bytes > BATCH_BYTES_MAX && !messages.is_empty() {
+                break;
+            }
+            let job_id = id.to_string();
+            // One that is delivered again is another to a broker that tells the same by its name.
+            let delivery_id = format!("{job_id}-{}", pending.since);
             let traceparent = pending.entry.trace.clone();
-            messages.push(Message { job_id: id.to_string(), body, traceparent });
+            messages.push(Message { job_id, delivery_id, body, traceparent });
         }
+        let rest = batch.split_off(messages.len());
+        self.put_back(queue, rest);
         Ok((messages, batch))
     }
 

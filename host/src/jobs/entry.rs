@@ -18,6 +18,7 @@ use super::{
 use crate::{
     access::ConcurrencyPermit,
     admission::JobPermit,
+    dispatch::Queue,
     job::{JobError, Recorder, Reply},
     telemetry::Metrics,
     trail::Trail,
@@ -39,6 +40,10 @@ pub(super) struct Entry {
 /// What changes about it.
 pub(super) struct Live {
     pub(super) phase: Phase,
+    /// The queue that it is in, and its number there: a model that comes again has another.
+    pub(super) queued: Option<(Arc<Queue>, modalkit_batch::JobId)>,
+    /// It was running when a host died.
+    pub(super) died: bool,
     pub(super) attempts: u32,
     /// When the last attempt began.
     pub(super) started: Option<u64>,
@@ -65,8 +70,8 @@ pub(super) enum Phase {
     Accepting,
     /// It waits for room in its model's queue, or for its next attempt.
     Waiting,
-    /// It is in its model's queue, under this number.
-    Handed(modalkit_batch::JobId),
+    /// It is in its model's queue.
+    Handed,
     /// Its batch runs.
     Running,
     /// It has ended, and its end is being written.
@@ -127,6 +132,7 @@ impl Recorder for Attempt {
         self.metrics.jobs.running.inc();
         let mut live = self.entry.live.lock();
         live.phase = Phase::Running;
+        live.queued = None;
         live.started = Some(modalkit_journal::unix_ms());
     }
 

@@ -49,6 +49,11 @@ pub use report::{Listed, Report};
 
 /// Bytes of inputs that wait in memory; those of further jobs are read again when their turn comes.
 const INPUT_BYTES_MAX: usize = 64 << 20;
+/// How long a runner that waits for the disk is waited for.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
+const TOO_MANY: &str = "too many asynchronous jobs are not done with (server.jobs_max)";
+/// Pages of the journal that one list looks at: beyond them the caller asks again.
+const PAGES_MAX: usize = 16;
 /// The file with the name of this host.
 const NAME_FILE: &str = "host";
 /// How long whoever takes a job back waits for the journal.
@@ -62,6 +67,7 @@ pub struct Jobs {
     runner: Mutex<Option<std::thread::JoinHandle<()>>>,
     deliveries: Arc<Deliveries>,
     blocking: Handle,
+    draining: AtomicBool,
 }
 
 /// What the parts of this module share.
@@ -130,8 +136,10 @@ impl Incoming {
 pub enum Cancelled {
     /// It won't run.
     Done,
-    /// Its batch runs, or the journal takes long: it ends without a result.
+    /// Its batch runs: it ends without a result.
     Soon,
+    /// It is on its way, and the journal takes long.
+    Unwritten,
     /// It had ended so.
     Ended(State),
     /// There is no such job.
@@ -176,6 +184,7 @@ impl Jobs {
             inbox: Arc::clone(&inbox),
             runner: Mutex::default(),
             blocking,
+            draining: AtomicBool::new(false),
         });
         jobs.go_on(open);
         let runner = Runner::new(&jobs, models, gate, inbox);
@@ -196,7 +205,7 @@ impl Jobs {
                 self.shared.open.lock().count_unended(&entry.model);
                 self.inbox.put(Event::Accepted(entry, Head::default()));
             } else if let Some(queue) = job.queue {
-                self.deliveries.add(Pending::new(entry, queue, job.finished.unwrap_or(job.accepted), None));
+                self.deliveries.add(Pending::new(entry, queue, job.pending.unwrap_or(job.accepted), None));
             }
         }
     }
@@ -223,15 +232,16 @@ impl Jobs {
             cancelled: AtomicBool::new(false),
             live: Mutex::new(Live { input, place, ..Live::new(Phase::Accepting) }),
         });
-        let head = Head { item, trail };
         if let Err(error) = self.shared.admit(&entry, envelope.len()) {
             return done(Err(error));
         }
+        // Where there is no room for the bytes, there is none for what they decode to.
+        let item = item.filter(|_| entry.live.lock().input.is_some());
+        let head = Head { item, trail };
         let job = NewJob { id, model, key, envelope, accepted, deadline, trace, once };
         let (shared, inbox) = (Arc::clone(&self.shared), Arc::clone(&self.inbox));
         journal.accept(job, move |accepted| match accepted {
             Ok(Accepted::New) => {
-                entry.live.lock().phase = Phase::Waiting;
                 // The group's end rings.
                 inbox.put_quietly(Event::Accepted(entry, head));
                 done(Ok(id));
@@ -258,6 +268,9 @@ impl Jobs {
         let journal = self.journal.read();
         let Some(journal) = &*journal else { return done(Err(closed())) };
         let Incoming { model, key, envelope, deadline, trace, once, .. } = incoming;
+        if self.shared.open.lock().by_id.len() >= self.shared.spec.jobs_max {
+            return done(Err(JobError::Busy(TOO_MANY)));
+        }
         let id = journal.next_id();
         let now = unix_ms();
         let result = egress::failed_job(error.clone(), &envelope);
@@ -268,10 +281,11 @@ impl Jobs {
             state: State::Failed,
             attempts: 0,
             was_running: false,
+            cancelled: false,
             accepted: now,
             next: None,
             deadline,
-            finished: Some(now),
+            pending: Some(now),
             queue: queue.clone(),
             trace: trace.clone(),
         });
@@ -287,14 +301,10 @@ impl Jobs {
             queue: queue.clone(),
         };
         let jobs = Arc::clone(self);
-        journal.accept(job, move |accepted| match accepted {
+        journal.refuse(job, finish, move |accepted| match accepted {
             Ok(Accepted::New) => {
-                let Some(journal) = &*jobs.journal.read() else { return done(Err(closed())) };
-                let ended = Arc::clone(&jobs);
-                journal.finish(finish, move || {
-                    ended.ended(&entry, queue, now, result);
-                    done(Ok(id));
-                });
+                jobs.ended(&entry, queue, now, result);
+                done(Ok(id));
             }
             Ok(Accepted::Known(known)) => {
                 jobs.shared.done_with(&entry);
@@ -352,17 +362,28 @@ impl Jobs {
         }))
     }
 
-    /// Jobs, the youngest first.
+    /// Jobs, the youngest first; of those that haven't ended, only those that run or those that don't, where that is said.
     ///
     /// # Errors
     /// [`JobError::Unavailable`] where the journal can't be read.
-    pub async fn list(self: &Arc<Self>, filter: Filter) -> Result<Listed, JobError> {
-        let page = self.read(move |journal| journal.list(&filter)).await?;
-        let jobs = page.jobs.into_iter().map(|stored| {
-            let live = self.shared.find(stored.id);
-            Report::of(stored, live.as_deref())
-        });
-        Ok(Listed { jobs: jobs.collect(), next: page.next.map(|next| next.to_string()) })
+    pub async fn list(self: &Arc<Self>, filter: Filter, running: Option<bool>) -> Result<Listed, JobError> {
+        let (mut jobs, mut next, limit) = (Vec::new(), filter.after, filter.limit);
+        for _ in 0..PAGES_MAX {
+            let page_filter = Filter { after: next, limit: limit - jobs.len(), ..filter.clone() };
+            let page = self.read(move |journal| journal.list(&page_filter)).await?;
+            next = page.next;
+            for stored in page.jobs {
+                let live = self.shared.find(stored.id);
+                let report = Report::of(stored, live.as_deref());
+                if running.is_none_or(|running| report.runs() == running) {
+                    jobs.push(report);
+                }
+            }
+            if next.is_none() || jobs.len() >= limit {
+                break;
+            }
+        }
+        Ok(Listed { jobs, next: next.map(|next| next.to_string()) })
     }
 
     /// Takes a job back that hasn't ended.
@@ -380,18 +401,34 @@ impl Jobs {
         if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
             return Ok(Cancelled::Unknown);
         }
-        let entry = self.shared.find(id).filter(|_| stored.state == State::Queued);
-        let Some((entry, ended)) = entry.and_then(|entry| entry.wait().map(|ended| (entry, ended))) else {
-            return Ok(Cancelled::Ended(stored.state));
-        };
-        entry.cancelled.store(true, Ordering::SeqCst);
-        let runs = matches!(entry.live.lock().phase, Phase::Running | Phase::Ending);
-        self.inbox.put(Event::Cancel(entry));
-        self.inbox.ring();
-        let soon = runs || tokio::time::timeout(CANCEL_TIME_MAX, ended).await.is_err();
-        if soon {
-            return Ok(Cancelled::Soon);
+        let Some(entry) = self.shared.find(id) else { return self.how_it_ended(id).await };
+        let Some(ended) = entry.wait() else { return self.how_it_ended(id).await };
+        if entry.live.lock().phase != Phase::Ending {
+            // Where it runs, it is the journal that keeps it from being run again by the next host.
+            let (tell, told) = oneshot::channel();
+            {
+                let journal = self.journal.read();
+                let Some(journal) = &*journal else { return Err(closed()) };
+                // Whoever asked may have left.
+                journal.cancel(id, move || tell.send(()).unwrap_or_default());
+            }
+            entry.cancelled.store(true, Ordering::SeqCst);
+            if tokio::time::timeout(CANCEL_TIME_MAX, told).await.is_err() {
+                return Ok(Cancelled::Unwritten);
+            }
+            if entry.live.lock().phase == Phase::Running {
+                return Ok(Cancelled::Soon);
+            }
+            self.inbox.put(Event::Cancel(Arc::clone(&entry)));
         }
+        if tokio::time::timeout(CANCEL_TIME_MAX, ended).await.is_err() {
+            let runs = entry.live.lock().phase == Phase::Running;
+            return Ok(if runs { Cancelled::Soon } else { Cancelled::Unwritten });
+        }
+        self.how_it_ended(id).await
+    }
+
+    async fn how_it_ended(self: &Arc<Self>, id: JobId) -> Result<Cancelled, JobError> {
         let stored = self.read(move |journal| journal.job(id)).await?;
         Ok(match stored.map(|stored| stored.state) {
             Some(State::Cancelled) => Cancelled::Done,
@@ -420,15 +457,26 @@ impl Jobs {
         {
             let journal = self.journal.read();
             let Some(journal) = &*journal else { return Err(closed()) };
-            journal.redeliver(id, move |job| drop(tell.send(job)));
+            let jobs = Arc::clone(self);
+            // Whoever asked may leave; the message is on its way all the same.
+            journal.redeliver(id, move |job| {
+                let found = job.is_some();
+                if let Some(job) = job {
+                    let entry = jobs.shared.remember(&job);
+                    if let Some(queue) = job.queue {
+                        jobs.deliveries.add(Pending::new(
+                            entry,
+                            queue,
+                            job.pending.unwrap_or_default(),
+                            None,
+                        ));
+                    }
+                }
+                // Whoever asked may have left.
+                let _ = tell.send(found);
+            });
         }
-        let Ok(Some(job)) = told.await else { return Ok(Some(false)) };
-        let entry = self.shared.remember(&job);
-        entry.live.lock().phase = Phase::Ended;
-        if let Some(queue) = job.queue {
-            self.deliveries.add(Pending::new(entry, queue, job.finished.unwrap_or_default(), None));
-        }
-        Ok(Some(true))
+        Ok(Some(told.await.unwrap_or_default()))
     }
 
     /// Tells when a job has ended, on disk; at once where it has, or isn't known.
@@ -451,11 +499,11 @@ impl Jobs {
 
     /// Hands no more jobs to models; those that wait stay in the journal for the next start.
     pub async fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
         let (reply, drained) = oneshot::channel();
         self.inbox.put(Event::Drain(reply));
-        self.inbox.ring();
-        // A runner that has ended hands nothing over either.
-        let _ = drained.await;
+        // A runner that has ended hands nothing over either, nor does one that waits for the disk.
+        let _ = tokio::time::timeout(DRAIN_TIME_MAX, drained).await;
     }
 
     /// Ends the runner and the journal; what was handed to it is written. Blocking.
@@ -498,7 +546,7 @@ impl Shared {
     fn admit(&self, entry: &Arc<Entry>, input_bytes: usize) -> Result<(), JobError> {
         let mut open = self.open.lock();
         if open.by_id.len() >= self.spec.jobs_max {
-            return Err(JobError::Busy("too many asynchronous jobs are not done with (server.jobs_max)"));
+            return Err(JobError::Busy(TOO_MANY));
         }
         if open.unended.get(&entry.model).copied().unwrap_or_default() >= self.spec.jobs_per_model_max {
             return Err(JobError::Busy(
@@ -535,6 +583,16 @@ impl Shared {
         }
     }
 
+    /// Keeps what came in for a job until it has ended.
+    fn keep_input(&self, entry: &Entry, input: &Input) {
+        let mut live = entry.live.lock();
+        if live.input.is_none() {
+            live.input = Some(input.clone());
+            drop(live);
+            self.open.lock().input_bytes += input.envelope.len();
+        }
+    }
+
     /// Nothing more will become of a job.
     fn done_with(&self, entry: &Entry) {
         self.open.lock().by_id.remove(&entry.id);
@@ -548,8 +606,13 @@ impl Shared {
             accepted: job.accepted,
             deadline: job.deadline,
             trace: job.trace.clone(),
-            cancelled: AtomicBool::new(false),
-            live: Mutex::new(Live { attempts: job.attempts, next: job.next, ..Live::new(phase) }),
+            cancelled: AtomicBool::new(job.cancelled),
+            live: Mutex::new(Live {
+                attempts: job.attempts,
+                next: job.next,
+                died: job.was_running,
+                ..Live::new(phase)
+            }),
         });
         self.open.lock().by_id.insert(job.id, Arc::clone(&entry));
         entry
@@ -566,6 +629,8 @@ impl Live {
     fn new(phase: Phase) -> Self {
         Self {
             phase,
+            queued: None,
+            died: false,
             attempts: 0,
             started: None,
             next: None,
@@ -591,7 +656,17 @@ pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
             tracing::error!(journal = %aside.display(), why, "the journal was set aside; jobs that it holds are not run");
             Ok(())
         }
-        opened => opened.map(drop),
+        Ok((journal, _)) => match journal.damage() {
+            Ok(None) => Ok(()),
+            found => {
+                let why = found.map_or_else(|error| format!("{error:?}"), Option::unwrap_or_default);
+                drop(journal);
+                let aside = modalkit_journal::set_aside(state_folder)?;
+                tracing::error!(journal = %aside.display(), why, "the journal was set aside; jobs that it holds are not run");
+                Ok(())
+            }
+        },
+        Err(error) => Err(error),
     }
 }
 
@@ -650,6 +725,15 @@ fn note(metrics: &Metrics, committed: &Committed) {
         jobs.delivery(delivery.word()).set(committed.totals.delivery(delivery));
     }
     jobs.journal_bytes.set(committed.bytes as i64);
+    let was_writable = jobs.journal_writable.get() == 1;
+    jobs.journal_writable.set(i64::from(committed.writable));
+    if !committed.writable && was_writable {
+        tracing::error!(
+            "the journal of jobs can't be written: new jobs are refused until it can be; GET /readyz says why"
+        );
+    } else if committed.writable && !was_writable {
+        tracing::info!(bytes = committed.bytes, "the journal of jobs can be written");
+    }
     if committed.changes > 0 {
         jobs.commit.observe(committed.took.as_secs_f64());
         jobs.commit_changes.observe(committed.changes as f64);

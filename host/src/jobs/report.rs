@@ -6,6 +6,9 @@ use serde_json::value::RawValue;
 
 use super::entry::{Entry, Phase};
 
+/// The state that isn't written: only this process knows it.
+const RUNNING: &str = "running";
+
 /// A job, as `GET /jobs/{id}` shows it. Times are milliseconds since 1970.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -52,6 +55,11 @@ pub struct Listed {
 }
 
 impl Report {
+    /// Whether its batch runs.
+    pub(super) fn runs(&self) -> bool {
+        self.state == RUNNING
+    }
+
     /// From what is written of it, and what this process knows beside that.
     pub(super) fn of(stored: Stored, live: Option<&Entry>) -> Self {
         let mut report = Self {
@@ -81,7 +89,7 @@ impl Report {
             report.next_attempt_unix_ms = live.next;
             report.error = live.error.clone().or(report.error);
             if live.phase == Phase::Running {
-                report.state = "running";
+                report.state = RUNNING;
                 report.attempts += 1;
                 report.next_attempt_unix_ms = None;
             }

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     io,
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -40,6 +40,10 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 /// Between two attempts, at first and at most; the next one waits twice as long, give or take.
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Jobs of a model that wait with their decoded inputs.
+const HEADS_MAX: usize = 256;
+/// Jobs of a model that are ended unrun in one turn of the loop: each is read and written.
+const ENDED_AT_ONCE: usize = 64;
 /// The loop looks up this often, whatever happens.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -104,6 +108,7 @@ pub(super) struct Runner {
     lines: HashMap<Arc<str>, Line>,
     draining: bool,
     stopped: bool,
+    waits_for_disk: bool,
 }
 
 /// One model's jobs.
@@ -116,6 +121,8 @@ struct Line {
     handed: usize,
     /// The model took none: it is looked at again then.
     blocked_until: Option<Instant>,
+    /// It was said that nobody serves the model.
+    told: bool,
 }
 
 impl Runner {
@@ -128,6 +135,7 @@ impl Runner {
             lines: HashMap::new(),
             draining: false,
             stopped: false,
+            waits_for_disk: false,
         }
     }
 
@@ -145,7 +153,9 @@ impl Runner {
             for event in events.drain(..) {
                 self.on(event, &jobs, journal);
             }
-            if !self.draining {
+            // What ends while nothing can be written is kept in memory: more isn't begun.
+            self.waits_for_disk = journal.failing().is_some();
+            if !self.draining && !jobs.draining.load(Ordering::SeqCst) && !self.waits_for_disk {
                 self.hand_over(&jobs, journal);
             }
         }
@@ -153,6 +163,9 @@ impl Runner {
 
     fn next_look(&self) -> Instant {
         let now = Instant::now();
+        if self.waits_for_disk {
+            return now + BETWEEN_LOOKS;
+        }
         let now_ms = unix_ms();
         let of_line = |line: &Line| {
             let blocked = line.blocked_until.filter(|_| !line.waiting.is_empty());
@@ -169,10 +182,22 @@ impl Runner {
     fn on(&mut self, event: Event, jobs: &Arc<Jobs>, journal: &Journal) {
         match event {
             Event::Accepted(entry, head) => {
-                let next = entry.live.lock().next;
+                let next = {
+                    let mut live = entry.live.lock();
+                    live.phase = Phase::Waiting;
+                    live.next
+                };
                 let line = self.line(&entry);
                 match next {
-                    Some(next) => drop(line.delayed.insert((next, entry.id), entry)),
+                    // A clock that was set back keeps nobody waiting for longer than an attempt may.
+                    Some(next) => {
+                        let next = next.min(unix_ms() + 2 * BACKOFF_MAX.as_millis() as u64);
+                        line.delayed.insert((next, entry.id), entry);
+                    }
+                    // What waits long is decoded when its turn comes.
+                    None if line.waiting.len() >= HEADS_MAX => {
+                        line.waiting.push_back((entry, Head::default()))
+                    }
                     None => line.waiting.push_back((entry, head)),
                 }
             }
@@ -217,14 +242,19 @@ impl Runner {
         };
         if !began && came_back(&error) {
             // Nobody ran it: it waits for its turn again, in front of those that came later.
-            entry.live.lock().phase = Phase::Waiting;
+            {
+                let mut live = entry.live.lock();
+                live.phase = Phase::Waiting;
+                live.queued = None;
+            }
             let line = self.line(entry);
             line.waiting.push_front((Arc::clone(entry), Head::default()));
             line.blocked_until = Some(Instant::now() + BETWEEN_LOOKS);
             return;
         }
         let attempts = entry.live.lock().attempts;
-        let retries = self.models.find(Some(&entry.model)).map_or(0, |model| model.spec().retries);
+        // Of a model that has gone meanwhile, whoever comes after it decides.
+        let retries = self.models.find(Some(&entry.model)).map_or(u32::MAX, |model| model.spec().retries);
         if helps(&error) && attempts <= retries {
             let wait = backoff(attempts);
             let next = unix_ms() + wait.as_millis() as u64;
@@ -247,20 +277,21 @@ impl Runner {
 
     /// One that waits ends now; one in the model's queue is taken out, which tells its end; one that runs ends with its batch.
     fn cancel(&mut self, entry: &Arc<Entry>, jobs: &Arc<Jobs>, journal: &Journal) {
-        let phase = entry.live.lock().phase;
-        match phase {
-            Phase::Handed(number) => {
-                if let Ok(model) = self.models.find(Some(&entry.model)) {
-                    model.queue.cancel(number, 1);
-                }
-            }
-            Phase::Waiting => {
-                let line = self.line(entry);
-                line.waiting.retain(|(waiting, _)| waiting.id != entry.id);
-                line.delayed.retain(|(_, id), _| *id != entry.id);
+        let (phase, queued) = {
+            let live = entry.live.lock();
+            (live.phase, live.queued.clone())
+        };
+        if let (Phase::Handed, Some((queue, number))) = (phase, queued) {
+            queue.cancel(number, 1);
+        } else if phase == Phase::Waiting {
+            let line = self.line(entry);
+            let before = line.waiting.len() + line.delayed.len();
+            line.waiting.retain(|(waiting, _)| waiting.id != entry.id);
+            line.delayed.retain(|(_, id), _| *id != entry.id);
+            // One that is nowhere was handed over and not taken: its end is on its way here.
+            if line.waiting.len() + line.delayed.len() < before {
                 end(entry, Ending::cancelled(), None, jobs, journal);
             }
-            Phase::Accepting | Phase::Running | Phase::Ending | Phase::Ended => {}
         }
     }
 
@@ -277,8 +308,15 @@ impl Runner {
                 continue;
             }
             line.blocked_until = None;
-            let Some(model) = self.models.find(Some(name)).ok().filter(|model| model.serving().is_ok())
-            else {
+            let found = self.models.find(Some(name));
+            if found.is_err() && self.models.are_complete() && !std::mem::replace(&mut line.told, true) {
+                tracing::warn!(
+                    model = &**name,
+                    jobs = line.waiting.len(),
+                    "jobs wait for a model that nobody serves"
+                );
+            }
+            let Some(model) = found.ok().filter(|model| model.serving().is_ok()) else {
                 // It may be loading, or have gone; what waits for it waits.
                 line.blocked_until = Some(now + BETWEEN_LOOKS);
                 line.end_overdue(now_ms, jobs, journal);
@@ -300,11 +338,16 @@ impl Line {
         journal: &Journal,
     ) {
         let window = window(&model.spec());
-        let mut must_wake = false;
+        let (mut must_wake, mut unrun) = (false, 0);
         while self.handed < window {
+            if unrun >= ENDED_AT_ONCE {
+                self.blocked_until = Some(Instant::now());
+                break;
+            }
             let Some((entry, head)) = self.waiting.pop_front() else { break };
             if let Some(ending) = hopeless(&entry, &model.spec(), journal) {
                 end(&entry, ending, None, jobs, journal);
+                unrun += 1;
                 continue;
             }
             let input = match input(&entry, journal) {
@@ -321,6 +364,8 @@ impl Line {
                     break;
                 }
             };
+            // Its end needs it as well, and comes soon.
+            jobs.shared.keep_input(&entry, &input);
             let attempts = entry.live.lock().attempts;
             let attempt = Attempt {
                 entry: Arc::clone(&entry),
@@ -346,7 +391,8 @@ impl Line {
             let mut live = entry.live.lock();
             match model.queue.push([job], deadline) {
                 Ok(queued) => {
-                    live.phase = Phase::Handed(queued.first);
+                    live.phase = Phase::Handed;
+                    live.queued = Some((Arc::clone(&model.queue), queued.first));
                     must_wake |= queued.must_wake;
                 }
                 Err(_) => {
@@ -364,12 +410,9 @@ impl Line {
     fn end_overdue(&mut self, now_ms: u64, jobs: &Arc<Jobs>, journal: &Journal) {
         let overdue =
             |(entry, _): &(Arc<Entry>, Head)| entry.deadline.is_some_and(|deadline| deadline <= now_ms);
-        if !self.waiting.iter().any(overdue) {
-            return;
-        }
-        let (ended, waiting): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(overdue);
-        self.waiting = waiting;
-        for (entry, _) in ended {
+        for _ in 0..ENDED_AT_ONCE {
+            let Some(place) = self.waiting.iter().position(overdue) else { return };
+            let Some((entry, _)) = self.waiting.remove(place) else { return };
             let ending = Ending::failed(&entry, journal, egress::job_failure(&JobError::DeadlinePassed));
             end(&entry, ending, None, jobs, journal);
         }
@@ -413,13 +456,17 @@ impl Ending {
 /// Writes how a job ended; then it is told to whoever waits for it, and its message is delivered.
 fn end(entry: &Arc<Entry>, ending: Ending, permit: Option<JobPermit>, jobs: &Arc<Jobs>, journal: &Journal) {
     let Ending { state, message, error, queue } = ending;
-    jobs.shared.metrics.jobs.ended(&entry.model, state.word()).inc();
     let finished = unix_ms();
     let (attempts, started) = {
         let mut live = entry.live.lock();
+        if matches!(live.phase, Phase::Ending | Phase::Ended) {
+            return;
+        }
         live.phase = Phase::Ending;
+        live.queued = None;
         (live.attempts, live.started)
     };
+    jobs.shared.metrics.jobs.ended(&entry.model, state.word()).inc();
     jobs.shared.metrics.jobs.seconds.observe(finished.saturating_sub(entry.accepted) as f64 / 1e3);
     jobs.shared.unended_less(entry);
     let finish = Finish {
@@ -448,11 +495,15 @@ fn hopeless(entry: &Entry, spec: &ModelSpec, journal: &Journal) -> Option<Ending
         let error = egress::job_failure(&JobError::DeadlinePassed);
         return Some(Ending::failed(entry, journal, error));
     }
-    let attempts = entry.live.lock().attempts;
-    // A host that lives has ended these itself: the last attempt took one along.
+    let (attempts, died) = {
+        let live = entry.live.lock();
+        (live.attempts, live.died)
+    };
+    // A host that lives has ended these itself.
     (attempts > spec.retries).then(|| {
+        let why = if died { "it was running when the host died" } else { "the last one failed" };
         let error = format!(
-            "it was running when the host died; {attempts} attempts were made and {} retries are allowed (deployment_config.retries)",
+            "{why}; {attempts} attempts were made and {} retries are allowed (deployment_config.retries)",
             spec.retries
         );
         Ending::failed(entry, journal, error)

@@ -7,11 +7,12 @@ use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use modalkit_sdk::{PipelineError, QueueBackend, QueueContext, QueuedMessage, export_queue_backend};
+use modalkit_sdk::{QueueBackend, QueueContext, QueueError, QueuedMessage, export_queue_backend};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -26,7 +27,7 @@ const NAME_BYTES_MAX: usize = 200;
 pub struct Settings {
     /// The folder of the files; made where it isn't there.
     pub folder: PathBuf,
-    /// Bytes after which a file is renamed to `QUEUE.NUMBER.jsonl` and a new one begun.
+    /// Bytes after which a file is renamed to `QUEUE%NUMBER.jsonl` and a new one begun.
     #[serde(default = "rotate_bytes")]
     pub rotate_bytes: u64,
 }
@@ -59,47 +60,44 @@ struct Appended {
 impl QueueBackend for Files {
     type Settings = Settings;
 
-    fn open(context: QueueContext<Settings>) -> Result<Self, PipelineError> {
+    fn open(context: QueueContext<Settings>) -> Result<Self, QueueError> {
         let settings = context.into_settings();
         fs::create_dir_all(&settings.folder)
-            .map_err(|error| PipelineError::from(error).context(settings.folder.display()))?;
+            .map_err(|error| QueueError::from(error).context(settings.folder.display()))?;
         Ok(Self { settings, open: Mutex::default() })
     }
 
-    fn check(&self) -> Result<(), PipelineError> {
+    fn check(&self) -> Result<(), QueueError> {
         let folder = &self.settings.folder;
-        fs::metadata(folder)
-            .map(drop)
-            .map_err(|error| PipelineError::transient(error).context(folder.display()))
+        fs::metadata(folder).map(drop).map_err(|error| QueueError::from(error).context(folder.display()))
     }
 
-    fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), PipelineError>> {
+    fn send(&self, queue: &str, messages: &[QueuedMessage<'_>]) -> Vec<Result<(), QueueError>> {
         let Some(name) = file_name(queue) else {
-            let refuse = |_| {
-                Err(PipelineError::permanent(format!("the queue's name is too long for a file: {queue}")))
-            };
+            let refuse =
+                |_| Err(QueueError::refuse(format!("the queue's name is too long for a file: {queue}")));
             return messages.iter().map(refuse).collect();
         };
         let mut lines = Vec::new();
-        let mut results: Vec<Result<(), PipelineError>> =
+        let mut results: Vec<Result<(), QueueError>> =
             messages.iter().map(|message| write_line(&mut lines, message)).collect();
         if let Err(error) = self.append(&name, &lines) {
             let error = format!("can't append to the file of {queue}: {error}");
             results.iter_mut().filter(|result| result.is_ok()).for_each(|result| {
-                *result = Err(PipelineError::transient(&error));
+                *result = Err(QueueError::retry(&error));
             });
         }
         results
     }
 }
 
-fn write_line(lines: &mut Vec<u8>, message: &QueuedMessage<'_>) -> Result<(), PipelineError> {
+fn write_line(lines: &mut Vec<u8>, message: &QueuedMessage<'_>) -> Result<(), QueueError> {
     // Line ends in JSON stand between its parts only, where blanks say the same.
     let body = message.body.replace(['\n', '\r'], " ");
     let body: &RawValue = serde_json::from_str(&body)
-        .map_err(|error| PipelineError::permanent(error).context("the message is no JSON"))?;
+        .map_err(|error| QueueError::refuse(error).context("the message is no JSON"))?;
     let line = Line { job_id: message.job_id, traceparent: message.traceparent, body };
-    serde_json::to_writer(&mut *lines, &line).map_err(PipelineError::permanent)?;
+    serde_json::to_writer(&mut *lines, &line).map_err(QueueError::refuse)?;
     lines.push(b'\n');
     Ok(())
 }
@@ -113,8 +111,9 @@ impl Files {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         // Taken out: where anything fails it is opened anew, and a half-written line ended.
         let mut appended = match open.remove(name) {
-            Some(appended) => appended,
-            None => self.begin(name)?,
+            // Whoever reads it may have moved it away, and what is appended then would be nowhere.
+            Some(appended) if self.is_there(name, &appended.file) => appended,
+            _ => self.begin(name)?,
         };
         if appended.bytes > 0 && appended.bytes + lines.len() as u64 > self.settings.rotate_bytes {
             drop(appended);
@@ -152,10 +151,18 @@ impl Files {
         Ok(Appended { file, bytes })
     }
 
+    /// Whether the file is still the one of this name.
+    fn is_there(&self, name: &str, file: &File) -> bool {
+        match (fs::metadata(self.path(name)), file.metadata()) {
+            (Ok(there), Ok(open)) => (there.dev(), there.ino()) == (open.dev(), open.ino()),
+            _ => false,
+        }
+    }
+
     fn rotate(&self, name: &str) -> io::Result<()> {
         let mut number = 1;
         let free = loop {
-            let path = self.settings.folder.join(format!("{name}.{number}.jsonl"));
+            let path = self.settings.folder.join(format!("{name}%{number}.jsonl"));
             if !path.try_exists()? {
                 break path;
             }
@@ -192,7 +199,7 @@ mod tests {
         Files::open(QueueContext::new("file", Settings { folder: folder.to_owned(), rotate_bytes })).unwrap()
     }
 
-    fn send(files: &Files, queue: &str, body: &str) -> Result<(), PipelineError> {
+    fn send(files: &Files, queue: &str, body: &str) -> Result<(), QueueError> {
         let message = QueuedMessage { job_id: "j", body, traceparent: None };
         files.send(queue, &[message]).remove(0)
     }
@@ -211,6 +218,13 @@ mod tests {
             "{\"job_id\":\"cut\n{\"job_id\":\"j\",\"body\":{\"a\":  1e999}}\n{\"job_id\":\"j\",\"body\":{\"b\": \"é\\n\"}}\n"
         );
         assert!(send(&files, "results", "no JSON").is_err());
+        // Taken away by a reader, it is begun anew.
+        fs::remove_file(folder.path().join("results.jsonl")).unwrap();
+        send(&files, "results", "{}").unwrap();
+        assert_eq!(
+            fs::read_to_string(folder.path().join("results.jsonl")).unwrap(),
+            "{\"job_id\":\"j\",\"body\":{}}\n"
+        );
     }
 
     #[test]
@@ -227,7 +241,7 @@ mod tests {
             lines += text.lines().count();
         }
         assert_eq!(lines, 20);
-        assert!(folder.path().join("results.1.jsonl").exists());
+        assert!(folder.path().join("results%1.jsonl").exists());
     }
 
     #[test]

@@ -46,6 +46,12 @@ async def echo(text):
 
 async def main(tasks, concurrency):
     await broker.startup()
+    # Until a worker has answered, and for as long as all of them may take to come.
+    await echo.kiq("warm")
+    while not await results.llen("results"):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(2)
+    await results.delete("results")
     async def send(count):
         for _ in range(count):
             await echo.kiq("a small request that is echoed")
@@ -168,7 +174,7 @@ impl Bench {
         while unended(host.port)? {
             thread::sleep(Duration::from_millis(1));
         }
-        let rate = result.requests as f64 / begun.elapsed().as_secs_f64().min(self.seconds as f64 + 60.0);
+        let rate = result.requests as f64 / begun.elapsed().as_secs_f64();
         let cpu = (host.cpu_seconds()? - before) / result.requests as f64;
         Ok((rate, result.p50_ms, cpu))
     }
@@ -223,8 +229,6 @@ impl Bench {
         ]);
         worker.current_dir(&self.folder).env("URL", &url).stdout(Stdio::null()).stderr(Stdio::null());
         let _worker = Family(worker.spawn().context("can't start TaskIQ's worker")?);
-        // Its processes import what they need.
-        thread::sleep(Duration::from_secs(4));
         let client = Command::new(python::tool("python"))
             .args(["work.py", &TASKS.to_string(), &COMPARED.to_string()])
             .current_dir(&self.folder)
@@ -277,8 +281,12 @@ fn end_children(process: u32) {
 
 /// Whether a job hasn't ended.
 fn unended(port: u16) -> anyhow::Result<bool> {
-    let said = get(port, "/jobs?state=queued&limit=1")?;
-    Ok(!said.contains("\"jobs\":[]"))
+    for state in ["queued", "running"] {
+        if !get(port, &format!("/jobs?state={state}&limit=1"))?.contains("\"jobs\":[]") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn get(port: u16, path: &str) -> anyhow::Result<String> {
