@@ -19,7 +19,7 @@ fn rounds() -> usize {
 pub(crate) fn chaos() {
     let whole = rounds();
     // moto takes some fifteen seconds for the results of one round.
-    let slow = (whole / 10).max(1);
+    let slow = (whole / 50).max(1);
     for (rounds, victim, broker) in [
         (whole, Victim::Host, Broker::Redis),
         ((whole / 2).max(1), Victim::Broker, Broker::Redis),

@@ -26,9 +26,8 @@ const CONCURRENCY: [usize; 3] = [1, 64, 256];
 const COMPARED: usize = 64;
 /// Tasks of one round of TaskIQ.
 const TASKS: u64 = 3000;
-const ENVELOPE: &str = r#"{"message": {"text": "a small request that is echoed"}}"#;
-const DELIVERED: &str =
-    r#"{"message": {"text": "a small request that is echoed"}, "success_queue": "results"}"#;
+/// Characters of the text that is echoed: with what is around it, a request has about a kibibyte.
+const TEXT_CHARS: usize = 970;
 const QUEUE: &str = "results";
 
 /// What TaskIQ is asked to do, and by whom.
@@ -37,6 +36,7 @@ import asyncio, json, os, sys, time
 from redis.asyncio import Redis
 from taskiq_redis import ListQueueBroker
 
+TEXT = "x" * int(os.environ["CHARS"])
 broker = ListQueueBroker(os.environ["URL"], queue_name="tasks")
 results = Redis.from_url(os.environ["URL"])
 
@@ -54,7 +54,7 @@ async def main(tasks, concurrency):
     await results.delete("results")
     async def send(count):
         for _ in range(count):
-            await echo.kiq("a small request that is echoed")
+            await echo.kiq(TEXT)
     begun = time.time()
     await asyncio.gather(*(send(tasks // concurrency) for _ in range(concurrency)))
     while await results.llen("results") < tasks // concurrency * concurrency:
@@ -104,7 +104,7 @@ impl Bench {
         }
         println!(
             "\njobs of echo, {} bytes each, {} rounds of {} s, medians; every acceptance synced to disk",
-            ENVELOPE.len(),
+            envelope("").len(),
             self.rounds,
             self.seconds
         );
@@ -170,7 +170,7 @@ impl Bench {
         let host = self.host("")?;
         let before = host.cpu_seconds()?;
         let begun = Instant::now();
-        let result = self.load(host.port, concurrency, ENVELOPE)?;
+        let result = self.load(host.port, concurrency, &envelope(""))?;
         while unended(host.port)? {
             thread::sleep(Duration::from_millis(1));
         }
@@ -184,7 +184,7 @@ impl Bench {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         let program = build::release().join("examples/appends");
-        let (bytes, group) = (ENVELOPE.len().to_string(), COMPARED.to_string());
+        let (bytes, group) = (envelope("").len().to_string(), COMPARED.to_string());
         let output =
             Command::new(program).arg(&folder).args([&bytes, &group, &self.seconds.to_string()]).output()?;
         let said = String::from_utf8_lossy(&output.stdout);
@@ -201,7 +201,7 @@ impl Bench {
             redis.port
         ))?;
         let begun = Instant::now();
-        let result = self.load(host.port, COMPARED, DELIVERED)?;
+        let result = self.load(host.port, COMPARED, &envelope(", \"success_queue\": \"results\""))?;
         while length(redis.port)? < result.requests {
             if begun.elapsed() > Duration::from_secs(120) {
                 bail!("{} of {} results came", length(redis.port)?, result.requests);
@@ -227,12 +227,18 @@ impl Bench {
             "100",
             "--no-configure-logging",
         ]);
-        worker.current_dir(&self.folder).env("URL", &url).stdout(Stdio::null()).stderr(Stdio::null());
+        worker
+            .current_dir(&self.folder)
+            .env("URL", &url)
+            .env("CHARS", TEXT_CHARS.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let _worker = Family(worker.spawn().context("can't start TaskIQ's worker")?);
         let client = Command::new(python::tool("python"))
             .args(["work.py", &TASKS.to_string(), &COMPARED.to_string()])
             .current_dir(&self.folder)
             .env("URL", &url)
+            .env("CHARS", TEXT_CHARS.to_string())
             .output()?;
         let said = String::from_utf8_lossy(&client.stdout);
         said.trim()
@@ -246,6 +252,11 @@ impl Bench {
         fs::create_dir_all(&data)?;
         Ok((Broker::redis(&data)?, Vanishes(data)))
     }
+}
+
+/// A request, and what else stands in its envelope.
+fn envelope(more: &str) -> String {
+    format!("{{\"message\": {{\"text\": \"{}\"}}{more}}}", "x".repeat(TEXT_CHARS))
 }
 
 /// A folder that goes with this.
