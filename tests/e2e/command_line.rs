@@ -101,6 +101,13 @@ fn a_running_host_is_asked_from_the_command_line() {
         json_of(&said)["state"] == "succeeded"
     });
     assert_eq!(ask(&host, &["jobs", "none"], &[]).0, 1);
+    let (code, said, _) = ask(&host, &["jobs", "--state", "succeeded"], &[]);
+    assert!(code == 0 && said.contains(&id) && said.contains("echo"), "{said}");
+    let (code, said, _) = ask(&host, &["jobs", &id, "--wait", "10", "--json"], &[]);
+    assert_eq!((code, &json_of(&said)["attempts"]), (0, &json!(1)));
+    // It has ended, and had no queue.
+    assert_eq!(ask(&host, &["jobs", &id, "--cancel"], &[]).0, 1);
+    assert_eq!(ask(&host, &["jobs", &id, "--redeliver"], &[]).0, 1);
 
     let (code, said, _) = ask(&host, &["config", "show"], &[]);
     assert!(code == 0 && said.contains("app_settings.batch_config.wait_ms"), "{said}");

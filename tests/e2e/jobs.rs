@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_tests::{Host, Setup, brokers, built, wait_until};
+use modalkit_tests::{
+    Host, Setup, brokers, built,
+    chaos::{Broker, Chaos, Sharing},
+    wait_until,
+};
 use serde_json::{Value, json};
 
 fn puppet(config: &str) -> Host {
@@ -172,7 +176,7 @@ fn jobs_are_listed_and_bounded() {
     let (status, answer) = host.post("/predict_async?model_name=puppet", &json!({"message": {}}));
     assert_eq!(status, 429, "{answer}");
     assert!(answer["detail"].as_str().unwrap().contains("jobs_per_model_max"), "{answer}");
-    // One whose result can't be delivered counts as well.
+    // In all there may be one more, which waits for its model as long as that is asked for.
     let other = host.job("echo", &json!({"message": {"text": "a"}}));
     assert_eq!(host.ended(&other)["state"], "succeeded");
     let listed = |query: &str| {
@@ -192,6 +196,24 @@ fn jobs_are_listed_and_bounded() {
     for job in [&blocker, &waiting[0], &waiting[1]] {
         assert_eq!(host.ended(job)["state"], "succeeded");
     }
+}
+
+#[test]
+fn a_result_that_is_not_delivered_in_time_is_given_up_and_can_be_sent_again() {
+    // Nobody listens there.
+    let config = format!(
+        "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\ndelivery_deadline_seconds = 1",
+        modalkit_tests::free_port()
+    );
+    let host = puppet(&config);
+    let job = host.job("puppet", &json!({"message": {}, "success_queue": "results"}));
+    let delivery = || host.get(&format!("/jobs/{job}")).1["delivery"].clone();
+    wait_until("it is given up", || delivery()["state"] == "dead");
+    assert!(delivery()["error"].as_str().unwrap().contains("delivery_deadline_seconds"), "{}", delivery());
+    let ended = host.ended(&job);
+    assert_eq!(host.post(&format!("/jobs/{job}/redeliver"), &json!({})).0, 202);
+    wait_until("it is given up again", || delivery()["state"] == "dead");
+    assert_eq!(host.ended(&job)["finished_unix_ms"], ended["finished_unix_ms"], "it ended when it ended");
 }
 
 #[test]
@@ -258,111 +280,26 @@ impl Drop for Ended {
     }
 }
 
-/// A file system of its own size, that vanishes with this.
-struct SmallDisk<'f>(&'f Path);
-
-impl<'f> SmallDisk<'f> {
-    /// `None` where this user may not mount one.
-    fn mount(folder: &'f Path, bytes: u64) -> Option<Self> {
-        fs::create_dir_all(folder).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tests"])
-            .arg(folder)
-            .output();
-        mounted.is_ok_and(|output| output.status.success()).then(|| Self(folder))
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        // Lazily: a host may still have it open.
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
-#[test]
-fn a_full_disk_refuses_new_jobs_and_loses_none_that_was_accepted() {
-    const DISK: u64 = 8 << 20;
-    let setup = Setup::new()
-        .plugin("puppet")
-        .config("[server]\njob_retention_seconds = 0\n[app_settings.batch_config]\nmax_batch_size = 8");
-    let state = setup.folder().join("state");
-    let Some(_disk) = SmallDisk::mount(&state, DISK) else {
-        return eprintln_skipped("mounting a small file system needs root");
-    };
-    let mut host = setup.ready();
-    let padding = "x".repeat(20_000);
-    let send = |host: &Host, value: i64, what: &str| {
-        let message = json!({"value": value, "do": what, "ms": 1500});
-        let envelope = json!({"message": message, "success_queue": "results", "meta": {"padding": padding}});
-        host.post("/predict_async", &envelope)
-    };
-    // Those at the head take their time, so that the others wait, and fill the disk.
-    let mut accepted = Vec::new();
-    let mut refused = 0;
-    for value in 0..2000 {
-        let (status, answer) = send(&host, value, if value < 8 { "sleep" } else { "" });
-        match status {
-            200 => accepted.push((answer["job_id"].as_str().unwrap().to_owned(), value)),
-            503 => {
-                assert!(answer["detail"].as_str().unwrap().contains("full"), "{answer}");
-                refused += 1;
-            }
-            other => panic!("{other}: {answer}"),
-        }
-        if refused > 20 {
-            break;
-        }
-    }
-    assert!(refused > 0, "{} were accepted on a disk of {DISK} bytes", accepted.len());
-    assert_eq!(host.get("/livez").0, 200);
-    assert_eq!(
-        host.post("/predict_sync", &json!({"value": 1})).0,
-        200,
-        "other requests are served as before"
-    );
-    // Space returns.
-    let more = format!("remount,size={}", 8 * DISK);
-    assert!(Command::new("mount").args(["-o", &more]).arg(&state).status().unwrap().success());
-    wait_until("jobs are accepted again", || send(&host, 5000, "").0 == 200);
-    // Nothing that was accepted is lost, also not where the host dies now.
-    host.kill();
-    host.start_again();
-    let mut results: Vec<i64> = Vec::new();
-    wait_until("all have a result", || {
-        let (_, taken) = host.delete("/queues/results?limit=1000");
-        let values = taken["messages"].as_array().cloned().unwrap_or_default();
-        results.extend(values.iter().map(|message| message["body"]["value"].as_i64().unwrap()));
-        // A result that lay in the memory of the host that died was delivered; its job is gone or says so.
-        accepted.iter().all(|(job, value)| {
-            results.contains(value) || {
-                let (status, report) = host.get(&format!("/jobs/{job}"));
-                status == 404 || report["delivery"]["state"] == "delivered"
-            }
-        })
-    });
-}
-
-/// A test that can't run here says so.
-#[expect(clippy::print_stderr, reason = "a skipped test is seen in the output")]
-fn eprintln_skipped(why: &str) {
-    eprintln!("skipped: {why}");
-}
-
 #[test]
 fn results_go_into_a_file_by_a_plugin_that_is_dropped_into_the_volume() {
     let setup = Setup::new().plugin("puppet").plugin("queue-file");
     let results = setup.folder().join("results");
     let config = format!(
-        "[app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nsettings = {{ folder = {results:?} }}"
+        "[app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nsettings = {{ folder = {results:?} }}\n[app_settings.queue_config.queues]\nanswers = \"file\""
     );
     let host = setup.config(&config).ready();
     assert_eq!(host.models(), 1, "a queue is no model");
-    let job = host.job("puppet", &json!({"message": {"value": 9}, "success_queue": "file://answers"}));
+    let job = host.job("puppet", &json!({"message": {"value": 9}, "success_queue": "answers"}));
     wait_until("it is delivered", || host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered");
     let line: Value =
         serde_json::from_str(&fs::read_to_string(results.join("answers.jsonl")).unwrap()).unwrap();
     assert_eq!(line, json!({"job_id": job, "body": {"status": "success", "value": 9, "batch": 1}}));
+}
+
+/// Two hosts take from one queue, and one of them dies now and then.
+fn hosts_share(broker: Broker) {
+    let shared = Sharing { hosts: 2, messages: 200, every: Duration::from_millis(700), broker }.run();
+    assert_eq!(shared.answered, 200, "{shared:?}");
 }
 
 /// What needs Redis.
@@ -496,10 +433,15 @@ mod with_redis {
         assert!(results().len() <= 14, "what was running when the host died ran twice at most");
     }
 
+    #[test]
+    fn hosts_share_a_stream_of_redis() {
+        hosts_share(Broker::Redis);
+    }
+
     /// The short form of `cargo xtask soak jobs`.
     #[test]
     fn jobs_survive_hosts_and_brokers_that_are_killed() {
-        let chaos = modalkit_tests::chaos::Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
+        let chaos = Chaos { rounds: 3, jobs: 100, clients: 8, ..Default::default() };
         let counted = chaos.run();
         assert!(counted.accepted > 0 && counted.lost == 0 && counted.foreign == 0, "{counted:?}");
     }
@@ -508,6 +450,11 @@ mod with_redis {
 /// What needs moto, which speaks SQS.
 mod with_moto {
     use super::*;
+
+    #[test]
+    fn hosts_share_a_queue_of_sqs() {
+        hosts_share(Broker::Sqs);
+    }
 
     #[test]
     fn a_message_that_a_broker_never_takes_is_dead_and_can_be_sent_again() {
@@ -542,5 +489,99 @@ mod with_moto {
             host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered"
         });
         assert_eq!(brokers::sqs_drain(moto.port, "results").len(), 1);
+    }
+}
+
+/// What needs a small file system, which only root may mount.
+mod with_mount {
+    use super::*;
+
+    /// A file system of its own size, that vanishes with this.
+    struct SmallDisk<'f>(&'f Path);
+
+    impl<'f> SmallDisk<'f> {
+        fn mount(folder: &'f Path, bytes: u64) -> Self {
+            fs::create_dir_all(folder).unwrap();
+            let options = format!("size={bytes}");
+            let mounted =
+                Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tests"]).arg(folder).output();
+            assert!(
+                mounted.is_ok_and(|output| output.status.success()),
+                "a small file system can't be mounted: run the tests as root, or leave this out with `cargo xtask test --without mount`"
+            );
+            Self(folder)
+        }
+
+        fn grow(&self, bytes: u64) {
+            let options = format!("remount,size={bytes}");
+            assert!(Command::new("mount").args(["-o", &options]).arg(self.0).status().unwrap().success());
+        }
+    }
+
+    impl Drop for SmallDisk<'_> {
+        fn drop(&mut self) {
+            // Lazily: a host may still have it open.
+            let _ = Command::new("umount").arg("-l").arg(self.0).status();
+        }
+    }
+
+    #[test]
+    fn a_full_disk_refuses_new_jobs_and_loses_none_that_was_accepted() {
+        const DISK: u64 = 8 << 20;
+        let setup = Setup::new().plugin("puppet").plugin("queue-file");
+        let (state, results) = (setup.folder().join("state"), setup.folder().join("results"));
+        let disk = SmallDisk::mount(&state, DISK);
+        // Results go where they outlive the host.
+        let config = format!(
+            "[app_settings.batch_config]\nmax_batch_size = 8\n[app_settings.deployment_config]\nretries = 100\n\
+             [app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nsettings = {{ folder = {results:?} }}"
+        );
+        let mut host = setup.config(&config).ready();
+        let padding = "x".repeat(20_000);
+        let send = |host: &Host, value: i64, what: &str| {
+            let message = json!({"value": value, "do": what, "ms": 1500});
+            let envelope =
+                json!({"message": message, "success_queue": "file://results", "meta": {"padding": padding}});
+            host.post("/predict_async", &envelope)
+        };
+        // Those at the head take their time, so that the others wait, and fill the disk.
+        let (mut accepted, mut refused) = (Vec::new(), 0);
+        for value in 0..2000 {
+            let (status, answer) = send(&host, value, if value < 8 { "sleep" } else { "" });
+            match status {
+                200 => accepted.push(value),
+                503 => {
+                    assert!(answer["detail"].as_str().unwrap().contains("full"), "{answer}");
+                    refused += 1;
+                }
+                other => panic!("{other}: {answer}"),
+            }
+            if refused > 20 {
+                break;
+            }
+        }
+        assert!(refused > 0, "{} were accepted on a disk of {DISK} bytes", accepted.len());
+        assert_eq!(host.get("/livez").0, 200);
+        assert_eq!(
+            host.post("/predict_sync", &json!({"value": 1})).0,
+            200,
+            "other requests are served as before"
+        );
+        let _ = host.log_line("the journal of jobs can't be written");
+        assert_eq!(host.metric("modalkit_journal_writable"), 0.0);
+        assert!(host.get("/readyz").1["journal_not_writable"].as_str().unwrap().contains("full"));
+
+        // The host dies, and starts, while the disk is full. Then space returns.
+        host.kill();
+        host.start_again();
+        disk.grow(8 * DISK);
+        wait_until("jobs are accepted again", || send(&host, 5000, "").0 == 200);
+        assert_eq!(host.metric("modalkit_journal_writable"), 1.0);
+        wait_until("all have a result", || {
+            let lines = fs::read_to_string(results.join("results.jsonl")).unwrap_or_default();
+            let value = |line: &str| serde_json::from_str::<Value>(line).ok()?["body"]["value"].as_i64();
+            let found: Vec<i64> = lines.lines().filter_map(value).collect();
+            accepted.iter().all(|value| found.contains(value))
+        });
     }
 }

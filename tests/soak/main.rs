@@ -1,5 +1,5 @@
 //! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind; changes
-//! of the configuration under load; how long wrong keys take. Each
+//! of the configuration under load; how long wrong keys take; jobs while hosts and brokers are killed. Each
 //! part asserts that nothing was lost or wrong, and prints what was measured: times depend on the machine, and are for people.
 //! `cargo xtask bench reload` and `cargo xtask soak` run it.
 

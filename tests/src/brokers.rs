@@ -141,9 +141,34 @@ pub fn moto(signed: bool) -> Server {
 }
 
 fn moto_answers(port: u16) -> bool {
+    answers_with_200(port, "/moto-api/data.json")
+}
+
+/// ministack, which speaks SQS too, and is quick where queues are long: moto looks through a whole queue for each message. It keeps
+/// nothing, and verifies no signature.
+///
+/// # Panics
+/// Where there is no place for temporary files, or ministack isn't installed.
+#[must_use]
+pub fn ministack() -> Server {
+    let (port, folder) = (free_port(), tempfile::tempdir().expect("a temporary folder"));
+    let program: PathBuf = python_tool("ministack");
+    Server::new(port, folder, ministack_answers, move || {
+        let mut command = Command::new(&program);
+        command.env("BIND_HOST", "127.0.0.1").env("GATEWAY_PORT", port.to_string());
+        command.env("STATE_DIR", "state").env("S3_DATA_DIR", "s3");
+        command
+    })
+}
+
+fn ministack_answers(port: u16) -> bool {
+    answers_with_200(port, "/_ministack/health")
+}
+
+fn answers_with_200(port: u16, path: &str) -> bool {
     let ask = || -> std::io::Result<bool> {
         let mut stream = connect(port)?;
-        stream.write_all(b"GET /moto-api/data.json HTTP/1.0\r\nhost: 127.0.0.1\r\n\r\n")?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer)?;
         Ok(answer.starts_with(b"HTTP/1.1 200"))

@@ -50,7 +50,7 @@ pub enum Broker {
     /// A stream of Redis, whose every write is synced.
     #[default]
     Redis,
-    /// A queue of moto's SQS.
+    /// A queue of an SQS on this machine.
     Sqs,
 }
 
@@ -143,7 +143,7 @@ impl Chaos {
                 (server, config)
             }
             Broker::Sqs => {
-                let server = brokers::moto(false);
+                let server = brokers::ministack();
                 let config = format!(
                     "[app_settings.queue_config]\nbackend = \"main\"\n[app_settings.queue_config.backends.main]\nkind = \"sqs\"\n\
                      broker_url = \"http://127.0.0.1:{}/\"\naccess_key_id = \"k\"\nsecret_access_key = \"s\"\n",

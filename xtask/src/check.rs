@@ -11,12 +11,12 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const BROKERS: [&str; 3] = ["redis", "moto", "taskiq"];
+const NEEDS: [&str; 4] = ["redis", "moto", "taskiq", "mount"];
 
 /// Every test. The end-to-end tests start real hosts with real plugins, so these are built first.
 pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
-    if let Some(unknown) = without.iter().find(|name| !BROKERS.contains(&name.as_str())) {
-        bail!("--without {unknown}: expected one of {}", BROKERS.join(", "));
+    if let Some(unknown) = without.iter().find(|name| !NEEDS.contains(&name.as_str())) {
+        bail!("--without {unknown}: expected one of {}", NEEDS.join(", "));
     }
     let has = |name: &str| !without.iter().any(|without| without == name);
     if has("redis") {

@@ -25,8 +25,8 @@ cargo xtask COMMAND
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
   test [--without NAME] [ARGS...]
-                                every test; ARGS go to `cargo test`. Without a broker (redis, moto, taskiq) those that need
-                                it are left out, and the end says so
+                                every test; ARGS go to `cargo test`. Without a broker (redis, moto, taskiq) or without root's
+                                mount those that need it are left out, and the end says so
   brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, then every test
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big

@@ -12,7 +12,8 @@ use crate::build::run;
 
 const FOLDER: &str = "target/python";
 /// What is installed, and in which version: written into the environment when it is complete.
-const TOOLS: [&str; 4] = ["moto[server]==5.2.5", "boto3==1.44.5", "taskiq==0.13.0", "taskiq-redis==1.2.4"];
+const TOOLS: [&str; 5] =
+    ["ministack==1.5.33", "moto[server]==5.2.5", "boto3==1.43.106", "taskiq==0.13.0", "taskiq-redis==1.2.4"];
 
 /// Installs what isn't there.
 pub(crate) fn ensure() -> anyhow::Result<()> {
