@@ -209,6 +209,15 @@ pub fn sqs_queue(port: u16, name: &str) -> String {
 /// Takes everything out of one of moto's queues.
 #[must_use]
 pub fn sqs_drain(port: u16, name: &str) -> Vec<Value> {
+    sqs_take(port, name, usize::MAX)
+}
+
+/// Takes messages out until there are so many, or none is left.
+///
+/// # Panics
+/// As by [`sqs`].
+#[must_use]
+pub fn sqs_take(port: u16, name: &str, enough: usize) -> Vec<Value> {
     let url = sqs_queue(port, name);
     let mut messages = Vec::new();
     loop {
@@ -224,6 +233,9 @@ pub fn sqs_drain(port: u16, name: &str) -> Vec<Value> {
             .collect();
         let _ = sqs(port, "DeleteMessageBatch", &json!({"QueueUrl": url, "Entries": entries}));
         messages.extend_from_slice(received);
+        if messages.len() >= enough {
+            return messages;
+        }
     }
 }
 

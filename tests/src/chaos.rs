@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -31,6 +31,10 @@ const MOMENT_MAX: u64 = 800;
 const AWAY: Duration = Duration::from_millis(300);
 /// How long what was accepted may take to be delivered after a round.
 const ROUND_TIME_MAX: Duration = Duration::from_secs(120);
+/// The longest that hosts which share a queue may take for it.
+const SHARING_TIME_MAX: Duration = Duration::from_secs(900);
+/// Results that are taken from SQS before they are counted.
+const TAKEN_AT_ONCE: usize = 200;
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -260,6 +264,8 @@ pub struct Sharing {
     pub every: Duration,
     /// The queue's broker.
     pub broker: Broker,
+    /// Every fifth request sleeps, up to this long.
+    pub sleep_ms_max: usize,
 }
 
 /// What came out.
@@ -294,28 +300,36 @@ impl Sharing {
         let begun = Instant::now();
         let mut hosts: Vec<Host> =
             (0..self.hosts).map(|_| Setup::new().plugin("puppet").config(&config).start()).collect();
-        let mut times: HashMap<i64, usize> = HashMap::new();
-        let (mut kills, mut struck) = (0, Instant::now());
-        while times.len() < self.messages {
-            assert!(
-                begun.elapsed() < Duration::from_secs(900),
-                "{} of {} are answered",
-                times.len(),
-                self.messages
-            );
-            if struck.elapsed() > self.every {
-                let victim = kills % hosts.len();
-                hosts[victim].kill();
-                hosts[victim].start_again();
-                (kills, struck) = (kills + 1, Instant::now());
+        // On a thread of its own: who empties a queue that others fill may be long about it, and hosts must die meanwhile.
+        let times: Mutex<HashMap<i64, usize>> = Mutex::default();
+        let done = AtomicBool::new(false);
+        let answered = || times.lock().unwrap().len();
+        let (took, kills) = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    self.collect(&broker, &times);
+                    thread::sleep(Duration::from_millis(50));
+                }
+            });
+            let (mut kills, mut struck) = (0, Instant::now());
+            while answered() < self.messages && begun.elapsed() < SHARING_TIME_MAX {
+                if struck.elapsed() > self.every {
+                    let victim = kills % hosts.len();
+                    hosts[victim].kill();
+                    hosts[victim].start_again();
+                    (kills, struck) = (kills + 1, Instant::now());
+                }
+                thread::sleep(Duration::from_millis(20));
             }
-            self.collect(&broker, &mut times);
-            thread::sleep(Duration::from_millis(50));
-        }
-        let took = begun.elapsed();
-        // What runs twice comes a little later.
-        thread::sleep(Duration::from_secs(8));
-        self.collect(&broker, &mut times);
+            let took = begun.elapsed();
+            // What runs twice comes a little later.
+            thread::sleep(Duration::from_secs(8));
+            done.store(true, Ordering::SeqCst);
+            (took, kills)
+        });
+        self.collect(&broker, &times);
+        let times = times.into_inner().unwrap();
+        assert_eq!(times.len(), self.messages, "after {took:?}");
         Shared { answered: times.len(), duplicates: times.values().map(|times| times - 1).sum(), kills, took }
     }
 
@@ -324,7 +338,7 @@ impl Sharing {
             let mut message = json!({"value": value});
             if value.is_multiple_of(5) {
                 message["do"] = json!("sleep");
-                message["ms"] = json!(value % 40);
+                message["ms"] = json!(value % self.sleep_ms_max);
             }
             json!({"message": message, "success_queue": RESULTS, "failure_queue": RESULTS}).to_string()
         };
@@ -352,10 +366,10 @@ impl Sharing {
         }
     }
 
-    fn collect(&self, broker: &Server, times: &mut HashMap<i64, usize>) {
+    fn collect(&self, broker: &Server, times: &Mutex<HashMap<i64, usize>>) {
         let bodies: Vec<Vec<u8>> = match self.broker {
             Broker::Redis => brokers::redis_take(broker.port, RESULTS),
-            Broker::Sqs => brokers::sqs_drain(broker.port, RESULTS)
+            Broker::Sqs => brokers::sqs_take(broker.port, RESULTS, TAKEN_AT_ONCE)
                 .iter()
                 .map(|message| message["Body"].as_str().unwrap_or_default().as_bytes().to_vec())
                 .collect(),
@@ -363,7 +377,8 @@ impl Sharing {
         for body in bodies {
             let result: Value = serde_json::from_slice(&body).unwrap_or_default();
             let value = result["value"].as_i64();
-            *times.entry(value.unwrap_or_else(|| panic!("{result}"))).or_default() += 1;
+            let value = value.unwrap_or_else(|| panic!("{result}"));
+            *times.lock().unwrap().entry(value).or_default() += 1;
         }
     }
 }
