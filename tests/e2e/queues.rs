@@ -2,7 +2,7 @@
 //! hung, or refuse.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -178,6 +178,29 @@ fn sqs(queue: &'static str) -> Rig {
         bytes_max: Some((1 << 20) - 256),
         keeps_order: queue.ends_with(".fifo"),
     }
+}
+
+/// A certificate for this machine that is its own authority, and its private key: files in a folder.
+fn certified() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key) = (folder.path().join("certificate.pem"), folder.path().join("key.pem"));
+    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    (folder, certificate, key)
+}
+
+/// It speaks TLS with a server whose authority it knows, and tells nothing to one whose authority it doesn't.
+fn speaks_tls(mut server: Server, known: &Spec, unknown: &Spec) {
+    server.start();
+    let runtime = runtime();
+    let backend = of(known);
+    assert_eq!(runtime.block_on(backend.check()), Ok(()));
+    deliver(&runtime, &*backend, "results", &[message(1, "{}")]);
+    let stranger = of(unknown);
+    let results = runtime.block_on(stranger.send("results", &[message(2, "{}")]));
+    let [Err(QueueError::Unavailable(why))] = &results[..] else { panic!("{results:?}") };
+    assert!(why.to_lowercase().contains("certificate"), "{why}");
 }
 
 fn message(number: usize, body: impl Into<Bytes>) -> Message {
@@ -518,6 +541,18 @@ mod with_redis {
     }
 
     #[test]
+    fn redis_is_spoken_to_over_tls() {
+        let (_folder, certificate, key) = certified();
+        let server = brokers::redis_with_tls(&certificate, &key);
+        let of_tls = |ca: Option<PathBuf>| {
+            let url = format!("rediss://127.0.0.1:{}", server.port);
+            Spec::Redis(RedisSpec { url, ca, ..redis_spec(server.port, RedisShape::List) })
+        };
+        let (known, unknown) = (of_tls(Some(certificate.clone())), of_tls(None));
+        speaks_tls(server, &known, &unknown);
+    }
+
+    #[test]
     fn a_password_that_is_mended_is_taken_without_a_restart() {
         let mut server = brokers::redis(&["--requirepass", "right"]);
         server.start();
@@ -593,6 +628,18 @@ mod with_moto {
         let mut server = brokers::moto(false);
         let spec = Spec::Sqs(sqs_spec(server.port, "k", "s"));
         gives_messages(&mut server, &spec, &spec);
+    }
+
+    #[test]
+    fn sqs_is_spoken_to_over_tls() {
+        let (_folder, certificate, key) = certified();
+        let server = brokers::moto_with_tls(&certificate, &key);
+        let of_tls = |ca: Option<PathBuf>| {
+            let endpoint = Some(format!("https://127.0.0.1:{}/", server.port));
+            Spec::Sqs(SqsSpec { endpoint, ca, ..sqs_spec(server.port, "k", "s") })
+        };
+        let (known, unknown) = (of_tls(Some(certificate.clone())), of_tls(None));
+        speaks_tls(server, &known, &unknown);
     }
 
     #[test]

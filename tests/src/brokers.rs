@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -104,6 +104,27 @@ pub fn redis(arguments: &[&str]) -> Server {
     })
 }
 
+/// Redis over TLS, and only over TLS, with this certificate and private key (files in PEM).
+///
+/// # Panics
+/// Where there is no place for temporary files.
+#[must_use]
+pub fn redis_with_tls(certificate: &Path, private_key: &Path) -> Server {
+    let (port, folder) = (free_port(), tempfile::tempdir().expect("a temporary folder"));
+    let (certificate, private_key) = (certificate.to_owned(), private_key.to_owned());
+    Server::new(port, folder, listens, move || {
+        let mut command = Command::new(workspace().join("target/brokers/redis-server"));
+        command.args(["--port", "0", "--tls-port", &port.to_string(), "--bind", "127.0.0.1", "--dir", "."]);
+        command.arg("--tls-cert-file").arg(&certificate).arg("--tls-key-file").arg(&private_key);
+        command.args(["--tls-auth-clients", "no", "--save", ""]);
+        command
+    })
+}
+
+fn listens(port: u16) -> bool {
+    connect(port).is_ok()
+}
+
 fn redis_answers(port: u16) -> bool {
     let ask = || -> std::io::Result<bool> {
         let mut stream = connect(port)?;
@@ -136,6 +157,23 @@ pub fn moto(signed: bool) -> Server {
         if signed {
             command.env("INITIAL_NO_AUTH_ACTION_COUNT", "4");
         }
+        command
+    })
+}
+
+/// moto over HTTPS, with this certificate and private key (files in PEM).
+///
+/// # Panics
+/// Where there is no place for temporary files, or moto isn't installed.
+#[must_use]
+pub fn moto_with_tls(certificate: &Path, private_key: &Path) -> Server {
+    let (port, folder) = (free_port(), tempfile::tempdir().expect("a temporary folder"));
+    let (certificate, private_key) = (certificate.to_owned(), private_key.to_owned());
+    let program: PathBuf = python_tool("moto_server");
+    Server::new(port, folder, listens, move || {
+        let mut command = Command::new(&program);
+        command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
+        command.arg("--ssl-cert").arg(&certificate).arg("--ssl-key").arg(&private_key);
         command
     })
 }

@@ -131,16 +131,17 @@ impl Model {
     /// Says where it stands; jobs are taken while that is [`Status::Ready`].
     pub fn set_status(&self, status: Status, generation: Option<&Arc<Generation>>) {
         let ready = status == Status::Ready;
+        if ready {
+            // Open first: who finds a generation finds the queue open, and who is told that it is ready finds a generation.
+            self.queue.open();
+            self.serving.store(generation.cloned());
+        }
         // Another model of its name may have come by now, and the gauges are that one's.
         if status != Status::Removed {
             self.metrics.ready.set(i64::from(ready));
         }
         self.status.store(Arc::new(status));
-        if ready {
-            // Open first: who finds a generation finds the queue open.
-            self.queue.open();
-            self.serving.store(generation.cloned());
-        } else {
+        if !ready {
             self.serving.store(None);
             self.fail_waiting();
         }
