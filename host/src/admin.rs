@@ -6,6 +6,7 @@ use hyper::{
     StatusCode,
     header::{HeaderValue, RETRY_AFTER},
 };
+use modalkit_device::Devices;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -39,10 +40,17 @@ pub fn live() -> HttpResponse {
     object_response(StatusCode::OK, &json!({"live": true}))
 }
 
-/// `GET /readyz`: the volumes have been looked through, every model serves, new requests are taken, and no broker refuses this host. One
-/// that is away is told of and no reason to send callers elsewhere: results wait in the journal.
+/// `GET /readyz`: the volumes have been looked through, every model serves, new requests are taken, no device is lost, and no broker
+/// refuses this host. One that is away is told of and no reason to send callers elsewhere: results wait in the journal.
 #[must_use]
-pub fn ready(models: &Models, gate: &Gate, access: &Access, jobs: &Jobs, reasons: bool) -> HttpResponse {
+pub fn ready(
+    models: &Models,
+    gate: &Gate,
+    access: &Access,
+    jobs: &Jobs,
+    devices: &Devices,
+    reasons: bool,
+) -> HttpResponse {
     let all = models.all();
     let waiting: BTreeMap<&String, Value> = all
         .iter()
@@ -53,8 +61,15 @@ pub fn ready(models: &Models, gate: &Gate, access: &Access, jobs: &Jobs, reasons
     let faults = jobs.queues().faults();
     let journal = jobs.failing();
     let denied = faults.values().any(|fault| fault.denied);
+    let lost = devices.lost().borrow().clone();
     let queues = if reasons { json!(faults) } else { json!(faults.keys().collect::<Vec<_>>()) };
-    if waiting.is_empty() && keys.is_empty() && models.are_complete() && !gate.is_closed() && !denied {
+    if waiting.is_empty()
+        && keys.is_empty()
+        && models.are_complete()
+        && !gate.is_closed()
+        && !denied
+        && lost.is_none()
+    {
         let mut body = json!({"ready": true});
         if !faults.is_empty() {
             body["queues_not_usable"] = queues;
@@ -67,7 +82,7 @@ pub fn ready(models: &Models, gate: &Gate, access: &Access, jobs: &Jobs, reasons
     }
     let looking = !models.are_complete();
     let keys = if reasons { json!(keys) } else { json!(keys.len()) };
-    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some()});
+    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some(), "device_lost": if reasons { json!(lost) } else { json!(lost.is_some()) }});
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response
@@ -88,9 +103,17 @@ pub fn config(now: &reconfigure::Now) -> HttpResponse {
     object_response(StatusCode::OK, &body)
 }
 
+/// `GET /devices`: the GPUs, how each stands and who holds it.
+#[must_use]
+pub fn devices(devices: &Devices) -> HttpResponse {
+    let body = json!({"devices": devices.standing(), "why_none": devices.why_none()});
+    object_response(StatusCode::OK, &body)
+}
+
 /// `GET /metrics`.
 #[must_use]
-pub fn metrics(metrics: &Metrics) -> HttpResponse {
+pub fn metrics(metrics: &Metrics, devices: &Devices) -> HttpResponse {
+    devices.standing().iter().for_each(|standing| metrics.devices.set(standing));
     text_response(METRICS_CONTENT_TYPE, metrics.render())
 }
 

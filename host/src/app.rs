@@ -1,7 +1,8 @@
 //! The composition root: puts the parts together and takes them apart in order. It never knows what they do.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Instant};
+use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Instant};
 
+use modalkit_device::Devices;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -30,6 +31,9 @@ const LEAVE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// How long answers that are being written get, after the last one was made.
 const WRITE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// Between two looks at devices' free memory and utilisation.
+const BETWEEN_LOOKS_AT_DEVICES: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -37,6 +41,8 @@ pub enum Ended {
     Drained,
     /// `drain_timeout_seconds` passed first.
     CutOff,
+    /// A device failed in a way that lasts until the process ends; what could be answered was.
+    DeviceLost,
 }
 
 /// Serves until `stop` is ready, then drains. With `set_journal_aside` a journal that can't be read doesn't keep it from starting. The
@@ -83,7 +89,10 @@ pub async fn run(
     }
     let jobs = Jobs::open(&server.state_folder, server.jobs, around).map_err(explain)?;
     let consumed = config.queues.consume.clone();
-    let (reload, control) = Reload::start(config, Arc::clone(&models), Arc::clone(&metrics))?;
+    let devices = tokio::task::spawn_blocking(Devices::find).await?;
+    tell_of(&devices);
+    let (reload, control) =
+        Reload::start(config, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
     let running = reconfigure::Running {
@@ -102,6 +111,7 @@ pub async fn run(
         models,
         Arc::clone(&jobs),
         metrics,
+        Arc::clone(&devices),
         control,
         configuration,
     );
@@ -129,12 +139,17 @@ pub async fn run(
     };
     tracing::info!(%address, url = format!("{scheme}://{address}"), "listening");
 
+    let mut lost = devices.lost();
     tokio::select! {
         never = reconfigure.run(hang_ups) => match never {},
         never = follow => match never {},
         never = access::refresh(access, specs) => match never {},
         never = queues.watch() => match never {},
+        never = watch_devices(&devices) => match never {},
         () = stop => {}
+        _ = lost.wait_for(Option::is_some) => {
+            tracing::error!("a device is lost: this host drains and ends, to be started again by its supervisor");
+        }
     }
 
     let begun = Instant::now();
@@ -142,10 +157,15 @@ pub async fn run(
     gate.close();
     // Jobs that were handed to models are waited for; the others stay in the journal.
     jobs.drain().await;
-    // The accept loop ends and closes the port; connections end with the request they are in.
+    let lost = lost.borrow().is_some();
+    if !lost {
+        // The accept loop ends and closes the port; connections end with the request they are in.
+        let _ = shut_down.send(true);
+    }
+    let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
+    // Who asks why a host with a lost device takes nothing more is told so, as long as something is inside.
     let _ = shut_down.send(true);
     let (threads, connections) = serving.await?;
-    let drained = tokio::time::timeout(server.drain_timeout, gate.emptied()).await.is_ok();
     if !drained {
         tracing::warn!(inside = gate.inside(), "drain_timeout_seconds passed; what is inside is cut off");
     }
@@ -171,7 +191,41 @@ pub async fn run(
     // It waits for the collector, at most for a named time; a pool that is full of hung work doesn't keep the host.
     let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
-    Ok(if drained { Ended::Drained } else { Ended::CutOff })
+    Ok(match drained {
+        _ if lost => Ended::DeviceLost,
+        true => Ended::Drained,
+        false => Ended::CutOff,
+    })
+}
+
+fn tell_of(devices: &Devices) {
+    if let Some(why) = devices.why_none() {
+        tracing::info!(why, "no GPU");
+    }
+    for device in devices.all() {
+        tracing::info!(
+            device = device.ordinal,
+            name = device.name,
+            uuid = device.uuid,
+            memory_bytes = device.memory_bytes,
+            compute_capability = device.compute_capability,
+            pci_address = device.pci_address,
+            "GPU"
+        );
+    }
+}
+
+/// Keeps what is known of devices' memory and work up to date.
+async fn watch_devices(devices: &Arc<Devices>) -> Infallible {
+    if devices.all().is_empty() {
+        return std::future::pending().await;
+    }
+    loop {
+        tokio::time::sleep(BETWEEN_LOOKS_AT_DEVICES).await;
+        let devices = Arc::clone(devices);
+        // A look that failed is made up for by the next.
+        let _ = tokio::task::spawn_blocking(move || devices.look()).await;
+    }
 }
 
 /// For connections that this program opens itself.

@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use modalkit_device::Standing;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder, exponential_buckets,
@@ -54,8 +55,41 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Asynchronous jobs.
     pub jobs: JobMetrics,
+    /// GPUs.
+    pub devices: DeviceMetrics,
     /// Resident memory of the process.
     pub resident_bytes: Gauge,
+}
+
+/// GPUs, by their number and name.
+pub struct DeviceMetrics {
+    memory_total: IntGaugeVec,
+    memory_free: IntGaugeVec,
+    memory_leased: IntGaugeVec,
+    utilization: IntGaugeVec,
+    leases: IntGaugeVec,
+    lost: IntGaugeVec,
+}
+
+impl DeviceMetrics {
+    /// Takes over how a device stands.
+    pub fn set(&self, standing: &Standing<'_>) {
+        let ordinal = standing.device.ordinal.to_string();
+        let device = [ordinal.as_str(), standing.device.name.as_str()];
+        let set = |gauge: &IntGaugeVec, value: u64| {
+            gauge.with_label_values(&device).set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        set(&self.memory_total, standing.device.memory_bytes);
+        set(&self.memory_leased, standing.leased_mb << 20);
+        set(&self.leases, standing.holders.len() as u64);
+        set(&self.lost, u64::from(standing.lost.is_some()));
+        if let Some(usage) = &standing.usage {
+            set(&self.memory_free, usage.memory_free_bytes);
+            if let Some(percent) = usage.utilization_percent {
+                set(&self.utilization, percent.into());
+            }
+        }
+    }
 }
 
 /// Asynchronous jobs, their journal and their deliveries.
@@ -374,6 +408,34 @@ impl Metrics {
                     "modalkit_journal_writable",
                     "1 while jobs can be written to the journal",
                 ),
+            },
+            devices: DeviceMetrics {
+                memory_total: gauges_by(
+                    "modalkit_device_memory_bytes",
+                    "all of a device's memory",
+                    &["device", "name"],
+                ),
+                memory_free: gauges_by(
+                    "modalkit_device_memory_free_bytes",
+                    "what no process uses of it",
+                    &["device", "name"],
+                ),
+                memory_leased: gauges_by(
+                    "modalkit_device_memory_leased_bytes",
+                    "what replicas of this host may use of it",
+                    &["device", "name"],
+                ),
+                utilization: gauges_by(
+                    "modalkit_device_utilization_percent",
+                    "the share of the last moments in which it ran something",
+                    &["device", "name"],
+                ),
+                leases: gauges_by(
+                    "modalkit_device_holders",
+                    "replicas of this host that hold it",
+                    &["device", "name"],
+                ),
+                lost: gauges_by("modalkit_device_lost", "1 once it has failed for good", &["device", "name"]),
             },
             resident_bytes,
             registry,

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::PipelineError;
+use crate::{Device, PipelineError};
 
 /// What [`crate::InferencePipeline::load`] gets.
 ///
@@ -28,6 +28,7 @@ pub struct LoadContext<S> {
     pub(crate) common_settings: Value,
     pub(crate) settings: S,
     pub(crate) secrets: Secrets,
+    pub(crate) devices: Vec<Device>,
 }
 
 /// Secrets by name. Printed, it shows the names.
@@ -96,6 +97,26 @@ impl<S> LoadContext<S> {
     #[must_use]
     pub fn secret(&self, name: &str) -> Option<&str> {
         self.secrets.0.get(name).map(String::as_str)
+    }
+
+    /// The device that this replica was given; the first where there are several, and `None` where the model asks for none
+    /// (`deployment_config.gpu`).
+    ///
+    /// ```
+    /// # use modalkit_sdk::{LoadContext, NoSettings};
+    /// fn runs_on(ctx: &LoadContext<NoSettings>) -> &str {
+    ///     ctx.device().map_or("the CPU", |device| device.name())
+    /// }
+    /// ```
+    #[must_use]
+    pub fn device(&self) -> Option<&Device> {
+        self.devices.first()
+    }
+
+    /// All devices that this replica was given.
+    #[must_use]
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
     }
 
     /// The settings, to be kept.

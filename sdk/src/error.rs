@@ -4,6 +4,8 @@ use std::{error::Error, fmt};
 
 use modalkit_abi::{Failure, FailureKind, PathSegment};
 
+use crate::device::{kind_of_code, kind_of_text};
+
 /// What the caller can do about a [`PipelineError`].
 ///
 /// ```
@@ -25,8 +27,8 @@ pub enum ErrorKind {
 
 /// An error of a pipeline, of a whole batch or of one item.
 ///
-/// Any `std::error::Error` becomes a permanent one through `?`, with its causes in the text. Say more where you know
-/// more:
+/// Any `std::error::Error` becomes a permanent one through `?`, with its causes in the text; one of CUDA becomes what it is: by its code
+/// where the SDK's feature `cuda` is on and the error is cudarc's, by its text otherwise. Say more where you know more:
 ///
 /// ```
 /// use modalkit_sdk::PipelineError;
@@ -89,6 +91,19 @@ impl PipelineError {
         Self::new(ErrorKind::DeviceLost, message)
     }
 
+    /// A result of CUDA other than success, by its number (`CUresult`, `cudaError_t`): for bindings whose errors the SDK doesn't know.
+    /// Whether the device is lost, another try may help, or neither, follows from the number.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{ErrorKind, PipelineError};
+    /// assert!(PipelineError::cuda(700, "copying the weights").is_device_lost());
+    /// assert_eq!(PipelineError::cuda(2, "allocating the batch").kind(), ErrorKind::Transient);
+    /// assert_eq!(PipelineError::cuda(1, "launching").kind(), ErrorKind::Permanent);
+    /// ```
+    pub fn cuda(code: u32, message: impl fmt::Display) -> Self {
+        Self::new(kind_of_code(code), format!("{message}: CUDA error {code}"))
+    }
+
     fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
         Self { kind, message: message.to_string() }
     }
@@ -147,17 +162,34 @@ impl fmt::Debug for PipelineError {
 }
 
 // `PipelineError` is no `std::error::Error` itself, or this would overlap with `impl From<T> for T`.
-impl<E: Error> From<E> for PipelineError {
+impl<E: Error + 'static> From<E> for PipelineError {
     fn from(error: E) -> Self {
-        let mut message = error.to_string();
-        let mut cause = error.source();
+        let mut message = String::new();
+        let mut code = None;
+        let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
         while let Some(error) = cause {
-            message.push_str(": ");
+            let separator = if message.is_empty() { "" } else { ": " };
+            message.push_str(separator);
             message.push_str(&error.to_string());
+            code = code.or_else(|| cuda_code(error));
             cause = error.source();
         }
-        Self { kind: ErrorKind::Permanent, message }
+        let kind = match code {
+            Some(code) => kind_of_code(code),
+            None => kind_of_text(&message).unwrap_or(ErrorKind::Permanent),
+        };
+        Self { kind, message }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_code(error: &(dyn Error + 'static)) -> Option<u32> {
+    error.downcast_ref::<cudarc::driver::DriverError>().map(|error| error.0 as u32)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_code(_: &(dyn Error + 'static)) -> Option<u32> {
+    None
 }
 
 /// Why `validate` turned an input down, and where in it: becomes the `loc` and `msg` of a 422.

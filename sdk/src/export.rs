@@ -20,8 +20,9 @@ use modalkit_abi::{
 };
 
 use crate::{
-    InferencePipeline, PipelineError, VolumeReload,
+    ErrorKind, InferencePipeline, PipelineError, VolumeReload,
     context::parse_settings,
+    device::kind_of_text,
     forward::{self, serving},
     instance::{Batch, Instance, Refusal, parse, render},
     schema,
@@ -312,7 +313,10 @@ fn panicked(panic: Box<dyn Any + Send>) -> Failure {
     };
     // A payload of the author's own type may panic when it is dropped, outside every `catch_unwind`.
     std::mem::forget(panic);
-    Failure { kind: FailureKind::Panicked, message: RString::from(message) }
+    // A pipeline that unwraps what CUDA says panics with it.
+    let lost = kind_of_text(&message) == Some(ErrorKind::DeviceLost);
+    let kind = if lost { FailureKind::DeviceLost } else { FailureKind::Panicked };
+    Failure { kind, message: RString::from(message) }
 }
 
 const _: () = {

@@ -6,7 +6,7 @@ use modalkit_abi::LoadArgs;
 use parking_lot::{ArcRwLockReadGuard, RawRwLock, RwLock};
 
 use crate::{
-    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload,
+    Device, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload,
     context::{Secrets, parse_settings},
     object,
 };
@@ -36,6 +36,7 @@ impl<P: InferencePipeline> Instance<P> {
             secrets: Secrets(
                 args.secrets.iter().map(|secret| (secret.name.into(), secret.value.into())).collect(),
             ),
+            devices: args.devices.iter().map(Device::of).collect(),
         };
         Ok(Self {
             model: args.model_name.as_str().into(),

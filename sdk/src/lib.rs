@@ -51,6 +51,7 @@
 //! ```
 
 mod context;
+mod device;
 mod error;
 mod export;
 mod forward;
@@ -62,9 +63,15 @@ mod schema;
 pub mod testkit;
 
 pub use context::{LoadContext, NoSettings, VolumeReload};
+pub use device::Device;
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};
 pub use pipeline::{InferencePipeline, Outcome};
 pub use queue::{QueueBackend, QueueContext, QueueError, QueuedMessage};
+
+/// The CUDA bindings whose types [`Device::cuda`] speaks. A pipeline that wants more of them (`cublas`, `nvrtc`) depends on the same
+/// version with those features.
+#[cfg(feature = "cuda")]
+pub use cudarc;
 
 /// What [`export_pipeline!`] expands to; nothing here is for an author's hands.
 #[doc(hidden)]

@@ -3,11 +3,11 @@
 
 use std::path::PathBuf;
 
-use modalkit_abi::{LoadArgs, Secret};
+use modalkit_abi::{LeasedDevice, LoadArgs, Secret};
 use serde_json::{Value, json};
 
 use crate::{
-    InferencePipeline, Outcome, PipelineError, VolumeReload,
+    Device, InferencePipeline, Outcome, PipelineError, VolumeReload,
     context::Secrets,
     instance::{Instance, parse, render},
     schema,
@@ -53,6 +53,7 @@ pub struct TestKit {
     common_settings: Value,
     settings: Value,
     secrets: Secrets,
+    devices: Vec<Device>,
 }
 
 impl Default for TestKit {
@@ -71,6 +72,7 @@ impl TestKit {
             common_settings: json!({}),
             settings: json!({}),
             secrets: Secrets::default(),
+            devices: Vec::new(),
         }
     }
 
@@ -109,6 +111,13 @@ impl TestKit {
         self
     }
 
+    /// Gives a device, as the host would lease it; several where it is called again.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.devices.push(device);
+        self
+    }
+
     /// Checks the pipeline's types, then runs its `load` and `warmup`.
     ///
     /// # Errors
@@ -123,12 +132,14 @@ impl TestKit {
             .iter()
             .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
             .collect();
+        let devices: Vec<LeasedDevice<'_>> = self.devices.iter().map(Device::leased).collect();
         let instance = Instance::load(&LoadArgs {
             model_name: self.model_name.as_str().into(),
             all_model_data_folder: folder.as_ref().into(),
             common_settings: common.as_str().into(),
             settings: settings.as_str().into(),
             secrets: secrets.as_slice().into(),
+            devices: devices.as_slice().into(),
         })?;
         instance.warmup()?;
         Ok(LoadedPipeline { instance })

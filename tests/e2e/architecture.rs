@@ -60,7 +60,14 @@ fn every_file_opens_with_what_it_owns() {
 #[test]
 fn unsafe_code_stands_at_the_boundary_only() {
     // The attribute `#[unsafe(no_mangle)]` and this test's own words are no unsafe code.
-    let boundary = ["sdk/", "host/loader/", "tests/e2e/architecture.rs", "tests/fixtures/"];
+    let boundary = [
+        "sdk/",
+        "host/loader/",
+        "host/device/src/driver.rs",
+        "plugins/similarity/src/gpu.rs",
+        "tests/e2e/architecture.rs",
+        "tests/fixtures/",
+    ];
     only_in("unsafe {", &boundary);
     only_in("unsafe fn", &boundary);
     only_in("unsafe impl", &boundary);
@@ -89,6 +96,11 @@ fn each_library_is_known_where_it_belongs_only() {
     only_in("tract_onnx", &["plugins/onnx/", itself]);
     only_in("object_store::", &["host/src/access/ssm.rs", "host/queue/src/sqs.rs", itself]);
     only_in("rusqlite", &["host/journal/", itself]);
+    only_in(
+        "cudarc",
+        &["host/device/src/driver.rs", "sdk/", "plugins/similarity/", "tests/fixtures/gpu/", itself],
+    );
+    only_in("nvml_wrapper", &["host/device/src/monitor.rs", itself]);
     only_in("redis::", &["host/queue/", "tests/", itself]);
     only_in("opentelemetry", &["host/src/traces.rs", "host/src/ingress/follow.rs", itself]);
     only_in("rustls::", &["host/src/ingress/", "host/src/app.rs", "tests/e2e/https.rs", itself]);
@@ -104,9 +116,19 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
         ("sdk", vec!["modalkit-abi"]),
         ("host/batch", vec![]),
         ("host/loader", vec!["modalkit-abi"]),
+        ("host/device", vec![]),
         ("host/journal", vec![]),
         ("host/queue", vec!["modalkit-loader"]),
-        ("host", vec!["modalkit-batch", "modalkit-journal", "modalkit-loader", "modalkit-queue"]),
+        (
+            "host",
+            vec![
+                "modalkit-batch",
+                "modalkit-device",
+                "modalkit-journal",
+                "modalkit-loader",
+                "modalkit-queue",
+            ],
+        ),
         ("tests", vec!["modalkit", "modalkit-loader", "modalkit-queue"]),
         ("xtask", vec![]),
         ("xtask/bare", vec![]),

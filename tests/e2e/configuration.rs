@@ -198,13 +198,14 @@ fn files_of_the_python_library_load_unchanged() {
     let loaded = load(&[folder.join("production.yaml")], &[]).unwrap();
     let warned: Vec<&str> = loaded.warnings.iter().map(|warning| warning.key.as_str()).collect();
     let deployment = |key: &str| format!("app_settings.deployment_config.{key}");
-    for key in ["gpu", "memory", "cpu", "secrets", "cloud_bucket_mounts", "secure"] {
+    for key in ["memory", "cpu", "secrets", "cloud_bucket_mounts", "secure"] {
         assert!(warned.contains(&deployment(key).as_str()), "{key}: {warned:?}");
     }
     let digits = &loaded.config.models["digits"];
     assert_eq!((digits.batch.max_batch_size, digits.batch.wait.as_millis()), (64, 20));
     assert_eq!((digits.replicas.max, digits.replicas.idle_timeout.as_secs()), (4, 300));
     assert_eq!(digits.retries, 3);
+    assert_eq!(digits.gpu.as_ref().unwrap().to_string(), "H100 or A100");
     assert_eq!(loaded.config.queues.usual, "taskiq");
     assert_eq!(digits.reload.hook_interval.unwrap().as_secs(), 300);
     assert_eq!(digits.settings.json(), r#"{"path":"digits.onnx","top_k":3}"#);

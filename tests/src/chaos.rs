@@ -303,7 +303,7 @@ impl Sharing {
         // On a thread of its own: who empties a queue that others fill may be long about it, and hosts must die meanwhile.
         let times: Mutex<HashMap<i64, usize>> = Mutex::default();
         let done = AtomicBool::new(false);
-        let answered = || times.lock().unwrap().len();
+        let answered = || times.lock().unwrap_or_else(PoisonError::into_inner).len();
         let (took, kills) = thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
@@ -328,7 +328,7 @@ impl Sharing {
             (took, kills)
         });
         self.collect(&broker, &times);
-        let times = times.into_inner().unwrap();
+        let times = times.into_inner().unwrap_or_else(PoisonError::into_inner);
         assert_eq!(times.len(), self.messages, "after {took:?}");
         Shared { answered: times.len(), duplicates: times.values().map(|times| times - 1).sum(), kills, took }
     }
@@ -378,7 +378,7 @@ impl Sharing {
             let result: Value = serde_json::from_slice(&body).unwrap_or_default();
             let value = result["value"].as_i64();
             let value = value.unwrap_or_else(|| panic!("{result}"));
-            *times.lock().unwrap().entry(value).or_default() += 1;
+            *times.lock().unwrap_or_else(PoisonError::into_inner).entry(value).or_default() += 1;
         }
     }
 }

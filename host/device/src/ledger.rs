@@ -99,10 +99,6 @@ impl Ledger {
         !std::mem::replace(&mut self.slots[place].fenced, true)
     }
 
-    pub(crate) fn is_fenced(&self, place: usize) -> bool {
-        self.slots[place].fenced
-    }
-
     /// Mebibytes that are spoken for; all of them where one lease has the whole device.
     pub(crate) fn leased_mb(&self, place: usize) -> u64 {
         let of = |grant: &Grant| grant.memory_mb.unwrap_or(self.slots[place].memory_mb);

@@ -14,8 +14,8 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc::{RecvTimeoutError, sync_channel},
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::sync_channel,
     },
     thread,
     time::Duration,
@@ -127,6 +127,8 @@ pub struct Devices {
     monitor: Option<Monitor>,
     usage: Mutex<Vec<Option<Usage>>>,
     book: Mutex<Book>,
+    /// By place: looked at before each batch, and so without a lock.
+    fenced: Vec<AtomicBool>,
     freed: AtomicU64,
     lost: watch::Sender<Option<Lost>>,
 }
@@ -163,11 +165,18 @@ impl Devices {
         devices
     }
 
+    /// Of a machine without any.
+    #[must_use]
+    pub fn none() -> Arc<Self> {
+        Arc::new(Self::new(driver::Found { devices: Vec::new(), why_none: None }, None))
+    }
+
     fn new(found: driver::Found, monitor: Option<Monitor>) -> Self {
         let slots = found.devices.iter().map(|device| (device.name.clone(), device.memory_bytes / MEBIBYTE));
         Self {
             book: Mutex::new(Book { ledger: Ledger::new(slots), ..Book::default() }),
             usage: Mutex::new(vec![None; found.devices.len()]),
+            fenced: found.devices.iter().map(|_| AtomicBool::new(false)).collect(),
             devices: found.devices,
             why_none: found.why_none,
             monitor,
@@ -275,6 +284,7 @@ impl Devices {
             }
             book.lost.insert(place, why.clone());
         }
+        self.fenced[place].store(true, Ordering::SeqCst);
         tracing::error!(
             device = device.ordinal,
             name = device.name,
@@ -324,8 +334,7 @@ impl Lease {
     /// Whether one of its devices is lost.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        let book = self.of.book.lock();
-        self.places.iter().any(|&place| book.ledger.is_fenced(place))
+        self.places.iter().any(|&place| self.of.fenced[place].load(Ordering::SeqCst))
     }
 
     /// Asks the driver after something failed on these devices, and fences those that are lost; says whether one is. `claimed` is what
@@ -333,6 +342,9 @@ impl Lease {
     ///
     /// Blocks, in most cases for microseconds, at most for [`HEALTH_TIME_MAX`].
     pub fn examine(&self, claimed: Option<&str>) -> bool {
+        if self.is_lost() {
+            return true;
+        }
         for &place in &self.places {
             let ordinal = self.of.devices[place].ordinal;
             let health = within(HEALTH_TIME_MAX, move || driver::health(ordinal)).unwrap_or_else(|| {
@@ -378,10 +390,8 @@ fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 
         let _ = done.send(work());
     };
     thread::Builder::new().name("cuda driver".into()).spawn(work).ok()?;
-    match result.recv_timeout(limit) {
-        Ok(value) => Some(value),
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-    }
+    // Neither of a thread that is too slow nor of one that panicked there is a result.
+    result.recv_timeout(limit).ok()
 }
 
 #[cfg(test)]

@@ -43,7 +43,10 @@ fn words(name: &str) -> impl Iterator<Item = &str> {
 /// Why a text names no device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct NoPreference(String);
+pub struct NoPreference(
+    /// What was expected.
+    pub String,
+);
 
 impl FromStr for Preference {
     type Err = NoPreference;

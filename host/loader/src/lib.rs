@@ -21,7 +21,7 @@ mod store;
 pub use elf::{exports_queue, is_whole};
 pub use error::{LoadError, OpenError};
 pub use handles::{Batch, Foreign, Instance, Item, Outcome};
-pub use library::{Load, LogSink, Plugin, mapped_bytes};
+pub use library::{Device, Load, LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
 pub use modesty::be_modest;
 pub use queue::{Outgoing, Queue, QueuePlugin};

@@ -8,8 +8,8 @@ use std::{
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
-    ABI_VERSION, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LoadArgs, LogLevel, LogRecord, MAGIC,
-    PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
+    ABI_VERSION, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LeasedDevice, LoadArgs, LogLevel,
+    LogRecord, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
     abi_stable::{
         library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
         std_types::{ROption, RResult},
@@ -42,6 +42,23 @@ pub struct Load<'a> {
     pub settings: &'a str,
     /// Secrets by name.
     pub secrets: &'a BTreeMap<String, String>,
+    /// The devices that it is given.
+    pub devices: &'a [Device<'a>],
+}
+
+/// A device that an instance is given.
+#[derive(Clone, Copy, Debug)]
+pub struct Device<'a> {
+    /// Its number in this process, as CUDA counts.
+    pub ordinal: u32,
+    /// As its maker calls it.
+    pub name: &'a str,
+    /// Its own for ever.
+    pub uuid: &'a str,
+    /// Bytes of all of its memory.
+    pub memory_bytes: u64,
+    /// Bytes that the instance may use; `None` for all.
+    pub memory_budget_bytes: Option<u64>,
 }
 
 struct Shared {
@@ -96,18 +113,27 @@ impl Plugin {
     ///
     /// # Errors
     /// What the pipeline's `load` said.
-    pub fn load(&self, with: &Load<'_>) -> Result<Instance, Failure> {
+    pub fn load<'a>(&self, with: &Load<'a>) -> Result<Instance, Failure> {
         let secrets: Vec<Secret<'_>> = with
             .secrets
             .iter()
             .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
             .collect();
+        let leased = |device: &Device<'a>| LeasedDevice {
+            ordinal: device.ordinal,
+            name: device.name.into(),
+            uuid: device.uuid.into(),
+            memory_bytes: device.memory_bytes,
+            memory_budget_bytes: device.memory_budget_bytes.into(),
+        };
+        let devices: Vec<LeasedDevice<'a>> = with.devices.iter().map(leased).collect();
         let args = LoadArgs {
             model_name: with.model_name.into(),
             all_model_data_folder: with.all_model_data_folder.into(),
             common_settings: with.common_settings.into(),
             settings: with.settings.into(),
             secrets: secrets.as_slice().into(),
+            devices: devices.as_slice().into(),
         };
         self.module().load()(args).into_result().map(|handle| Instance::new(self.clone(), handle))
     }

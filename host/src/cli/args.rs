@@ -60,6 +60,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         host: Host,
     },
+    /// Show a running host's GPUs: how busy each is, and which replicas hold it.
+    Devices {
+        #[command(flatten)]
+        host: Host,
+    },
     /// Have a running host take a model's plugin from its volume again, or look through a volume.
     Reload {
         /// The model.

@@ -32,6 +32,8 @@ pub(crate) enum Ask {
     ReloadVolume(String),
     /// A model's generation before.
     RollBack(String),
+    /// The GPUs.
+    Devices,
     /// The configuration in force.
     Config,
     /// The configuration, read again.
@@ -176,6 +178,7 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
         Ask::Reload(name) => (format!("/models/{}/reload", escaped(name)), Some(String::new())),
         Ask::RollBack(name) => (format!("/models/{}/rollback", escaped(name)), Some(String::new())),
         Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), Some(String::new())),
+        Ask::Devices => ("/devices".to_owned(), None),
         Ask::Config => ("/config".to_owned(), None),
         Ask::ReloadConfig => ("/config/reload".to_owned(), Some(String::new())),
         Ask::Job(id, None) => (format!("/jobs/{}", escaped(id)), None),

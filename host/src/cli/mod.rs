@@ -25,6 +25,8 @@ pub(crate) const DONE: u8 = 0;
 pub(crate) const NOT_DONE: u8 = 1;
 /// Wrong usage or, where the host was to be started, a wrong configuration.
 pub(crate) const WRONG_USAGE: u8 = 2;
+/// A GPU failed in a way that lasts until the process ends (`EX_TEMPFAIL`): start it again.
+pub(crate) const DEVICE_LOST: u8 = 75;
 /// A second signal.
 pub(crate) const SECOND_SIGNAL: u8 = 130;
 
@@ -63,6 +65,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(Command::Check { json }) => check::run(&files, &environment, json),
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
+        Some(Command::Devices { host }) => ask::run(&Ask::Devices, &host, &files, &environment),
         Some(Command::Reload { model: Some(model), host, .. }) => {
             ask::run(&Ask::Reload(model), &host, &files, &environment)
         }

@@ -13,7 +13,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::complain};
+use super::{DEVICE_LOST, DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::complain};
 
 pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
     let sources = Sources::new(files);
@@ -79,6 +79,7 @@ fn serve(sources: Sources, loaded: Loaded, log: LogLevels, set_journal_aside: bo
             ended = app::run(sources, loaded, log, set_journal_aside, hang_ups, stop) => match ended {
                 Ok(Ended::Drained) => DONE,
                 Ok(Ended::CutOff) => NOT_DONE,
+                Ok(Ended::DeviceLost) => DEVICE_LOST,
                 Err(error) => {
                     complain(&error);
                     NOT_DONE

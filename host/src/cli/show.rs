@@ -17,6 +17,7 @@ pub(crate) fn for_people(ask: &Ask, answer: &Value) -> String {
         Ask::Models(Some(_)) => model(answer),
         Ask::Reload(name) | Ask::RollBack(name) => format!("{name}: {}\n", outcome(answer)),
         Ask::ReloadVolume(_) => volume(answer),
+        Ask::Devices => devices(answer),
         Ask::Config => settings(answer),
         Ask::ReloadConfig => change(answer),
         Ask::Jobs { .. } => jobs(answer),
@@ -46,6 +47,35 @@ fn settings(answer: &Value) -> String {
         );
     }
     text
+}
+
+/// GPUs, in the driver's order.
+fn devices(answer: &Value) -> String {
+    if let Some(why) = answer["why_none"].as_str() {
+        return format!("no GPU: {why}\n");
+    }
+    let mut rows = vec![["DEVICE", "NAME", "MEMORY", "FREE", "BUSY", "LEASED", "HELD BY"].map(str::to_owned)];
+    let mebibytes =
+        |bytes: &Value| bytes.as_u64().map_or("?".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
+    for device in answer["devices"].as_array().into_iter().flatten() {
+        let holder = |holder: &Value| format!("{}.{}", word(&holder["model"]), word(&holder["replica"]));
+        let holders: Vec<String> = device["holders"].as_array().into_iter().flatten().map(holder).collect();
+        let busy = device["utilization_percent"].as_u64().map_or("?".to_owned(), |of| format!("{of} %"));
+        rows.push([
+            word(&device["ordinal"]),
+            word(&device["name"]),
+            mebibytes(&device["memory_bytes"]),
+            mebibytes(&device["memory_free_bytes"]),
+            busy,
+            format!("{} MiB", word(&device["leased_mb"])),
+            if device["lost"].is_null() {
+                holders.join(", ")
+            } else {
+                format!("lost: {}", word(&device["lost"]))
+            },
+        ]);
+    }
+    table(&rows)
 }
 
 /// Jobs, the youngest first.

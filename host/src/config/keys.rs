@@ -4,8 +4,8 @@
 use super::{
     layer::{Setting, layer},
     types::{
-        Address, Amount, Count, FreeForm, Levels, MountKind, Named, OneOrMany, Over, PerSecond, Period,
-        QueueKind, Ratio, RedisType, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+        Address, Amount, Count, FreeForm, Gpu, Levels, MountKind, Named, OneOrMany, Over, PerSecond, Period,
+        QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
     },
 };
 
@@ -203,10 +203,15 @@ layer! {
         retries: Count<0, 1000> = Count(1);
         /// The region of cloud services: of SSM and SQS, where these have none of their own.
         region: String;
+        /// The device of each replica, such as "A100", "H100:2" for two, or "any"; several in order of preference; null for none.
+        gpu: OneOrMany<Gpu>;
+        /// Mebibytes of a device's memory that one replica needs: others that say so may share the device with it.
+        gpu_memory_mb: Large, or "the whole device";
+        /// What a new generation does where no device is free: it shares the old one's ("share"), waits ("wait"), or takes them after
+        /// the old one has stopped, while requests wait ("stop_first").
+        reload_gpu: ReloadGpu = ReloadGpu::Share;
     }
     later {
-        /// The device of each replica: by name, several in order of preference, or null for none.
-        gpu: OneOrMany<String>;
         /// Prefixes of buckets that are mirrored into folders.
         cloud_bucket_mounts: Vec<BucketMount>;
         /// Megabytes of the container.

@@ -30,8 +30,8 @@ pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
 pub use resolved::{
     AuthSpec, BatchPolicy, Config, ConsumeSpec, GoldenSpec, JobSpec, KeyLimits, KeySource, KeySpec,
-    ModelSpec, Mount, Probation, QueueSpec, ReloadPolicy, Replicas, SecretText, Server, Settings, SsmSpec,
-    TlsFiles, TraceSpec, Volume, Watching,
+    ModelSpec, Mount, Probation, QueueSpec, ReloadDevices, ReloadPolicy, Replicas, SecretText, Server,
+    Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};

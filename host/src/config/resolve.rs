@@ -3,15 +3,17 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use modalkit_device::{Preference, Wanted};
+
 use super::{
     BatchPolicy, Config, Environment, Fault, GoldenSpec, JobSpec, ModelSpec, Mount, Place, Probation,
-    ReloadPolicy, Replicas, SecretText, Secrets, Server, Settings, TlsFiles, TraceSpec, Volume, Warning,
-    Watching, auth,
+    ReloadDevices, ReloadPolicy, Replicas, SecretText, Secrets, Server, Settings, TlsFiles, TraceSpec,
+    Volume, Warning, Watching, auth,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
     queues,
-    types::{MountKind, Secret, Watch},
+    types::{MountKind, ReloadGpu, Secret, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -121,6 +123,7 @@ impl Resolver<'_> {
             golden: self.golden(entry, key),
             reload: reload_policy(&deployment),
             retries: deployment.retries().0 as u32,
+            gpu: self.gpu(&deployment, key),
         }
     }
 
@@ -160,6 +163,24 @@ impl Resolver<'_> {
             stuck_max: deployment.stuck_replicas_max().0 as usize,
             load_timeout: deployment.load_timeout_seconds().duration(),
         }
+    }
+
+    fn gpu(&mut self, deployment: &DeploymentConfig, key: &str) -> Option<Wanted> {
+        let preferences: Vec<Preference> =
+            deployment.gpu.value().into_iter().flat_map(|gpu| &gpu.0).map(|gpu| gpu.0.clone()).collect();
+        let memory_mb = deployment.gpu_memory_mb.value().map(|memory| memory.0);
+        if preferences.is_empty() {
+            if memory_mb.is_some() && deployment.gpu.at() == Place::Default {
+                self.faults.push(Fault::new(
+                    &deployment.gpu_memory_mb.at(),
+                    &format!("{}.gpu_memory_mb", deployment_of(key)),
+                    "gpu beside it: the device whose memory that is, or \"any\"",
+                    "gpu_memory_mb alone",
+                ));
+            }
+            return None;
+        }
+        Some(Wanted { preferences, memory_mb })
     }
 
     fn secrets(&mut self, deployment: &DeploymentConfig, key: &str) -> Secrets {
@@ -304,6 +325,11 @@ fn reload_policy(deployment: &DeploymentConfig) -> ReloadPolicy {
             failed_share_max: deployment.probation_failed_share_max().0,
             p99_ratio_max: deployment.probation_p99_ratio_max().0,
         },
+        devices: match deployment.reload_gpu() {
+            ReloadGpu::Share => ReloadDevices::Share,
+            ReloadGpu::Wait => ReloadDevices::Wait,
+            ReloadGpu::StopFirst => ReloadDevices::StopFirst,
+        },
     }
 }
 
@@ -382,8 +408,8 @@ mod tests {
         assert_eq!((digits.batch.max_batch_size, digits.batch.wait), (8, Duration::from_millis(1)));
         assert_eq!((digits.replicas.max, digits.replicas.batches_in_flight), (4, 4));
         assert_eq!(digits.common_settings, r#"{"device":"cpu"}"#);
-        assert_eq!(loaded.warnings.len(), 1);
-        assert_eq!(loaded.warnings[0].key, "app_settings.deployment_config.gpu");
+        assert_eq!(loaded.warnings, []);
+        assert_eq!(digits.gpu.as_ref().unwrap().to_string(), "any");
         assert_eq!(config.defaults.named("echo").replicas.batches_in_flight, 1);
         assert_eq!(config.app_name, "modalkit-dev");
     }

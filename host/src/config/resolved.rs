@@ -3,6 +3,8 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
+use modalkit_device::Wanted;
+
 use super::{
     Fault, Secrets,
     fault::{listed, nearest},
@@ -359,6 +361,8 @@ pub struct ModelSpec {
     pub reload: ReloadPolicy,
     /// Further attempts for an asynchronous job that failed.
     pub retries: u32,
+    /// The devices of each replica; `None` for none.
+    pub gpu: Option<Wanted>,
 }
 
 /// A pipeline's own keys, and where each was written.
@@ -434,6 +438,19 @@ pub struct ReloadPolicy {
     pub hook_interval: Option<Duration>,
     /// What is expected of a new generation beside the old one.
     pub probation: Probation,
+    /// What it does where no device is free.
+    pub devices: ReloadDevices,
+}
+
+/// What a new generation does where no device is free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReloadDevices {
+    /// It shares those of the old one, whose memory must hold both.
+    Share,
+    /// It waits until one is.
+    Wait,
+    /// It takes them after the old one has stopped; requests wait meanwhile.
+    StopFirst,
 }
 
 /// What is expected of a new generation beside the one before.

@@ -17,6 +17,7 @@ mod tls;
 
 use std::sync::Arc;
 
+use modalkit_device::Devices;
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
@@ -42,6 +43,8 @@ pub struct Context {
     pub jobs: Arc<Jobs>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// The GPUs.
+    pub devices: Arc<Devices>,
     /// Where changes of plugins are asked for.
     pub control: Control,
     /// The configuration in force, and where a new look at it is asked for.
@@ -64,6 +67,7 @@ impl Context {
         models: Arc<Models>,
         jobs: Arc<Jobs>,
         metrics: Arc<Metrics>,
+        devices: Arc<Devices>,
         control: Control,
         configuration: reconfigure::Handle,
     ) -> Arc<Self> {
@@ -75,6 +79,7 @@ impl Context {
             models,
             jobs,
             metrics,
+            devices,
             control,
             configuration,
             ids: RequestIds::new(),

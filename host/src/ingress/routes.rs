@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The paths of this host. Their names are labels of metrics.
-const GET_ONLY: [&str; 5] = ["/health", "/livez", "/readyz", "/metrics", "/models"];
+const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/devices"];
 
 pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
@@ -71,14 +71,16 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
         "/health" if is_get => admin::health(&context.models, may_look()),
         "/livez" if is_get => admin::live(),
         "/readyz" if is_get => {
-            admin::ready(&context.models, &context.gate, &context.access, &context.jobs, may_look())
+            let Context { models, gate, access, jobs, devices, .. } = context;
+            admin::ready(models, gate, access, jobs, devices, may_look())
         }
-        "/metrics" | "/models" if is_get => match may_manage(context, caller, head) {
+        "/metrics" | "/models" | "/devices" if is_get => match may_manage(context, caller, head) {
             Err(denied) => egress::denied(&denied),
             Ok(()) if endpoint == "/models" => admin::models(&context.models),
+            Ok(()) if endpoint == "/devices" => admin::devices(&context.devices),
             Ok(()) => {
                 context.metrics.requests_in_flight.set(context.gate.requests() as i64);
-                admin::metrics(&context.metrics)
+                admin::metrics(&context.metrics, &context.devices)
             }
         },
         known if GET_ONLY.contains(&known) => wrong_method("GET"),
@@ -105,6 +107,8 @@ pub(super) fn wrong_method(expected: &'static str) -> HttpResponse {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+
+    use modalkit_device::Devices;
 
     use super::*;
     use crate::{
@@ -143,6 +147,7 @@ mod tests {
                 models,
                 jobs,
                 metrics,
+                Devices::none(),
                 Control::of_nobody(),
                 configuration,
             )
@@ -151,7 +156,7 @@ mod tests {
             let (head, ()) = Request::builder().uri(path).body(()).unwrap().into_parts();
             elsewhere(&context, caller.parse().unwrap(), &head).status().as_u16()
         };
-        for path in ["/metrics", "/models"] {
+        for path in ["/metrics", "/models", "/devices"] {
             for (caller, expected) in
                 [("127.0.0.1", 200), ("::1", 200), ("::ffff:127.0.0.1", 200), ("192.0.2.7", 403)]
             {

@@ -4,13 +4,14 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
+use modalkit_device::{Holder, Lease, NoLease};
 use modalkit_loader::{Failure, FailureKind, Instance};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -50,6 +51,8 @@ pub struct Fleet {
 pub enum Progress {
     /// They load.
     Loading,
+    /// One waits for a device, for this reason. It goes on when one is free.
+    Waits(String),
     /// As many as were asked for are loaded.
     Loaded,
     /// One could not be loaded, for this reason. It is tried again, with a growing pause.
@@ -67,6 +70,9 @@ pub struct VolumeChange {
     pub changed: Vec<String>,
 }
 
+/// Devices that may be shared while their holders are there.
+pub type Leases = Vec<Weak<Lease>>;
+
 enum Order {
     VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), Failure>>>),
     /// A hook overran its time; its replica is given up.
@@ -74,6 +80,7 @@ enum Order {
     /// That hook has returned after all.
     CameBack,
     Instance(oneshot::Sender<Option<Arc<Instance>>>),
+    Leases(oneshot::Sender<Leases>),
     Stop,
 }
 
@@ -94,6 +101,10 @@ struct Loop {
     /// Replicas with a batch that overran; their other lanes may still run one.
     given_up: Vec<Arc<Replica>>,
     loading: Vec<Loading>,
+    /// Devices of the generation before, which its replicas may share where none is free.
+    inherited: Leases,
+    /// As many leases had ended when none was to be had.
+    starved_at: Option<u64>,
     /// Threads that overran their time in `load`, in a batch or in a hook and haven't come back.
     stuck: usize,
     started_ever: u64,
@@ -115,9 +126,10 @@ struct Retry {
 }
 
 impl Fleet {
-    /// Starts to load this many replicas. They take no work until the generation is said to serve.
+    /// Starts to load this many replicas. They take no work until the generation is said to serve. Where no device is free for one, it
+    /// shares one of the `inherited`.
     #[must_use]
-    pub fn start(model: Arc<Model>, generation: Arc<Generation>, replicas: usize) -> Self {
+    pub fn start(model: Arc<Model>, generation: Arc<Generation>, replicas: usize, inherited: Leases) -> Self {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         let (orders, ordered) = mpsc::channel(ORDERS_MAX);
         let (report, progress) = watch::channel(Progress::Loading);
@@ -140,6 +152,8 @@ impl Fleet {
             leaving: Vec::new(),
             given_up: Vec::new(),
             loading: Vec::new(),
+            inherited,
+            starved_at: None,
             stuck: 0,
             started_ever: 0,
             retry: Retry { not_before: None, pause: RETRY_MIN },
@@ -168,6 +182,14 @@ impl Fleet {
         let (reply, instance) = oneshot::channel();
         self.orders.send(Order::Instance(reply)).await.ok()?;
         instance.await.ok()?
+    }
+
+    /// The devices of its replicas.
+    pub async fn leases(&self) -> Leases {
+        let (reply, leases) = oneshot::channel();
+        // A fleet that has ended has none.
+        let _ = self.orders.send(Order::Leases(reply)).await;
+        leases.await.unwrap_or_default()
     }
 
     /// Runs `on_volume_reload` on one replica after the other. What comes back has one entry for each; it ends with the
@@ -238,6 +260,11 @@ impl Loop {
             Order::Instance(reply) => {
                 // Whoever asked may have left.
                 let _ = reply.send(self.replicas.first().and_then(|replica| replica.instance()));
+            }
+            Order::Leases(reply) => {
+                let leases = self.replicas.iter().filter_map(|replica| replica.lease()).map(Arc::downgrade);
+                // Whoever asked may have left.
+                let _ = reply.send(leases.collect());
             }
             Order::VolumeReload(change, reply) => {
                 for loading in &mut self.loading {
@@ -336,6 +363,7 @@ impl Loop {
     fn on_tick(&mut self) {
         self.give_up_overrun();
         self.give_up_loading();
+        self.give_up_lost();
         self.leaving.retain(|replica| !replica.has_left());
         let now = Instant::now();
         if !self.around.generation.serves() {
@@ -380,13 +408,27 @@ impl Loop {
     fn may_retry(&self, now: Instant) -> bool {
         // Each thread that hangs keeps its memory: beyond this many, another try only spreads the damage.
         self.stuck <= self.model.spec().replicas.stuck_max
+            && self.starved_at.is_none_or(|freed| freed != self.model.devices.freed())
             && self.retry.not_before.is_none_or(|moment| moment <= now)
     }
 
     fn start_replica(&mut self) {
-        self.started_ever += 1;
         self.short_since = None;
-        match Replica::start(self.started_ever, Arc::clone(&self.around)) {
+        let freed = self.model.devices.freed();
+        let lease = match self.lease(self.started_ever + 1) {
+            Ok(lease) => lease,
+            Err(refusal @ NoLease::NotHere { .. }) => {
+                self.on_load_failed(&failure(refusal.to_string()));
+                return;
+            }
+            Err(refusal) => {
+                self.on_starved(&refusal, freed);
+                return;
+            }
+        };
+        self.starved_at = None;
+        self.started_ever += 1;
+        match Replica::start(self.started_ever, Arc::clone(&self.around), lease) {
             Ok(()) => self.loading.push(Loading {
                 replica: self.started_ever,
                 since: Instant::now(),
@@ -396,6 +438,66 @@ impl Loop {
                 self.pause_retries();
                 tracing::error!(model = self.model.name, %error, "can't start a replica's thread");
             }
+        }
+    }
+
+    /// The devices of one more replica: free ones, or else those of a replica of the generation before. `None` where the model asks for
+    /// none.
+    fn lease(&mut self, replica: u64) -> Result<Option<Arc<Lease>>, NoLease> {
+        let generation = &self.around.generation;
+        let Some(wanted) = &generation.spec.gpu else { return Ok(None) };
+        let holder = Holder { model: self.model.name.clone(), generation: generation.number, replica };
+        let refusal = match self.model.devices.lease(wanted, holder.clone()) {
+            Ok(lease) => return Ok(Some(Arc::new(lease))),
+            Err(refusal) => refusal,
+        };
+        let shared = |lease: &Weak<Lease>| lease.upgrade()?.share(wanted, holder.clone());
+        let found = self.inherited.iter().enumerate().find_map(|(at, lease)| Some((at, shared(lease)?)));
+        let Some((at, lease)) = found else { return Err(refusal) };
+        // Two of its replicas don't share what one of the generation before had.
+        self.inherited.remove(at);
+        tracing::info!(
+            model = self.model.name,
+            generation = generation.number,
+            replica,
+            "no device is free: the replica shares one with the generation before"
+        );
+        Ok(Some(Arc::new(lease)))
+    }
+
+    fn on_starved(&mut self, refusal: &NoLease, freed: u64) {
+        let reason = refusal.to_string();
+        // Said once, and tried again whenever a lease has ended.
+        if self.starved_at.replace(freed).is_none() {
+            let (model, generation) = (&self.model.name, self.around.generation.number);
+            tracing::warn!(model, generation, reason, "a replica waits for a device");
+        }
+        self.progress.send_if_modified(|progress| {
+            let waits = Progress::Waits(reason.clone());
+            let changes = *progress != Progress::Loaded && *progress != waits;
+            if changes {
+                *progress = waits;
+            }
+            changes
+        });
+        if self.replicas.is_empty() {
+            self.says(Status::Failed { reason });
+        }
+    }
+
+    /// Replicas whose device is lost run nothing any more.
+    fn give_up_lost(&mut self) {
+        if !self.replicas.iter().any(|replica| replica.is_lost()) {
+            return;
+        }
+        let (lost, well): (Vec<_>, Vec<_>) = self.replicas.drain(..).partition(|replica| replica.is_lost());
+        self.replicas = well;
+        self.validate_with_first();
+        self.leaving.extend(lost);
+        self.on_replicas_changed();
+        if self.replicas.is_empty() {
+            let reason = "its device is lost until this host has been started again".to_owned();
+            self.says(Status::Failed { reason });
         }
     }
 

@@ -7,7 +7,8 @@ use std::sync::{
 
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
-use modalkit_loader::{Failure, Instance, Item, Load, Plugin, Rejection};
+use modalkit_device::Lease;
+use modalkit_loader::{Device, Failure, Instance, Item, Load, Plugin, Rejection};
 
 use super::{explain, vitals::Vitals};
 use crate::{
@@ -89,12 +90,21 @@ impl Generation {
         }
     }
 
-    /// Loads and warms up an instance; takes as long as the author's code.
+    /// Loads and warms up an instance on these devices; takes as long as the author's code.
     ///
     /// # Errors
     /// What `load` or `warmup` said.
-    pub fn instance(&self) -> Result<Instance, Failure> {
+    pub fn instance(&self, lease: Option<&Lease>) -> Result<Instance, Failure> {
         let spec = &self.spec;
+        let budget = lease.and_then(Lease::memory_mb).map(|memory| memory << 20);
+        let leased = lease.into_iter().flat_map(Lease::devices).map(|device| Device {
+            ordinal: device.ordinal,
+            name: &device.name,
+            uuid: &device.uuid,
+            memory_bytes: device.memory_bytes,
+            memory_budget_bytes: budget,
+        });
+        let devices: Vec<Device<'_>> = leased.collect();
         let folder = spec.all_model_data_folder.to_string_lossy();
         let instance = self.plugin.load(&Load {
             model_name: &spec.name,
@@ -102,6 +112,7 @@ impl Generation {
             common_settings: &spec.common_settings,
             settings: &spec.settings.json(),
             secrets: spec.secrets.values(),
+            devices: &devices,
         })?;
         instance.warmup()?;
         Ok(instance)

@@ -13,6 +13,7 @@ mod vitals;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use modalkit_device::Devices;
 use serde::Serialize;
 
 use crate::{
@@ -23,7 +24,7 @@ use crate::{
 };
 
 pub use explain::malformed;
-pub use fleet::{Fleet, Progress, VolumeChange};
+pub use fleet::{Fleet, Leases, Progress, VolumeChange};
 pub use generation::Generation;
 pub use golden::{Golden, GoldenError};
 pub use settings::check_settings;
@@ -37,6 +38,8 @@ pub struct Model {
     pub queue: Arc<Queue>,
     /// Its metrics.
     pub metrics: Arc<ModelMetrics>,
+    /// What its replicas may lease.
+    pub devices: Arc<Devices>,
     spec: ArcSwap<ModelSpec>,
     serving: ArcSwapOption<Generation>,
     status: ArcSwap<Status>,
@@ -74,12 +77,13 @@ pub enum Status {
 impl Model {
     /// A model whose plugin hasn't been found yet.
     #[must_use]
-    pub fn new(spec: ModelSpec, metrics: &Metrics) -> Arc<Self> {
+    pub fn new(spec: ModelSpec, metrics: &Metrics, devices: Arc<Devices>) -> Arc<Self> {
         let metrics = Arc::new(metrics.model(&spec.name));
         let expected = format!("{}.so", spec.plugin);
         Arc::new(Self {
             queue: Arc::new(Queue::new(spec.batch, Arc::clone(&metrics))),
             metrics,
+            devices,
             serving: ArcSwapOption::empty(),
             status: ArcSwap::from_pointee(Status::Waiting { expected }),
             name: spec.name.clone(),

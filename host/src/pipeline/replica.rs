@@ -12,6 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use modalkit_batch::Waiting;
+use modalkit_device::Lease;
 use modalkit_loader::{Failure, FailureKind, Instance, Item, Outcome};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -44,6 +45,10 @@ pub(super) struct Replica {
     /// Its instance is changing: batches wait in the queue, for other replicas or for the end of this.
     parked: AtomicBool,
     running_lanes: AtomicUsize,
+    /// Its devices. They are free when the last thread has left, and with it the instance.
+    lease: Option<Arc<Lease>>,
+    /// When the driver was last asked after a failure that said nothing of the device.
+    asked: Mutex<Option<Instant>>,
 }
 
 /// What one of its threads runs.
@@ -76,18 +81,34 @@ pub(super) struct Surroundings {
 const BETWEEN_LOOKS_MIN: Duration = Duration::from_millis(1);
 const BETWEEN_LOOKS_MAX: Duration = Duration::from_millis(100);
 
+/// Between two questions to the driver whether a device is well whose pipeline fails and doesn't say so: some pipelines swallow what
+/// CUDA says.
+const BETWEEN_QUESTIONS: Duration = Duration::from_millis(100);
+
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
-    pub(super) fn start(number: u64, around: Arc<Surroundings>) -> std::io::Result<()> {
+    pub(super) fn start(
+        number: u64,
+        around: Arc<Surroundings>,
+        lease: Option<Arc<Lease>>,
+    ) -> std::io::Result<()> {
         let name = thread_name(&around, number, 0);
-        thread::Builder::new().name(name).spawn(move || match around.generation.instance() {
-            Ok(instance) => Self::serve(number, &around, instance),
-            Err(failure) => drop(around.tell(Event::Failed(number, failure))),
-        })?;
+        let load = move || match around.generation.instance(lease.as_deref()) {
+            Ok(instance) => Self::serve(number, &around, instance, lease),
+            Err(mut failure) => {
+                if let Some(lease) = lease {
+                    judge(&lease, &mut failure);
+                    // Free before anybody tries again.
+                    drop(lease);
+                }
+                around.tell(Event::Failed(number, failure));
+            }
+        };
+        thread::Builder::new().name(name).spawn(load)?;
         Ok(())
     }
 
-    fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance) {
+    fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance, lease: Option<Arc<Lease>>) {
         let count = around.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
@@ -97,6 +118,8 @@ impl Replica {
             leave: AtomicBool::new(false),
             parked: AtomicBool::new(false),
             running_lanes: AtomicUsize::new(count),
+            lease,
+            asked: Mutex::new(None),
         });
         if !around.tell(Event::Started(Arc::clone(&replica))) {
             // Its fleet has ended meanwhile: nobody would ever tell it to leave.
@@ -120,13 +143,49 @@ impl Replica {
         self.instance.lock().clone()
     }
 
+    /// Its devices.
+    pub(super) fn lease(&self) -> Option<&Arc<Lease>> {
+        self.lease.as_ref()
+    }
+
+    /// Whether a device of it is lost: nothing that it would run can go well.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lease.as_ref().is_some_and(|lease| lease.is_lost())
+    }
+
+    /// Finds out whether what failed has to do with its device, and corrects what was said of that.
+    fn examine(&self, outcomes: &mut Result<Vec<Outcome>, Failure>) {
+        let failures: Vec<&mut Failure> = match outcomes {
+            Ok(outcomes) => outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().err()).collect(),
+            Err(failure) => vec![failure],
+        };
+        let Some(lease) = &self.lease else {
+            for failure in failures.into_iter().filter(|failure| failure.kind == FailureKind::DeviceLost) {
+                // A device that nobody leased to it is not this host's to judge.
+                failure.kind = FailureKind::Transient;
+            }
+            return;
+        };
+        for failure in failures {
+            let claims = failure.kind == FailureKind::DeviceLost;
+            let mut asked = self.asked.lock();
+            let lately = asked.is_some_and(|asked| asked.elapsed() < BETWEEN_QUESTIONS);
+            if failure.kind == FailureKind::InvalidInput || (lately && !claims && !lease.is_lost()) {
+                continue;
+            }
+            *asked = Some(Instant::now());
+            drop(asked);
+            judge(lease, failure);
+        }
+    }
+
     /// Lets its lanes take no batch, or go on. Call it inside `Queue::change_turns`.
     pub(super) fn park(&self, parked: bool) {
         self.parked.store(parked, Ordering::SeqCst);
     }
 
     fn turn(&self, generation: &Generation) -> Turn {
-        if self.leave.load(Ordering::SeqCst) {
+        if self.leave.load(Ordering::SeqCst) || self.is_lost() {
             Turn::Leave
         } else if !generation.serves() || self.parked.load(Ordering::SeqCst) {
             Turn::Rest
@@ -171,7 +230,7 @@ impl Replica {
         let place = around.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
         while let Some(taken) = around.queue.next_batch(place, || self.turn(&around.generation)) {
-            if !run(&instance, lane, self.number, taken, around) {
+            if !run(&instance, lane, self, taken, around) {
                 around.tell(Event::CameBack);
                 break;
             }
@@ -209,7 +268,7 @@ impl Lane {
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(instance: &Instance, lane: &Lane, replica: u64, taken: Taken, around: &Surroundings) -> bool {
+fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, around: &Surroundings) -> bool {
     let Taken { batch, at, free_since } = taken;
     // Of the few that somebody follows.
     let mut followed = Vec::new();
@@ -245,14 +304,15 @@ fn run(instance: &Instance, lane: &Lane, replica: u64, taken: Taken, around: &Su
     let size = items.len();
     let begun = Instant::now();
     let mut marks = Marks::default();
-    let outcomes =
+    let mut outcomes =
         if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics, &mut marks) };
+    replica.examine(&mut outcomes);
     if size > 0 && !followed.is_empty() {
         let batch = BatchTrail {
             closed: batch.closed,
             size,
             generation: around.generation.number,
-            replica,
+            replica: replica.number,
             free_since,
             taken: at,
             begun,
@@ -277,6 +337,16 @@ fn run(instance: &Instance, lane: &Lane, replica: u64, taken: Taken, around: &Su
         Err(failure) => fail(callers, around, failure),
     }
     true
+}
+
+/// Asks the driver what a failure on these devices means, and says so in it: the devices are lost, or they are not.
+fn judge(lease: &Lease, failure: &mut Failure) {
+    let claimed = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.to_string());
+    failure.kind = match (lease.examine(claimed.as_deref()), failure.kind) {
+        (true, _) => FailureKind::DeviceLost,
+        (false, FailureKind::DeviceLost) => FailureKind::Transient,
+        (false, kind) => kind,
+    };
 }
 
 /// The job's item: decoded before, or now where another library did, and validated now where nobody could before.

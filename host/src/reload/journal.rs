@@ -61,6 +61,8 @@ pub enum Cause {
     Configuration,
     /// A generation did worse than the one before.
     Probation,
+    /// It had stopped for a generation that then failed.
+    Recovery,
 }
 
 /// How long each step took, in milliseconds; those that weren't reached are missing.

@@ -15,6 +15,7 @@ use std::{
     sync::Arc,
 };
 
+use modalkit_device::Devices;
 use modalkit_loader::{LoadError, Plugin, Staged, Store, Trust};
 use serde::Serialize;
 use tokio::{
@@ -104,6 +105,7 @@ struct Loop {
     config: Config,
     models: Arc<Models>,
     metrics: Arc<Metrics>,
+    devices: Arc<Devices>,
     builder: Arc<Builder>,
     volumes: Vec<Volume>,
     bells: Arc<[Bell]>,
@@ -138,6 +140,7 @@ impl Reload {
         config: Config,
         models: Arc<Models>,
         metrics: Arc<Metrics>,
+        devices: Arc<Devices>,
     ) -> Result<(Self, Control), LoadError> {
         let server = &config.server;
         let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
@@ -171,6 +174,7 @@ impl Reload {
             config,
             models,
             metrics,
+            devices,
             builder,
             machines: HashMap::new(),
             running: JoinSet::new(),
@@ -439,8 +443,8 @@ impl Loop {
     }
 
     fn add(&mut self, spec: ModelSpec) -> Arc<Model> {
-        let metrics = &self.metrics;
-        let model = self.models.add(spec, |spec| Model::new(spec, metrics));
+        let (metrics, devices) = (&self.metrics, &self.devices);
+        let model = self.models.add(spec, |spec| Model::new(spec, metrics, Arc::clone(devices)));
         let name = &model.name;
         if !self.machines.contains_key(name) {
             let (events, inbox) = mpsc::channel(INBOX_MAX);

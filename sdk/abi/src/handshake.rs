@@ -3,7 +3,7 @@
 use abi_stable::library::LibHeader;
 
 /// The number of this boundary. Host and plugin must agree exactly.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// The name under which a plugin exports its [`Handshake`], NUL-terminated for `dlsym`.
 pub const HANDSHAKE_SYMBOL: &[u8] = b"modalkit_plugin_handshake\0";

@@ -198,6 +198,22 @@ impl fmt::Debug for Secret<'_> {
     }
 }
 
+/// A device that is leased to an instance.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct LeasedDevice<'a> {
+    /// Its number in this process, as CUDA counts.
+    pub ordinal: u32,
+    /// As its maker calls it.
+    pub name: RStr<'a>,
+    /// Its own for ever: `GPU-…`.
+    pub uuid: RStr<'a>,
+    /// Bytes of all of its memory.
+    pub memory_bytes: u64,
+    /// Bytes that this instance may use, where others share the device.
+    pub memory_budget_bytes: ROption<u64>,
+}
+
 /// What a pipeline is loaded with.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug)]
@@ -212,6 +228,8 @@ pub struct LoadArgs<'a> {
     pub settings: RStr<'a>,
     /// The secrets that its deployment names.
     pub secrets: RSlice<'a, Secret<'a>>,
+    /// The devices that it was given; none where it asked for none.
+    pub devices: RSlice<'a, LeasedDevice<'a>>,
 }
 
 /// What changed in a volume.

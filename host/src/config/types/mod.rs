@@ -5,6 +5,7 @@ mod tables;
 
 use std::time::Duration;
 
+use modalkit_device::{NoPreference, Preference};
 use serde_json::{Value as Json, json};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
@@ -230,6 +231,10 @@ choice! {
     QueueKind { Memory = "memory", Redis = "redis", Sqs = "sqs", TaskIq = "taskiq", Plugin = "plugin" }
 }
 choice! {
+    /// What a new generation does where no device is free.
+    ReloadGpu { Share = "share", Wait = "wait", StopFirst = "stop_first" }
+}
+choice! {
     /// What a queue is in Redis.
     RedisType { List = "list", Stream = "stream" }
 }
@@ -259,6 +264,32 @@ impl Setting for Address {
 
     fn json(&self, _: bool) -> Json {
         json!(self.0)
+    }
+
+    fn schema() -> Json {
+        json!({"type": ["string", "null"]})
+    }
+}
+
+/// A device's name, and how many of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Gpu(pub(in crate::config) Preference);
+
+impl Setting for Gpu {
+    fn expected() -> String {
+        "a device such as \"A100\", two as \"H100:2\", or \"any\"".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let Some(text) = node.text() else { return reader.refuse(node, key, Self::expected()) };
+        match text.parse() {
+            Ok(preference) => Some(Self(preference)),
+            Err(NoPreference(expected)) => reader.refuse(node, key, expected),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0.to_string())
     }
 
     fn schema() -> Json {

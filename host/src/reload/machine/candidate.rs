@@ -12,8 +12,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Event, Machine, OutcomeReply, Serving, Standby, State, hooks::Changes};
 use crate::{
-    config::{GoldenSpec, ModelSpec},
-    pipeline::{Fleet, Generation, Golden, GoldenError, Progress, Status, check_settings},
+    config::{GoldenSpec, ModelSpec, ReloadDevices},
+    pipeline::{Fleet, Generation, Golden, GoldenError, Leases, Progress, Status, check_settings},
     reload::{
         build::{Builder, milliseconds},
         journal::{Cause, Entry, Outcome, Phase, Phases, unix_ms},
@@ -35,8 +35,8 @@ pub(super) struct Candidate {
     pub(super) seen: Progress,
     /// What changed after it began to load.
     pub(super) missed: Changes,
-    /// It served before: no trial, and what it replaces is not gone back to.
-    pub(super) back: bool,
+    /// Why it, which served before, serves again: no trial, and what it replaces is not gone back to.
+    pub(super) back: Option<String>,
     pub(super) waiting: Vec<OutcomeReply>,
 }
 
@@ -58,7 +58,7 @@ impl Machine {
             begun: Instant::now(),
             seen: Progress::Loading,
             missed: Changes::default(),
-            back: false,
+            back: None,
             waiting: Vec::new(),
         }
     }
@@ -143,16 +143,53 @@ impl Machine {
         // Three generations at once would be too much for most machines' memory.
         self.end_trial().await;
         let limits = self.model.spec().replicas;
-        let replicas = match &self.serving {
+        let (replicas, inherited) = match &self.serving {
             // The first one serves as soon as it can.
-            Serving::Nothing => 1,
+            Serving::Nothing => (1, Leases::new()),
+            Serving::Stopped(_, replicas) => ((*replicas).clamp(limits.min, limits.max), Leases::new()),
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => {
-                fleet.replicas().clamp(limits.min, limits.max)
+                let inherited = match self.model.spec().reload.devices {
+                    ReloadDevices::Share => fleet.leases().await,
+                    ReloadDevices::Wait | ReloadDevices::StopFirst => Leases::new(),
+                };
+                (fleet.replicas().clamp(limits.min, limits.max), inherited)
             }
         };
         candidate.begun = Instant::now();
-        let fleet = Fleet::start(Arc::clone(&self.model), generation, replicas);
+        let fleet = Fleet::start(Arc::clone(&self.model), generation, replicas, inherited);
         self.state = State::Loading(candidate, fleet);
+    }
+
+    /// Stops what serves, so that its devices are free for the candidate; its callers wait.
+    fn make_room(&mut self) {
+        match std::mem::replace(&mut self.serving, Serving::Nothing) {
+            Serving::Alone(fleet) => {
+                let generation = Arc::clone(&fleet.generation);
+                self.model.queue.change_turns(|| generation.set_serves(false));
+                tracing::warn!(
+                    model = self.model.name,
+                    generation = generation.number,
+                    "it has stopped, so that the next generation gets its devices; requests wait"
+                );
+                self.serving = Serving::Stopped(generation, fleet.replicas());
+                self.drop_fleet(fleet);
+            }
+            other => self.serving = other,
+        }
+    }
+
+    /// Loads again what has stopped for a candidate that is no more.
+    pub(super) async fn bring_back(&mut self) {
+        if !matches!((&self.state, &self.serving), (State::Idle, Serving::Stopped(..))) {
+            return;
+        }
+        let Serving::Stopped(before, _) = std::mem::replace(&mut self.serving, Serving::Nothing) else {
+            return;
+        };
+        let mut candidate = self.candidate(Cause::Recovery, Some(before.plugin.sha256().to_owned()));
+        candidate.back = Some("what was to take its place failed".to_owned());
+        let generation = Generation::new(before.number, before.plugin.clone(), before.spec.clone());
+        self.load(candidate, generation).await;
     }
 
     pub(super) async fn on_progress(&mut self, progress: Progress) {
@@ -163,6 +200,17 @@ impl Machine {
         candidate.seen = progress.clone();
         match progress {
             Progress::Loading => self.state = State::Loading(candidate, fleet),
+            Progress::Waits(reason) => {
+                match self.serving {
+                    Serving::Nothing => self.model.set_status(Status::Failed { reason }, None),
+                    Serving::Alone(_) if self.model.spec().reload.devices == ReloadDevices::StopFirst => {
+                        self.make_room();
+                    }
+                    // What serves goes on until a device is free.
+                    _ => {}
+                }
+                self.state = State::Loading(candidate, fleet);
+            }
             Progress::Failed(reason) if matches!(self.serving, Serving::Nothing) => {
                 // There is nothing better: the fleet tries again, and its first replica serves.
                 self.model.set_status(Status::Failed { reason: reason.clone() }, None);
@@ -175,7 +223,7 @@ impl Machine {
                 self.state = State::Loading(candidate, fleet);
             }
             Progress::Failed(reason) => {
-                if candidate.back {
+                if candidate.back.is_some() {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
                 } else {
@@ -189,7 +237,7 @@ impl Machine {
                 candidate.begun = Instant::now();
                 let instance = fleet.instance().await;
                 match (self.model.spec().golden.clone(), instance) {
-                    (Some(golden), Some(instance)) if !candidate.back => {
+                    (Some(golden), Some(instance)) if candidate.back.is_none() => {
                         let ask = Ask {
                             number: candidate.number,
                             limit: self.model.spec().replicas.load_timeout,
@@ -231,15 +279,17 @@ impl Machine {
     pub(super) async fn swap(&mut self, mut candidate: Candidate, fleet: Fleet) {
         let begun = Instant::now();
         let probation = self.model.spec().reload.probation;
-        let old = match std::mem::replace(&mut self.serving, Serving::Nothing) {
-            Serving::Nothing => None,
-            Serving::Alone(old) => Some(old),
+        let (old, before) = match std::mem::replace(&mut self.serving, Serving::Nothing) {
+            Serving::Nothing => (None, None),
+            Serving::Stopped(before, _) => (None, Some(before)),
+            Serving::Alone(old) => (Some(old), None),
             Serving::OnTrial { fleet: old, standby } => {
                 self.retire(standby.fleet, standby.entry);
-                Some(old)
+                (Some(old), None)
             }
         };
-        let on_trial = old.as_ref().filter(|_| !candidate.back && !probation.time.is_zero());
+        let before = before.or_else(|| old.as_ref().map(|old| Arc::clone(&old.generation)));
+        let on_trial = old.as_ref().filter(|_| candidate.back.is_none() && !probation.time.is_zero());
         if let Some(old) = on_trial {
             // Before its first batch, which counts.
             fleet.generation.vitals.try_beside(old.generation.vitals.tally(), probation);
@@ -249,18 +299,18 @@ impl Machine {
         self.model.swap(old.as_ref(), &fleet);
         self.metrics.generation.set(fleet.generation.number as i64);
         candidate.phases.swap_ms = Some(milliseconds(begun));
-        self.refused = None;
         let missed = std::mem::take(&mut candidate.missed);
-        let outcome = if candidate.back {
-            // What is in the volume was turned down by whoever asked for this.
-            if let Some(old) = &old {
-                let sha256 = old.generation.plugin.sha256().to_owned();
+        let outcome = if let Some(reason) = candidate.back.take() {
+            // What is in the volume was turned down by whoever asked for this, or has been refused already.
+            if let Some(before) = before {
+                let sha256 = before.plugin.sha256().to_owned();
                 self.refused = Some(Refused { sha256, by_data: false });
             }
-            Outcome::RolledBack { reason: "asked for".into() }
+            Outcome::RolledBack { reason }
         } else {
-            if let Some(old) = &old {
-                self.previous.push(Arc::clone(&old.generation));
+            self.refused = None;
+            if let Some(before) = before {
+                self.previous.push(before);
                 if self.previous.len() > PREVIOUS_MAX {
                     self.previous.remove(0);
                 }
@@ -294,7 +344,7 @@ impl Machine {
             State::Idle => return,
             State::Building(candidate) => candidate,
             State::Loading(candidate, fleet) | State::Golden(candidate, fleet) => {
-                if candidate.back {
+                if candidate.back.is_some() {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
                 } else if matches!(candidate.seen, Progress::Failed(_)) {

@@ -14,10 +14,17 @@ use crate::{
 pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpec) -> bool {
     let loaded = |spec: &ModelSpec| {
         let ModelSpec {
-            plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, golden, ..
+            plugin,
+            plugin_sha256,
+            all_model_data_folder,
+            common_settings,
+            secrets,
+            golden,
+            gpu,
+            ..
         } = spec.clone();
         let lanes = spec.replicas.batches_in_flight;
-        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, golden, lanes)
+        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, golden, gpu, lanes)
     };
     loaded(before) != loaded(after) || before.settings != after.settings
 }

@@ -31,7 +31,8 @@ impl Machine {
             return;
         }
         let fleet = match &self.serving {
-            Serving::Nothing => {
+            // What is loaded next reads the data as they are then.
+            Serving::Nothing | Serving::Stopped(..) => {
                 let report = self.hook_report(change, Vec::new());
                 waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
                 return;

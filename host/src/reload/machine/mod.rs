@@ -127,6 +127,8 @@ enum State {
 /// What serves.
 enum Serving {
     Nothing,
+    /// It has stopped, so that the next one gets its devices; callers wait. It is loaded again where the next one fails.
+    Stopped(Arc<Generation>, usize),
     Alone(Fleet),
     /// It serves, and the one before stands by until it has proven itself.
     OnTrial {
@@ -217,6 +219,7 @@ impl Machine {
                 Event::Unload(limit) => break Some(limit),
                 event => self.on(event).await,
             }
+            self.bring_back().await;
             self.next_order().await;
         };
         self.leave(unload).await;
@@ -412,7 +415,9 @@ impl Machine {
     fn is_settled(&self) -> bool {
         match &self.state {
             State::Idle => true,
-            State::Loading(candidate, _) => matches!(candidate.seen, Progress::Failed(_)),
+            State::Loading(candidate, _) => {
+                matches!(candidate.seen, Progress::Failed(_) | Progress::Waits(_))
+            }
             State::Building(_) | State::Golden(..) => false,
         }
     }
@@ -448,7 +453,7 @@ impl Machine {
         }
         let mut candidate = self.candidate(Cause::Request, None);
         candidate.waiting = waiting;
-        candidate.back = true;
+        candidate.back = Some("asked for".to_owned());
         match self.previous.pop() {
             Some(before) => {
                 self.give_up_candidate(Outcome::Superseded);
@@ -489,7 +494,7 @@ impl Machine {
         self.model.set_status(if unload.is_some() { Status::Removed } else { Status::Stopping }, None);
         let mut leaving = JoinSet::new();
         match self.serving {
-            Serving::Nothing => {}
+            Serving::Nothing | Serving::Stopped(..) => {}
             Serving::Alone(fleet) => drop(leaving.spawn(fleet.stop())),
             Serving::OnTrial { fleet, standby } => {
                 leaving.spawn(fleet.stop());
@@ -505,6 +510,7 @@ impl Machine {
     fn generation(&self) -> Option<&Arc<Generation>> {
         match &self.serving {
             Serving::Nothing => None,
+            Serving::Stopped(generation, _) => Some(generation),
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => Some(&fleet.generation),
         }
     }
@@ -525,6 +531,7 @@ impl Machine {
     fn report(&self) -> Report {
         let reload = match (&self.state, &self.serving) {
             (State::Building(_), _) => "building",
+            (State::Loading(Candidate { seen: Progress::Waits(_), .. }, _), _) => "waits_for_device",
             (State::Loading(..), _) => "loading",
             (State::Golden(..), _) => "golden",
             (State::Idle, Serving::OnTrial { .. }) => "probation",
