@@ -21,3 +21,4 @@ mod queues;
 mod refusals;
 mod reload;
 mod serving;
+mod similarity;

@@ -1,0 +1,84 @@
+//! The search on all cores: the matrix is taken block by block, each small enough to stay in a core's cache, so that the product and
+//! the look for its best rows read the matrix once from memory.
+
+use rayon::prelude::*;
+
+use crate::{
+    matrix::Matrix,
+    top::{Neighbour, Top},
+};
+
+/// Bytes of the matrix in one block.
+const BLOCK_BYTES: usize = 2 << 20;
+
+/// A matrix in the machine's memory.
+pub struct Engine {
+    matrix: Matrix,
+}
+
+impl Engine {
+    /// Takes the matrix as it is.
+    #[must_use]
+    pub fn new(matrix: Matrix) -> Self {
+        Self { matrix }
+    }
+
+    /// The best rows of each query; queries stand one after the other.
+    #[must_use]
+    pub fn search(&self, queries: &[f32], top_k: usize) -> Vec<Vec<Neighbour>> {
+        let width = self.matrix.width();
+        let count = queries.len() / width;
+        let rows_of_block = (BLOCK_BYTES / (width * size_of::<f32>())).max(1);
+        let nothing = || (vec![Top::new(top_k); count], Vec::new());
+        let (best, _) = self
+            .matrix
+            .values()
+            .par_chunks(rows_of_block * width)
+            .enumerate()
+            .fold(nothing, |(mut best, mut scores): (Vec<Top>, Vec<f32>), (block, values)| {
+                let rows = values.len() / width;
+                scores.resize(rows * count, 0.0);
+                product(values, queries, width, &mut scores);
+                for (best, scores) in best.iter_mut().zip(scores.chunks_exact(rows)) {
+                    best.take(block * rows_of_block, scores);
+                }
+                (best, scores)
+            })
+            .reduce(nothing, |(left, scores), (right, _)| {
+                (left.into_iter().zip(right).map(|(left, right)| left.merged(right)).collect(), scores)
+            });
+        best.into_iter().map(Top::into_best).collect()
+    }
+}
+
+/// The product of each row with each query: the scores of the first query for all rows, then those of the second.
+fn product(rows: &[f32], queries: &[f32], width: usize, scores: &mut [f32]) {
+    let (row_count, query_count) = (rows.len() / width, queries.len() / width);
+    assert_eq!(scores.len(), row_count * query_count, "room for each score");
+    let stride = |count: usize| isize::try_from(count).expect("a slice is no longer");
+    // SAFETY: the strides stay within the slices: `rows` is row_count by width, `queries` is query_count by width, and `scores`
+    // query_count by row_count by the assertion; `scores` is nobody else's.
+    unsafe {
+        gemm::gemm(
+            row_count,
+            query_count,
+            width,
+            scores.as_mut_ptr(),
+            stride(row_count),
+            1,
+            false,
+            rows.as_ptr(),
+            1,
+            stride(width),
+            queries.as_ptr(),
+            stride(width),
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
