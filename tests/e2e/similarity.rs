@@ -1,48 +1,18 @@
 //! Nearest neighbours as callers find them: over a real matrix, on the CPU, while the matrix changes.
 
-use modalkit_tests::{Host, Setup, put, wait_until};
+use modalkit_tests::{
+    Host, Setup,
+    embeddings::{self, npy, rows, safetensors},
+    put, wait_until,
+};
 use serde_json::{Value, json};
 
 const ROWS: usize = 2_000;
 const WIDTH: usize = 24;
 
-/// Rows that are always the same for the same seed.
-fn rows(seed: u64, count: usize, width: usize) -> Vec<Vec<f32>> {
-    let mut random = fastrand::Rng::with_seed(seed);
-    (0..count).map(|_| (0..width).map(|_| random.f32() - 0.5).collect()).collect()
-}
-
-/// The file that numpy writes of them.
-fn npy(rows: &[Vec<f32>]) -> Vec<u8> {
-    let header =
-        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {}), }}", rows.len(), rows[0].len());
-    let padded = header.len() + 11;
-    let header = format!("{header}{}\n", " ".repeat(padded.next_multiple_of(64) - padded));
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((header.len() as u16).to_le_bytes());
-    bytes.extend(header.as_bytes());
-    rows.iter().flatten().for_each(|number| bytes.extend(number.to_le_bytes()));
-    bytes
-}
-
-/// The same rows as safetensors.
-fn safetensors(rows: &[Vec<f32>]) -> Vec<u8> {
-    let data: Vec<u8> = rows.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
-    let header = json!({"rows": {"dtype": "F32", "shape": [rows.len(), rows[0].len()], "data_offsets": [0, data.len()]}});
-    let header = header.to_string();
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
-}
-
-/// The best rows by the cosine, in 64 bits.
+/// The best rows.
 fn best(rows: &[Vec<f32>], query: &[f32], count: usize) -> Vec<usize> {
-    let product = |left: &[f32], right: &[f32]| -> f64 {
-        left.iter().zip(right).map(|(&left, &right)| f64::from(left) * f64::from(right)).sum()
-    };
-    let cosine = |row: &Vec<f32>| product(row, query) / product(row, row).sqrt();
-    let mut order: Vec<usize> = (0..rows.len()).collect();
-    order.sort_by(|&left, &right| cosine(&rows[right]).total_cmp(&cosine(&rows[left])));
-    order.truncate(count);
-    order
+    embeddings::best(rows, query, count).into_iter().map(|(row, _)| row).collect()
 }
 
 fn start(matrix: &[u8], file: &str, keys: &str, data: &[(&str, &[u8])]) -> Host {
@@ -70,7 +40,7 @@ fn callers_get_the_nearest_rows_with_their_labels() {
     let labels: String = (0..ROWS).map(|row| format!("row {row}\n")).collect();
     let host =
         start(&npy(&rows), "rows.npy", "labels = \"labels.txt\"", &[("labels.txt", labels.as_bytes())]);
-    let queries = self::rows(2, 20, WIDTH);
+    let queries = embeddings::rows(2, 20, WIDTH);
     for query in &queries {
         let (status, answer) = host.post("/predict_sync", &json!({"vector": query, "top_k": 5}));
         assert_eq!(status, 200, "{answer}");

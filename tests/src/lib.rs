@@ -5,6 +5,7 @@
 pub mod brokers;
 pub mod changes;
 pub mod chaos;
+pub mod embeddings;
 pub mod gpus;
 pub mod load;
 pub mod version;

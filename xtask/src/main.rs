@@ -7,6 +7,7 @@ mod bench;
 mod brokers;
 mod build;
 mod check;
+mod gpu;
 mod new_plugin;
 mod python;
 mod run;
@@ -34,6 +35,9 @@ cargo xtask COMMAND
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
+  bench similarity              nearest neighbours on the CPU, as a share of what the machine can do at most
+  gpu-test                      what only a GPU shows: leases, reloads, out of memory, a device that is lost, similarity; builds
+                                target/release/gpu_test, which needs no cargo, and runs it where there is a driver
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
                                 race, config, keys, metrics, jobs, sharing, million
 
@@ -93,11 +97,17 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             nothing_else(&args)?;
             check::ci()?;
         }
+        "gpu-test" => {
+            nothing_else(&args)?;
+            gpu::test()?;
+        }
         "soak" => soak::run(&args)?,
         "bench" => {
             let rounds = take_number(&mut args, "--rounds", 5)?;
             let seconds = take_number(&mut args, "--seconds", 4)?;
-            if args == ["reload"] {
+            if args == ["similarity"] {
+                gpu::bench()?;
+            } else if args == ["reload"] {
                 soak::run(&["reload".to_owned(), "neighbour".to_owned()])?;
             } else {
                 bench::run(&args, rounds, seconds)?;
