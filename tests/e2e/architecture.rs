@@ -5,10 +5,11 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use modalkit::config::{self, Environment};
-use modalkit_tests::{Setup, wait_until, workspace};
+use modalkit_tests::{Setup, built, library, wait_until, workspace};
 use serde_json::{Value, json};
 
 /// Every Rust file of the project, with its path in the workspace.
@@ -153,6 +154,18 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
             .filter(|name| name.starts_with("modalkit"));
         for name in ours {
             assert!(imports.contains(&name), "{folder} imports {name}; allowed are {imports:?}");
+        }
+    }
+}
+
+#[test]
+fn nothing_is_linked_with_cuda() {
+    for file in [built().join("modalkit"), library("similarity"), library("gpu")] {
+        let linked = Command::new("ldd").arg(&file).output().unwrap();
+        let linked = String::from_utf8(linked.stdout).unwrap();
+        assert!(linked.contains("libc.so"), "{}: {linked}", file.display());
+        for name in ["libcu", "libnv"] {
+            assert!(!linked.contains(name), "{} is linked with {name}: {linked}", file.display());
         }
     }
 }

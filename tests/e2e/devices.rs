@@ -211,6 +211,21 @@ fn a_new_generation_shares_the_device_where_none_is_free_and_no_request_fails() 
 }
 
 #[test]
+fn a_model_with_fewer_devices_than_replicas_serves_and_reloads() {
+    let gpus = Gpus::new(&[L4]);
+    let deployment = "gpu = \"any\"\nmin_replicas = 2\nprobation_seconds = 0";
+    let host = gpus.setup().plugin("gpu").config(&entry("one", deployment, "")).ready();
+    let line = host.log_line("a replica waits for a device");
+    assert!(line["reason"].as_str().unwrap().contains("replica 1 of one"), "{line}");
+    let (status, outcome) = host.post("/models/one/reload", &json!(null));
+    assert_eq!((status, &outcome["outcome"]), (200, &json!("swapped")), "{outcome}");
+    wait_until("the old one has left", || holders(&host, 0) == ["one.2"]);
+    let said = host.log().iter().filter(|line| line["message"] == "a replica waits for a device").count();
+    assert!(said <= 4, "it is said once by each generation and not all the time: {said}");
+    assert_eq!(ask(&host, "one").0, 200);
+}
+
+#[test]
 fn a_new_generation_that_has_no_room_beside_the_old_one_is_refused_and_the_old_one_serves() {
     let gpus = Gpus::new(&[L4]);
     let host = alone(&gpus, "share", "keeps_mb = 20000");

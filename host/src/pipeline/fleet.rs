@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{
     Generation, Model, Status,
-    replica::{Event, Replica, Surroundings},
+    replica::{Event, Replica, Surroundings, judge},
     scale::{self, Seen, Step},
 };
 
@@ -426,7 +426,15 @@ impl Loop {
                 return;
             }
         };
-        self.starved_at = None;
+        if self.starved_at.take().is_some() {
+            self.progress.send_if_modified(|progress| {
+                let waited = matches!(progress, Progress::Waits(_));
+                if waited {
+                    *progress = Progress::Loading;
+                }
+                waited
+            });
+        }
         self.started_ever += 1;
         match Replica::start(self.started_ever, Arc::clone(&self.around), lease) {
             Ok(()) => self.loading.push(Loading {
@@ -673,10 +681,14 @@ impl Walk {
         // One that has left meanwhile has nothing to change.
         let Some(instance) = replica.instance() else { return Ok(()) };
         let (done, result) = oneshot::channel();
-        let (change, orders) = (Arc::clone(change), self.orders.clone());
+        let (change, orders, lease) =
+            (Arc::clone(change), self.orders.clone(), replica.lease().map(Arc::clone));
         let run = move || {
-            let result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
+            let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
             drop(instance);
+            if let (Err(failure), Some(lease)) = (&mut result, lease) {
+                judge(&lease, failure);
+            }
             // The receiver is gone when the limit has passed, and the fleet perhaps too.
             if done.send(result).is_err()
                 && let Some(orders) = orders.upgrade()

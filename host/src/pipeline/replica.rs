@@ -340,7 +340,7 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, around
 }
 
 /// Asks the driver what a failure on these devices means, and says so in it: the devices are lost, or they are not.
-fn judge(lease: &Lease, failure: &mut Failure) {
+pub(super) fn judge(lease: &Lease, failure: &mut Failure) {
     let claimed = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.to_string());
     failure.kind = match (lease.examine(claimed.as_deref()), failure.kind) {
         (true, _) => FailureKind::DeviceLost,

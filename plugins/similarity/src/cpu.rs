@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     matrix::Matrix,
-    top::{Neighbour, Top},
+    top::{Neighbour, Tops},
 };
 
 /// Bytes of the matrix in one block.
@@ -29,48 +29,47 @@ impl Engine {
         let width = self.matrix.width();
         let count = queries.len() / width;
         let rows_of_block = (BLOCK_BYTES / (width * size_of::<f32>())).max(1);
-        let nothing = || (vec![Top::new(top_k); count], Vec::new());
+        let nothing = || (Tops::new(count, top_k), Vec::new());
         let (best, _) = self
             .matrix
             .values()
             .par_chunks(rows_of_block * width)
             .enumerate()
-            .fold(nothing, |(mut best, mut scores): (Vec<Top>, Vec<f32>), (block, values)| {
+            .fold(nothing, |(mut best, mut scores): (Tops, Vec<f32>), (block, values)| {
                 let rows = values.len() / width;
                 scores.resize(rows * count, 0.0);
                 product(values, queries, width, &mut scores);
-                for (best, scores) in best.iter_mut().zip(scores.chunks_exact(rows)) {
-                    best.take(block * rows_of_block, scores);
+                for (place, scores) in scores.chunks_exact(count).enumerate() {
+                    best.take(block * rows_of_block + place, scores);
                 }
                 (best, scores)
             })
-            .reduce(nothing, |(left, scores), (right, _)| {
-                (left.into_iter().zip(right).map(|(left, right)| left.merged(right)).collect(), scores)
-            });
-        best.into_iter().map(Top::into_best).collect()
+            .reduce(nothing, |(left, scores), (right, _)| (left.merged(right), scores));
+        best.into_best()
     }
 }
 
-/// The product of each row with each query: the scores of the first query for all rows, then those of the second.
+/// The product of each row with each query: the scores of the first row for all queries, then those of the second. Queries, which are
+/// few, are the side of the product that gemm lays out anew; rows are read as they lie.
 fn product(rows: &[f32], queries: &[f32], width: usize, scores: &mut [f32]) {
     let (row_count, query_count) = (rows.len() / width, queries.len() / width);
     assert_eq!(scores.len(), row_count * query_count, "room for each score");
     let stride = |count: usize| isize::try_from(count).expect("a slice is no longer");
-    // SAFETY: the strides stay within the slices: `rows` is row_count by width, `queries` is query_count by width, and `scores`
-    // query_count by row_count by the assertion; `scores` is nobody else's.
+    // SAFETY: the strides stay within the slices: `queries` is query_count by width, `rows` is row_count by width, and `scores`
+    // row_count by query_count by the assertion; `scores` is nobody else's.
     unsafe {
         gemm::gemm(
-            row_count,
             query_count,
+            row_count,
             width,
             scores.as_mut_ptr(),
-            stride(row_count),
+            stride(query_count),
             1,
             false,
-            rows.as_ptr(),
+            queries.as_ptr(),
             1,
             stride(width),
-            queries.as_ptr(),
+            rows.as_ptr(),
             stride(width),
             1,
             0.0,

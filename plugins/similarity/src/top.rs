@@ -36,17 +36,6 @@ impl Top {
         Self { count, best: Vec::with_capacity(count + 1), least: f32::NEG_INFINITY }
     }
 
-    /// Takes scores of rows from this one on.
-    pub fn take(&mut self, first_row: usize, scores: &[f32]) {
-        for (place, &score) in scores.iter().enumerate() {
-            // Nearly all of them end here.
-            if score < self.least {
-                continue;
-            }
-            self.insert(Neighbour { row: first_row + place, score });
-        }
-    }
-
     /// Takes one.
     pub fn insert(&mut self, neighbour: Neighbour) {
         let at = self.best.partition_point(|known| known.order(&neighbour).is_lt());
@@ -74,6 +63,50 @@ impl Top {
     }
 }
 
+/// The best of several queries at once.
+#[derive(Clone, Debug)]
+pub struct Tops {
+    tops: Vec<Top>,
+    /// What each query's score must reach to be among its best: all of them together, so that a row is held against them at once.
+    least: Vec<f32>,
+}
+
+impl Tops {
+    /// Of so many queries, so many each.
+    #[must_use]
+    pub fn new(queries: usize, count: usize) -> Self {
+        Self { tops: vec![Top::new(count); queries], least: vec![f32::NEG_INFINITY; queries] }
+    }
+
+    /// Takes a row's score for each query.
+    pub fn take(&mut self, row: usize, scores: &[f32]) {
+        // Nearly all rows end here. Without a branch for each score, which is what makes it quick.
+        if !scores.iter().zip(&self.least).fold(false, |any, (score, least)| any | (score >= least)) {
+            return;
+        }
+        for ((top, least), &score) in self.tops.iter_mut().zip(&mut self.least).zip(scores) {
+            if score >= *least {
+                top.insert(Neighbour { row, score });
+                *least = top.least;
+            }
+        }
+    }
+
+    /// The best of both.
+    #[must_use]
+    pub fn merged(self, other: Self) -> Self {
+        let tops: Vec<Top> =
+            self.tops.into_iter().zip(other.tops).map(|(left, right)| left.merged(right)).collect();
+        Self { least: tops.iter().map(|top| top.least).collect(), tops }
+    }
+
+    /// The best of each query, the best first.
+    #[must_use]
+    pub fn into_best(self) -> Vec<Vec<Neighbour>> {
+        self.tops.into_iter().map(Top::into_best).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,10 +123,16 @@ mod tests {
             sorted.sort_by(Neighbour::order);
             sorted.truncate(count);
             let half = scores.len() / 2;
-            let (mut first, mut second) = (Top::new(count), Top::new(count));
-            first.take(half, &scores[half..]);
-            second.take(0, &scores[..half]);
-            assert_eq!(first.merged(second).into_best(), sorted, "round {round}");
+            // Two queries, of which the second's scores are the first's from behind.
+            let (mut first, mut second) = (Tops::new(2, count), Tops::new(2, count));
+            for (row, &score) in scores.iter().enumerate() {
+                let side = if row < half { &mut first } else { &mut second };
+                side.take(row, &[score, -score]);
+            }
+            let best = second.merged(first).into_best();
+            assert_eq!(best[0], sorted, "round {round}");
+            assert_eq!(best[1].len(), sorted.len());
+            assert!(best[1].is_sorted_by(|left, right| left.order(right).is_lt()), "round {round}");
         }
     }
 }

@@ -142,17 +142,20 @@ impl Machine {
     pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
         // Three generations at once would be too much for most machines' memory.
         self.end_trial().await;
-        let limits = self.model.spec().replicas;
+        let spec = self.model.spec();
+        let limits = spec.replicas;
+        // Where devices are short, what serves may have fewer than the least: as many come in, and more when there are devices.
+        let least = if spec.gpu.is_some() { 1 } else { limits.min };
         let (replicas, inherited) = match &self.serving {
             // The first one serves as soon as it can.
             Serving::Nothing => (1, Leases::new()),
-            Serving::Stopped(_, replicas) => ((*replicas).clamp(limits.min, limits.max), Leases::new()),
+            Serving::Stopped(_, replicas) => ((*replicas).clamp(least, limits.max), Leases::new()),
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => {
-                let inherited = match self.model.spec().reload.devices {
+                let inherited = match spec.reload.devices {
                     ReloadDevices::Share => fleet.leases().await,
                     ReloadDevices::Wait | ReloadDevices::StopFirst => Leases::new(),
                 };
-                (fleet.replicas().clamp(limits.min, limits.max), inherited)
+                (fleet.replicas().clamp(least, limits.max), inherited)
             }
         };
         candidate.begun = Instant::now();
@@ -199,7 +202,12 @@ impl Machine {
         let failed_before = matches!(candidate.seen, Progress::Failed(_));
         candidate.seen = progress.clone();
         match progress {
-            Progress::Loading => self.state = State::Loading(candidate, fleet),
+            Progress::Loading => {
+                if matches!(self.serving, Serving::Nothing) {
+                    self.model.set_status(Status::Loading, None);
+                }
+                self.state = State::Loading(candidate, fleet);
+            }
             Progress::Waits(reason) => {
                 match self.serving {
                     Serving::Nothing => self.model.set_status(Status::Failed { reason }, None),

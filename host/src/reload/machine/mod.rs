@@ -415,9 +415,12 @@ impl Machine {
     fn is_settled(&self) -> bool {
         match &self.state {
             State::Idle => true,
-            State::Loading(candidate, _) => {
-                matches!(candidate.seen, Progress::Failed(_) | Progress::Waits(_))
-            }
+            State::Loading(candidate, _) => match candidate.seen {
+                Progress::Failed(_) => true,
+                // For a lease that may never end, unless it is that of what has stopped for it.
+                Progress::Waits(_) => !matches!(self.serving, Serving::Stopped(..)),
+                Progress::Loading | Progress::Loaded => false,
+            },
             State::Building(_) | State::Golden(..) => false,
         }
     }
