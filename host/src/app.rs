@@ -116,6 +116,7 @@ pub async fn run(
         configuration,
     );
     let (shut_down, shutdown) = watch::channel(false);
+    let (take_no_more, takes_no_more) = watch::channel(false);
     let (finish, finished) = watch::channel(false);
     let mut consumers = JoinSet::new();
     for spec in consumed {
@@ -123,7 +124,7 @@ pub async fn run(
             spec,
             Arc::clone(&jobs),
             Arc::clone(&of_consumers),
-            shutdown.clone(),
+            takes_no_more.clone(),
             finished.clone(),
         ));
     }
@@ -155,6 +156,7 @@ pub async fn run(
     let begun = Instant::now();
     tracing::info!(inside = gate.inside(), limit = ?server.drain_timeout, "shutting down");
     gate.close();
+    let _ = take_no_more.send(true);
     // Jobs that were handed to models are waited for; the others stay in the journal.
     jobs.drain().await;
     let lost = lost.borrow().is_some();

@@ -182,7 +182,7 @@ fn the_reference_configuration_shows_the_defaults() {
     assert_eq!(shown.defaults.replicas, default.defaults.replicas);
     assert_eq!(shown.defaults.reload, default.defaults.reload);
     assert_eq!(shown.requests_max, default.requests_max);
-    assert_eq!(shown.models.keys().collect::<Vec<_>>(), ["digits", "echo"]);
+    assert_eq!(shown.models.keys().collect::<Vec<_>>(), ["digits", "echo", "lookalikes"]);
 }
 
 /// Every key with its default, by its path; names of the user's own are `*`.

@@ -1,9 +1,11 @@
 //! Nearest neighbours as callers find them: over a real matrix, on the CPU, while the matrix changes.
 
+use std::fs;
+
 use modalkit_tests::{
     Host, Setup,
     embeddings::{self, npy, rows, safetensors},
-    put, wait_until,
+    put, wait_until, workspace,
 };
 use serde_json::{Value, json};
 
@@ -62,6 +64,29 @@ fn callers_get_the_nearest_rows_with_their_labels() {
     let (_, answer) = host.post("/predict_sync", &json!({"vector": rows[7]}));
     assert_eq!(found(&answer)[0], 7);
     assert!((answer["neighbours"][0]["score"].as_f64().unwrap() - 1.0).abs() < 1e-5, "{answer}");
+}
+
+#[test]
+fn the_digits_that_come_with_it_look_like_themselves() {
+    let folder = workspace().join("plugins/similarity/model");
+    let (matrix, labels) =
+        (fs::read(folder.join("digits.npy")).unwrap(), fs::read(folder.join("digits.labels")).unwrap());
+    let host = start(&matrix, "digits.npy", "labels = \"digits.labels\"", &[("digits.labels", &labels)]);
+    let digits = fs::read(workspace().join("plugins/onnx/model/digits_test.json")).unwrap();
+    let digits: Value = serde_json::from_slice(&digits).unwrap();
+    let (mut alike, cases) = (0, digits["cases"].as_array().unwrap());
+    for (row, case) in cases.iter().enumerate() {
+        let (status, answer) = host.post("/predict_sync", &json!({"vector": case["pixels"], "top_k": 2}));
+        assert_eq!((status, found(&answer)[0]), (200, row), "{answer}");
+        let label = |place: usize| answer["neighbours"][place]["label"].clone();
+        assert_eq!(label(0), case["label"].to_string());
+        alike += usize::from(label(1) == label(0));
+    }
+    assert!(
+        alike * 100 > cases.len() * 90,
+        "the next one shows the same digit in {alike} of {} cases",
+        cases.len()
+    );
 }
 
 #[test]

@@ -9,6 +9,9 @@ use std::{
 
 use anyhow::{Context, bail};
 
+/// Extensions of what is a model's data, and not how it was made.
+const MODEL_DATA: [&str; 3] = ["onnx", "npy", "labels"];
+
 /// Runs cargo and shows its progress.
 pub(crate) fn cargo<S: AsRef<str>>(args: &[S]) -> anyhow::Result<()> {
     run(&mut command(args))
@@ -61,7 +64,7 @@ pub(crate) fn plugin(name: &str) -> anyhow::Result<()> {
 pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
     make_volume(volume)?;
     for model in fs::read_dir(format!("plugins/{name}/model")).into_iter().flatten().flatten() {
-        if model.path().extension().is_some_and(|kind| kind == "onnx") {
+        if model.path().extension().is_some_and(|kind| MODEL_DATA.iter().any(|known| kind == *known)) {
             put(&model.path(), &volume.join(model.file_name()))?;
         }
     }
