@@ -223,10 +223,10 @@ async fn watch_devices(devices: &Arc<Devices>) -> Infallible {
         return std::future::pending().await;
     }
     loop {
+        let looking = Arc::clone(devices);
+        // A look that failed is made up for by the next; one that hangs ends them.
+        let _ = tokio::task::spawn_blocking(move || looking.look()).await;
         tokio::time::sleep(BETWEEN_LOOKS_AT_DEVICES).await;
-        let devices = Arc::clone(devices);
-        // A look that failed is made up for by the next.
-        let _ = tokio::task::spawn_blocking(move || devices.look()).await;
     }
 }
 

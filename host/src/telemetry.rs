@@ -83,10 +83,15 @@ impl DeviceMetrics {
         set(&self.memory_leased, standing.leased_mb << 20);
         set(&self.leases, standing.holders.len() as u64);
         set(&self.lost, u64::from(standing.lost.is_some()));
-        if let Some(usage) = &standing.usage {
-            set(&self.memory_free, usage.memory_free_bytes);
-            if let Some(percent) = usage.utilization_percent {
-                set(&self.utilization, percent.into());
+        let usage = standing.usage.as_ref();
+        for (gauge, value) in [
+            (&self.memory_free, usage.map(|usage| usage.memory_free_bytes)),
+            (&self.utilization, usage.and_then(|usage| usage.utilization_percent).map(u64::from)),
+        ] {
+            match value {
+                Some(value) => set(gauge, value),
+                // What isn't known any more isn't shown; there may have been none.
+                None => drop(gauge.remove_label_values(&device)),
             }
         }
     }

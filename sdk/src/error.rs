@@ -47,6 +47,8 @@ pub enum ErrorKind {
 pub struct PipelineError {
     kind: ErrorKind,
     message: String,
+    /// The kind was read in the words of an error.
+    by_words: bool,
 }
 
 impl PipelineError {
@@ -105,7 +107,7 @@ impl PipelineError {
     }
 
     fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        Self { kind, message: message.to_string() }
+        Self { kind, message: message.to_string(), by_words: false }
     }
 
     /// Puts what was being done in front of the message.
@@ -117,7 +119,7 @@ impl PipelineError {
     /// ```
     #[must_use]
     pub fn context(self, doing: impl fmt::Display) -> Self {
-        Self { kind: self.kind, message: format!("{doing}: {}", self.message) }
+        Self { message: format!("{doing}: {}", self.message), ..self }
     }
 
     /// What can be done about it.
@@ -143,6 +145,7 @@ impl PipelineError {
             ErrorKind::InvalidInput => FailureKind::InvalidInput,
             ErrorKind::Permanent => FailureKind::Permanent,
             ErrorKind::Transient => FailureKind::Transient,
+            ErrorKind::DeviceLost if self.by_words => FailureKind::DeviceSuspected,
             ErrorKind::DeviceLost => FailureKind::DeviceLost,
         };
         Failure { kind, message: self.message.into() }
@@ -178,7 +181,7 @@ impl<E: Error + 'static> From<E> for PipelineError {
             Some(code) => kind_of_code(code),
             None => kind_of_text(&message).unwrap_or(ErrorKind::Permanent),
         };
-        Self { kind, message }
+        Self { kind, message, by_words: code.is_none() }
     }
 }
 

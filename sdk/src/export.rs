@@ -315,7 +315,7 @@ fn panicked(panic: Box<dyn Any + Send>) -> Failure {
     std::mem::forget(panic);
     // A pipeline that unwraps what CUDA says panics with it.
     let lost = kind_of_text(&message) == Some(ErrorKind::DeviceLost);
-    let kind = if lost { FailureKind::DeviceLost } else { FailureKind::Panicked };
+    let kind = if lost { FailureKind::DeviceSuspected } else { FailureKind::Panicked };
     Failure { kind, message: RString::from(message) }
 }
 

@@ -2,13 +2,14 @@
 //! driver, as no machine needs to have one.
 
 use std::{
+    fs,
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use modalkit_tests::{
-    Host, Setup, built,
+    Host, built,
     gpus::Gpus,
     load::{Load, Requests},
     wait_until,
@@ -142,16 +143,17 @@ fn a_device_that_is_not_here_is_said_and_other_models_serve() {
     assert!(ready["not_ready"]["big"]["reason"].as_str().unwrap().contains("H100:2"), "{ready}");
     assert!(ready["not_ready"]["echo"].is_null(), "{ready}");
     assert_eq!(ask(&host, "big").0, 503);
-    let logged =
-        host.log().iter().any(|line| line["error"].as_str().is_some_and(|error| error.contains("H100:2")));
-    assert!(logged, "the log names it");
+    wait_until("the log names it", || {
+        host.log().iter().any(|line| line["error"].as_str().is_some_and(|error| error.contains("H100:2")))
+    });
 }
 
 #[test]
 fn without_a_driver_a_model_that_wants_one_is_told_so() {
-    let host = Setup::new().plugin("gpu").config(&entry("wants", "gpu = \"any\"", "")).start();
+    let gpus = Gpus::no_driver();
+    let host = gpus.setup().plugin("gpu").config(&entry("wants", "gpu = \"any\"", "")).start();
     let why = reason(&host, "wants");
-    assert!(why.contains("no CUDA driver") && why.contains("gpu = null"), "{why}");
+    assert!(why.contains("no CUDA driver") && why.contains("gpu = []"), "{why}");
     assert_eq!(host.get("/devices").1["devices"], json!([]));
 }
 
@@ -261,10 +263,10 @@ fn a_new_generation_waits_for_a_device_while_the_old_one_serves() {
         assert!(!asked.is_finished());
         // Another model goes, and its device is taken.
         let file = host.folder().join("modalkit.toml");
-        let text = std::fs::read_to_string(&file).unwrap();
+        let text = fs::read_to_string(&file).unwrap();
         let without = text.replace(&entry("two", "gpu = \"any\"", ""), "");
         assert_ne!(text, without);
-        std::fs::write(file, without).unwrap();
+        fs::write(file, without).unwrap();
         assert_eq!(host.post("/config/reload", &json!(null)).0, 200);
         let (status, outcome) = asked.join().unwrap();
         assert_eq!((status, &outcome["outcome"]), (200, &json!("swapped")), "{outcome}");
@@ -325,32 +327,45 @@ fn a_device_that_is_lost_drains_the_host_and_nothing_that_was_accepted_is_lost()
     let gpus = Gpus::new(&[L4, L4]);
     let config = "[app_settings.deployment_config]\nretries = 2\n".to_owned()
         + &entry("one", "gpu = \"any\"\nbatches_in_flight = 2", "")
-        + "[model_settings.model_entries.puppet]\n";
-    let mut host = gpus.setup().plugin("gpu").plugin("puppet").config(&config).ready();
-    // A job on the device, a job that waits for it, and one beside.
+        + "[model_settings.model_entries.echo]\n";
+    let mut host = gpus.setup().plugin("gpu").plugin("echo").config(&config).ready();
+    let (goes_on, breaks) = (host.folder().join("goes_on"), host.folder().join("breaks"));
     let envelope = |message: Value| json!({"message": message, "success_queue": "", "failure_queue": ""});
-    let beside = host.job("puppet", &envelope(json!({"value": 7, "do": "sleep", "ms": 1500})));
-    wait_until("it runs", || host.get(&format!("/jobs/{beside}")).1["state"] == "running");
-    let slow = json!({"text": "slow", "do": "sleep", "ms": 400});
-    let waits: Vec<String> = (0..4).map(|_| host.job("one", &envelope(slow.clone()))).collect();
-    let breaks = json!({"text": "a", "do": "illegal address"});
-    let (status, answer) = host.post("/predict_sync?model_name=one", &breaks);
-    assert_eq!(status, 503, "{answer}");
-    // While what is beside ends, nobody is sent here.
-    let (status, ready) = host.get("/readyz");
-    assert_eq!((status, &ready["device_lost"]["ordinal"]), (503, &json!(0)), "{ready}");
-    assert!(
-        ready["device_lost"]["why"].as_str().unwrap().contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
-        "{ready}"
-    );
+    // One lane has a job that goes on, the other one what will break the device, and jobs wait behind both.
+    let in_flight = host.job("one", &envelope(json!({"text": "in flight", "after": goes_on})));
+    wait_until("it runs", || host.get(&format!("/jobs/{in_flight}")).1["state"] == "running");
+    let faults = json!({"text": "a", "do": "illegal address", "after": breaks});
+    let waiting = thread::scope(|scope| {
+        let faulting = scope.spawn(|| host.post("/predict_sync?model_name=one", &faults));
+        let queued = || host.metric("modalkit_queued_jobs{model=\"one\"}");
+        let batched = || host.metric("modalkit_batch_size_items_sum{model=\"one\"}");
+        wait_until("both lanes are taken", || batched() == 2.0);
+        let waiting: Vec<String> =
+            (0..3).map(|_| host.job("one", &envelope(json!({"text": "waits"})))).collect();
+        wait_until("they wait", || queued() == 3.0);
+        fs::write(&breaks, "now").unwrap();
+        let (status, answer) = faulting.join().unwrap();
+        assert_eq!(status, 503, "{answer}");
+        waiting
+    });
+    // What is in flight holds the host up, and meanwhile nobody is sent here.
+    wait_until("it isn't ready", || host.get("/readyz").0 == 503);
+    let ready = host.get("/readyz").1;
+    assert_eq!(ready["device_lost"]["ordinal"], 0, "{ready}");
+    let why = ready["device_lost"]["why"].as_str().unwrap();
+    assert!(why.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"), "{ready}");
+    assert_eq!(host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0, 503);
+    fs::write(&goes_on, "now").unwrap();
     let status = host.wait();
     assert_eq!(status.code(), Some(DEVICE_LOST), "{status:?}");
     host.start_again();
-    let job = host.ended(&beside);
-    assert_eq!((&job["state"], &job["attempts"]), (&json!("succeeded"), &json!(1)), "it ended before: {job}");
-    for job in waits {
-        let job = host.ended(&job);
-        assert_eq!((&job["state"], &job["result"]["text"]), (&json!("succeeded"), &json!("slow")), "{job}");
+    let of = |job: &str| {
+        let job = host.ended(job);
+        (job["state"].clone(), job["result"]["text"].clone(), job["attempts"].clone())
+    };
+    assert_eq!(of(&in_flight), (json!("succeeded"), json!("in flight"), json!(2)));
+    for job in &waiting {
+        assert_eq!(of(job), (json!("succeeded"), json!("waits"), json!(1)), "it had not begun");
     }
 }
 
@@ -379,6 +394,51 @@ fn a_context_that_breaks_between_batches_is_found_by_the_next() {
 }
 
 #[test]
+fn words_that_a_caller_may_have_sent_bring_nothing_down() {
+    let gpus = Gpus::new(&[L4]);
+    // It has a device, and never touches it: the driver can't tell how it is.
+    let deployment = "[app_settings.deployment_config]\ngpu = \"any\"\n";
+    let host = gpus.setup().plugin("puppet").config(deployment).ready();
+    let words = json!({"value": 1, "do": "panic in words of CUDA"});
+    for _ in 0..3 {
+        assert_eq!(host.post("/predict_sync", &words).0, 500);
+    }
+    assert_eq!(host.post("/predict_sync", &json!({"value": 1})).0, 200);
+    assert_eq!(host.get("/readyz").0, 200);
+}
+
+#[test]
+fn nothing_stops_for_a_device_that_it_doesnt_hold() {
+    let gpus = Gpus::new(&[L4, A100]);
+    let deployment = |gpu: &str| format!("gpu = {gpu:?}\nreload_gpu = \"stop_first\"\nprobation_seconds = 0");
+    let other = entry("other", "gpu = \"A100\"", "");
+    let config = entry("one", &deployment("L4"), "") + &other;
+    let mut host = gpus.setup().plugin("gpu").config(&config).ready();
+    host.configure(&(entry("one", &deployment("A100"), "") + &other));
+    assert_eq!(host.post("/config/reload", &json!(null)).0, 200);
+    wait_until("it waits", || host.report("one")["reload"] == "waits_for_device");
+    assert_eq!(devices_of(&host, "one"), json!([0]), "it serves on");
+    // Somebody who thinks again is heard.
+    host.configure(&config);
+    assert_eq!(host.post("/config/reload", &json!(null)).0, 200);
+    wait_until("nothing is under way", || host.report("one")["reload"] == "idle");
+    assert_eq!(devices_of(&host, "one"), json!([0]));
+}
+
+#[test]
+fn a_share_that_cannot_be_is_refused_and_says_what_helps() {
+    let gpus = Gpus::new(&[L4]);
+    let config = |memory: &str| entry("one", &format!("gpu = \"any\"\n{memory}\nprobation_seconds = 0"), "");
+    let mut host = gpus.setup().plugin("gpu").config(&config("")).ready();
+    host.configure(&config("gpu_memory_mb = 1000"));
+    assert_eq!(host.post("/config/reload", &json!(null)).0, 200);
+    wait_until("it is refused", || host.report("one")["history"][0]["outcome"] == "refused");
+    let reason = host.report("one")["history"][0]["reason"].clone();
+    assert!(reason.as_str().unwrap().contains("stop_first"), "{reason}");
+    assert_eq!(ask(&host, "one").0, 200);
+}
+
+#[test]
 fn a_pipeline_that_only_says_so_brings_nothing_down() {
     let gpus = Gpus::new(&[L4]);
     let host = two_kinds(&gpus);
@@ -389,8 +449,10 @@ fn a_pipeline_that_only_says_so_brings_nothing_down() {
     }
     assert_eq!(ask(&host, "one").0, 200);
     assert_eq!(host.get("/readyz").0, 200);
-    let told = host.log().iter().any(|line| {
-        line["message"].as_str().is_some_and(|text| text.contains("the driver says that it works"))
+    wait_until("the log says so", || {
+        let says = |line: &Value| {
+            line["message"].as_str().is_some_and(|text| text.contains("the driver says that it works"))
+        };
+        host.log().iter().any(says)
     });
-    assert!(told, "the log says so");
 }

@@ -35,6 +35,19 @@ impl Gpus {
         gpus
     }
 
+    /// A machine without a driver, also where there is one: what is found first is no library.
+    ///
+    /// # Panics
+    /// Where there is no place for temporary files.
+    #[must_use]
+    pub fn no_driver() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for name in ["libcuda.so", "libcuda.so.1", "libnvidia-ml.so.1"] {
+            fs::write(folder.path().join(name), "no library").expect("the folder is new");
+        }
+        Self { folder, devices: json!([]) }
+    }
+
     /// Writes the file anew: what happens beside the devices being there.
     ///
     /// # Panics

@@ -36,8 +36,8 @@ cargo xtask COMMAND
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
   bench similarity              nearest neighbours on the CPU, as a share of what the machine can do at most
-  gpu-test                      what only a GPU shows: leases, reloads, out of memory, a device that is lost, similarity; builds
-                                target/release/gpu_test, which needs no cargo, and runs it where there is a driver
+  gpu-test                      what only a GPU shows: leases, reloads, out of memory, a device that is lost, similarity; puts
+                                what it needs into target/release/gpu-test, which can be carried, and runs it
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
                                 race, config, keys, metrics, jobs, sharing, million
 

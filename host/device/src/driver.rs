@@ -1,6 +1,6 @@
 //! What the CUDA driver says: which devices are here, and whether one has failed. The driver is looked for at run time, by the
-//! loader's own search path; where there is none, that is an answer. All `unsafe` of this crate stands here. It never makes a
-//! context, and so costs no device memory.
+//! loader's own search path; where there is none, that is an answer. All `unsafe` of this crate stands here. It makes no
+//! context of its own, and so costs no device memory.
 
 use std::{
     ffi::{CStr, c_int, c_uint},
@@ -22,6 +22,10 @@ pub(crate) struct Found {
     pub(crate) why_none: Option<String>,
 }
 
+/// Results that last until the process ends, as CUDA's documentation of `CUresult` says of each; and 999, which is all that it says where a
+/// device fell off the bus.
+const LASTING: [u32; 15] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999];
+
 /// How the driver says that a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
@@ -32,6 +36,9 @@ pub enum Health {
     /// It can't be told, for this reason: nothing of this process works on the device, for one.
     Unknown(String),
 }
+
+/// `CU_STREAM_PER_THREAD`.
+const STREAM_PER_THREAD: usize = 2;
 
 /// Whether there is a driver. cudarc panics at the first call where there is none, so this is asked before any.
 fn is_present() -> bool {
@@ -58,7 +65,17 @@ pub(crate) fn find() -> Found {
 
 fn list() -> Result<Vec<Device>, DriverError> {
     result::init()?;
-    (0..result::device::get_count()?).map(describe).collect()
+    let mut devices = Vec::new();
+    for ordinal in 0..result::device::get_count()? {
+        match describe(ordinal) {
+            Ok(device) => devices.push(device),
+            // The others are no worse for it.
+            Err(error) => {
+                tracing::error!(device = ordinal, error = describe_error(error), "a device can't be used");
+            }
+        }
+    }
+    Ok(devices)
 }
 
 fn describe(ordinal: c_int) -> Result<Device, DriverError> {
@@ -123,9 +140,8 @@ fn ask(ordinal: u32) -> Result<Health, DriverError> {
         Err(error) => return Ok(judge(Err(error))),
     };
     let before = result::ctx::get_current();
-    // SAFETY: the context was retained; the null stream is every context's own.
-    let queried = unsafe { result::ctx::set_current(context) }
-        .and_then(|()| unsafe { sys::cuStreamQuery(std::ptr::null_mut()) }.result());
+    // SAFETY: the context was retained.
+    let queried = unsafe { result::ctx::set_current(context) }.and_then(|()| query());
     let before = before.ok().flatten().unwrap_or(std::ptr::null_mut());
     // SAFETY: it was current on this thread a moment ago, or there was none.
     let restored = unsafe { result::ctx::set_current(before) };
@@ -138,14 +154,24 @@ fn ask(ordinal: u32) -> Result<Health, DriverError> {
     Ok(health)
 }
 
+/// Asks this thread's own stream of the current context how it is: it never ran anything. The legacy stream would break graphs that another
+/// thread captures, and so may any call that isn't made in relaxed mode.
+fn query() -> Result<(), DriverError> {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the mode is read and written; the stream is CUDA's name for the thread's own.
+    unsafe {
+        sys::cuThreadExchangeStreamCaptureMode(&raw mut mode).result()?;
+        let queried = sys::cuStreamQuery(std::ptr::without_provenance_mut(STREAM_PER_THREAD)).result();
+        sys::cuThreadExchangeStreamCaptureMode(&raw mut mode).result().and(queried)
+    }
+}
+
 fn judge(queried: Result<(), DriverError>) -> Health {
     match queried {
         // Work under way is a good sign.
         Ok(()) | Err(DriverError(CUresult::CUDA_ERROR_NOT_READY)) => Health::Sound,
-        Err(error @ DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-            Health::Unknown(describe_error(error))
-        }
-        Err(error) => Health::Lost(describe_error(error)),
+        Err(error) if LASTING.contains(&(error.0 as u32)) => Health::Lost(describe_error(error)),
+        Err(error) => Health::Unknown(describe_error(error)),
     }
 }
 

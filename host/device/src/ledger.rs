@@ -17,9 +17,15 @@ struct Slot {
 struct Grant {
     /// Places of its devices.
     devices: Vec<usize>,
-    /// Mebibytes of each; `None` for whole devices.
-    memory_mb: Option<u64>,
-    holders: usize,
+    /// What each holder has of each, in mebibytes; `None` for whole devices.
+    holders: Vec<Option<u64>>,
+}
+
+impl Grant {
+    /// What it has of each: as much as its largest holder.
+    fn memory_mb(&self) -> Option<u64> {
+        self.holders.iter().copied().reduce(|left, right| Some(left?.max(right?))).flatten()
+    }
 }
 
 /// The book.
@@ -28,6 +34,8 @@ pub(crate) struct Ledger {
     slots: Vec<Slot>,
     grants: BTreeMap<u64, Grant>,
     granted_ever: u64,
+    /// Devices that are kept for a model, by place: others don't get them.
+    reserved: BTreeMap<usize, String>,
 }
 
 /// Why nothing was granted.
@@ -48,12 +56,12 @@ impl Ledger {
         Self { slots: devices.into_iter().map(slot).collect(), ..Self::default() }
     }
 
-    /// Grants the first preference that can be had now: its number, and the places of its devices.
-    pub(crate) fn grant(&mut self, wanted: &Wanted) -> Result<(u64, Vec<usize>), Refusal> {
+    /// Grants a model the first preference that can be had now: its number, and the places of its devices.
+    pub(crate) fn grant(&mut self, wanted: &Wanted, model: &str) -> Result<(u64, Vec<usize>), Refusal> {
         if self.slots.iter().any(|slot| slot.fenced) {
             return Err(Refusal::Lost);
         }
-        let found = wanted.preferences.iter().find_map(|preference| self.free(preference, wanted.memory_mb));
+        let found = self.find(wanted, model);
         let Some(devices) = found else {
             let possible = |preference: &Preference| {
                 self.fitting(preference, wanted.memory_mb).count() >= preference.count
@@ -62,7 +70,7 @@ impl Ledger {
             return Err(if here { Refusal::NotFree } else { Refusal::NotHere });
         };
         self.granted_ever += 1;
-        let grant = Grant { devices: devices.clone(), memory_mb: wanted.memory_mb, holders: 1 };
+        let grant = Grant { devices: devices.clone(), holders: vec![wanted.memory_mb] };
         self.grants.insert(self.granted_ever, grant);
         Ok((self.granted_ever, devices))
     }
@@ -75,23 +83,45 @@ impl Ledger {
             let names = || grant.devices.iter().map(|&place| &self.slots[place].name);
             preference.count == grant.devices.len() && names().all(|name| preference.fits(name))
         };
-        let memory = match (wanted.memory_mb, grant.memory_mb) {
+        let memory = match (wanted.memory_mb, grant.memory_mb()) {
             (Some(wanted), Some(granted)) => wanted <= granted,
             (wanted, granted) => wanted == granted,
         };
         let shares = memory && wanted.preferences.iter().any(fits);
-        grant.holders += usize::from(shares);
+        if shares {
+            grant.holders.push(wanted.memory_mb);
+        }
         shares
     }
 
-    /// One holder less; with the last one, the devices are free.
-    pub(crate) fn release(&mut self, number: u64) {
-        if let Some(grant) = self.grants.get_mut(&number) {
-            grant.holders -= 1;
-            if grant.holders == 0 {
-                self.grants.remove(&number);
-            }
+    /// One holder less, who had so much; with the last one, the devices are free.
+    pub(crate) fn release(&mut self, number: u64, memory_mb: Option<u64>) {
+        let Some(grant) = self.grants.get_mut(&number) else { return };
+        if let Some(at) = grant.holders.iter().position(|held| *held == memory_mb) {
+            grant.holders.remove(at);
         }
+        if grant.holders.is_empty() {
+            self.grants.remove(&number);
+        }
+    }
+
+    /// Whether a model would get what it asks for, were it not for these grants.
+    pub(crate) fn has_room_without(&self, grants: &[u64], wanted: &Wanted, model: &str) -> bool {
+        let mut without = self.clone();
+        without.grants.retain(|number, _| !grants.contains(number));
+        without.grant(wanted, model).is_ok()
+    }
+
+    /// Keeps the devices of a grant for a model, also when the grant has ended.
+    pub(crate) fn reserve(&mut self, number: u64, model: &str) {
+        for &place in self.grants.get(&number).into_iter().flat_map(|grant| &grant.devices) {
+            self.reserved.insert(place, model.to_owned());
+        }
+    }
+
+    /// Keeps nothing for it any more.
+    pub(crate) fn end_reservation(&mut self, model: &str) {
+        self.reserved.retain(|_, reserved| reserved != model);
     }
 
     /// Takes a device out for good. `false` where it was out already.
@@ -101,7 +131,7 @@ impl Ledger {
 
     /// Mebibytes that are spoken for; all of them where one lease has the whole device.
     pub(crate) fn leased_mb(&self, place: usize) -> u64 {
-        let of = |grant: &Grant| grant.memory_mb.unwrap_or(self.slots[place].memory_mb);
+        let of = |grant: &Grant| grant.memory_mb().unwrap_or(self.slots[place].memory_mb);
         self.on(place).map(of).sum()
     }
 
@@ -122,10 +152,17 @@ impl Ledger {
         self.slots.iter().enumerate().filter(move |(_, slot)| would_do(slot)).map(|(place, _)| place)
     }
 
-    /// Devices that can be had now.
-    fn free(&self, preference: &Preference, memory_mb: Option<u64>) -> Option<Vec<usize>> {
-        let mut free: Vec<usize> =
-            self.fitting(preference, memory_mb).filter(|&place| self.has_room(place, memory_mb)).collect();
+    fn find(&self, wanted: &Wanted, model: &str) -> Option<Vec<usize>> {
+        wanted.preferences.iter().find_map(|preference| self.free(preference, wanted.memory_mb, model))
+    }
+
+    /// Devices that a model can have now.
+    fn free(&self, preference: &Preference, memory_mb: Option<u64>, model: &str) -> Option<Vec<usize>> {
+        let is_for_it = |place: &usize| self.reserved.get(place).is_none_or(|reserved| reserved == model);
+        let mut free: Vec<usize> = self
+            .fitting(preference, memory_mb)
+            .filter(|place| is_for_it(place) && self.has_room(*place, memory_mb))
+            .collect();
         // The fullest first, so that what is empty stays whole for those who want all of it.
         free.sort_by_key(|&place| (std::cmp::Reverse(self.leased_mb(place)), place));
         free.truncate(preference.count);
@@ -136,7 +173,7 @@ impl Ledger {
         match memory_mb {
             None => self.on(place).next().is_none(),
             Some(memory) => {
-                let whole = self.on(place).any(|grant| grant.memory_mb.is_none());
+                let whole = self.on(place).any(|grant| grant.memory_mb().is_none());
                 !whole && self.leased_mb(place).saturating_add(memory) <= self.slots[place].memory_mb
             }
         }
@@ -167,58 +204,75 @@ mod tests {
     fn the_first_preference_that_is_free_is_taken() {
         let mut book = book(&[("NVIDIA L4", 24_000), ("NVIDIA A100", 80_000)]);
         let wanted = wanted(&["H100", "A100", "any"], None);
-        assert_eq!(book.grant(&wanted), Ok((1, vec![1])));
-        assert_eq!(book.grant(&wanted), Ok((2, vec![0])));
-        assert_eq!(book.grant(&wanted), Err(Refusal::NotFree));
-        book.release(1);
-        assert_eq!(book.grant(&wanted), Ok((3, vec![1])));
+        assert_eq!(book.grant(&wanted, "model"), Ok((1, vec![1])));
+        assert_eq!(book.grant(&wanted, "model"), Ok((2, vec![0])));
+        assert_eq!(book.grant(&wanted, "model"), Err(Refusal::NotFree));
+        book.release(1, None);
+        assert_eq!(book.grant(&wanted, "model"), Ok((3, vec![1])));
     }
 
     #[test]
     fn what_is_not_here_is_told_from_what_is_taken() {
         let mut book = book(&[("NVIDIA A100", 80_000)]);
-        assert_eq!(book.grant(&wanted(&["H100"], None)), Err(Refusal::NotHere));
-        assert_eq!(book.grant(&wanted(&["A100:2"], None)), Err(Refusal::NotHere));
-        assert_eq!(book.grant(&wanted(&["A100"], Some(80_001))), Err(Refusal::NotHere));
-        book.grant(&wanted(&["A100"], None)).unwrap();
-        assert_eq!(book.grant(&wanted(&["H100", "A100"], None)), Err(Refusal::NotFree));
-        assert_eq!(book.grant(&wanted(&["A100"], Some(1))), Err(Refusal::NotFree));
+        assert_eq!(book.grant(&wanted(&["H100"], None), "model"), Err(Refusal::NotHere));
+        assert_eq!(book.grant(&wanted(&["A100:2"], None), "model"), Err(Refusal::NotHere));
+        assert_eq!(book.grant(&wanted(&["A100"], Some(80_001)), "model"), Err(Refusal::NotHere));
+        book.grant(&wanted(&["A100"], None), "model").unwrap();
+        assert_eq!(book.grant(&wanted(&["H100", "A100"], None), "model"), Err(Refusal::NotFree));
+        assert_eq!(book.grant(&wanted(&["A100"], Some(1)), "model"), Err(Refusal::NotFree));
     }
 
     #[test]
     fn budgets_fill_a_device_before_the_next() {
         let mut book = book(&[("NVIDIA L4", 24_000), ("NVIDIA L4", 24_000)]);
         let (small, whole) = (wanted(&["L4"], Some(10_000)), wanted(&["L4"], None));
-        assert_eq!(book.grant(&small), Ok((1, vec![0])));
-        assert_eq!(book.grant(&small), Ok((2, vec![0])));
-        assert_eq!(book.grant(&small), Ok((3, vec![1])));
-        assert_eq!(book.grant(&whole), Err(Refusal::NotFree));
-        book.release(3);
-        assert_eq!(book.grant(&whole), Ok((4, vec![1])));
+        assert_eq!(book.grant(&small, "model"), Ok((1, vec![0])));
+        assert_eq!(book.grant(&small, "model"), Ok((2, vec![0])));
+        assert_eq!(book.grant(&small, "model"), Ok((3, vec![1])));
+        assert_eq!(book.grant(&whole, "model"), Err(Refusal::NotFree));
+        book.release(3, Some(10_000));
+        assert_eq!(book.grant(&whole, "model"), Ok((4, vec![1])));
     }
 
     #[test]
     fn a_lease_is_shared_by_those_who_would_have_got_it() {
         let mut book = book(&[("NVIDIA L4", 24_000)]);
-        book.grant(&wanted(&["any"], Some(10_000))).unwrap();
+        book.grant(&wanted(&["any"], Some(10_000)), "model").unwrap();
         assert!(book.share(1, &wanted(&["H100", "L4"], Some(9_000))));
         assert!(!book.share(1, &wanted(&["L4"], Some(10_001))));
         assert!(!book.share(1, &wanted(&["L4"], None)));
         assert!(!book.share(1, &wanted(&["A100"], Some(1))));
         assert!(!book.share(2, &wanted(&["any"], Some(1))));
-        book.release(1);
-        assert_eq!(book.leased_mb(0), 10_000);
-        book.release(1);
+        // The larger one leaves: what it had beyond the smaller one is free.
+        book.release(1, Some(10_000));
+        assert_eq!(book.leased_mb(0), 9_000);
+        book.release(1, Some(9_000));
         assert_eq!(book.leased_mb(0), 0);
+    }
+
+    #[test]
+    fn what_is_kept_for_one_model_is_given_to_no_other() {
+        let mut book = book(&[("NVIDIA L4", 24_000)]);
+        let wanted = wanted(&["any"], None);
+        book.grant(&wanted, "model").unwrap();
+        assert!(book.has_room_without(&[1], &wanted, "model"));
+        assert!(!book.has_room_without(&[], &wanted, "model"));
+        book.reserve(1, "model");
+        book.release(1, None);
+        assert_eq!(book.grant(&wanted, "other"), Err(Refusal::NotFree));
+        assert!(book.grant(&wanted, "model").is_ok());
+        book.release(2, None);
+        book.end_reservation("model");
+        assert!(book.grant(&wanted, "other").is_ok());
     }
 
     #[test]
     fn after_a_loss_nothing_is_granted() {
         let mut book = book(&[("NVIDIA L4", 24_000), ("NVIDIA L4", 24_000)]);
-        book.grant(&wanted(&["any"], None)).unwrap();
+        book.grant(&wanted(&["any"], None), "model").unwrap();
         assert!(book.fence(1));
         assert!(!book.fence(1));
-        assert_eq!(book.grant(&wanted(&["any"], None)), Err(Refusal::Lost));
+        assert_eq!(book.grant(&wanted(&["any"], None), "model"), Err(Refusal::Lost));
         assert!(!book.share(1, &wanted(&["any"], None)));
     }
 
@@ -261,7 +315,7 @@ mod tests {
                     Step::Grant(asked, memory_mb) => {
                         let asked: Vec<&str> = asked.iter().map(|place| ASKED[*place]).collect();
                         let wanted = wanted(&asked, memory_mb);
-                        match book.grant(&wanted) {
+                        match book.grant(&wanted, "model") {
                             Ok((number, places)) => {
                                 prop_assert!(!lost && !told.contains_key(&number));
                                 let fits = wanted.preferences.iter().any(|preference| {
@@ -276,7 +330,7 @@ mod tests {
                             Err(Refusal::NotHere) => {
                                 // Not even an empty machine has it.
                                 let mut empty = tests::book(&named);
-                                prop_assert_eq!(empty.grant(&wanted), Err(Refusal::NotHere));
+                                prop_assert_eq!(empty.grant(&wanted, "model"), Err(Refusal::NotHere));
                             }
                             Err(Refusal::NotFree) => prop_assert!(!holders.is_empty()),
                         }
@@ -292,7 +346,7 @@ mod tests {
                     }
                     Step::Release(which) if !holders.is_empty() => {
                         let number = holders.swap_remove(which % holders.len());
-                        book.release(number);
+                        book.release(number, told[&number].0.memory_mb);
                     }
                     Step::Fence(place) if place < named.len() => {
                         book.fence(place);
@@ -312,7 +366,7 @@ mod tests {
                 }
             }
             for number in holders {
-                book.release(number);
+                book.release(number, told[&number].0.memory_mb);
             }
             prop_assert!(book.grants.is_empty(), "leaked: {:?}", book.grants);
         }

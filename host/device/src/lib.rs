@@ -13,7 +13,7 @@ mod wanted;
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::sync_channel,
     },
@@ -115,6 +115,14 @@ pub enum NoLease {
         /// Who holds what.
         held: String,
     },
+    /// Only what the generation before holds would do, and it can't be shared.
+    #[error(
+        "it asks for the device {wanted} (deployment_config.gpu), which the generation before holds and can't share like this; reload_gpu = \"stop_first\" stops that one before"
+    )]
+    NotBeside {
+        /// What was asked for.
+        wanted: String,
+    },
     /// A device is lost, and the process is about to be started anew.
     #[error("a device is lost, and none is given out until this process has been started again")]
     Lost,
@@ -142,6 +150,12 @@ struct Book {
     lost: BTreeMap<usize, String>,
 }
 
+/// Devices that are kept for a model. Dropped, they are anybody's.
+pub struct Reservation {
+    of: Arc<Devices>,
+    model: String,
+}
+
 /// Devices that somebody holds. Dropped, they are free, unless another shares them.
 pub struct Lease {
     of: Arc<Devices>,
@@ -159,10 +173,10 @@ impl Devices {
             devices: Vec::new(),
             why_none: Some(format!("the CUDA driver did not list its devices within {FIND_TIME_MAX:?}")),
         });
-        let monitor = if found.devices.is_empty() { None } else { Monitor::open() };
-        let devices = Arc::new(Self::new(found, monitor));
-        devices.look();
-        devices
+        // NVML may hang as well as the driver may.
+        let monitor =
+            if found.devices.is_empty() { None } else { within(FIND_TIME_MAX, Monitor::open).flatten() };
+        Arc::new(Self::new(found, monitor))
     }
 
     /// Of a machine without any.
@@ -197,7 +211,7 @@ impl Devices {
         self.why_none.as_deref()
     }
 
-    /// Asks how busy they are. Blocks for some milliseconds a device.
+    /// Asks how busy they are. Blocks for some milliseconds a device, or as long as NVML hangs.
     pub fn look(&self) {
         let Some(monitor) = &self.monitor else { return };
         let usage = self.devices.iter().map(|device| monitor.usage(&device.uuid)).collect();
@@ -227,13 +241,30 @@ impl Devices {
     /// [`NoLease`], with what there is and who has it.
     pub fn lease(self: &Arc<Self>, wanted: &Wanted, holder: Holder) -> Result<Lease, NoLease> {
         let mut book = self.book.lock();
-        let (grant, places) = book.ledger.grant(wanted).map_err(|refusal| match refusal {
+        let (grant, places) = book.ledger.grant(wanted, &holder.model).map_err(|refusal| match refusal {
             Refusal::NotHere => NoLease::NotHere { wanted: wanted.to_string(), here: self.here() },
             Refusal::NotFree => NoLease::NotFree { wanted: wanted.to_string(), held: self.held(&book) },
             Refusal::Lost => NoLease::Lost,
         })?;
         let hold = book.hold(grant, holder);
         Ok(Lease { of: Arc::clone(self), grant, hold, places, memory_mb: wanted.memory_mb })
+    }
+
+    /// Whether a model would get what it asks for, were it not for these leases.
+    #[must_use]
+    pub fn has_room_without(&self, leases: &[Weak<Lease>], wanted: &Wanted, model: &str) -> bool {
+        // Before the lock: the last holder of a lease that lets go of it takes the lock.
+        let grants = grants(leases);
+        self.book.lock().ledger.has_room_without(&grants, wanted, model)
+    }
+
+    /// Keeps the devices of these leases for a model, also when they have ended.
+    #[must_use]
+    pub fn reserve(self: &Arc<Self>, leases: &[Weak<Lease>], model: &str) -> Reservation {
+        let grants = grants(leases);
+        let mut book = self.book.lock();
+        grants.into_iter().for_each(|grant| book.ledger.reserve(grant, model));
+        Reservation { of: Arc::clone(self), model: model.to_owned() }
     }
 
     /// Grows with each lease that ends: what was refused may be granted now.
@@ -251,7 +282,7 @@ impl Devices {
     /// What there is, for those who find nothing that would do.
     fn here(&self) -> String {
         if let Some(why) = &self.why_none {
-            return format!("{why}; `gpu = null` runs it without one, if its pipeline can");
+            return format!("{why}; `gpu = []` runs it on the CPU, if its pipeline can");
         }
         let one = |device: &Device| {
             format!("{} ({}, {} MiB)", device.ordinal, device.name, device.memory_bytes / MEBIBYTE)
@@ -299,6 +330,17 @@ impl Devices {
     }
 }
 
+fn grants(leases: &[Weak<Lease>]) -> Vec<u64> {
+    leases.iter().filter_map(Weak::upgrade).map(|lease| lease.grant).collect()
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.of.book.lock().ledger.end_reservation(&self.model);
+        self.of.freed.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 impl Book {
     fn hold(&mut self, grant: u64, holder: Holder) -> u64 {
         self.held_ever += 1;
@@ -338,7 +380,7 @@ impl Lease {
     }
 
     /// Asks the driver after something failed on these devices, and fences those that are lost; says whether one is. `claimed` is what
-    /// the pipeline said, where it said that its device is lost: it is believed where the driver can't tell.
+    /// the pipeline said, where it said by a code or of its own accord that its device is lost: it is believed where the driver can't tell.
     ///
     /// Blocks, in most cases for microseconds, at most for [`HEALTH_TIME_MAX`].
     pub fn examine(&self, claimed: Option<&str>) -> bool {
@@ -347,8 +389,9 @@ impl Lease {
         }
         for &place in &self.places {
             let ordinal = self.of.devices[place].ordinal;
+            // A driver that is slow, as it is while it compiles, has lost nothing.
             let health = within(HEALTH_TIME_MAX, move || driver::health(ordinal)).unwrap_or_else(|| {
-                Health::Lost(format!("the driver did not say how it is within {HEALTH_TIME_MAX:?}"))
+                Health::Unknown(format!("the driver did not say how it is within {HEALTH_TIME_MAX:?}"))
             });
             match (health, claimed) {
                 (Health::Lost(why), _) => self.of.fence(place, why),
@@ -370,7 +413,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut book = self.of.book.lock();
-        book.ledger.release(self.grant);
+        book.ledger.release(self.grant, self.memory_mb);
         if let Some(holders) = book.holders.get_mut(&self.grant) {
             holders.retain(|(hold, _)| *hold != self.hold);
             if holders.is_empty() {
@@ -424,7 +467,7 @@ mod tests {
     fn a_refusal_says_what_is_here_and_who_has_it() {
         let none = machine(&[]).lease(&wanted("H100"), holder("one")).err().unwrap().to_string();
         assert!(
-            none.contains("H100") && none.contains("no CUDA driver") && none.contains("gpu = null"),
+            none.contains("H100") && none.contains("no CUDA driver") && none.contains("gpu = []"),
             "{none}"
         );
         let machine = machine(&["NVIDIA L4"]);

@@ -203,7 +203,7 @@ layer! {
         retries: Count<0, 1000> = Count(1);
         /// The region of cloud services: of SSM and SQS, where these have none of their own.
         region: String;
-        /// The device of each replica, such as "A100", "H100:2" for two, or "any"; several in order of preference; null for none.
+        /// The device of each replica, such as "A100", "H100:2" for two, or "any"; several in order of preference; [] or null for none.
         gpu: OneOrMany<Gpu>;
         /// Mebibytes of a device's memory that one replica needs: others that say so may share the device with it.
         gpu_memory_mb: Large, or "the whole device";

@@ -540,7 +540,10 @@ fn came_back(error: &JobError) -> bool {
 fn helps(error: &JobError) -> bool {
     match error {
         JobError::Failed(failure) => match failure.kind {
-            FailureKind::Transient | FailureKind::DeviceLost | FailureKind::Panicked => true,
+            FailureKind::Transient
+            | FailureKind::DeviceLost
+            | FailureKind::DeviceSuspected
+            | FailureKind::Panicked => true,
             FailureKind::InvalidInput | FailureKind::Permanent => false,
         },
         JobError::BatchTimedOut(_) | JobError::Lost | JobError::Unavailable(_) | JobError::Busy(_) => true,

@@ -417,7 +417,8 @@ impl Loop {
         let freed = self.model.devices.freed();
         let lease = match self.lease(self.started_ever + 1) {
             Ok(lease) => lease,
-            Err(refusal @ NoLease::NotHere { .. }) => {
+            // Waiting would change nothing.
+            Err(refusal @ (NoLease::NotHere { .. } | NoLease::NotBeside { .. })) => {
                 self.on_load_failed(&failure(refusal.to_string()));
                 return;
             }
@@ -461,7 +462,11 @@ impl Loop {
         };
         let shared = |lease: &Weak<Lease>| lease.upgrade()?.share(wanted, holder.clone());
         let found = self.inherited.iter().enumerate().find_map(|(at, lease)| Some((at, shared(lease)?)));
-        let Some((at, lease)) = found else { return Err(refusal) };
+        let Some((at, lease)) = found else {
+            let beside = !self.inherited.is_empty()
+                && self.model.devices.has_room_without(&self.inherited, wanted, &self.model.name);
+            return Err(if beside { NoLease::NotBeside { wanted: wanted.to_string() } } else { refusal });
+        };
         // Two of its replicas don't share what one of the generation before had.
         self.inherited.remove(at);
         tracing::info!(
@@ -606,6 +611,7 @@ impl Loop {
             );
             self.model.metrics.replicas_given_up.inc();
             replica.leave();
+            examine(replica.lease().map(Arc::clone));
             self.given_up.push(replica);
         }
         self.stuck += overrun;
@@ -645,6 +651,16 @@ impl Loop {
         let validating = self.replicas.first().and_then(|replica| replica.instance());
         self.around.generation.validate_with(validating);
     }
+}
+
+/// Asks the driver after devices on which something went wrong that isn't a failure of theirs for certain.
+pub fn examine(lease: Option<Arc<Lease>>) {
+    let Some(lease) = lease else { return };
+    // On a thread of its own, as the driver may hang. Where there is none, the next failure asks.
+    let ask = move || {
+        lease.examine(None);
+    };
+    let _ = thread::Builder::new().name("examine device".into()).spawn(ask);
 }
 
 /// Remembers since when something holds.

@@ -24,7 +24,7 @@ use crate::{
 };
 
 pub use explain::malformed;
-pub use fleet::{Fleet, Leases, Progress, VolumeChange};
+pub use fleet::{Fleet, Leases, Progress, VolumeChange, examine};
 pub use generation::Generation;
 pub use golden::{Golden, GoldenError};
 pub use settings::check_settings;

@@ -47,8 +47,6 @@ pub(super) struct Replica {
     running_lanes: AtomicUsize,
     /// Its devices. They are free when the last thread has left, and with it the instance.
     lease: Option<Arc<Lease>>,
-    /// When the driver was last asked after a failure that said nothing of the device.
-    asked: Mutex<Option<Instant>>,
 }
 
 /// What one of its threads runs.
@@ -80,10 +78,6 @@ pub(super) struct Surroundings {
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
 const BETWEEN_LOOKS_MIN: Duration = Duration::from_millis(1);
 const BETWEEN_LOOKS_MAX: Duration = Duration::from_millis(100);
-
-/// Between two questions to the driver whether a device is well whose pipeline fails and doesn't say so: some pipelines swallow what
-/// CUDA says.
-const BETWEEN_QUESTIONS: Duration = Duration::from_millis(100);
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
@@ -119,7 +113,6 @@ impl Replica {
             parked: AtomicBool::new(false),
             running_lanes: AtomicUsize::new(count),
             lease,
-            asked: Mutex::new(None),
         });
         if !around.tell(Event::Started(Arc::clone(&replica))) {
             // Its fleet has ended meanwhile: nobody would ever tell it to leave.
@@ -153,30 +146,21 @@ impl Replica {
         self.lease.as_ref().is_some_and(|lease| lease.is_lost())
     }
 
-    /// Finds out whether what failed has to do with its device, and corrects what was said of that.
+    /// Finds out whether what failed has to do with its device, and corrects what was said of that. The driver is asked once for a batch.
     fn examine(&self, outcomes: &mut Result<Vec<Outcome>, Failure>) {
-        let failures: Vec<&mut Failure> = match outcomes {
+        let mut failures: Vec<&mut Failure> = match outcomes {
             Ok(outcomes) => outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().err()).collect(),
             Err(failure) => vec![failure],
         };
-        let Some(lease) = &self.lease else {
-            for failure in failures.into_iter().filter(|failure| failure.kind == FailureKind::DeviceLost) {
-                // A device that nobody leased to it is not this host's to judge.
-                failure.kind = FailureKind::Transient;
-            }
+        failures.retain(|failure| failure.kind != FailureKind::InvalidInput);
+        if failures.is_empty() {
             return;
-        };
-        for failure in failures {
-            let claims = failure.kind == FailureKind::DeviceLost;
-            let mut asked = self.asked.lock();
-            let lately = asked.is_some_and(|asked| asked.elapsed() < BETWEEN_QUESTIONS);
-            if failure.kind == FailureKind::InvalidInput || (lately && !claims && !lease.is_lost()) {
-                continue;
-            }
-            *asked = Some(Instant::now());
-            drop(asked);
-            judge(lease, failure);
         }
+        let lost = self.lease.as_ref().is_some_and(|lease| {
+            let claim = failures.iter().find(|failure| failure.kind == FailureKind::DeviceLost);
+            lease.examine(claim.map(|failure| failure.message.as_str()))
+        });
+        failures.into_iter().for_each(|failure| correct(failure, lost));
     }
 
     /// Lets its lanes take no batch, or go on. Call it inside `Queue::change_turns`.
@@ -339,13 +323,18 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, around
     true
 }
 
-/// Asks the driver what a failure on these devices means, and says so in it: the devices are lost, or they are not.
+/// Asks the driver what a failure on these devices means, and says so in it.
 pub(super) fn judge(lease: &Lease, failure: &mut Failure) {
-    let claimed = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.to_string());
-    failure.kind = match (lease.examine(claimed.as_deref()), failure.kind) {
-        (true, _) => FailureKind::DeviceLost,
-        (false, FailureKind::DeviceLost) => FailureKind::Transient,
-        (false, kind) => kind,
+    let claim = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.to_string());
+    correct(failure, lease.examine(claim.as_deref()));
+}
+
+/// Says in a failure whether a device is lost. One that nobody leased is not this host's to judge.
+fn correct(failure: &mut Failure, lost: bool) {
+    failure.kind = match failure.kind {
+        _ if lost => FailureKind::DeviceLost,
+        FailureKind::DeviceLost | FailureKind::DeviceSuspected => FailureKind::Transient,
+        kind => kind,
     };
 }
 

@@ -19,7 +19,11 @@ use cudarc::{
 };
 use modalkit_sdk::{Device, PipelineError};
 use rayon::prelude::*;
-use similarity::{cpu, gpu, matrix::Matrix, top::Neighbour};
+use similarity::{
+    cpu, gpu,
+    matrix::Matrix,
+    top::{self, Neighbour},
+};
 
 const TOP_K: usize = 10;
 const QUERIES: usize = 64;
@@ -61,10 +65,24 @@ enum Engine {
 }
 
 impl Engine {
-    fn search(&self, queries: &[f32]) -> Result<Vec<Vec<Neighbour>>, PipelineError> {
+    /// Of these rows; a GPU makes at most so many bytes of scores at once.
+    fn new(
+        device: Option<&Device>,
+        values: &[f32],
+        width: usize,
+        scores_bytes_max: usize,
+    ) -> Result<Self, PipelineError> {
+        let matrix = Matrix::new(values.to_vec(), width)?;
+        Ok(match device {
+            Some(device) => Self::Gpu(Box::new(gpu::Engine::new(device, &matrix, scores_bytes_max)?)),
+            None => Self::Cpu(cpu::Engine::new(matrix)?),
+        })
+    }
+
+    fn search(&self, queries: &[f32], top_k: usize) -> Result<Vec<Vec<Neighbour>>, PipelineError> {
         match self {
-            Self::Cpu(engine) => Ok(engine.search(queries, TOP_K)),
-            Self::Gpu(engine) => engine.search(queries, TOP_K),
+            Self::Cpu(engine) => Ok(engine.search(queries, top_k)),
+            Self::Gpu(engine) => engine.search(queries, top_k),
         }
     }
 }
@@ -97,16 +115,26 @@ fn run(options: &Options) -> Result<bool, PipelineError> {
     let Options { rows, width, .. } = *options;
     let values = normal(rows * width, 1);
     let queries = normal(QUERIES * width, 2);
-    let (engine, limits, device) = if options.gpu {
+    let (device, limits) = if options.gpu {
         let (device, limits) = gpu_limits()?;
-        let engine = gpu::Engine::new(&device, &Matrix::new(values.clone(), width)?)?;
-        (Engine::Gpu(Box::new(engine)), limits, device.name().to_owned())
+        (Some(device), limits)
     } else {
-        let engine = cpu::Engine::new(Matrix::new(values.clone(), width)?);
-        (Engine::Cpu(engine), cpu_limits(), format!("{} threads", rayon::current_num_threads()))
+        (None, cpu_limits(&values))
     };
-    println!("{rows} x {width} numbers of 32 bits on {device}");
-    let right = hold_against_reference(&engine, &values, &queries, width)?;
+    let name = device.as_ref().map_or("the CPU", Device::name);
+    println!("{rows} x {width} numbers of 32 bits on {name}, {} threads", rayon::current_num_threads());
+    let engine = Engine::new(device.as_ref(), &values, width, gpu::SCORES_BYTES_MAX)?;
+    let mut right = true;
+    for batch in BATCHES {
+        right &= hold_against_reference(&engine, &values, &queries[..batch * width], width, TOP_K)?;
+    }
+    // A last chunk that isn't full, several slabs, and every size of an answer.
+    let (few, narrow) = (10_001, 48);
+    let engine_of_few = Engine::new(device.as_ref(), &values[..few * narrow], narrow, 1)?;
+    for (batch, top_k) in [(1, 1), (7, 10), (QUERIES, top::MAX)] {
+        let (values, queries) = (&values[..few * narrow], &queries[..batch * narrow]);
+        right &= hold_against_reference(&engine_of_few, values, queries, narrow, top_k)?;
+    }
     println!(
         "at most {:.1} GB/s read and {:.0} Gflop/s multiplied and added, as measured here",
         limits.bytes_per_second / 1e9,
@@ -143,8 +171,9 @@ fn hold_against_reference(
     values: &[f32],
     queries: &[f32],
     width: usize,
+    top_k: usize,
 ) -> Result<bool, PipelineError> {
-    let found = engine.search(queries)?;
+    let found = engine.search(queries, top_k)?;
     let scores: Vec<Vec<f64>> = queries
         .par_chunks_exact(width)
         .map(|query| values.chunks_exact(width).map(|row| product(row, query)).collect())
@@ -154,9 +183,9 @@ fn hold_against_reference(
             let exact = scores[neighbour.row];
             ((f64::from(neighbour.score) - exact) / exact).abs()
         };
-        neighbours.iter().map(of).fold(0.0, f64::max)
+        neighbours.iter().map(of).fold(0.0, largest)
     };
-    let error = found.iter().zip(&scores).map(off).fold(0.0, f64::max);
+    let error = found.iter().zip(&scores).map(off).fold(0.0, largest);
     let (mut same, mut wrong) = (0, 0);
     for (neighbours, scores) in found.iter().zip(&scores) {
         let mut order: Vec<usize> = (0..scores.len()).collect();
@@ -166,13 +195,19 @@ fn hold_against_reference(
             same += usize::from(neighbour.row == best);
             wrong += usize::from(differs);
         }
-        wrong += usize::from(neighbours.len() != TOP_K.min(scores.len()));
+        wrong += usize::from(neighbours.len() != top_k.min(scores.len()));
     }
-    let all = found.len() * TOP_K;
+    let all = found.len() * top_k;
     println!(
-        "against 64 bits: relative error {error:.1e}; {same} of {all} places of the best {TOP_K} are the same, {wrong} differ by more than that"
+        "batches of {:>2} against 64 bits: relative error {error:.1e}; {same} of {all} places of the best {top_k} are the same, {wrong} differ by more than that",
+        found.len()
     );
     Ok(wrong == 0 && error < 1e-4)
+}
+
+/// The larger; what is no number is larger than all.
+fn largest(left: f64, right: f64) -> f64 {
+    if right > left || right.is_nan() { right } else { left }
 }
 
 fn product(left: &[f32], right: &[f32]) -> f64 {
@@ -182,11 +217,11 @@ fn product(left: &[f32], right: &[f32]) -> f64 {
 /// Seconds that a batch takes: of each round the mean, of these the median.
 fn time_of_batch(engine: &Engine, queries: &[f32], seconds: f64) -> Result<f64, PipelineError> {
     let mut rounds = Vec::new();
-    engine.search(queries)?;
+    engine.search(queries, TOP_K)?;
     for _ in 0..ROUNDS {
         let (begun, mut count) = (Instant::now(), 0);
         while begun.elapsed() < Duration::from_secs_f64(seconds) {
-            black_box(engine.search(queries)?);
+            black_box(engine.search(queries, TOP_K)?);
             count += 1;
         }
         rounds.push(begun.elapsed().as_secs_f64() / f64::from(count));
@@ -199,16 +234,19 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Numbers that are added up to learn how fast memory is read: more than any cache holds.
-const READ: usize = 128 << 20;
+/// How often the matrix is read to learn how fast that can be.
+const READINGS: usize = 5;
+/// Numbers that are added up at once.
+const PART: usize = 1 << 18;
 
-fn cpu_limits() -> Limits {
-    let buffer: Vec<f32> = (0..READ).into_par_iter().map(|number| number as f32).collect();
+/// Reading is measured on the matrix itself: a part of it may stay in a cache, for the search as well as for this.
+fn cpu_limits(values: &[f32]) -> Limits {
     let read = || {
         let begun = Instant::now();
-        let sum: f32 = buffer.par_chunks(1 << 20).map(sum).sum();
-        black_box(sum);
-        size_of_val(buffer.as_slice()) as f64 / begun.elapsed().as_secs_f64()
+        for _ in 0..READINGS {
+            black_box(values.par_chunks(PART).map(sum).sum::<f32>());
+        }
+        (READINGS * size_of_val(values)) as f64 / begun.elapsed().as_secs_f64()
     };
     let multiply = || {
         let threads = rayon::current_num_threads();
@@ -222,8 +260,32 @@ fn cpu_limits() -> Limits {
 }
 
 fn sum(numbers: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 64];
-    let (wide, _) = numbers.as_chunks::<64>();
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has it.
+        unsafe { sum_512_bits(numbers) }
+    } else if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has it.
+        unsafe { sum_256_bits(numbers) }
+    } else {
+        add_up::<16>(numbers)
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn sum_512_bits(numbers: &[f32]) -> f32 {
+    add_up::<64>(numbers)
+}
+
+#[target_feature(enable = "avx2")]
+fn sum_256_bits(numbers: &[f32]) -> f32 {
+    add_up::<32>(numbers)
+}
+
+/// Four vectors of sums, which stay in registers.
+#[inline(always)]
+fn add_up<const LANES: usize>(numbers: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (wide, _) = numbers.as_chunks::<LANES>();
     for numbers in wide {
         for (lane, number) in lanes.iter_mut().zip(numbers) {
             *lane += number;
@@ -276,12 +338,18 @@ fn turn<const LANES: usize>(turns: u64) -> u64 {
 
 /// Numbers of each side of the largest product.
 const SIDE: usize = 8192;
+/// Numbers that are copied, which is more than any cache holds, and of each side of the product.
+const READ: usize = 128 << 20;
 const COPIES: usize = 20;
 
 fn gpu_limits() -> Result<(Device, Limits), PipelineError> {
     // SAFETY: it loads the driver's library. cudarc panics where there is none.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err(PipelineError::permanent("there is no CUDA driver (libcuda.so) on this machine"));
+    }
+    // SAFETY: as above, of cuBLAS.
+    if !unsafe { cudarc::cublas::sys::is_culib_present() } {
+        return Err(PipelineError::permanent("there is no libcublas.so on the loader's path"));
     }
     let context = CudaContext::new(0)?;
     let device = Device::new(0, context.name()?, "", context.total_mem()? as u64);
@@ -300,7 +368,8 @@ fn gpu_limits() -> Result<(Device, Limits), PipelineError> {
         }
         Ok(rounds.into_iter().fold(f64::INFINITY, f64::min))
     };
-    let from = stream.alloc_zeros::<f32>(READ)?;
+    // Zeros cost less than other numbers do.
+    let from = stream.clone_htod(&normal(READ, 3))?;
     let mut to = stream.alloc_zeros::<f32>(READ)?;
     let copied = timed(&mut || Ok(stream.memcpy_dtod(&from, &mut to)?))?;
     let blas = CudaBlas::new(Arc::clone(&stream))?;

@@ -1,7 +1,8 @@
 //! The search on all cores: the matrix is taken block by block, each small enough to stay in a core's cache, so that the product and
 //! the look for its best rows read the matrix once from memory.
 
-use rayon::prelude::*;
+use modalkit_sdk::PipelineError;
+use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
 use crate::{
     matrix::Matrix,
@@ -11,21 +12,31 @@ use crate::{
 /// Bytes of the matrix in one block.
 const BLOCK_BYTES: usize = 2 << 20;
 
-/// A matrix in the machine's memory.
+/// A matrix in the machine's memory, and the threads that search it: as many as there are cores, gone with it. rayon's own would stay
+/// for as long as the process, once for each build of this plugin that was ever loaded.
 pub struct Engine {
     matrix: Matrix,
+    threads: ThreadPool,
 }
 
 impl Engine {
     /// Takes the matrix as it is.
-    #[must_use]
-    pub fn new(matrix: Matrix) -> Self {
-        Self { matrix }
+    ///
+    /// # Errors
+    /// The machine gives no more threads.
+    pub fn new(matrix: Matrix) -> Result<Self, PipelineError> {
+        let threads =
+            ThreadPoolBuilder::new().thread_name(|number| format!("similarity.{number}")).build()?;
+        Ok(Self { matrix, threads })
     }
 
     /// The best rows of each query; queries stand one after the other.
     #[must_use]
     pub fn search(&self, queries: &[f32], top_k: usize) -> Vec<Vec<Neighbour>> {
+        self.threads.install(|| self.search_here(queries, top_k))
+    }
+
+    fn search_here(&self, queries: &[f32], top_k: usize) -> Vec<Vec<Neighbour>> {
         let width = self.matrix.width();
         let count = queries.len() / width;
         let rows_of_block = (BLOCK_BYTES / (width * size_of::<f32>())).max(1);

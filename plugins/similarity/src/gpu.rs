@@ -23,7 +23,7 @@ const CHUNK: usize = 4096;
 /// As in the kernel: no row.
 const NOBODY: u32 = u32::MAX;
 /// Bytes of scores that are made at once: larger matrices are taken in slabs.
-const SCORES_BYTES_MAX: usize = 256 << 20;
+pub const SCORES_BYTES_MAX: usize = 256 << 20;
 
 /// A matrix in a device's memory.
 pub struct Engine {
@@ -32,6 +32,7 @@ pub struct Engine {
     matrix: CudaSlice<f32>,
     rows: usize,
     width: usize,
+    scores_bytes_max: usize,
     /// One batch at a time: the device is not faster with two, and a handle of cuBLAS is one thread's.
     work: Mutex<Work>,
 }
@@ -50,14 +51,14 @@ impl Engine {
     ///
     /// # Errors
     /// The device's memory is too small, or cuBLAS or NVRTC is missing.
-    pub fn new(device: &Device, matrix: &Matrix) -> Result<Self, PipelineError> {
+    pub fn new(device: &Device, matrix: &Matrix, scores_bytes_max: usize) -> Result<Self, PipelineError> {
         // SAFETY: it loads NVIDIA's libraries, whose constructors are as trusted as the driver. cudarc panics where they are missing.
         let (blas, nvrtc) =
             unsafe { (cudarc::cublas::sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
-        for (present, library) in [(blas, "libcublas.so.12"), (nvrtc, "libnvrtc.so.12")] {
+        for (present, library) in [(blas, "libcublas.so"), (nvrtc, "libnvrtc.so")] {
             if !present {
                 return Err(PipelineError::permanent(format!(
-                    "there is no {library} on the loader's path: install CUDA's libraries (the packages libcublas-12 and cuda-nvrtc-12), or serve with `gpu = null`"
+                    "there is no {library} on the loader's path: install it with CUDA 12 or 13, put its folder into LD_LIBRARY_PATH, or serve with `gpu = []`"
                 )));
             }
         }
@@ -71,10 +72,14 @@ impl Engine {
             best: stream.alloc_zeros(1)?,
             best_rows: stream.alloc_zeros(1)?,
         };
+        let values = stream.clone_htod(matrix.values())?;
+        // What goes wrong on the way is said now, and not by the first batch.
+        stream.synchronize()?;
         Ok(Self {
-            matrix: stream.clone_htod(matrix.values())?,
+            matrix: values,
             rows: matrix.rows(),
             width: matrix.width(),
+            scores_bytes_max,
             kernel,
             stream,
             work: Mutex::new(work),
@@ -88,7 +93,7 @@ impl Engine {
     pub fn search(&self, queries: &[f32], top_k: usize) -> Result<Vec<Vec<Neighbour>>, PipelineError> {
         self.stream.context().bind_to_thread()?;
         let count = queries.len() / self.width;
-        let slab_max = (SCORES_BYTES_MAX / size_of::<f32>() / count.max(1)).max(CHUNK).min(self.rows);
+        let slab_max = (self.scores_bytes_max / size_of::<f32>() / count.max(1)).max(CHUNK).min(self.rows);
         let chunks_max = slab_max.div_ceil(CHUNK);
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let work = &mut *work;

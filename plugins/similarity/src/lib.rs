@@ -34,6 +34,8 @@ use top::Neighbour;
 
 /// Neighbours that are answered where a request doesn't say how many.
 const TOP_K: usize = 10;
+/// Queries of the search before the first caller.
+const WARMUP_QUERIES: usize = 64;
 
 /// What makes two vectors similar.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -125,12 +127,28 @@ impl Searchable {
         }
         let (rows, width) = (matrix.rows(), matrix.width());
         let engine = match device {
-            Some(device) => Engine::Gpu(Box::new(gpu::Engine::new(device, &matrix)?)),
-            None => Engine::Cpu(cpu::Engine::new(matrix)),
+            Some(device) => Engine::Gpu(Box::new(gpu::Engine::new(device, &matrix, gpu::SCORES_BYTES_MAX)?)),
+            None => Engine::Cpu(cpu::Engine::new(matrix)?),
         };
         let on = device.map_or("the CPU", Device::name);
         tracing::info!(path = %path.display(), rows, width, on, "embedding matrix loaded");
         Ok(Self { engine, width, labels })
+    }
+
+    fn search(&self, queries: &[f32], top_k: usize) -> Result<Vec<Vec<Neighbour>>, PipelineError> {
+        match &self.engine {
+            Engine::Cpu(engine) => Ok(engine.search(queries, top_k)),
+            Engine::Gpu(engine) => engine.search(queries, top_k),
+        }
+    }
+}
+
+impl Similarity {
+    /// Why an input fits no row: a new matrix may have another width than the one that it was held against.
+    fn misfit(&self, input: &Input) -> Option<PipelineError> {
+        let (width, found) = (self.searchable.width, input.vector.len());
+        (width != found)
+            .then(|| PipelineError::invalid_input(format!("expected {width} numbers, found {found}")))
     }
 }
 
@@ -181,15 +199,14 @@ impl InferencePipeline for Similarity {
     }
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<f32>, PipelineError> {
-        // A new matrix may have another width than the one that the inputs were held against.
-        if let Some(input) = inputs.iter().find(|input| input.vector.len() != self.searchable.width) {
-            return Err(PipelineError::invalid_input(format!(
-                "expected {} numbers, found {}",
-                self.searchable.width,
-                input.vector.len()
-            )));
+        let mut queries = Vec::with_capacity(inputs.len() * self.searchable.width);
+        for input in inputs {
+            match self.misfit(input) {
+                None => queries.extend_from_slice(&input.vector),
+                // It has a place and no query; `postprocess` says why.
+                Some(_) => queries.resize(queries.len() + self.searchable.width, 0.0),
+            }
         }
-        let mut queries: Vec<f32> = inputs.iter().flat_map(|input| &input.vector).copied().collect();
         if self.settings.metric == Metric::Cosine {
             queries.chunks_exact_mut(self.searchable.width).for_each(matrix::normalise);
         }
@@ -198,10 +215,7 @@ impl InferencePipeline for Similarity {
 
     fn predict(&self, inputs: &[Input], queries: Vec<f32>) -> Result<Vec<Vec<Neighbour>>, PipelineError> {
         let top_k = inputs.iter().map(wanted).max().unwrap_or(TOP_K);
-        match &self.searchable.engine {
-            Engine::Cpu(engine) => Ok(engine.search(&queries, top_k)),
-            Engine::Gpu(engine) => engine.search(&queries, top_k),
-        }
+        self.searchable.search(&queries, top_k)
     }
 
     fn postprocess(
@@ -216,15 +230,32 @@ impl InferencePipeline for Similarity {
             label: labels.map(|labels| labels[neighbour.row].clone()),
         };
         let answer = |(input, neighbours): (&Input, Vec<Neighbour>)| {
+            if let Some(error) = self.misfit(input) {
+                return Err(error);
+            }
+            if let Some(neighbour) = neighbours.iter().find(|neighbour| !neighbour.score.is_finite()) {
+                return Err(PipelineError::invalid_input(format!(
+                    "its product with row {} is more than 32 bits can hold",
+                    neighbour.row
+                )));
+            }
             Ok(Output { neighbours: neighbours.into_iter().take(wanted(input)).map(found_by).collect() })
         };
         Ok(inputs.iter().zip(found).map(answer).collect())
     }
 
+    /// One search, as large as most: what the device needs for it is taken before the first caller comes.
+    fn warmup(&self) -> Result<(), PipelineError> {
+        let queries = vec![0.0; WARMUP_QUERIES * self.searchable.width];
+        self.searchable.search(&queries, top::MAX).map(drop)
+    }
+
     fn on_volume_reload(&mut self, reload: &VolumeReload) -> Result<(), PipelineError> {
         let own = [Some(&self.settings.matrix), self.settings.labels.as_ref()];
-        let own: Vec<PathBuf> = own.into_iter().flatten().map(|file| self.folder.join(file)).collect();
-        let changed = |file: &PathBuf| own.contains(&reload.mount_point().join(file));
+        // Both may be written in more than one way.
+        let whole = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let own: Vec<PathBuf> = own.into_iter().flatten().map(|file| whole(self.folder.join(file))).collect();
+        let changed = |file: &PathBuf| own.contains(&whole(reload.mount_point().join(file)));
         // Where nobody knows what changed, it may have been these.
         if reload.changed().is_empty() || reload.changed().iter().any(changed) {
             // The old one is there until the new one is, so that a bad file changes nothing.

@@ -158,3 +158,60 @@ pub fn normalise(vector: &mut [f32]) {
         vector.iter_mut().for_each(|number| *number = (f64::from(*number) / length) as f32);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    const NUMBERS: [f32; 6] = [1.0, -2.5, 0.25, 4096.0, -0.5, 3.0];
+
+    fn npy(kind: &str, fortran: &str, data: &[u8]) -> Result<Matrix, PipelineError> {
+        let header = format!("{{'descr': '{kind}', 'fortran_order': {fortran}, 'shape': (2, 3), }}\n");
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        let file = tempfile::Builder::new().suffix(".npy").tempfile().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        Matrix::read(file.path(), None)
+    }
+
+    fn bytes<const BYTES: usize>(write: impl Fn(f32) -> [u8; BYTES]) -> Vec<u8> {
+        NUMBERS.into_iter().flat_map(write).collect()
+    }
+
+    #[test]
+    fn floats_of_every_width_are_read() {
+        let doubles = bytes(|number| f64::from(number).to_le_bytes());
+        let halves = bytes(|number| f16::from_f32(number).to_le_bytes());
+        let brains = bytes(|number| bf16::from_f32(number).to_le_bytes());
+        let singles = bytes(f32::to_le_bytes);
+        let from_npy = [("<f4", &singles), ("<f8", &doubles), ("<f2", &halves)];
+        for (kind, data) in from_npy {
+            let matrix = npy(kind, "False", data).unwrap();
+            assert_eq!((matrix.values(), matrix.width()), (&NUMBERS[..], 3), "{kind}");
+        }
+        let big_end = bytes(f32::to_be_bytes);
+        assert_eq!(npy(">f4", "False", &big_end).unwrap().values(), NUMBERS);
+        for (kind, data) in
+            [(Dtype::F32, &singles), (Dtype::F64, &doubles), (Dtype::F16, &halves), (Dtype::BF16, &brains)]
+        {
+            let view = TensorView::new(kind, vec![2, 3], data).unwrap();
+            let file = safetensors::serialize([("rows", view)], None).unwrap();
+            assert_eq!(Matrix::from_safetensors(&file, None).unwrap().values(), NUMBERS, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_matrix_of_numbers_says_what_it_is() {
+        let singles = bytes(f32::to_le_bytes);
+        let said = |matrix: Result<Matrix, PipelineError>| matrix.err().unwrap().to_string();
+        assert!(said(npy("<f4", "True", &singles)).contains("C order"));
+        assert!(said(npy("<i4", "False", &singles)).contains("expected floats of 16, 32 or 64 bits"));
+        assert!(said(npy("<f8", "False", &[0xff; 48])).contains("found NaN in row 0, column 0"));
+        let huge: Vec<u8> = [1e300f64; 6].into_iter().flat_map(f64::to_le_bytes).collect();
+        assert!(said(npy("<f8", "False", &huge)).contains("found inf"), "more than 32 bits hold");
+    }
+}

@@ -36,8 +36,9 @@ impl Top {
         Self { count, best: Vec::with_capacity(count + 1), least: f32::NEG_INFINITY }
     }
 
-    /// Takes one.
+    /// Takes one. Zero is zero, whatever its sign.
     pub fn insert(&mut self, neighbour: Neighbour) {
+        let neighbour = Neighbour { score: neighbour.score + 0.0, ..neighbour };
         let at = self.best.partition_point(|known| known.order(&neighbour).is_lt());
         if at >= self.count {
             return;

@@ -76,6 +76,8 @@ pub enum FailureKind {
     Transient,
     /// The device under the pipeline is lost until the process ends.
     DeviceLost,
+    /// It may be, by the words of an error or panic that had no code to give. Words may be anybody's: the driver knows.
+    DeviceSuspected,
     /// The plugin's code panicked.
     Panicked,
 }

@@ -10,10 +10,10 @@ use std::{
 use modalkit_loader::{Instance, LoadError, Plugin, Staged};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Event, Machine, OutcomeReply, Serving, Standby, State, hooks::Changes};
+use super::{Event, Machine, OutcomeReply, Serving, Standby, State, Stopped, hooks::Changes};
 use crate::{
     config::{GoldenSpec, ModelSpec, ReloadDevices},
-    pipeline::{Fleet, Generation, Golden, GoldenError, Leases, Progress, Status, check_settings},
+    pipeline::{Fleet, Generation, Golden, GoldenError, Leases, Progress, Status, check_settings, examine},
     reload::{
         build::{Builder, milliseconds},
         journal::{Cause, Entry, Outcome, Phase, Phases, unix_ms},
@@ -149,7 +149,7 @@ impl Machine {
         let (replicas, inherited) = match &self.serving {
             // The first one serves as soon as it can.
             Serving::Nothing => (1, Leases::new()),
-            Serving::Stopped(_, replicas) => ((*replicas).clamp(least, limits.max), Leases::new()),
+            Serving::Stopped(stopped) => (stopped.replicas.clamp(least, limits.max), Leases::new()),
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => {
                 let inherited = match spec.reload.devices {
                     ReloadDevices::Share => fleet.leases().await,
@@ -163,32 +163,43 @@ impl Machine {
         self.state = State::Loading(candidate, fleet);
     }
 
-    /// Stops what serves, so that its devices are free for the candidate; its callers wait.
-    fn make_room(&mut self) {
-        match std::mem::replace(&mut self.serving, Serving::Nothing) {
-            Serving::Alone(fleet) => {
-                let generation = Arc::clone(&fleet.generation);
-                self.model.queue.change_turns(|| generation.set_serves(false));
-                tracing::warn!(
-                    model = self.model.name,
-                    generation = generation.number,
-                    "it has stopped, so that the next generation gets its devices; requests wait"
-                );
-                self.serving = Serving::Stopped(generation, fleet.replicas());
-                self.drop_fleet(fleet);
-            }
-            other => self.serving = other,
+    /// Stops what serves, where that gives the candidate the devices that it waits for; callers wait meanwhile.
+    async fn make_room(&mut self, candidate: &Generation) {
+        let Serving::Alone(fleet) = &self.serving else { return };
+        let (devices, model) = (Arc::clone(&self.model.devices), self.model.name.clone());
+        let leases = fleet.leases().await;
+        let helps = candidate
+            .spec
+            .gpu
+            .as_ref()
+            .is_some_and(|wanted| devices.has_room_without(&leases, wanted, &model));
+        if !helps {
+            tracing::warn!(
+                model,
+                "reload_gpu = \"stop_first\": the devices of what serves would not do; it serves on until others are free"
+            );
+            return;
         }
+        // Before they are free, so that nobody else takes them.
+        let reservation = devices.reserve(&leases, &model);
+        let Serving::Alone(fleet) = std::mem::replace(&mut self.serving, Serving::Nothing) else { return };
+        let generation = Arc::clone(&fleet.generation);
+        self.model.queue.change_turns(|| generation.set_serves(false));
+        tracing::warn!(
+            model,
+            generation = generation.number,
+            "it has stopped, so that the next generation gets its devices; requests wait"
+        );
+        let replicas = fleet.replicas();
+        self.serving = Serving::Stopped(Stopped { generation, replicas, _reservation: reservation });
+        self.drop_fleet(fleet);
     }
 
-    /// Loads again what has stopped for a candidate that is no more.
+    /// Loads again what has stopped for a candidate that is no more. It counts as stopped until it serves, so that its callers wait, and
+    /// another candidate may still take its place.
     pub(super) async fn bring_back(&mut self) {
-        if !matches!((&self.state, &self.serving), (State::Idle, Serving::Stopped(..))) {
-            return;
-        }
-        let Serving::Stopped(before, _) = std::mem::replace(&mut self.serving, Serving::Nothing) else {
-            return;
-        };
+        let (State::Idle, Serving::Stopped(stopped)) = (&self.state, &self.serving) else { return };
+        let before = Arc::clone(&stopped.generation);
         let mut candidate = self.candidate(Cause::Recovery, Some(before.plugin.sha256().to_owned()));
         candidate.back = Some("what was to take its place failed".to_owned());
         let generation = Generation::new(before.number, before.plugin.clone(), before.spec.clone());
@@ -209,14 +220,23 @@ impl Machine {
                 self.state = State::Loading(candidate, fleet);
             }
             Progress::Waits(reason) => {
+                let lost = self.model.devices.lost().borrow().is_some();
                 match self.serving {
                     Serving::Nothing => self.model.set_status(Status::Failed { reason }, None),
+                    // Nobody will run what waits for it.
+                    Serving::Stopped(_) if lost => self.model.set_status(Status::Failed { reason }, None),
                     Serving::Alone(_) if self.model.spec().reload.devices == ReloadDevices::StopFirst => {
-                        self.make_room();
+                        self.make_room(&fleet.generation).await;
                     }
                     // What serves goes on until a device is free.
                     _ => {}
                 }
+                self.state = State::Loading(candidate, fleet);
+            }
+            // What had stopped doesn't load again either: as with a first one, there is nothing better.
+            Progress::Failed(reason) if candidate.cause == Cause::Recovery => {
+                self.serving = Serving::Nothing;
+                self.model.set_status(Status::Failed { reason }, None);
                 self.state = State::Loading(candidate, fleet);
             }
             Progress::Failed(reason) if matches!(self.serving, Serving::Nothing) => {
@@ -278,6 +298,8 @@ impl Machine {
                     reason = format!("{reason}: {cause}");
                 }
                 self.remember_refused(&candidate, true);
+                // A request that fails on a device may have broken it for what serves there as well.
+                fleet.leases().await.iter().for_each(|lease| examine(lease.upgrade()));
                 self.drop_fleet(fleet);
                 self.refuse(candidate, Phase::Golden, reason);
             }
@@ -289,7 +311,7 @@ impl Machine {
         let probation = self.model.spec().reload.probation;
         let (old, before) = match std::mem::replace(&mut self.serving, Serving::Nothing) {
             Serving::Nothing => (None, None),
-            Serving::Stopped(before, _) => (None, Some(before)),
+            Serving::Stopped(stopped) => (None, Some(stopped.generation)),
             Serving::Alone(old) => (Some(old), None),
             Serving::OnTrial { fleet: old, standby } => {
                 self.retire(standby.fleet, standby.entry);
@@ -309,8 +331,8 @@ impl Machine {
         candidate.phases.swap_ms = Some(milliseconds(begun));
         let missed = std::mem::take(&mut candidate.missed);
         let outcome = if let Some(reason) = candidate.back.take() {
-            // What is in the volume was turned down by whoever asked for this, or has been refused already.
-            if let Some(before) = before {
+            // What is in the volume was turned down by whoever asked for this; where nobody did, it has been refused already.
+            if let Some(before) = before.filter(|_| candidate.cause != Cause::Recovery) {
                 let sha256 = before.plugin.sha256().to_owned();
                 self.refused = Some(Refused { sha256, by_data: false });
             }
@@ -352,7 +374,7 @@ impl Machine {
             State::Idle => return,
             State::Building(candidate) => candidate,
             State::Loading(candidate, fleet) | State::Golden(candidate, fleet) => {
-                if candidate.back.is_some() {
+                if candidate.back.is_some() && candidate.cause != Cause::Recovery {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
                 } else if matches!(candidate.seen, Progress::Failed(_)) {

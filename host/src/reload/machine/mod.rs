@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use modalkit_device::Reservation;
 use modalkit_loader::{Failure, LoadError, Plugin, Staged};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -128,13 +129,21 @@ enum State {
 enum Serving {
     Nothing,
     /// It has stopped, so that the next one gets its devices; callers wait. It is loaded again where the next one fails.
-    Stopped(Arc<Generation>, usize),
+    Stopped(Stopped),
     Alone(Fleet),
     /// It serves, and the one before stands by until it has proven itself.
     OnTrial {
         fleet: Fleet,
         standby: Standby,
     },
+}
+
+/// A generation without replicas, and what is needed to bring it back.
+struct Stopped {
+    generation: Arc<Generation>,
+    replicas: usize,
+    /// Its devices are this model's until something serves on them again.
+    _reservation: Reservation,
 }
 
 pub(super) struct Machine {
@@ -411,14 +420,13 @@ impl Machine {
         }
     }
 
-    /// Whether nothing is under way but what may go on for ever: a first generation that is tried again and again.
+    /// Whether nothing is under way but what may go on for ever: a first generation that is tried again and again, or a wait for a device.
     fn is_settled(&self) -> bool {
         match &self.state {
             State::Idle => true,
             State::Loading(candidate, _) => match candidate.seen {
-                Progress::Failed(_) => true,
-                // For a lease that may never end, unless it is that of what has stopped for it.
-                Progress::Waits(_) => !matches!(self.serving, Serving::Stopped(..)),
+                // For a lease that may never end.
+                Progress::Failed(_) | Progress::Waits(_) => true,
                 Progress::Loading | Progress::Loaded => false,
             },
             State::Building(_) | State::Golden(..) => false,
@@ -513,7 +521,7 @@ impl Machine {
     fn generation(&self) -> Option<&Arc<Generation>> {
         match &self.serving {
             Serving::Nothing => None,
-            Serving::Stopped(generation, _) => Some(generation),
+            Serving::Stopped(stopped) => Some(&stopped.generation),
             Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => Some(&fleet.generation),
         }
     }
