@@ -7,7 +7,7 @@ use crate::build;
 const PACKAGES: [&str; 3] = ["modalkit", "similarity", "fixture-gpu"];
 /// All that a machine with a GPU needs, below `target/release`.
 const FILES: [&str; 5] = ["gpu_test", "modalkit", "libsimilarity.so", "libgpu.so", "examples/measure"];
-/// Where they are put together, without what debuggers want: some 20 MB, to be carried.
+/// Where they are put together, without what debuggers want: some 40 MB, to be carried.
 const FOLDER: &str = "gpu-test";
 
 pub(crate) fn test() -> anyhow::Result<()> {
