@@ -193,11 +193,10 @@ pub async fn run(
     // It waits for the collector, at most for a named time; a pool that is full of hung work doesn't keep the host.
     let _ = tokio::time::timeout(LEAVE_TIME_MAX, tokio::task::spawn_blocking(move || traces.stop())).await;
     tracing::info!(took = ?begun.elapsed(), drained, "stopped");
-    Ok(match drained {
-        _ if lost => Ended::DeviceLost,
-        true => Ended::Drained,
-        false => Ended::CutOff,
-    })
+    if lost {
+        return Ok(Ended::DeviceLost);
+    }
+    Ok(if drained { Ended::Drained } else { Ended::CutOff })
 }
 
 fn tell_of(devices: &Devices) {

@@ -158,6 +158,22 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
     }
 }
 
+/// Host and SDK don't know each other, and must agree on which errors of CUDA last.
+#[test]
+fn both_sides_take_the_same_errors_for_lasting() {
+    let table = |file: &str, end: &str| {
+        let text = fs::read_to_string(workspace().join(file)).unwrap();
+        let table = text.split_once("const LASTING: [").unwrap().1.split_once("= [").unwrap().1;
+        let table = table.split_once(end).unwrap().0;
+        let numbers =
+            table.split(|letter: char| !letter.is_ascii_digit()).filter_map(|word| word.parse().ok());
+        numbers.collect::<Vec<u32>>()
+    };
+    let host = table("host/device/src/driver.rs", "];");
+    assert!(host.contains(&700) && host.len() > 10, "{host:?}");
+    assert_eq!(host, table("sdk/src/device.rs", "];"));
+}
+
 #[test]
 fn nothing_is_linked_with_cuda() {
     for file in [built().join("modalkit"), library("similarity"), library("gpu")] {

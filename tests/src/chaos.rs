@@ -33,6 +33,8 @@ const AWAY: Duration = Duration::from_millis(300);
 const ROUND_TIME_MAX: Duration = Duration::from_secs(120);
 /// The longest that hosts which share a queue may take for it.
 const SHARING_TIME_MAX: Duration = Duration::from_secs(900);
+/// After the last result, how long results of requests that were run twice may still come: longer than `visibility_seconds`.
+const DUPLICATES_TIME: Duration = Duration::from_secs(8);
 /// Results that are taken from SQS before they are counted.
 const TAKEN_AT_ONCE: usize = 200;
 
@@ -323,7 +325,7 @@ impl Sharing {
             }
             let took = begun.elapsed();
             // What runs twice comes a little later.
-            thread::sleep(Duration::from_secs(8));
+            thread::sleep(DUPLICATES_TIME);
             done.store(true, Ordering::SeqCst);
             (took, kills)
         });

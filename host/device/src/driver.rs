@@ -22,13 +22,14 @@ pub(crate) struct Found {
     pub(crate) why_none: Option<String>,
 }
 
-/// Results that last until the process ends, as CUDA's documentation of `CUresult` says of each; and 999, which is all that it says where a
+/// Results that last until the process ends, as CUDA's documentation of `CUresult` says of each (the SDK, which this crate doesn't know, has
+/// the same, and a test holds the two against each other); and 999, which is all that it says where a
 /// device fell off the bus.
 const LASTING: [u32; 15] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999];
 
 /// How the driver says that a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Health {
+pub(crate) enum Health {
     /// Its context takes work.
     Sound,
     /// Every call in its context fails until the process ends, with this error.

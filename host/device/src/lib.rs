@@ -25,10 +25,10 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::watch;
 
+use driver::Health;
 use ledger::{Ledger, Refusal};
 use monitor::Monitor;
 
-pub use driver::Health;
 pub use monitor::Usage;
 pub use wanted::{NoPreference, Preference, Wanted};
 

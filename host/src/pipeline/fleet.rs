@@ -1,5 +1,5 @@
-//! Keeps as many replicas of a generation as are wanted: starts, replaces, gives up and retires them, and takes them one by
-//! one through a change of their data. One loop over one enum of events; it never runs a batch itself, and never decides
+//! Keeps as many replicas of a generation as are wanted: leases their devices, starts, replaces, gives up and retires them, and
+//! has them walked through changes of their data. One loop over one enum of events; it never runs a batch itself, and never decides
 //! whether its generation serves.
 
 use std::{
@@ -21,8 +21,9 @@ use tokio::{
 
 use super::{
     Generation, Model, Status,
-    replica::{Event, Replica, Surroundings, judge},
+    replica::{Event, Replica, Surroundings},
     scale::{self, Seen, Step},
+    walk::Walk,
 };
 
 /// How often the fleet looks at queue and replicas: the grain of `batch_timeout_seconds`, `load_timeout_seconds` and of
@@ -73,7 +74,7 @@ pub struct VolumeChange {
 /// Devices that may be shared while their holders are there.
 pub type Leases = Vec<Weak<Lease>>;
 
-enum Order {
+pub(super) enum Order {
     VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), Failure>>>),
     /// A hook overran its time; its replica is given up.
     GiveUp(Arc<Replica>),
@@ -668,73 +669,7 @@ fn keep(since: &mut Option<Instant>, now: Instant, holds: bool) {
     *since = if holds { since.or(Some(now)) } else { None };
 }
 
-/// A walk through a generation's replicas with a change of their data: each rests while its hook runs, and the others work.
-struct Walk {
-    model: Arc<Model>,
-    orders: mpsc::WeakSender<Order>,
-    limit: Duration,
-}
-
-impl Walk {
-    async fn through(
-        self,
-        replicas: Vec<Arc<Replica>>,
-        change: VolumeChange,
-        reply: oneshot::Sender<Vec<Result<(), Failure>>>,
-    ) {
-        let change = Arc::new(change);
-        let mut results = Vec::with_capacity(replicas.len());
-        for replica in replicas {
-            self.model.queue.change_turns(|| replica.park(true));
-            results.push(self.hook(&replica, &change).await);
-            self.model.queue.change_turns(|| replica.park(false));
-        }
-        // Whoever asked may have left.
-        let _ = reply.send(results);
-    }
-
-    async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), Failure> {
-        // One that has left meanwhile has nothing to change.
-        let Some(instance) = replica.instance() else { return Ok(()) };
-        let (done, result) = oneshot::channel();
-        let (change, orders, lease) =
-            (Arc::clone(change), self.orders.clone(), replica.lease().map(Arc::clone));
-        let run = move || {
-            let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
-            drop(instance);
-            if let (Err(failure), Some(lease)) = (&mut result, lease) {
-                judge(&lease, failure);
-            }
-            // The receiver is gone when the limit has passed, and the fleet perhaps too.
-            if done.send(result).is_err()
-                && let Some(orders) = orders.upgrade()
-            {
-                let _ = orders.blocking_send(Order::CameBack);
-            }
-        };
-        if let Err(error) = thread::Builder::new().name("volume hook".into()).spawn(run) {
-            return Err(failure(format!("can't start a thread for on_volume_reload: {error}")));
-        }
-        match tokio::time::timeout(self.limit, result).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(failure("on_volume_reload ended without a result".into())),
-            Err(_) => {
-                // At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has
-                // given it up already.
-                replica.leave();
-                if let Some(orders) = self.orders.upgrade() {
-                    let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
-                }
-                Err(failure(format!(
-                    "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
-                    self.limit
-                )))
-            }
-        }
-    }
-}
-
 /// What the host has to say in the plugin's stead.
-fn failure(message: String) -> Failure {
+pub(super) fn failure(message: String) -> Failure {
     Failure { kind: FailureKind::Permanent, message: message.into() }
 }

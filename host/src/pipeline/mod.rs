@@ -9,6 +9,7 @@ mod replica;
 mod scale;
 mod settings;
 mod vitals;
+mod walk;
 
 use std::sync::Arc;
 

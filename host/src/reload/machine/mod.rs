@@ -7,6 +7,8 @@
 //!   what fails before the swap leaves what serves, and its reason in the journal
 //! Alone --swap--> OnTrial --passed--> Alone (the old one retired)
 //!                        `--failed--> Alone (the old one serves again)
+//! Alone --a candidate needs its devices, stop_first--> Stopped --swap--> Alone
+//!                                                             `--the candidate failed--> loaded again
 //! ```
 
 mod candidate;

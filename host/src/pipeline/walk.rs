@@ -1,0 +1,80 @@
+//! A walk through replicas with a change of their data, one after the other: the hook of each, on a thread of its own and within its
+//! time. It never knows why the data changed, nor how many replicas there should be.
+
+use std::{sync::Arc, thread, time::Duration};
+
+use modalkit_loader::Failure;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Model, VolumeChange,
+    fleet::{Order, failure},
+    replica::{Replica, judge},
+};
+
+/// A walk through a generation's replicas with a change of their data: each rests while its hook runs, and the others work.
+pub(super) struct Walk {
+    pub(super) model: Arc<Model>,
+    pub(super) orders: mpsc::WeakSender<Order>,
+    /// For each hook.
+    pub(super) limit: Duration,
+}
+
+impl Walk {
+    pub(super) async fn through(
+        self,
+        replicas: Vec<Arc<Replica>>,
+        change: VolumeChange,
+        reply: oneshot::Sender<Vec<Result<(), Failure>>>,
+    ) {
+        let change = Arc::new(change);
+        let mut results = Vec::with_capacity(replicas.len());
+        for replica in replicas {
+            self.model.queue.change_turns(|| replica.park(true));
+            results.push(self.hook(&replica, &change).await);
+            self.model.queue.change_turns(|| replica.park(false));
+        }
+        // Whoever asked may have left.
+        let _ = reply.send(results);
+    }
+
+    async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), Failure> {
+        // One that has left meanwhile has nothing to change.
+        let Some(instance) = replica.instance() else { return Ok(()) };
+        let (done, result) = oneshot::channel();
+        let (change, orders, lease) =
+            (Arc::clone(change), self.orders.clone(), replica.lease().map(Arc::clone));
+        let run = move || {
+            let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
+            drop(instance);
+            if let (Err(failure), Some(lease)) = (&mut result, lease) {
+                judge(&lease, failure);
+            }
+            // The receiver is gone when the limit has passed, and the fleet perhaps too.
+            if done.send(result).is_err()
+                && let Some(orders) = orders.upgrade()
+            {
+                let _ = orders.blocking_send(Order::CameBack);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("volume hook".into()).spawn(run) {
+            return Err(failure(format!("can't start a thread for on_volume_reload: {error}")));
+        }
+        match tokio::time::timeout(self.limit, result).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(failure("on_volume_reload ended without a result".into())),
+            Err(_) => {
+                // At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has
+                // given it up already.
+                replica.leave();
+                if let Some(orders) = self.orders.upgrade() {
+                    let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
+                }
+                Err(failure(format!(
+                    "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
+                    self.limit
+                )))
+            }
+        }
+    }
+}
