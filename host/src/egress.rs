@@ -1,6 +1,8 @@
 //! Turns replies and job errors into HTTP. The one place where a job's error becomes a status; it never knows how it came
 //! about.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -8,8 +10,12 @@ use hyper::{
     header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use modalkit_loader::{Failure, FailureKind};
+use modalkit_queue::{Held, Lease};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{
+    json,
+    value::{RawValue, to_raw_value},
+};
 
 use crate::{
     access::AccessError,
@@ -66,16 +72,52 @@ pub fn job_failure(job_error: &JobError) -> String {
 /// What a failed asynchronous job leaves: the reference's message for failures, with what came in. What isn't JSON is told as a text.
 #[must_use]
 pub fn failed_job(error: String, envelope: &[u8]) -> Bytes {
-    let text;
-    let original_message: &serde_json::value::RawValue = match serde_json::from_slice(envelope) {
-        Ok(original_message) => original_message,
-        Err(_) => {
-            text =
-                serde_json::value::to_raw_value(&String::from_utf8_lossy(envelope)).expect("a text is JSON");
-            &text
-        }
-    };
-    object(&FailedJob { status: "error", error, original_message })
+    object(&FailedJob { status: "error", error, original_message: raw_json(envelope) })
+}
+
+/// Bytes as a part of a JSON text, as they stand; those that aren't JSON as a text.
+#[must_use]
+pub fn raw_json(bytes: &[u8]) -> Cow<'_, RawValue> {
+    match serde_json::from_slice::<&RawValue>(bytes) {
+        Ok(json) => Cow::Borrowed(json),
+        Err(_) => Cow::Owned(to_raw_value(&String::from_utf8_lossy(bytes)).expect("a text is JSON")),
+    }
+}
+
+/// What a queue in memory holds, or gave away under a receipt.
+#[must_use]
+pub fn messages(held: &Held, lease: Option<&Lease>, acknowledged: Option<usize>) -> HttpResponse {
+    let messages = held.messages.iter();
+    object_response(
+        StatusCode::OK,
+        &Messages {
+            length: held.length,
+            messages: messages
+                .map(|message| QueuedMessage { job_id: &message.job_id, body: raw_json(&message.body) })
+                .collect(),
+            receipt: lease.map(|lease| lease.receipt.as_str()),
+            lease_seconds: lease.map(|lease| lease.time.as_secs()),
+            acknowledged,
+        },
+    )
+}
+
+#[derive(Serialize)]
+struct Messages<'a> {
+    length: usize,
+    messages: Vec<QueuedMessage<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    receipt: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lease_seconds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    acknowledged: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct QueuedMessage<'a> {
+    job_id: &'a str,
+    body: Cow<'a, RawValue>,
 }
 
 /// Written as it stands: turned into a `Value`, the envelope would be parsed again, and what JSON allows and `Value` doesn't
@@ -84,7 +126,7 @@ pub fn failed_job(error: String, envelope: &[u8]) -> Bytes {
 struct FailedJob<'a> {
     status: &'static str,
     error: String,
-    original_message: &'a serde_json::value::RawValue,
+    original_message: Cow<'a, RawValue>,
 }
 
 /// An item's error in the place of its answer.

@@ -9,6 +9,7 @@ mod command_line;
 mod configuration;
 mod devices;
 mod digits;
+mod durability;
 mod failures;
 mod hostile;
 mod https;

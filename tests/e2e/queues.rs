@@ -65,8 +65,8 @@ fn memory() -> Rig {
         spec: Spec::Memory(MemorySpec { messages_max: 100_000, bytes_max: 8 << 20 }),
         refuses: None,
         look: |_, backend, queue| {
-            let shelf = backend.memory().unwrap().look(queue, usize::MAX);
-            shelf.messages.into_iter().map(|message| message.body.to_vec()).collect()
+            let held = backend.memory().unwrap().look(queue, usize::MAX, Instant::now());
+            held.messages.into_iter().map(|message| message.body.to_vec()).collect()
         },
         queue: "results",
         bytes_max: Some(8 << 20),
@@ -273,7 +273,9 @@ fn conforms(mut rig: Rig) {
     for one in &messages {
         if let Some(memory) = backend.memory() {
             // All of them together are more than this memory holds.
-            let _ = memory.take(queue, usize::MAX);
+            let now = Instant::now();
+            let (_, lease) = memory.take(queue, usize::MAX, Duration::from_secs(60), now);
+            let _ = memory.acknowledge(queue, &lease.unwrap().receipt, now);
         }
         deliver(&runtime, &*backend, queue, std::slice::from_ref(one));
         if backend.memory().is_some() {

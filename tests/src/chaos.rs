@@ -111,7 +111,7 @@ impl Chaos {
         let mut host = Setup::new()
             .plugin("puppet")
             .config(&format!(
-                "[server]\nlog = \"warn,modalkit::app=info\"\n[app_settings.batch_config]\nmax_batch_size = 16\n\
+                "[server]\nlog = \"warn,modalkit::app=info\"\njob_crashes_max = 1000\n[app_settings.batch_config]\nmax_batch_size = 16\n\
                  [app_settings.deployment_config]\nbatches_in_flight = 4\nretries = 1000\n{config}"
             ))
             .variable("MODALKIT_SERVER__LISTEN", &format!("127.0.0.1:{port}"))
@@ -295,7 +295,7 @@ impl Sharing {
         broker.start();
         self.fill(&broker);
         let config = format!(
-            "[server]\nlog = \"warn,modalkit::app=info\"\n[app_settings.batch_config]\nmax_batch_size = 16\n\
+            "[server]\nlog = \"warn,modalkit::app=info\"\njob_crashes_max = 1000\n[app_settings.batch_config]\nmax_batch_size = 16\n\
              [app_settings.deployment_config]\nbatches_in_flight = 4\nretries = 1000\n{config}\
              [[app_settings.queue_config.consume]]\nqueue = \"requests\"\nmodel = \"puppet\"\nin_flight_max = 64\nvisibility_seconds = 5\n"
         );

@@ -449,6 +449,32 @@ impl Host {
         read(&mut request.call().expect("the host answers"))
     }
 
+    /// As [`Host::get`], of a host that may be gone.
+    #[must_use]
+    pub fn try_get(&self, path: &str) -> Option<Answer> {
+        let mut response = agent().get(self.url(path)).call().ok()?;
+        Some(read(&mut response))
+    }
+
+    /// Whether it has ended; [`Host::wait`] says how.
+    ///
+    /// # Panics
+    /// Where nobody knows.
+    #[must_use]
+    pub fn has_exited(&mut self) -> bool {
+        self.child.try_wait().expect("its status can be read").is_some()
+    }
+
+    /// Takes a queue's messages and acknowledges them.
+    #[must_use]
+    pub fn take(&self, queue: &str) -> Vec<Value> {
+        let (_, answer) = self.delete(&format!("/queues/{queue}?limit=1000"));
+        if let Some(receipt) = answer["receipt"].as_str() {
+            let _ = self.delete(&format!("/queues/{queue}?receipt={receipt}"));
+        }
+        answer["messages"].as_array().cloned().unwrap_or_default()
+    }
+
     /// The text behind a path.
     ///
     /// # Panics

@@ -24,11 +24,6 @@ impl JobId {
         (((bits >> 80) << COUNTER_BITS) | ((bits >> 64) & 0xfff)) as i64
     }
 
-    /// The least row of a job that came at this moment.
-    pub(crate) fn first_row_of(unix_ms: u64) -> i64 {
-        (unix_ms << COUNTER_BITS) as i64
-    }
-
     /// What is random in it.
     pub(crate) fn tail(self) -> i64 {
         self.0.as_u128() as u64 as i64

@@ -6,7 +6,10 @@ use std::{
     io::{self, Read},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -29,23 +32,36 @@ pub struct Slot {
     number: Option<u32>,
     job: JobId,
     attempt: u32,
+    alone: AtomicBool,
 }
 
+/// What a slot says of a job that was being run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Noted {
+    pub(crate) row: i64,
+    /// Which attempt it was, from 1.
+    pub(crate) attempt: u32,
+    /// No other job was being run.
+    pub(crate) alone: bool,
+}
+
+const ALONE: u32 = 1;
+
 impl Ledger {
-    /// Opens the file, says which jobs it names (their rows, and the attempt that was under way), and empties it.
-    pub(crate) fn open(path: &Path) -> io::Result<(File, Vec<(i64, u32)>)> {
+    /// Opens the file and says which jobs it names.
+    pub(crate) fn open(path: &Path) -> io::Result<(File, Vec<Noted>)> {
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         let named = bytes
             .chunks_exact(SLOT_BYTES)
-            .map(|slot| {
-                let row = i64::from_le_bytes(slot[..8].try_into().expect("eight bytes"));
-                let attempt = u32::from_le_bytes(slot[8..12].try_into().expect("four bytes"));
-                (row, attempt)
+            .map(|slot| Noted {
+                row: i64::from_le_bytes(slot[..8].try_into().expect("eight bytes")),
+                attempt: u32::from_le_bytes(slot[8..12].try_into().expect("four bytes")),
+                alone: u32::from_le_bytes(slot[12..].try_into().expect("four bytes")) == ALONE,
             })
-            .filter(|(row, _)| *row != 0)
+            .filter(|noted| noted.row != 0)
             .collect();
         Ok((file, named))
     }
@@ -57,11 +73,11 @@ impl Ledger {
         Ok(Arc::new(Self { file, free: Mutex::new((0..SLOTS).rev().collect()) }))
     }
 
-    /// A slot for an attempt that may begin soon.
+    /// A slot for an attempt that may begin soon; `alone` where no other job runs beside it.
     #[must_use]
-    pub fn slot(self: &Arc<Self>, job: JobId, attempt: u32) -> Slot {
+    pub fn slot(self: &Arc<Self>, job: JobId, attempt: u32, alone: bool) -> Slot {
         let number = self.free.lock().pop();
-        Slot { ledger: Arc::clone(self), number, job, attempt }
+        Slot { ledger: Arc::clone(self), number, job, attempt, alone: alone.into() }
     }
 }
 
@@ -71,7 +87,16 @@ impl Slot {
         let mut slot = [0; SLOT_BYTES];
         slot[..8].copy_from_slice(&self.job.row().to_le_bytes());
         slot[8..12].copy_from_slice(&self.attempt.to_le_bytes());
+        let alone = if self.alone.load(Ordering::SeqCst) { ALONE } else { 0 };
+        slot[12..].copy_from_slice(&alone.to_le_bytes());
         self.write(&slot);
+    }
+
+    /// Says that other jobs run beside it from now on.
+    pub fn joined(&self) {
+        if self.alone.swap(false, Ordering::SeqCst) {
+            self.begins();
+        }
     }
 
     fn write(&self, slot: &[u8; SLOT_BYTES]) {
@@ -84,7 +109,11 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // What it says stays until the next job's turn: an attempt that has ended is known to the journal by its number.
+        // What it says stays until the next job's turn: an attempt that has ended is known to the journal by its number. Only what
+        // a job would be blamed for is taken back at once.
+        if self.alone.load(Ordering::SeqCst) {
+            self.write(&[0; SLOT_BYTES]);
+        }
         if let Some(number) = self.number {
             self.ledger.free.lock().push(number);
         }

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod clock;
 mod id;
 mod ledger;
 mod record;
@@ -28,14 +29,16 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+pub use clock::Clock;
 pub use id::{JobId, NotAnId};
 pub use ledger::{Ledger, SLOTS, Slot};
 pub use record::{
     Accepted, Delivery, Filter, Finish, NewJob, Once, OpenJob, Page, Retry, State, Stored, Totals,
 };
-pub use writer::{Committed, OnCommit, Retention, unix_ms};
+pub use writer::{Committed, OnCommit, Retention, Unfit, unix_ms};
 
 use id::Ids;
+use ledger::Noted;
 use store::{Opened, Reader, Store, StoreError};
 use writer::{Change, Shared, Writer};
 
@@ -88,6 +91,9 @@ pub enum AcceptError {
     /// Jobs that aren't done with take all the room there may be.
     #[error("the journal is full of jobs that are not done with")]
     Full,
+    /// It is larger than the journal's format takes.
+    #[error("the job can't be kept: {0}")]
+    Unfit(Unfit),
     /// The disk is full, or fails.
     #[error("the journal can't be written: {0}")]
     Unwritable(String),
@@ -104,7 +110,11 @@ pub struct ReadError(#[from] rusqlite::Error);
 /// The journal. Whoever drops it waits for what was handed to it.
 pub struct Journal {
     shared: Arc<Shared>,
+    /// For whoever runs and delivers jobs.
     reader: Mutex<Reader>,
+    /// For those who ask after single jobs, and for those who list them: neither keeps the others waiting.
+    asked: Mutex<Reader>,
+    lists: Mutex<Reader>,
     ids: Ids,
     ledger: Arc<Ledger>,
     writer: Option<JoinHandle<()>>,
@@ -123,27 +133,41 @@ impl Journal {
         retention: Retention,
         on_commit: OnCommit,
     ) -> Result<(Self, Vec<OpenJob>), OpenError> {
+        Self::open_prepared(folder, retention, on_commit, |_| ())
+    }
+
+    fn open_prepared(
+        folder: &Path,
+        retention: Retention,
+        on_commit: OnCommit,
+        prepare: impl FnOnce(&Store),
+    ) -> Result<(Self, Vec<OpenJob>), OpenError> {
         let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
         let lock = lock(folder)?;
         let path = folder.join(FILE);
         let file = || path.clone();
-        let Opened { mut store, mut open_jobs, last_row } =
+        let Opened { mut store, mut open_jobs, last_row, clock } =
             Store::open(&path).map_err(|error| match error {
                 StoreError::Damaged(why) => OpenError::Damaged { file: file(), why },
                 other => OpenError::Unusable { file: file(), why: other.to_string() },
             })?;
+        prepare(&store);
         let unusable = |error: rusqlite::Error| OpenError::Unusable { file: file(), why: error.to_string() };
         // It holds what callers sent.
         let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
+        let clock = Clock::resume(clock, unix_ms());
         let (ledger, running) = Ledger::open(&folder.join(LEDGER)).map_err(of_folder)?;
-        take_over(&mut store, &mut open_jobs, &running).map_err(unusable)?;
+        take_over(&mut store, &mut open_jobs, &running, clock.now()).map_err(unusable)?;
         let ledger = Ledger::begin(ledger).map_err(of_folder)?;
-        let reader = Reader::open(&path).map_err(unusable)?;
-        let shared = Shared::new(retention);
+        let reader = || Reader::open(&path).map(Mutex::new).map_err(unusable);
+        let (reader, asked, lists) = (reader()?, reader()?, reader()?);
+        let shared = Shared::new(retention, clock);
         let writer = Writer::start(store, Arc::clone(&shared), on_commit).map_err(of_folder)?;
         let journal = Self {
             shared,
-            reader: Mutex::new(reader),
+            reader,
+            asked,
+            lists,
             ids: Ids::after(last_row),
             ledger,
             writer: Some(writer),
@@ -183,24 +207,20 @@ impl Journal {
         self.shared.push(Change::Retry(retry));
     }
 
-    /// Writes how many attempts a job has had.
-    pub fn attempts(&self, id: JobId, attempts: u32) {
-        self.shared.push(Change::Attempts(id, attempts));
-    }
-
-    /// Writes how a job ended. `done` is called once that is on disk, however long it takes.
-    pub fn finish(&self, finish: Finish, done: impl FnOnce() + Send + 'static) {
+    /// Writes how a job ended. `done` is called once that is on disk, however long it takes, or with [`Unfit`] where it never can be:
+    /// the job is then as it was before.
+    pub fn finish(&self, finish: Finish, done: impl FnOnce(Result<(), Unfit>) + Send + 'static) {
         self.shared.push(Change::Finish(finish, Box::new(done)));
     }
 
     /// Writes that a queue has a job's message.
     pub fn delivered(&self, id: JobId) {
-        self.shared.push(Change::Delivered(id, unix_ms(), None, None));
+        self.shared.push(Change::Delivered(id, unix_ms(), None));
     }
 
     /// Writes that a job's message was given up.
     pub fn dead(&self, id: JobId, why: String) {
-        self.shared.push(Change::Delivered(id, unix_ms(), Some(why), None));
+        self.shared.push(Change::Delivered(id, unix_ms(), Some(why)));
     }
 
     /// Has a message delivered again that was delivered or given up. `done` gets the job once that is on disk, and `None` where
@@ -214,7 +234,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`].
     pub fn job(&self, id: JobId) -> Result<Option<Stored>, ReadError> {
-        Ok(self.reader.lock().job(id)?)
+        Ok(self.asked.lock().job(id)?)
     }
 
     /// What came in for a job that hasn't ended. Reads the disk.
@@ -238,7 +258,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`].
     pub fn list(&self, filter: &Filter) -> Result<Page, ReadError> {
-        Ok(self.reader.lock().list(filter)?)
+        Ok(self.lists.lock().list(filter)?)
     }
 
     /// Looks through the whole file: what is wrong with it, if anything is. Takes as long as reading it.
@@ -253,6 +273,12 @@ impl Journal {
     #[must_use]
     pub fn ledger(&self) -> &Arc<Ledger> {
         &self.ledger
+    }
+
+    /// The journal's own time, by which ages are told.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
     }
 
     /// Why nothing can be written at the moment.
@@ -318,18 +344,25 @@ fn lock(folder: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// Counts an attempt for each job that was being run when the host died. On disk before the ledger is emptied: a host that dies
-/// at its start over and over counts each of these once.
-fn take_over(store: &mut Store, open_jobs: &mut [OpenJob], running: &[(i64, u32)]) -> rusqlite::Result<()> {
-    let mut group = store.begin()?;
+/// Counts a crash for each job that was being run when the host died; the one that ran alone is to blame. On disk before the ledger
+/// is emptied, so that none is missed; a host that dies between the two counts these once more.
+fn take_over(
+    store: &mut Store,
+    open_jobs: &mut [OpenJob],
+    running: &[Noted],
+    now: u64,
+) -> rusqlite::Result<()> {
+    let mut group = store.begin(now)?;
     let mut any = false;
-    for (row, attempt) in running {
-        let Ok(index) = open_jobs.binary_search_by_key(row, |job| job.id.row()) else { continue };
+    for noted in running {
+        let Ok(index) = open_jobs.binary_search_by_key(&noted.row, |job| job.id.row()) else { continue };
         let job = &mut open_jobs[index];
-        if job.state == State::Queued && *attempt > job.attempts {
-            job.attempts = *attempt;
+        // An attempt that has ended is known by its number.
+        if job.state == State::Queued && noted.attempt > job.attempts && !job.was_running {
             job.was_running = true;
-            group.attempts(job.id, *attempt)?;
+            job.crashes += 1;
+            job.crashes_alone += u32::from(noted.alone);
+            group.crashed(job)?;
             any = true;
         }
     }

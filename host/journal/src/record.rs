@@ -138,6 +138,8 @@ pub struct Finish {
     pub error: Option<String>,
     /// The queue that is to get it.
     pub queue: Option<String>,
+    /// The journal's time ([`crate::Clock`]) from which its delivery, or the time that it is kept, counts.
+    pub since: u64,
 }
 
 /// An attempt that failed and is to be followed by another.
@@ -166,10 +168,14 @@ pub struct OpenJob {
     pub key: Option<Arc<str>>,
     /// [`State::Queued`], or where only its delivery is left, how it ended.
     pub state: State,
-    /// Attempts so far, that of a host that died meanwhile included.
+    /// Attempts that have ended so far.
     pub attempts: u32,
-    /// Whether it was running when its host died.
+    /// Whether it was running when its host died last.
     pub was_running: bool,
+    /// How often a host died while it was running.
+    pub crashes: u32,
+    /// How often it was the only job that was running then.
+    pub crashes_alone: u32,
     /// Somebody took it back while it ran.
     pub cancelled: bool,
     /// When it came.
@@ -178,7 +184,7 @@ pub struct OpenJob {
     pub next: Option<u64>,
     /// After this nobody wants its answer.
     pub deadline: Option<u64>,
-    /// Since when its message is to be delivered.
+    /// Since when its message is to be delivered, in the journal's time.
     pub pending: Option<u64>,
     /// The queue that is to get its message.
     pub queue: Option<String>,
@@ -197,8 +203,10 @@ pub struct Stored {
     pub key: Option<String>,
     /// Where it stands.
     pub state: State,
-    /// Attempts so far.
+    /// Attempts that have ended so far.
     pub attempts: u32,
+    /// How often a host died while it was running.
+    pub crashes: u32,
     /// When it came.
     pub accepted: u64,
     /// When its last attempt began.

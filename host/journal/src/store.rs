@@ -12,8 +12,8 @@ use crate::{
     record::{Accepted, Delivery, Filter, Finish, NewJob, OpenJob, Page, Retry, State, Stored, Totals},
 };
 
-/// The shape of the tables; another number is another version's file.
-const SCHEMA: i64 = 1;
+/// The shape of the tables; a greater number is a later version's file.
+const SCHEMA: i64 = 2;
 /// The first bytes of each file of SQLite.
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 /// Marks a file as ours.
@@ -38,6 +38,8 @@ const TABLES: &str = "
         state INTEGER NOT NULL,
         open INTEGER NOT NULL,
         attempts INTEGER NOT NULL,
+        crashes INTEGER NOT NULL DEFAULT 0,
+        crashes_alone INTEGER NOT NULL DEFAULT 0,
         accepted INTEGER NOT NULL,
         started INTEGER,
         finished INTEGER,
@@ -47,9 +49,9 @@ const TABLES: &str = "
         delivery INTEGER NOT NULL,
         pending INTEGER,
         delivered INTEGER,
+        closed INTEGER NOT NULL DEFAULT 0,
         queue TEXT,
         trace TEXT,
-        once TEXT,
         error TEXT,
         delivery_error TEXT,
         envelope BLOB,
@@ -60,14 +62,33 @@ const TABLES: &str = "
         name TEXT PRIMARY KEY,
         row INTEGER NOT NULL,
         tail INTEGER NOT NULL,
-        digest BLOB NOT NULL
+        digest BLOB NOT NULL,
+        at INTEGER NOT NULL DEFAULT 0
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE totals (
         id INTEGER PRIMARY KEY,
         s0 INTEGER NOT NULL, s1 INTEGER NOT NULL, s2 INTEGER NOT NULL, s3 INTEGER NOT NULL,
-        d0 INTEGER NOT NULL, d1 INTEGER NOT NULL, d2 INTEGER NOT NULL, d3 INTEGER NOT NULL
+        d0 INTEGER NOT NULL, d1 INTEGER NOT NULL, d2 INTEGER NOT NULL, d3 INTEGER NOT NULL,
+        clock INTEGER NOT NULL DEFAULT 0
     ) STRICT;
-    INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0);
+    INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+";
+
+/// What makes the tables of format 1 those of format 2. Ages were told by the system's clock there; they begin anew.
+const FROM_FORMAT_1: &str = "
+    ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN crashes_alone INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN closed INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE once ADD COLUMN at INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE totals ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;
+    UPDATE jobs SET pending = 0 WHERE delivery = 1;
+";
+
+/// Finds jobs that are done with by when that was, those that have ended by whose they are and how they ended, and names by their age.
+const INDEXES: &str = "
+    CREATE INDEX closed_jobs ON jobs (closed) WHERE open = 0;
+    CREATE INDEX ended_jobs ON jobs (key, state, row) WHERE state > 0;
+    CREATE INDEX once_by_age ON once (at);
 ";
 
 /// What can happen to the file.
@@ -76,9 +97,9 @@ pub(crate) enum StoreError {
     /// It isn't what was written.
     #[error("it is damaged, or no journal at all: {0}")]
     Damaged(String),
-    /// It was written by another version.
+    /// It was written by a later version.
     #[error(
-        "expected a journal of format {SCHEMA}, found format {0}: run the version of modalkit that wrote it"
+        "expected a journal of format 1 to {SCHEMA}, found format {0}: run the version of modalkit that wrote it"
     )]
     Foreign(i64),
     /// It can't be read or written at the moment.
@@ -107,6 +128,21 @@ pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
     }
 }
 
+/// Whether an error lies in what was to be written, and not in the file: the same change fails each time, and others don't.
+pub(crate) fn is_of_one_change(error: &rusqlite::Error) -> bool {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => matches!(
+            failure.code,
+            ErrorCode::TooBig
+                | ErrorCode::ConstraintViolation
+                | ErrorCode::TypeMismatch
+                | ErrorCode::ParameterOutOfRange
+        ),
+        rusqlite::Error::ToSqlConversionFailure(_) => true,
+        _ => false,
+    }
+}
+
 /// The one connection that writes.
 pub(crate) struct Store {
     connection: Connection,
@@ -118,6 +154,8 @@ pub(crate) struct Opened {
     pub(crate) store: Store,
     pub(crate) open_jobs: Vec<OpenJob>,
     pub(crate) last_row: i64,
+    /// The journal's time when it was last written.
+    pub(crate) clock: u64,
 }
 
 impl Store {
@@ -131,8 +169,8 @@ impl Store {
         }
         let mut connection = Connection::open(path).map_err(StoreError::of_open)?;
         let opened = Self::prepare(&mut connection).and_then(|()| Self::look(&connection));
-        let (totals, open_jobs, last_row) = opened?;
-        Ok(Opened { store: Self { connection, totals }, open_jobs, last_row })
+        let Found { totals, open_jobs, last_row, clock } = opened?;
+        Ok(Opened { store: Self { connection, totals }, open_jobs, last_row, clock })
     }
 
     fn prepare(connection: &mut Connection) -> Result<(), StoreError> {
@@ -145,7 +183,7 @@ impl Store {
         if !is_new && application != APPLICATION_ID {
             return Err(StoreError::Damaged("it says it is something else than a journal".to_owned()));
         }
-        if !is_new && version != SCHEMA {
+        if !is_new && !(1..=SCHEMA).contains(&version) {
             return Err(StoreError::Foreign(version));
         }
         let set = |name: &str, value: &dyn rusqlite::ToSql| {
@@ -155,9 +193,10 @@ impl Store {
         set("synchronous", &"full")?;
         set("wal_autocheckpoint", &CHECKPOINT_PAGES)?;
         set("journal_size_limit", &WAL_BYTES_KEPT)?;
-        if is_new {
+        if is_new || version < SCHEMA {
             let transaction = connection.transaction().map_err(StoreError::of_open)?;
-            transaction.execute_batch(TABLES)?;
+            transaction.execute_batch(if is_new { TABLES } else { FROM_FORMAT_1 })?;
+            transaction.execute_batch(INDEXES)?;
             transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
             transaction.pragma_update(None, "user_version", SCHEMA)?;
             transaction.commit()?;
@@ -165,34 +204,39 @@ impl Store {
         Ok(())
     }
 
-    fn look(connection: &Connection) -> Result<(Totals, Vec<OpenJob>, i64), StoreError> {
+    fn look(connection: &Connection) -> Result<Found, StoreError> {
         let read = || -> rusqlite::Result<_> {
-            let totals = connection.query_row("SELECT * FROM totals", [], |row| {
+            let (totals, clock) = connection.query_row("SELECT * FROM totals", [], |row| {
                 let mut totals = Totals::default();
                 for index in 0..4 {
                     totals.states[index] = row.get(index + 1)?;
                     totals.deliveries[index] = row.get(index + 5)?;
                 }
-                Ok(totals)
+                Ok((totals, row.get(9)?))
             })?;
             let last: Option<i64> =
                 connection.query_row("SELECT max(row) FROM jobs", [], |row| row.get(0))?;
-            let mut statement = connection.prepare(
-                "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled
-                 FROM jobs INDEXED BY open_jobs WHERE open = 1 ORDER BY row",
-            )?;
-            let open = statement.query_map([], open_job)?.collect::<rusqlite::Result<Vec<_>>>()?;
-            Ok((totals, open, last.unwrap_or_default()))
+            let text =
+                format!("SELECT {OPEN_COLUMNS} FROM jobs INDEXED BY open_jobs WHERE open = 1 ORDER BY row");
+            let mut statement = connection.prepare(&text)?;
+            let open_jobs = statement.query_map([], open_job)?.collect::<rusqlite::Result<Vec<_>>>()?;
+            Ok(Found { totals, open_jobs, last_row: last.unwrap_or_default(), clock })
         };
         read().map_err(StoreError::of_open)
     }
 
-    /// A transaction. What it does to the totals counts when it is committed.
-    pub(crate) fn begin(&mut self) -> rusqlite::Result<Group<'_>> {
+    /// A transaction at this moment of the journal's time. What it does to the totals counts when it is committed.
+    pub(crate) fn begin(&mut self, now: u64) -> rusqlite::Result<Group<'_>> {
         let totals = self.totals;
         // A write at its end would otherwise find that another had come between.
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        Ok(Group { transaction, totals, counted: &mut self.totals })
+        Ok(Group { transaction, now, totals, counted: &mut self.totals })
+    }
+
+    /// Takes no text or blob of more bytes than this, as SQLite itself doesn't beyond its own limit.
+    #[cfg(test)]
+    pub(crate) fn limit_bytes(&self, bytes: i32) {
+        self.connection.set_limit(rusqlite::limits::Limit::SQLITE_LIMIT_LENGTH, bytes).expect("a limit");
     }
 
     /// Bytes that jobs take up in the file; what is free in it doesn't count.
@@ -206,6 +250,16 @@ impl Store {
         self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
     }
 }
+
+/// What a file holds when it is opened.
+struct Found {
+    totals: Totals,
+    open_jobs: Vec<OpenJob>,
+    last_row: i64,
+    clock: u64,
+}
+
+const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone";
 
 fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
     Ok(OpenJob {
@@ -222,12 +276,15 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         queue: row.get(10)?,
         trace: row.get(11)?,
         cancelled: row.get(12)?,
+        crashes: row.get(13)?,
+        crashes_alone: row.get(14)?,
     })
 }
 
 /// Changes that are committed together.
 pub(crate) struct Group<'s> {
     transaction: Transaction<'s>,
+    now: u64,
     totals: Totals,
     counted: &'s mut Totals,
 }
@@ -235,8 +292,8 @@ pub(crate) struct Group<'s> {
 /// Which jobs are forgotten.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Forget {
-    /// Those that ended before this moment.
-    EndedBefore(u64),
+    /// Those that were done with before this moment of the journal's time.
+    ClosedBefore(u64),
     /// The oldest, about so many bytes of them.
     Bytes(u64),
 }
@@ -282,16 +339,13 @@ impl Group<'_> {
             return Err(Refusal::Full);
         }
         if let Some(once) = &job.once {
-            self.transaction.prepare_cached("INSERT INTO once VALUES (?1, ?2, ?3, ?4)")?.execute(params![
-                once.name,
-                job.id.row(),
-                job.id.tail(),
-                once.digest
-            ])?;
+            self.transaction
+                .prepare_cached("INSERT INTO once (name, row, tail, digest, at) VALUES (?1, ?2, ?3, ?4, ?5)")?
+                .execute(params![once.name, job.id.row(), job.id.tail(), once.digest, self.now])?;
         }
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, cancelled, delivery, trace, once, envelope)
-             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, 0, ?7, ?8, ?9)",
+            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, cancelled, delivery, trace, envelope)
+             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, 0, ?7, ?8)",
         )?;
         insert.execute(params![
             job.id.row(),
@@ -301,16 +355,18 @@ impl Group<'_> {
             job.accepted,
             job.deadline,
             job.trace,
-            job.once.as_ref().map(|once| &once.name),
             &*job.envelope,
         ])?;
         self.totals.add(State::Queued, Delivery::None, 1);
         Ok(Accepted::New)
     }
 
-    pub(crate) fn attempts(&mut self, id: JobId, attempts: u32) -> rusqlite::Result<()> {
-        let mut update = self.transaction.prepare_cached("UPDATE jobs SET attempts = ?2 WHERE row = ?1")?;
-        update.execute(params![id.row(), attempts]).map(drop)
+    /// Says how often a host died while this job was running.
+    pub(crate) fn crashed(&mut self, job: &OpenJob) -> rusqlite::Result<()> {
+        let mut update = self
+            .transaction
+            .prepare_cached("UPDATE jobs SET crashes = ?2, crashes_alone = ?3 WHERE row = ?1")?;
+        update.execute(params![job.id.row(), job.crashes, job.crashes_alone]).map(drop)
     }
 
     pub(crate) fn retry(&mut self, retry: &Retry) -> rusqlite::Result<()> {
@@ -325,7 +381,7 @@ impl Group<'_> {
         let delivery = if finish.queue.is_some() { Delivery::Pending } else { Delivery::None };
         let mut update = self.transaction.prepare_cached(
             "UPDATE jobs SET state = ?2, open = ?3, attempts = ?4, started = coalesce(?5, started), finished = ?6, next = NULL,
-             result = ?7, error = ?8, queue = ?9, delivery = ?10, pending = ?6, envelope = NULL WHERE row = ?1 AND state = 0",
+             result = ?7, error = ?8, queue = ?9, delivery = ?10, pending = ?11, closed = ?11, envelope = NULL WHERE row = ?1 AND state = 0",
         )?;
         let changed = update.execute(params![
             finish.id.row(),
@@ -338,6 +394,7 @@ impl Group<'_> {
             finish.error,
             finish.queue,
             delivery.code(),
+            finish.since,
         ])?;
         if changed == 1 {
             self.totals.add(State::Queued, Delivery::None, -1);
@@ -362,9 +419,9 @@ impl Group<'_> {
     pub(crate) fn delivered(&mut self, id: JobId, at: u64, dead: Option<&str>) -> rusqlite::Result<()> {
         let delivery = if dead.is_some() { Delivery::Dead } else { Delivery::Delivered };
         let mut update = self.transaction.prepare_cached(
-            "UPDATE jobs SET delivery = ?2, delivered = ?3, delivery_error = ?4, open = 0 WHERE row = ?1 AND delivery = 1",
+            "UPDATE jobs SET delivery = ?2, delivered = ?3, delivery_error = ?4, open = 0, closed = ?5 WHERE row = ?1 AND delivery = 1",
         )?;
-        if update.execute(params![id.row(), delivery.code(), at, dead])? == 1 {
+        if update.execute(params![id.row(), delivery.code(), at, dead, self.now])? == 1 {
             self.totals.deliveries[Delivery::Pending.code() as usize] -= 1;
             self.totals.deliveries[delivery.code() as usize] += 1;
         }
@@ -372,7 +429,7 @@ impl Group<'_> {
     }
 
     /// Has a message delivered again; `None` where there is no such message, or it is on its way.
-    pub(crate) fn redeliver(&mut self, id: JobId, now: u64) -> rusqlite::Result<Option<OpenJob>> {
+    pub(crate) fn redeliver(&mut self, id: JobId) -> rusqlite::Result<Option<OpenJob>> {
         let before: Option<i64> = self
             .transaction
             .prepare_cached(
@@ -386,57 +443,68 @@ impl Group<'_> {
             .prepare_cached(
                 "UPDATE jobs SET delivery = 1, delivered = NULL, delivery_error = NULL, open = 1, pending = ?2 WHERE row = ?1",
             )?
-            .execute(params![id.row(), now])?;
+            .execute(params![id.row(), self.now])?;
         self.totals.deliveries[Delivery::of(before).code() as usize] -= 1;
         self.totals.deliveries[Delivery::Pending.code() as usize] += 1;
-        let mut statement = self.transaction.prepare_cached(
-            "SELECT row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled FROM jobs WHERE row = ?1",
-        )?;
-        statement.query_row([id.row()], open_job).optional()
+        let text = format!("SELECT {OPEN_COLUMNS} FROM jobs WHERE row = ?1");
+        self.transaction.prepare_cached(&text)?.query_row([id.row()], open_job).optional()
     }
 
-    /// Forgets the oldest jobs that are done with: those that ended before a moment, or as many as take up some bytes. Says how many.
+    /// Forgets jobs that are done with: those that were before a moment, or of the oldest as many as take up some bytes. Says how many.
+    /// Their names are remembered for as long as names are.
     pub(crate) fn forget(&mut self, which: Forget) -> rusqlite::Result<usize> {
-        // No job ended before it came, so that those which came later aren't looked at.
-        let (ended, row, mut bytes) = match which {
-            Forget::EndedBefore(moment) => (moment as i64, JobId::first_row_of(moment), i64::MAX),
-            Forget::Bytes(bytes) => (i64::MAX, i64::MAX, bytes as i64),
+        let (text, moment, mut bytes) = match which {
+            Forget::ClosedBefore(moment) => (
+                "SELECT row, state, delivery, coalesce(length(result), 0) FROM jobs INDEXED BY closed_jobs
+                 WHERE open = 0 AND closed < ?1 ORDER BY closed LIMIT ?2",
+                moment as i64,
+                i64::MAX,
+            ),
+            Forget::Bytes(bytes) => (
+                "SELECT row, state, delivery, coalesce(length(result), 0) FROM jobs NOT INDEXED
+                 WHERE open = 0 AND closed <= ?1 ORDER BY row LIMIT ?2",
+                i64::MAX,
+                bytes as i64,
+            ),
         };
-        let mut oldest = self.transaction.prepare_cached(
-            "SELECT row, state, delivery, once, coalesce(length(result), 0) FROM jobs
-             WHERE open = 0 AND finished < ?1 AND row < ?2 ORDER BY row LIMIT ?3",
-        )?;
-        let mut rows = oldest.query(params![ended, row, FORGOTTEN_AT_ONCE])?;
-        let mut found: Vec<(i64, i64, i64, Option<String>)> = Vec::new();
+        let mut oldest = self.transaction.prepare_cached(text)?;
+        let mut rows = oldest.query(params![moment, FORGOTTEN_AT_ONCE])?;
+        let mut found: Vec<(i64, i64, i64)> = Vec::new();
         while bytes > 0
             && let Some(row) = rows.next()?
         {
-            bytes -= row.get::<_, i64>(4)? + ROW_BYTES;
-            found.push((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
+            bytes -= row.get::<_, i64>(3)? + ROW_BYTES;
+            found.push((row.get(0)?, row.get(1)?, row.get(2)?));
         }
         drop(rows);
         drop(oldest);
-        for (row, state, delivery, once) in &found {
+        for (row, state, delivery) in &found {
             self.transaction.prepare_cached("DELETE FROM jobs WHERE row = ?1")?.execute([row])?;
-            if let Some(once) = once {
-                self.transaction
-                    .prepare_cached("DELETE FROM once WHERE name = ?1 AND row = ?2")?
-                    .execute(params![once, row])?;
-            }
             self.totals.add(State::of(*state), Delivery::of(*delivery), -1);
         }
         Ok(found.len())
     }
 
+    /// Forgets names that came before a moment of the journal's time, but for those of jobs that aren't done with. Says how many.
+    pub(crate) fn forget_names(&mut self, before: u64) -> rusqlite::Result<usize> {
+        let mut delete = self.transaction.prepare_cached(
+            "DELETE FROM once WHERE name IN (
+                 SELECT name FROM once WHERE at < ?1
+                 AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.row = once.row AND jobs.open = 1)
+                 ORDER BY at LIMIT ?2)",
+        )?;
+        delete.execute(params![before, FORGOTTEN_AT_ONCE])
+    }
+
     pub(crate) fn commit(self) -> rusqlite::Result<()> {
-        let Self { transaction, totals, counted } = self;
+        let Self { transaction, now, totals, counted } = self;
         if totals != *counted {
             let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (totals.states, totals.deliveries);
             transaction
                 .prepare_cached(
-                    "UPDATE totals SET s0 = ?1, s1 = ?2, s2 = ?3, s3 = ?4, d0 = ?5, d1 = ?6, d2 = ?7, d3 = ?8",
+                    "UPDATE totals SET s0 = ?1, s1 = ?2, s2 = ?3, s3 = ?4, d0 = ?5, d1 = ?6, d2 = ?7, d3 = ?8, clock = ?9",
                 )?
-                .execute([s0, s1, s2, s3, d0, d1, d2, d3])?;
+                .execute([s0, s1, s2, s3, d0, d1, d2, d3, now as i64])?;
         }
         transaction.commit()?;
         *counted = totals;
@@ -447,7 +515,7 @@ impl Group<'_> {
 /// A connection that reads beside the one that writes.
 pub(crate) struct Reader(Connection);
 
-const COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, started, finished, next, error, queue, delivery, delivered, delivery_error";
+const COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, started, finished, next, error, queue, delivery, delivered, delivery_error, crashes";
 
 impl Reader {
     /// Looks through the whole file; what is wrong with it, if anything is.
@@ -468,7 +536,7 @@ impl Reader {
         let mut statement = self.0.prepare_cached(&text)?;
         statement
             .query_row(params![id.row(), id.tail()], |row| {
-                let result: Option<Vec<u8>> = row.get(15)?;
+                let result: Option<Vec<u8>> = row.get(16)?;
                 Ok(Stored { result: result.map(Bytes::from), ..stored(row)? })
             })
             .optional()
@@ -487,13 +555,13 @@ impl Reader {
     }
 
     pub(crate) fn list(&self, filter: &Filter) -> rusqlite::Result<Page> {
-        // What isn't done with is found without looking at all that is.
-        let is_open = filter.state == Some(State::Queued) || filter.delivery == Some(Delivery::Pending);
-        let open = if is_open { "INDEXED BY open_jobs WHERE open = 1 AND" } else { "WHERE" };
-        let text = format!("SELECT {COLUMNS} FROM jobs {open} row < ?1 ORDER BY row DESC LIMIT ?2");
-        let mut statement = self.0.prepare_cached(&text)?;
+        let mut statement = self.0.prepare_cached(&list_text(filter))?;
         let before = filter.after.map_or(i64::MAX, JobId::row);
-        let mut rows = statement.query(params![before, ROWS_LOOKED_AT])?;
+        let key = filter.key.as_ref().and_then(Option::as_deref);
+        let mut rows = match filter.key {
+            Some(_) => statement.query(params![before, ROWS_LOOKED_AT, key])?,
+            None => statement.query(params![before, ROWS_LOOKED_AT])?,
+        };
         let (mut jobs, mut looked_at, mut last) = (Vec::new(), 0, None);
         while jobs.len() < filter.limit
             && let Some(row) = rows.next()?
@@ -514,6 +582,32 @@ impl Reader {
     }
 }
 
+/// Finds jobs by what the filter says of state and key, the youngest first, along an index where there is one for it.
+fn list_text(filter: &Filter) -> String {
+    // What isn't done with is found without looking at all that is.
+    let open = "INDEXED BY open_jobs WHERE open = 1 AND";
+    let is_open = filter.state == Some(State::Queued) || filter.delivery == Some(Delivery::Pending);
+    let of_key = |places: &str| format!("SELECT {COLUMNS} FROM jobs {places} key IS ?3 AND row < ?1");
+    let found = match (&filter.key, filter.state) {
+        (None, _) if is_open => format!("SELECT {COLUMNS} FROM jobs {open} row < ?1"),
+        (None, _) => format!("SELECT {COLUMNS} FROM jobs WHERE row < ?1"),
+        (Some(_), _) if is_open => of_key(open),
+        (Some(_), state) => {
+            // Each of these comes ordered, and SQLite merges them as they are read.
+            let ended = |state: State| {
+                of_key(&format!("INDEXED BY ended_jobs WHERE state > 0 AND state = {} AND", state.code()))
+            };
+            let one = |wanted: State| match wanted {
+                State::Queued => of_key(&format!("{open} state = {} AND", State::Queued.code())),
+                ended_state => ended(ended_state),
+            };
+            let wanted: Vec<State> = state.map_or_else(|| State::ALL.to_vec(), |state| vec![state]);
+            wanted.into_iter().map(one).collect::<Vec<_>>().join(" UNION ALL ")
+        }
+    };
+    format!("{found} ORDER BY row DESC LIMIT ?2")
+}
+
 fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
     Ok(Stored {
         id: JobId::from_parts(row.get(0)?, row.get(1)?),
@@ -531,5 +625,6 @@ fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
         delivery: Delivery::of(row.get(12)?),
         delivered: row.get(13)?,
         delivery_error: row.get(14)?,
+        crashes: row.get(15)?,
     })
 }

@@ -15,7 +15,8 @@ use crate::{
     Retry, State, set_aside,
 };
 
-const KEEP: Retention = Retention { time: Duration::from_secs(3600), bytes_max: 1 << 30 };
+const HOUR: Duration = Duration::from_secs(3600);
+const KEEP: Retention = Retention { time: HOUR, bytes_max: 1 << 30, names: HOUR };
 
 fn open(folder: &Path, retention: Retention) -> (Journal, Vec<OpenJob>) {
     Journal::open(folder, retention, Box::new(|_| ())).unwrap()
@@ -42,18 +43,23 @@ fn accept(journal: &Journal, job: NewJob) -> Result<Accepted, AcceptError> {
 
 fn finish(journal: &Journal, id: crate::JobId, queue: Option<&str>) {
     let (done, answer) = mpsc::sync_channel(1);
-    let finish = Finish {
+    let finish = succeeded(journal, id, b"{\"a\":1}", queue);
+    journal.finish(finish, move |written| done.send(written).unwrap());
+    assert_eq!(answer.recv().unwrap(), Ok(()));
+}
+
+fn succeeded(journal: &Journal, id: crate::JobId, result: &'static [u8], queue: Option<&str>) -> Finish {
+    Finish {
         id,
         state: State::Succeeded,
         attempts: 1,
         started: Some(2),
         finished: 3,
-        result: Some(Bytes::from_static(b"{\"a\":1}")),
+        result: Some(Bytes::from_static(result)),
         error: None,
         queue: queue.map(ToOwned::to_owned),
-    };
-    journal.finish(finish, move || done.send(()).unwrap());
-    answer.recv().unwrap();
+        since: journal.clock().now(),
+    }
 }
 
 #[test]
@@ -117,24 +123,147 @@ fn a_name_gives_the_same_job_and_refuses_another_body() {
 }
 
 #[test]
-fn a_job_that_was_running_when_its_host_died_counts_an_attempt_once() {
+fn a_crash_is_counted_for_all_that_ran_and_blamed_on_the_one_that_ran_alone() {
     let folder = tempdir().unwrap();
     let (journal, _) = open(folder.path(), KEEP);
+    let jobs: Vec<NewJob> = (0..4).map(|_| job(&journal, "{}")).collect();
+    let ids: Vec<_> = jobs.iter().map(|job| job.id).collect();
+    for job in jobs {
+        accept(&journal, job).unwrap();
+    }
+    let counts = |found: &[OpenJob]| {
+        found.iter().map(|job| (job.attempts, job.crashes, job.crashes_alone)).collect::<Vec<_>>()
+    };
+    // The first and the last are being run, the second waits for its turn, the third was run and recorded.
+    let slots: Vec<_> = ids.iter().map(|id| journal.ledger().slot(*id, 1, false)).collect();
+    for index in [0, 2, 3] {
+        slots[index].begins();
+    }
+    journal.retry(Retry { id: ids[2], attempts: 1, started: None, next: 0, error: String::new() });
+    drop((slots, journal));
+    for _ in 0..2 {
+        let (_journal, found) = open(folder.path(), KEEP);
+        assert_eq!(counts(&found), [(0, 1, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0)], "no attempt is charged");
+    }
+    // One dies while it is run alone; one was run alone and has ended; one was joined by others.
+    let (journal, _) = open(folder.path(), KEEP);
+    let alone = |index: usize, attempt| journal.ledger().slot(ids[index], attempt, true);
+    let (dies, ended, joined) = (alone(0, 1), alone(1, 1), alone(3, 1));
+    for slot in [&dies, &ended, &joined] {
+        slot.begins();
+    }
+    joined.joined();
+    drop(ended);
+    // As a killed process leaves its file.
+    std::mem::forget((dies, joined));
+    drop(journal);
+    let (journal, found) = open(folder.path(), KEEP);
+    assert_eq!(counts(&found), [(0, 2, 1), (0, 0, 0), (1, 0, 0), (0, 2, 0)]);
+    assert_eq!(journal.job(ids[0]).unwrap().unwrap().crashes, 2);
+}
+
+#[test]
+fn one_change_that_cannot_be_written_is_told_and_the_others_of_its_group_are_written() {
+    let folder = tempdir().unwrap();
+    let limit = |store: &crate::store::Store| store.limit_bytes(10_000);
+    let (journal, _) = Journal::open_prepared(folder.path(), KEEP, Box::new(|_| ()), limit).unwrap();
     let jobs: Vec<NewJob> = (0..3).map(|_| job(&journal, "{}")).collect();
     let ids: Vec<_> = jobs.iter().map(|job| job.id).collect();
     for job in jobs {
         accept(&journal, job).unwrap();
     }
-    // The first is being run, the second waits for its turn, the third was run and recorded.
-    let slots: Vec<_> = ids.iter().map(|id| journal.ledger().slot(*id, 1)).collect();
-    slots[0].begins();
-    slots[2].begins();
-    journal.retry(Retry { id: ids[2], attempts: 1, started: None, next: 0, error: String::new() });
-    drop((slots, journal));
-    for _ in 0..2 {
-        let (_journal, found) = open(folder.path(), KEEP);
-        assert_eq!(found.iter().map(|job| job.attempts).collect::<Vec<_>>(), [1, 0, 1]);
+    // Handed over together: what can't be written stands between others.
+    let (done, answers) = mpsc::sync_channel(9);
+    let large: &'static [u8] = Box::leak(vec![b'1'; 20_000].into());
+    let too_large = job(&journal, &"x".repeat(20_000));
+    for (index, result) in [&b"1"[..], large, b"3"].into_iter().enumerate() {
+        let done = done.clone();
+        journal.finish(succeeded(&journal, ids[index], result, None), move |written| {
+            done.send((index, written.is_ok())).unwrap();
+        });
     }
+    let accepted = done.clone();
+    journal.accept(too_large, move |taken| {
+        assert!(matches!(taken, Err(AcceptError::Unfit(_))), "{taken:?}");
+        accepted.send((3, taken.is_ok())).unwrap();
+    });
+    let mut told: Vec<(usize, bool)> = answers.iter().take(4).collect();
+    told.sort_unstable();
+    assert_eq!(told, [(0, true), (1, false), (2, true), (3, false)]);
+    assert_eq!(journal.failing(), None);
+    let state = |id| journal.job(id).unwrap().unwrap().state;
+    assert_eq!(
+        [state(ids[0]), state(ids[1]), state(ids[2])],
+        [State::Succeeded, State::Queued, State::Succeeded]
+    );
+    // It ends with less to say, and new jobs are taken.
+    finish(&journal, ids[1], None);
+    accept(&journal, job(&journal, "{}")).unwrap();
+}
+
+#[test]
+fn ages_count_from_when_a_job_was_done_with_and_names_outlive_what_is_removed_for_its_size() {
+    let folder = tempdir().unwrap();
+    let once = Some(Once { name: "k".into(), digest: [1; 32] });
+    let (journal, _) = open(folder.path(), KEEP);
+    let named = NewJob { once: once.clone(), ..job(&journal, "{}") };
+    let id = named.id;
+    accept(&journal, named).unwrap();
+    let again = |journal: &Journal| accept(journal, NewJob { once: once.clone(), ..job(journal, "{}") });
+    // Of a job that isn't done with, the name stays, whatever its age.
+    journal.set_retention(Retention { names: Duration::ZERO, ..KEEP });
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(again(&journal), Ok(Accepted::Known(id)));
+    // It was accepted and ended long ago by the system's clock (1 and 3 ms after 1970), and is done with only now.
+    journal.set_retention(KEEP);
+    finish(&journal, id, Some("results"));
+    journal.delivered(id);
+    wait_until(|| journal.job(id).unwrap().unwrap().delivery == Delivery::Delivered);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(journal.job(id).unwrap().is_some(), "no clock makes it an hour old");
+    // The row goes for its size, the name does not.
+    journal.set_retention(Retention { bytes_max: 1, ..KEEP });
+    wait_until(|| journal.job(id).unwrap().is_none());
+    assert_eq!(again(&journal), Ok(Accepted::Known(id)));
+    drop(journal);
+    let (journal, _) = open(folder.path(), KEEP);
+    assert_eq!(again(&journal), Ok(Accepted::Known(id)), "also after a restart");
+    assert!(journal.clock().now() >= 3000, "it goes on where it was: {:?}", journal.clock());
+    journal.set_retention(Retention { names: Duration::ZERO, ..KEEP });
+    wait_until(|| again(&journal) == Ok(Accepted::New));
+}
+
+#[test]
+fn a_journal_of_format_1_is_taken_over() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let jobs = [job(&journal, "{\"n\":1}"), job(&journal, "{\"n\":2}")];
+    let ids = jobs.clone().map(|job| job.id);
+    for job in jobs {
+        accept(&journal, job).unwrap();
+    }
+    finish(&journal, ids[1], Some("results"));
+    drop(journal);
+    // As the version before wrote it: ages in the system's time, none of the newer columns.
+    let file = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
+    file.execute_batch(
+        "DROP INDEX closed_jobs; DROP INDEX ended_jobs; DROP INDEX once_by_age;
+         ALTER TABLE jobs DROP COLUMN crashes; ALTER TABLE jobs DROP COLUMN crashes_alone; ALTER TABLE jobs DROP COLUMN closed;
+         ALTER TABLE jobs ADD COLUMN once TEXT; ALTER TABLE once DROP COLUMN at; ALTER TABLE totals DROP COLUMN clock;
+         UPDATE jobs SET pending = 1760000000000 WHERE delivery = 1; PRAGMA user_version = 1;",
+    )
+    .unwrap();
+    drop(file);
+    let (journal, found) = open(folder.path(), KEEP);
+    assert_eq!(
+        found.iter().map(|job| (job.id, job.pending)).collect::<Vec<_>>(),
+        [(ids[0], None), (ids[1], Some(0))]
+    );
+    assert_eq!(journal.envelope(ids[0]).unwrap().unwrap(), "{\"n\":1}");
+    journal.delivered(ids[1]);
+    finish(&journal, ids[0], None);
+    drop(journal);
+    assert!(open(folder.path(), KEEP).1.is_empty());
 }
 
 #[test]
@@ -204,6 +333,7 @@ fn what_is_refused_has_failed_at_once_and_what_is_taken_back_stays_so() {
         result: Some(Bytes::from_static(b"{}")),
         error: Some("no request".into()),
         queue: Some("dead".into()),
+        since: 0,
     };
     let (done, answer) = mpsc::sync_channel(1);
     journal.refuse(refused, finish, move |accepted| done.send(accepted).unwrap());
@@ -268,6 +398,22 @@ fn lists_are_filtered_and_go_on_where_they_stopped() {
     assert_eq!(found, [ids[8], ids[6], ids[4], ids[2], ids[0]]);
     let of_none = Filter { key: Some(None), limit: 5, ..Filter::default() };
     assert!(journal.list(&of_none).unwrap().jobs.is_empty());
+    // Of one key: queued and ended ones, in the order in which they came, without another's between them.
+    let nobodys = job(&journal, "{}");
+    accept(&journal, nobodys).unwrap();
+    for id in [ids[2], ids[5]] {
+        finish(&journal, id, None);
+    }
+    let of_key =
+        |state, after| Filter { key: Some(Some("k".into())), state, after, limit: 4, ..Filter::default() };
+    let listed =
+        |filter: &Filter| journal.list(filter).unwrap().jobs.iter().map(|job| job.id).collect::<Vec<_>>();
+    assert_eq!(listed(&of_key(None, None)), [ids[9], ids[8], ids[7], ids[6]]);
+    assert_eq!(listed(&of_key(None, Some(ids[6]))), [ids[5], ids[4], ids[3], ids[2]]);
+    assert_eq!(listed(&of_key(Some(State::Succeeded), None)), [ids[5], ids[2]]);
+    assert_eq!(listed(&of_key(Some(State::Queued), None)), [ids[9], ids[8], ids[7], ids[6]]);
+    let of_none = Filter { key: Some(None), limit: 5, ..Filter::default() };
+    assert_eq!(journal.list(&of_none).unwrap().jobs.len(), 1);
 }
 
 #[test]

@@ -13,8 +13,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::{
     AcceptError, JobId,
+    clock::Clock,
     record::{Accepted, Finish, NewJob, OpenJob, Retry, Totals},
-    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Store, is_damage},
+    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Store, is_damage, is_of_one_change},
 };
 
 /// Changes in one group.
@@ -36,6 +37,8 @@ const BETWEEN_CLEANINGS: Duration = Duration::from_secs(1);
 pub(crate) type AcceptDone = Box<dyn FnOnce(Result<Accepted, AcceptError>) + Send>;
 /// Tells that a change is on disk.
 pub(crate) type Done = Box<dyn FnOnce() + Send>;
+/// Tells that a job's end is on disk, or why it can never be written like this.
+pub(crate) type FinishDone = Box<dyn FnOnce(Result<(), Unfit>) + Send>;
 /// Tells which message is on its way again; `None` where there is no such message, or it is on its way.
 pub(crate) type RedeliverDone = Box<dyn FnOnce(Option<OpenJob>) + Send>;
 
@@ -45,20 +48,26 @@ pub(crate) enum Change {
     /// One that is accepted and has failed at once, in the same group.
     Refuse(NewJob, Finish, AcceptDone),
     Cancel(JobId, Done),
-    Attempts(JobId, u32),
     Retry(Retry),
-    Finish(Finish, Done),
-    Delivered(JobId, u64, Option<String>, Option<Done>),
+    Finish(Finish, FinishDone),
+    Delivered(JobId, u64, Option<String>),
     Redeliver(JobId, RedeliverDone),
 }
 
-/// How long finished jobs are kept.
+/// A change that the disk would take and the journal's format doesn't, however often it is tried.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("one row of the journal holds less ({0})")]
+pub struct Unfit(pub(crate) String);
+
+/// How long jobs that are done with, and names, are kept, by the journal's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
-    /// For this long after their end.
+    /// For this long after they were done with.
     pub time: Duration,
     /// The oldest go sooner while all take more bytes than this.
     pub bytes_max: u64,
+    /// Names under which jobs come once, from their acceptance on; whatever else goes.
+    pub names: Duration,
 }
 
 /// A group that was committed.
@@ -86,6 +95,7 @@ pub(crate) struct Shared {
     /// Why nothing can be written at the moment.
     pub(crate) failing: ArcSwapOption<String>,
     pub(crate) retention: ArcSwap<Retention>,
+    pub(crate) clock: Clock,
 }
 
 #[derive(Default)]
@@ -99,12 +109,13 @@ struct Intake {
 }
 
 impl Shared {
-    pub(crate) fn new(retention: Retention) -> Arc<Self> {
+    pub(crate) fn new(retention: Retention, clock: Clock) -> Arc<Self> {
         Arc::new(Self {
             intake: Mutex::default(),
             work: Condvar::new(),
             failing: ArcSwapOption::empty(),
             retention: ArcSwap::from_pointee(retention),
+            clock,
         })
     }
 
@@ -184,13 +195,49 @@ impl Change {
             done(Err(error));
         }
     }
+
+    /// Tells whoever waits for it that it can never be written. What it would have said is told again by the job's end.
+    fn reject(self, why: Unfit) {
+        match self {
+            Self::Accept(_, done) | Self::Refuse(_, _, done) => done(Err(AcceptError::Unfit(why))),
+            Self::Finish(_, done) => done(Err(why)),
+            Self::Redeliver(_, done) => done(None),
+            Self::Cancel(id, done) => {
+                tracing::error!(job_id = %id, error = %why, "that the job was taken back can't be written");
+                done();
+            }
+            Self::Retry(Retry { id, .. }) | Self::Delivered(id, ..) => {
+                tracing::error!(job_id = %id, error = %why, "what became of the job can't be written");
+            }
+        }
+    }
 }
 
 /// What those who wait for a change are told once it is on disk.
 enum Told {
     Accepted(AcceptDone, Result<Accepted, AcceptError>),
     Done(Done),
+    Finished(FinishDone),
     Redelivered(RedeliverDone, Option<OpenJob>),
+}
+
+impl Told {
+    fn tell(self) {
+        match self {
+            Self::Accepted(done, accepted) => done(accepted),
+            Self::Done(done) => done(),
+            Self::Finished(done) => done(Ok(())),
+            Self::Redelivered(done, job) => done(job),
+        }
+    }
+}
+
+/// A group that was not committed.
+struct Unwritten {
+    error: rusqlite::Error,
+    /// The change that it failed at; `None` where that was none of them.
+    culprit: Option<usize>,
+    changes: VecDeque<Change>,
 }
 
 pub(crate) struct Writer {
@@ -247,40 +294,42 @@ impl Writer {
         let _ = self.store.checkpoint();
     }
 
-    /// Commits a group, and tells those who wait for it.
-    fn write(&mut self, changes: VecDeque<Change>) {
+    /// Commits a group, and tells those who wait for it. A change that can't be written at all is taken out, and the others are written.
+    fn write(&mut self, mut changes: VecDeque<Change>) {
         let begun = Instant::now();
-        let count = changes.len();
-        match self.commit(changes) {
-            Ok(told) => {
-                self.shared.failing.store(None);
-                for told in told {
-                    match told {
-                        Told::Accepted(done, accepted) => done(accepted),
-                        Told::Done(done) => done(),
-                        Told::Redelivered(done, job) => done(job),
-                    }
+        loop {
+            let count = changes.len();
+            let Unwritten { error, culprit, changes: kept } = match self.commit(changes) {
+                Ok(told) => {
+                    self.shared.failing.store(None);
+                    told.into_iter().for_each(Told::tell);
+                    return self.tell(count, begun.elapsed());
                 }
-                self.tell(count, begun.elapsed());
-            }
-            Err((error, changes)) => {
-                let why = if is_damage(&error) {
-                    format!(
-                        "{error}: the file is damaged, `modalkit serve --set-journal-aside` begins an empty one"
-                    )
-                } else {
-                    error.to_string()
-                };
-                self.shared.failing.store(Some(Arc::new(why.clone())));
-                let mut failed = VecDeque::new();
-                keep(&mut failed, changes, &AcceptError::Unwritable(why));
-                // In front of those that came later.
-                failed.append(&mut self.kept);
-                self.kept = failed;
-                // Whoever was told may have told others, who are woken now.
-                self.tell(0, begun.elapsed());
+                Err(unwritten) => unwritten,
+            };
+            changes = kept;
+            match culprit.filter(|_| is_of_one_change(&error)).and_then(|index| changes.remove(index)) {
+                Some(culprit) => culprit.reject(Unfit(error.to_string())),
+                None => return self.keep(&error, changes, begun),
             }
         }
+    }
+
+    /// Keeps a group that the disk doesn't take now.
+    fn keep(&mut self, error: &rusqlite::Error, changes: VecDeque<Change>, begun: Instant) {
+        let why = if is_damage(error) {
+            format!("{error}: the file is damaged, `modalkit serve --set-journal-aside` begins an empty one")
+        } else {
+            error.to_string()
+        };
+        self.shared.failing.store(Some(Arc::new(why.clone())));
+        let mut failed = VecDeque::new();
+        keep(&mut failed, changes, &AcceptError::Unwritable(why));
+        // In front of those that came later.
+        failed.append(&mut self.kept);
+        self.kept = failed;
+        // Whoever was told may have told others, who are woken now.
+        self.tell(0, begun.elapsed());
     }
 
     fn tell(&self, changes: usize, took: Duration) {
@@ -294,16 +343,15 @@ impl Writer {
         });
     }
 
-    fn commit(
-        &mut self,
-        changes: VecDeque<Change>,
-    ) -> Result<Vec<Told>, (rusqlite::Error, VecDeque<Change>)> {
-        let full = self.full;
+    fn commit(&mut self, changes: VecDeque<Change>) -> Result<Vec<Told>, Unwritten> {
+        let (full, now) = (self.full, self.shared.clock.now());
+        let mut at = None;
         let mut answers: Vec<Option<Result<Accepted, AcceptError>>> = Vec::with_capacity(changes.len());
         let mut redelivered = VecDeque::new();
         let written = (|| {
-            let mut group = self.store.begin()?;
-            for change in &changes {
+            let mut group = self.store.begin(now)?;
+            for (index, change) in changes.iter().enumerate() {
+                at = Some(index);
                 let mut answer = None;
                 match change {
                     Change::Accept(job, _) => answer = Some(said(group.accept(job, full))?),
@@ -315,31 +363,30 @@ impl Writer {
                         answer = Some(accepted);
                     }
                     Change::Cancel(id, _) => group.cancel(*id)?,
-                    Change::Attempts(id, attempts) => group.attempts(*id, *attempts)?,
                     Change::Retry(retry) => group.retry(retry)?,
                     Change::Finish(finish, _) => group.finish(finish)?,
-                    Change::Delivered(id, at, dead, _) => group.delivered(*id, *at, dead.as_deref())?,
-                    Change::Redeliver(id, _) => redelivered.push_back(group.redeliver(*id, unix_ms())?),
+                    Change::Delivered(id, at, dead) => group.delivered(*id, *at, dead.as_deref())?,
+                    Change::Redeliver(id, _) => redelivered.push_back(group.redeliver(*id)?),
                 }
                 answers.push(answer);
             }
+            at = None;
             if changes.is_empty() {
                 group.touch()?;
             }
             group.commit()
         })();
         if let Err(error) = written {
-            return Err((error, changes));
+            return Err(Unwritten { error, culprit: at, changes });
         }
         let told = changes.into_iter().zip(answers).filter_map(|(change, answer)| match change {
             Change::Accept(_, done) | Change::Refuse(_, _, done) => {
                 answer.map(|answer| Told::Accepted(done, answer))
             }
-            Change::Cancel(_, done) | Change::Finish(_, done) | Change::Delivered(_, _, _, Some(done)) => {
-                Some(Told::Done(done))
-            }
+            Change::Cancel(_, done) => Some(Told::Done(done)),
+            Change::Finish(_, done) => Some(Told::Finished(done)),
             Change::Redeliver(_, done) => Some(Told::Redelivered(done, redelivered.pop_front().flatten())),
-            Change::Attempts(..) | Change::Retry(_) | Change::Delivered(_, _, _, None) => None,
+            Change::Retry(_) | Change::Delivered(..) => None,
         });
         Ok(told.collect())
     }
@@ -357,25 +404,39 @@ impl Writer {
         if waits && (excess == 0 || self.full) {
             return;
         }
+        self.tell_of_jump();
+        let now = self.shared.clock.now();
+        let before = |time: Duration| now.saturating_sub(time.as_millis() as u64);
         let which = if excess > 0 {
             // A little more than must be, so that the next group needs none.
             Forget::Bytes(excess + retention.bytes_max / BYTES_SPARE)
         } else {
-            Forget::EndedBefore(unix_ms().saturating_sub(retention.time.as_millis() as u64))
+            Forget::ClosedBefore(before(retention.time))
         };
-        let forgotten = self.store.begin().and_then(|mut group| {
-            let forgotten = group.forget(which)?;
-            if forgotten > 0 { group.commit().map(|()| forgotten) } else { Ok(0) }
+        let forgotten = self.store.begin(now).and_then(|mut group| {
+            let jobs = group.forget(which)?;
+            let names = group.forget_names(before(retention.names))?;
+            if jobs + names > 0 { group.commit().map(|()| (jobs, names)) } else { Ok((0, 0)) }
         });
         // What can't be written is said by the next group.
-        let forgotten = forgotten.unwrap_or_default();
-        self.full = excess > 0 && forgotten == 0;
-        if excess == 0 && forgotten < FORGOTTEN_AT_ONCE || self.full {
+        let (jobs, names) = forgotten.unwrap_or_default();
+        self.full = excess > 0 && jobs + names == 0;
+        if excess == 0 && jobs.max(names) < FORGOTTEN_AT_ONCE || self.full {
             self.cleaned = Instant::now();
         }
-        if forgotten > 0 {
+        if jobs + names > 0 {
             self.bytes = self.store.bytes().unwrap_or(self.bytes);
             self.tell(0, Duration::ZERO);
+        }
+    }
+
+    /// Ages are told by the journal's time; whoever compares times of day in answers and logs should know.
+    fn tell_of_jump(&self) {
+        if let Some(jump_ms) = self.shared.clock.jump(unix_ms()) {
+            tracing::warn!(
+                jump_ms,
+                "the system's clock was set; due times and the ages of jobs, results and names don't follow it"
+            );
         }
     }
 }

@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf, pin::Pin, sync::
 use bytes::Bytes;
 
 #[cfg(feature = "memory")]
-pub use memory::{Memory, Shelf};
+pub use memory::{Held, Lease, Memory};
 #[cfg(feature = "plugin")]
 pub use plugin::OpenPlugin;
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use modalkit::config::{self, Environment};
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::{
     DONE, NOT_DONE, WRONG_USAGE,
@@ -232,9 +232,11 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
     let status = response.status().as_u16();
     let body =
         response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string().map_err(unreachable)?;
-    let answer: Value =
-        serde_json::from_str(&body).map_err(|_| ClientError::Foreign { url: whole, status })?;
-    let text = if host.json { format!("{body}\n") } else { for_people(ask, &answer) };
+    // What a pipeline or a caller wrote is JSON that a `Value` may not hold: such a number, or so many levels.
+    if serde_json::from_str::<&RawValue>(&body).is_err() {
+        return Err(ClientError::Foreign { url: whole, status });
+    }
+    let text = if host.json { format!("{body}\n") } else { for_people(ask, &body) };
     let hint = match status {
         401 if host.key.is_none() => "show a key: MODALKIT_KEY or --key\n",
         _ => "",

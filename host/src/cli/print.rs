@@ -16,6 +16,48 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
+/// Levels that are indented; deeper ones stand below each other.
+const INDENTED_LEVELS_MAX: usize = 32;
+
+/// JSON with a line for each member, and every token as it stands: read and written again, a number could be another one.
+pub(crate) fn indented(json: &str) -> String {
+    let mut text = String::with_capacity(2 * json.len());
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    let line = |text: &mut String, depth: usize| {
+        text.push('\n');
+        text.extend(std::iter::repeat_n("  ", depth.min(INDENTED_LEVELS_MAX)));
+    };
+    for letter in json.chars() {
+        if in_string {
+            text.push(letter);
+            in_string = escaped || letter != '"';
+            escaped = !escaped && letter == '\\';
+            continue;
+        }
+        let opened = text.ends_with(['{', '[']);
+        match letter {
+            ' ' | '\t' | '\r' | '\n' => continue,
+            '}' | ']' => {
+                depth = depth.saturating_sub(1);
+                if !opened {
+                    line(&mut text, depth);
+                }
+            }
+            _ if opened => line(&mut text, depth),
+            _ => {}
+        }
+        text.push(letter);
+        match letter {
+            '{' | '[' => depth += 1,
+            '"' => in_string = true,
+            ':' => text.push(' '),
+            ',' => line(&mut text, depth),
+            _ => {}
+        }
+    }
+    text
+}
+
 /// A text in this colour of ANSI, where standard output is a terminal and nobody has said that they want none.
 pub(crate) fn coloured(text: &str, colour: Colour) -> String {
     if std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
@@ -45,4 +87,19 @@ pub(crate) fn complain(error: &anyhow::Error) {
     use std::io::Write;
     // There may be no log yet, and no place but this.
     let _ = writeln!(std::io::stderr().lock(), "error: {error:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_indented_and_each_token_is_as_it_was() {
+        let json =
+            r#"{"b":1e999, "a": [ ], "s":"{\"x\": [\\", "n":[12345678901234567890123.50,{}],"a":"\ud800"}"#;
+        let expected = "{\n  \"b\": 1e999,\n  \"a\": [],\n  \"s\": \"{\\\"x\\\": [\\\\\",\n  \"n\": [\n    12345678901234567890123.50,\n    {}\n  ],\n  \"a\": \"\\ud800\"\n}";
+        assert_eq!(indented(json), expected);
+        let deep = indented(&format!("{}{}", "[".repeat(100_000), "]".repeat(100_000)));
+        assert!(deep.len() < 20_000_000);
+    }
 }

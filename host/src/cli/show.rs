@@ -4,9 +4,15 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
-use super::{ask::Ask, print::table};
+use super::{
+    ask::Ask,
+    print::{indented, table},
+};
 
-pub(crate) fn for_people(ask: &Ask, answer: &Value) -> String {
+/// The host's JSON, as people read it. What a pipeline or a caller wrote stays as it was written.
+pub(crate) fn for_people(ask: &Ask, body: &str) -> String {
+    let Ok(answer) = serde_json::from_str::<Value>(body) else { return format!("{}\n", indented(body)) };
+    let answer = &answer;
     match &answer["detail"] {
         Value::String(detail) => return format!("{detail}\n"),
         Value::Array(details) => return details.iter().map(fault_of_input).collect(),
@@ -21,7 +27,9 @@ pub(crate) fn for_people(ask: &Ask, answer: &Value) -> String {
         Ask::Config => settings(answer),
         Ask::ReloadConfig => change(answer),
         Ask::Jobs { .. } => jobs(answer),
-        Ask::Job(..) | Ask::CancelJob(_) | Ask::Redeliver(_) | Ask::Predict { .. } => format!("{answer:#}\n"),
+        Ask::Job(..) | Ask::CancelJob(_) | Ask::Redeliver(_) | Ask::Predict { .. } => {
+            format!("{}\n", indented(body))
+        }
     }
 }
 
@@ -265,7 +273,7 @@ mod tests {
             {"name": "digits", "state": "failed", "reason": "no luck", "plugin": "onnx", "replicas": 0, "queued": 0},
         ]});
         assert_eq!(
-            for_people(&Ask::Models(None), &answer),
+            for_people(&Ask::Models(None), &answer.to_string()),
             "MODEL   STATE   GENERATION  PLUGIN  VERSION  REPLICAS  QUEUED\n\
              echo    ready   3           echo    0.1.0    1         0\n\
              digits  failed  -           onnx    -        0         0\n\
@@ -276,11 +284,17 @@ mod tests {
     #[test]
     fn outcomes_are_sentences() {
         let refused = json!({"outcome": "refused", "reason": "it is no ELF file"});
-        assert_eq!(for_people(&Ask::Reload("a".into()), &refused), "a: refused: it is no ELF file\n");
+        assert_eq!(
+            for_people(&Ask::Reload("a".into()), &refused.to_string()),
+            "a: refused: it is no ELF file\n"
+        );
         let swapped = json!({"outcome": "swapped", "generation": 4});
-        assert_eq!(for_people(&Ask::Reload("a".into()), &swapped), "a: swapped, generation 4 serves\n");
-        assert_eq!(for_people(&Ask::Reload("a".into()), &json!({"outcome": "stopped"})), "a: stopped\n");
+        assert_eq!(
+            for_people(&Ask::Reload("a".into()), &swapped.to_string()),
+            "a: swapped, generation 4 serves\n"
+        );
+        assert_eq!(for_people(&Ask::Reload("a".into()), r#"{"outcome": "stopped"}"#), "a: stopped\n");
         let unknown = json!({"detail": "no such name; expected one of [\"a\"]"});
-        assert!(for_people(&Ask::RollBack("b".into()), &unknown).starts_with("no such name"));
+        assert!(for_people(&Ask::RollBack("b".into()), &unknown.to_string()).starts_with("no such name"));
     }
 }

@@ -81,10 +81,17 @@ layer! {
         jobs_max: Large = Count(100_000);
         /// Unfinished asynchronous jobs of one model.
         jobs_per_model_max: Large = Count(50_000);
-        /// Seconds that finished jobs and their results are kept.
+        /// Seconds that jobs and their results are kept after they were done with, while the host runs.
         job_retention_seconds: Count<0, 31_536_000> = Count(3_600);
         /// Bytes of the journal: beyond them the oldest finished jobs are forgotten sooner, and new ones are refused where there are none.
         job_store_bytes_max: Count<1_048_576, 1_099_511_627_776> = Count(1 << 30);
+        /// Bytes of an asynchronous job's result, `meta` included: a job whose result has more has failed.
+        result_bytes_max: Count<1_024, 536_870_912> = Count(64 << 20);
+        /// Times that the host may die while it runs a job and no other, until the job has failed.
+        job_crashes_max: Count<1, 1_000> = Count(3);
+        /// Seconds that the names in `Idempotency-Key`, and those of messages from queues, are remembered while the host runs, from the
+        /// job's acceptance on and at least until it is done with.
+        idempotency_window_seconds: Count<0, 31_536_000> = Count(3_600);
         /// Log levels: one for all, or by module, as in `info,modalkit=debug`.
         log: Levels = Levels("info".to_owned());
         /// Settings of single volumes, by their names.

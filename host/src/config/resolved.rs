@@ -111,6 +111,12 @@ pub struct JobSpec {
     pub retention: Duration,
     /// Bytes of the journal.
     pub bytes_max: u64,
+    /// Bytes of one result.
+    pub result_bytes_max: usize,
+    /// Times that the host may die while it runs one and no other.
+    pub crashes_max: u32,
+    /// How long names are remembered under which a job comes once.
+    pub names: Duration,
 }
 
 /// Who may call.

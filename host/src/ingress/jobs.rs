@@ -1,10 +1,15 @@
 //! What callers ask of asynchronous jobs after they were accepted, and of the queues that are kept in memory.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hyper::{Method, StatusCode, http::request::Parts};
 use modalkit_journal::{Delivery, Filter, JobId, State};
-use serde_json::{Value, json, value::RawValue};
+use modalkit_queue::Memory;
+use serde_json::{Value, json};
 
 use super::{
     Context,
@@ -17,11 +22,15 @@ use crate::{
     egress::{self, HttpResponse, object_response},
     job::{Detail, JobError},
     jobs::Cancelled,
+    queues::Route,
 };
 
 /// Jobs or messages in one answer, where the caller doesn't say, and at most.
 const LIMIT: usize = 100;
 const LIMIT_MAX: usize = 1000;
+/// Seconds that messages are the taker's until they are acknowledged, where the caller doesn't say, and at most.
+const LEASE_SECONDS: usize = 60;
+const LEASE_SECONDS_MAX: usize = 43_200;
 
 /// A path of jobs or queues, taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,9 +108,12 @@ impl<'p> Asked<'p> {
             Self::Queues | Self::Queue(_) => {
                 may_manage(context, caller, head).map_err(|denied| Box::new(egress::denied(&denied)))?;
                 match self {
+                    Self::Queue(name) if deletes => {
+                        take(context, &percent_decoded(name), query).map_err(error)
+                    }
                     Self::Queue(name) => {
                         let limit = number(query, "limit", LIMIT, LIMIT_MAX).map_err(error)?;
-                        Ok(queue(context, &percent_decoded(name), limit, deletes))
+                        look(context, &percent_decoded(name), limit).map_err(error)
                     }
                     _ => Ok(queues(context)),
                 }
@@ -133,7 +145,10 @@ impl<'p> Asked<'p> {
             },
             _ => {
                 let (filter, running) = filter(query, whose)?;
-                let listed = jobs.list(filter, running).await?;
+                let _permit = context.gate.enter()?;
+                let listed = tokio::time::timeout(context.server.request_timeout, jobs.list(filter, running))
+                    .await
+                    .unwrap_or(Err(JobError::DeadlinePassed))?;
                 return Ok(object_response(StatusCode::OK, &listed));
             }
         };
@@ -251,33 +266,69 @@ fn wrong(parameter: &str, msg: String) -> JobError {
 
 /// What the queues in memory hold.
 fn queues(context: &Context) -> HttpResponse {
-    let of_backend =
-        |(name, memory): (&str, &modalkit_queue::Memory)| (name.to_owned(), json!(memory.lengths()));
+    let now = Instant::now();
+    let of_backend = |(name, memory): (&str, &Memory)| (name.to_owned(), json!(memory.lengths(now)));
     let backends: serde_json::Map<String, Value> = context.jobs.queues().memories().map(of_backend).collect();
     let faults = context.jobs.queues().faults();
     object_response(StatusCode::OK, &json!({"memory": backends, "not_usable": faults}))
 }
 
-/// The oldest messages of a queue in memory; taken out where that is asked for.
-fn queue(context: &Context, name: &str, limit: usize, takes: bool) -> HttpResponse {
-    let route = match context.jobs.queues().route(name) {
+/// The oldest messages of a queue in memory.
+fn look(context: &Context, name: &str, limit: usize) -> Result<HttpResponse, JobError> {
+    let route = match route(context, name) {
         Ok(route) => route,
-        Err(error) => return object_response(StatusCode::NOT_FOUND, &json!({"detail": error.to_string()})),
+        Err(response) => return Ok(*response),
     };
-    let Some(memory) = route.adapter.memory() else {
-        let detail = format!("the queue {name:?} is with its broker: only queues in memory can be read here");
-        return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
+    let held = route.memory().look(&route.0.queue, limit, Instant::now());
+    Ok(egress::messages(&held, None, None))
+}
+
+/// Acknowledges what was taken before, where a receipt is said, and takes the oldest messages of a queue in memory; only the one
+/// where a receipt is said and no limit.
+fn take(context: &Context, name: &str, query: Option<&str>) -> Result<HttpResponse, JobError> {
+    let route = match route(context, name) {
+        Ok(route) => route,
+        Err(response) => return Ok(*response),
     };
-    let shelf = if takes { memory.take(&route.queue, limit) } else { memory.look(&route.queue, limit) };
-    let messages: Vec<Value> = shelf
-        .messages
-        .iter()
-        .map(|message| {
-            let body = serde_json::from_slice::<&RawValue>(&message.body).ok();
-            json!({"job_id": message.job_id, "body": body})
-        })
-        .collect();
-    object_response(StatusCode::OK, &json!({"length": shelf.length, "messages": messages}))
+    let (memory, queue, now) = (route.memory(), &route.0.queue, Instant::now());
+    let receipt = parameter(query, "receipt");
+    let default = if receipt.is_some() { 0 } else { LIMIT };
+    let limit = number(query, "limit", default, LIMIT_MAX)?;
+    let lease = number(query, "lease_seconds", LEASE_SECONDS, LEASE_SECONDS_MAX)?;
+    let mut acknowledged = None;
+    if let Some(receipt) = receipt {
+        let Some(messages) = memory.acknowledge(queue, &receipt, now) else {
+            let detail = format!(
+                "no messages of the queue {name:?} are taken under the receipt {receipt:?}: they were acknowledged before, or were not in time and are in their queue again"
+            );
+            return Ok(object_response(StatusCode::NOT_FOUND, &json!({"detail": detail})));
+        };
+        context.jobs.taken(&route.0.backend, &messages);
+        acknowledged = Some(messages.len());
+    }
+    let (held, lease) = memory.take(queue, limit, Duration::from_secs(lease as u64), now);
+    Ok(egress::messages(&held, lease.as_ref(), acknowledged))
+}
+
+/// A queue that is kept in memory.
+struct InMemory(Route);
+
+impl InMemory {
+    fn memory(&self) -> &Memory {
+        self.0.adapter.memory().expect("it was looked at")
+    }
+}
+
+fn route(context: &Context, name: &str) -> Result<InMemory, Box<HttpResponse>> {
+    let not_found =
+        |detail: String| Box::new(object_response(StatusCode::NOT_FOUND, &json!({"detail": detail})));
+    let route = context.jobs.queues().route(name).map_err(|error| not_found(error.to_string()))?;
+    if route.adapter.memory().is_none() {
+        return Err(not_found(format!(
+            "the queue {name:?} is with its broker: only queues in memory can be read here"
+        )));
+    }
+    Ok(InMemory(route))
 }
 
 #[cfg(test)]

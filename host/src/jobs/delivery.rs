@@ -11,7 +11,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_journal::unix_ms;
 use modalkit_queue::{Message, QueueError};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -42,7 +41,7 @@ pub(super) struct Deliveries {
 pub(super) struct Pending {
     entry: Arc<Entry>,
     queue: String,
-    /// When its job ended.
+    /// When its job ended, in the journal's time.
     since: u64,
     /// As long as it is kept in memory; the journal has it as well.
     body: Option<Bytes>,
@@ -180,16 +179,23 @@ impl Deliveries {
     ) -> Vec<Pending> {
         let backend = route.map_or("", |route| &*route.backend);
         let count = |outcome| self.shared.metrics.jobs.delivered(backend, outcome).inc();
-        let now = unix_ms();
         let deadline = self.queues.deadline().as_millis() as u64;
         let mut left = Vec::new();
         let Some(jobs) = self.jobs.upgrade() else { return left };
         let journal = jobs.journal.read();
         // Once it is closed, the next start delivers what isn't known to have been.
         let Some(journal) = &*journal else { return left };
+        let now = journal.clock().now();
+        let in_memory = route.is_some_and(|route| route.adapter.memory().is_some());
         for (pending, result) in batch.into_iter().zip(results) {
             let id = pending.entry.id;
             let dead = match result {
+                // Whoever takes it from there has it; until then only the journal outlives this process.
+                Ok(()) if in_memory => {
+                    count("held");
+                    self.body_bytes.fetch_sub(pending.body.as_ref().map_or(0, Bytes::len), Ordering::Relaxed);
+                    continue;
+                }
                 Ok(()) => {
                     count("delivered");
                     journal.delivered(id);

@@ -1,8 +1,11 @@
 //! One job that isn't done with, as this process knows it beside the journal.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -28,9 +31,10 @@ use crate::{
 pub(super) struct Entry {
     pub(super) id: JobId,
     pub(super) model: Arc<str>,
-    pub(super) accepted: u64,
-    /// Milliseconds since 1970.
-    pub(super) deadline: Option<u64>,
+    /// When it was accepted, where this process did it.
+    pub(super) accepted: Option<Instant>,
+    /// After this nobody wants its answer.
+    pub(super) deadline: Option<Instant>,
     pub(super) trace: Option<String>,
     /// Somebody took it back.
     pub(super) cancelled: AtomicBool,
@@ -42,12 +46,15 @@ pub(super) struct Live {
     pub(super) phase: Phase,
     /// The queue that it is in, and its number there: a model that comes again has another.
     pub(super) queued: Option<(Arc<Queue>, modalkit_batch::JobId)>,
-    /// It was running when a host died.
-    pub(super) died: bool,
+    /// It was running when the host died last, and has not run to an end since.
+    pub(super) suspect: bool,
+    /// How often a host died while it was running, and how often it was the only job that was.
+    pub(super) crashes: u32,
+    pub(super) crashes_alone: u32,
     pub(super) attempts: u32,
     /// When the last attempt began.
     pub(super) started: Option<u64>,
-    /// When the next one may begin.
+    /// When the next one may begin, in milliseconds since 1970: for people, who look at clocks.
     pub(super) next: Option<u64>,
     /// Why the last one failed.
     pub(super) error: Option<String>,
@@ -95,6 +102,20 @@ pub(super) struct Head {
 }
 
 impl Entry {
+    /// One that nobody has run.
+    #[cfg(test)]
+    pub(super) fn of_tests(id: JobId, model: &str) -> Self {
+        Self {
+            id,
+            model: model.into(),
+            accepted: None,
+            deadline: None,
+            trace: None,
+            cancelled: AtomicBool::new(false),
+            live: Mutex::new(Live::new(Phase::Waiting)),
+        }
+    }
+
     pub(super) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
@@ -113,10 +134,31 @@ impl Entry {
     }
 }
 
+impl Live {
+    pub(super) fn new(phase: Phase) -> Self {
+        Self {
+            phase,
+            queued: None,
+            suspect: false,
+            crashes: 0,
+            crashes_alone: 0,
+            attempts: 0,
+            started: None,
+            next: None,
+            error: None,
+            input: None,
+            waiting: Vec::new(),
+            place: None,
+            delivery_attempts: 0,
+            delivery_error: None,
+        }
+    }
+}
+
 /// One attempt on its way through the model's queue: its end is told to the runner, whatever happens to it.
 pub(super) struct Attempt {
     pub(super) entry: Arc<Entry>,
-    pub(super) slot: Slot,
+    pub(super) slot: Arc<Slot>,
     pub(super) inbox: Arc<Inbox>,
     /// Keeps the host from exiting until this is told; `None` once it is.
     pub(super) permit: Option<JobPermit>,

@@ -12,6 +12,7 @@ mod entry;
 mod envelope;
 mod report;
 mod runner;
+mod suspects;
 
 use std::{
     collections::HashMap,
@@ -22,7 +23,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -31,13 +32,24 @@ use modalkit_journal::{
     OpenError, OpenJob, Retention, State, unix_ms,
 };
 use modalkit_loader::Item;
+use modalkit_queue::Message;
 use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
-use tokio::{runtime::Handle, sync::oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+};
 
 use crate::{
-    access::ConcurrencyPermit, admission::Gate, config::JobSpec, dispatch::Models, egress, job::JobError,
-    queues::Queues, telemetry::Metrics, trail::Trail,
+    access::ConcurrencyPermit,
+    admission::Gate,
+    config::JobSpec,
+    dispatch::{Models, Queue},
+    egress,
+    job::JobError,
+    queues::Queues,
+    telemetry::Metrics,
+    trail::Trail,
 };
 use delivery::{Deliveries, Pending};
 use entry::{Entry, Head, Input, Live, Phase};
@@ -67,6 +79,8 @@ pub struct Jobs {
     runner: Mutex<Option<std::thread::JoinHandle<()>>>,
     deliveries: Arc<Deliveries>,
     blocking: Handle,
+    /// Whose turn it is to list jobs.
+    lists: Semaphore,
     draining: AtomicBool,
 }
 
@@ -165,7 +179,7 @@ impl Jobs {
     /// [`OpenError`].
     pub fn open(folder: &Path, spec: JobSpec, around: Around) -> Result<Arc<Self>, OpenError> {
         let Around { models, gate, queues, metrics } = around;
-        let retention = Retention { time: spec.retention, bytes_max: spec.bytes_max };
+        let retention = Retention { time: spec.retention, bytes_max: spec.bytes_max, names: spec.names };
         let inbox = Arc::new(Inbox::default());
         let of_commits = (Arc::clone(&metrics), Arc::clone(&inbox));
         let on_commit = Box::new(move |committed: &Committed| {
@@ -184,6 +198,7 @@ impl Jobs {
             inbox: Arc::clone(&inbox),
             runner: Mutex::default(),
             blocking,
+            lists: Semaphore::new(1),
             draining: AtomicBool::new(false),
         });
         jobs.go_on(open);
@@ -197,7 +212,13 @@ impl Jobs {
     fn go_on(&self, open: Vec<OpenJob>) {
         if !open.is_empty() {
             let running = open.iter().filter(|job| job.was_running).count();
-            tracing::info!(jobs = open.len(), running, "jobs from before are gone on with");
+            tracing::info!(jobs = open.len(), running, "jobs from before are resumed");
+            if running > 0 {
+                tracing::warn!(
+                    jobs = running,
+                    "the host died while these jobs were running: each runs alone now, and the others wait for it"
+                );
+            }
         }
         for job in open {
             let entry = self.shared.remember(&job);
@@ -205,7 +226,7 @@ impl Jobs {
                 self.shared.open.lock().count_unended(&entry.model);
                 self.inbox.put(Event::Accepted(entry, Head::default()));
             } else if let Some(queue) = job.queue {
-                self.deliveries.add(Pending::new(entry, queue, job.pending.unwrap_or(job.accepted), None));
+                self.deliveries.add(Pending::new(entry, queue, job.pending.unwrap_or_default(), None));
             }
         }
     }
@@ -226,8 +247,8 @@ impl Jobs {
         let entry = Arc::new(Entry {
             id,
             model: Arc::clone(&model),
-            accepted,
-            deadline,
+            accepted: Some(Instant::now()),
+            deadline: deadline.and_then(|deadline| moment_of(deadline, accepted)),
             trace: trace.clone(),
             cancelled: AtomicBool::new(false),
             live: Mutex::new(Live { input, place, ..Live::new(Phase::Accepting) }),
@@ -272,7 +293,7 @@ impl Jobs {
             return done(Err(JobError::Busy(TOO_MANY)));
         }
         let id = journal.next_id();
-        let now = unix_ms();
+        let (now, since) = (unix_ms(), journal.clock().now());
         let result = egress::failed_job(error.clone(), &envelope);
         let entry = self.shared.remember(&OpenJob {
             id,
@@ -281,11 +302,13 @@ impl Jobs {
             state: State::Failed,
             attempts: 0,
             was_running: false,
+            crashes: 0,
+            crashes_alone: 0,
             cancelled: false,
             accepted: now,
             next: None,
             deadline,
-            pending: Some(now),
+            pending: Some(since),
             queue: queue.clone(),
             trace: trace.clone(),
         });
@@ -299,11 +322,12 @@ impl Jobs {
             result: Some(result.clone()),
             error: Some(error),
             queue: queue.clone(),
+            since,
         };
         let jobs = Arc::clone(self);
         journal.refuse(job, finish, move |accepted| match accepted {
             Ok(Accepted::New) => {
-                jobs.ended(&entry, queue, now, result);
+                jobs.ended(&entry, queue, since, result);
                 done(Ok(id));
             }
             Ok(Accepted::Known(known)) => {
@@ -317,8 +341,8 @@ impl Jobs {
         });
     }
 
-    /// A job has ended, on disk.
-    fn ended(&self, entry: &Arc<Entry>, queue: Option<String>, finished: u64, message: Bytes) {
+    /// A job has ended, on disk; its delivery counts from this moment of the journal's time.
+    fn ended(&self, entry: &Arc<Entry>, queue: Option<String>, since: u64, message: Bytes) {
         let waiting = {
             let mut live = entry.live.lock();
             live.phase = Phase::Ended;
@@ -327,7 +351,7 @@ impl Jobs {
         };
         match queue {
             Some(queue) => {
-                self.deliveries.add(Pending::new(Arc::clone(entry), queue, finished, Some(message)));
+                self.deliveries.add(Pending::new(Arc::clone(entry), queue, since, Some(message)));
             }
             None => self.shared.done_with(entry),
         }
@@ -362,11 +386,28 @@ impl Jobs {
         }))
     }
 
+    /// The queue in memory has given these messages away: they are delivered.
+    pub fn taken(&self, backend: &str, messages: &[Message]) {
+        let journal = self.journal.read();
+        // Once it is closed, the next start puts them into the queue again.
+        let Some(journal) = &*journal else { return };
+        for message in messages {
+            let Ok(id) = message.job_id.parse::<JobId>() else { continue };
+            self.shared.metrics.jobs.delivered(backend, "delivered").inc();
+            journal.delivered(id);
+            if let Some(entry) = self.shared.find(id) {
+                self.shared.done_with(&entry);
+            }
+        }
+    }
+
     /// Jobs, the youngest first; of those that haven't ended, only those that run or those that don't, where that is said.
     ///
     /// # Errors
     /// [`JobError::Unavailable`] where the journal can't be read.
     pub async fn list(self: &Arc<Self>, filter: Filter, running: Option<bool>) -> Result<Listed, JobError> {
+        // One after the other: those who list take turns with each other, and keep nobody else waiting.
+        let _turn = self.lists.acquire().await.map_err(|_| JobError::Lost)?;
         let (mut jobs, mut next, limit) = (Vec::new(), filter.after, filter.limit);
         for _ in 0..PAGES_MAX {
             let page_filter = Filter { after: next, limit: limit - jobs.len(), ..filter.clone() };
@@ -598,19 +639,27 @@ impl Shared {
         self.open.lock().by_id.remove(&entry.id);
     }
 
+    /// Where the jobs wait that were handed to models and haven't begun.
+    fn handed(&self) -> Vec<(Arc<Queue>, modalkit_batch::JobId)> {
+        let open = self.open.lock();
+        open.by_id.values().filter_map(|entry| entry.live.lock().queued.clone()).collect()
+    }
+
     fn remember(&self, job: &OpenJob) -> Arc<Entry> {
         let phase = if job.state == State::Queued { Phase::Waiting } else { Phase::Ended };
         let entry = Arc::new(Entry {
             id: job.id,
             model: Arc::clone(&job.model),
-            accepted: job.accepted,
-            deadline: job.deadline,
+            accepted: None,
+            deadline: job.deadline.and_then(|deadline| moment_of(deadline, unix_ms())),
             trace: job.trace.clone(),
             cancelled: AtomicBool::new(job.cancelled),
             live: Mutex::new(Live {
                 attempts: job.attempts,
                 next: job.next,
-                died: job.was_running,
+                suspect: job.was_running,
+                crashes: job.crashes,
+                crashes_alone: job.crashes_alone,
                 ..Live::new(phase)
             }),
         });
@@ -625,23 +674,10 @@ impl Open {
     }
 }
 
-impl Live {
-    fn new(phase: Phase) -> Self {
-        Self {
-            phase,
-            queued: None,
-            died: false,
-            attempts: 0,
-            started: None,
-            next: None,
-            error: None,
-            input: None,
-            waiting: Vec::new(),
-            place: None,
-            delivery_attempts: 0,
-            delivery_error: None,
-        }
-    }
+/// The moment of a time of day in milliseconds since 1970, by what the system's clock says now; later changes of it don't move it.
+/// `None` where it is farther away than this process can tell.
+fn moment_of(unix_ms: u64, now_unix_ms: u64) -> Option<Instant> {
+    Instant::now().checked_add(Duration::from_millis(unix_ms.saturating_sub(now_unix_ms)))
 }
 
 /// Moves a journal that can't be read out of the way, and says so.
@@ -649,7 +685,7 @@ impl Live {
 /// # Errors
 /// It can't be moved, or it can't be used for another reason.
 pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
-    let retention = Retention { time: Duration::MAX, bytes_max: u64::MAX };
+    let retention = Retention { time: Duration::MAX, bytes_max: u64::MAX, names: Duration::MAX };
     match Journal::open(state_folder, retention, Box::new(|_| ())) {
         Err(OpenError::Damaged { why, .. }) => {
             let aside = modalkit_journal::set_aside(state_folder)?;
@@ -702,6 +738,7 @@ pub fn once(key: Option<&str>, model: &str, name: &str, body: &[u8]) -> Once {
 fn explain(error: &AcceptError) -> JobError {
     match error {
         AcceptError::Conflict(_) => JobError::Conflict(error.to_string()),
+        AcceptError::Unfit(_) => JobError::TooLarge(error.to_string()),
         AcceptError::Busy => JobError::Busy("too many jobs wait to be written"),
         AcceptError::Full => {
             JobError::Busy("the journal is full of jobs that are not done with (server.job_store_bytes_max)")

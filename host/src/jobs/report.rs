@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::entry::{Entry, Phase};
+use crate::egress;
 
 /// The state that isn't written: only this process knows it.
 const RUNNING: &str = "running";
@@ -21,6 +22,9 @@ pub struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     attempts: u32,
+    /// How often a host died while it was running.
+    #[serde(skip_serializing_if = "is_zero")]
+    crashes: u32,
     accepted_unix_ms: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     started_unix_ms: Option<u64>,
@@ -66,9 +70,10 @@ impl Report {
             job_id: stored.id.to_string(),
             model: stored.model,
             state: stored.state.word(),
-            result: stored.result.and_then(|result| serde_json::from_slice(&result).ok()),
+            result: stored.result.map(|result| egress::raw_json(&result).into_owned()),
             error: stored.error,
             attempts: stored.attempts,
+            crashes: stored.crashes,
             accepted_unix_ms: stored.accepted,
             started_unix_ms: stored.started,
             finished_unix_ms: stored.finished,
@@ -99,4 +104,9 @@ impl Report {
         }
         report
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }

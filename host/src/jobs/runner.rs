@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_journal::{Finish, JobId, Journal, Retry, State, unix_ms};
+use modalkit_journal::{Finish, JobId, Journal, Retry, Slot, State, Unfit, unix_ms};
 use modalkit_loader::FailureKind;
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
@@ -19,6 +19,7 @@ use super::{
     Jobs,
     entry::{Attempt, Entry, Head, Input, Phase},
     envelope::Parts,
+    suspects::{Suspects, Turn},
 };
 use crate::{
     admission::{Gate, JobPermit},
@@ -44,6 +45,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(60);
 const HEADS_MAX: usize = 256;
 /// Jobs of a model that are ended unrun in one turn of the loop: each is read and written.
 const ENDED_AT_ONCE: usize = 64;
+/// Bytes of an error that are kept.
+const ERROR_BYTES_MAX: usize = 64 << 10;
 /// The loop looks up this often, whatever happens.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -106,6 +109,7 @@ pub(super) struct Runner {
     gate: Arc<Gate>,
     inbox: Arc<Inbox>,
     lines: HashMap<Arc<str>, Line>,
+    suspects: Suspects,
     draining: bool,
     stopped: bool,
     waits_for_disk: bool,
@@ -115,8 +119,8 @@ pub(super) struct Runner {
 #[derive(Default)]
 struct Line {
     waiting: VecDeque<(Arc<Entry>, Head)>,
-    /// By when their next attempt may begin.
-    delayed: BTreeMap<(u64, JobId), Arc<Entry>>,
+    /// By when their next attempt may begin, whatever becomes of the system's clock.
+    delayed: BTreeMap<(Instant, JobId), Arc<Entry>>,
     /// In the model's queue, or running.
     handed: usize,
     /// The model took none: it is looked at again then.
@@ -133,6 +137,7 @@ impl Runner {
             gate,
             inbox,
             lines: HashMap::new(),
+            suspects: Suspects::default(),
             draining: false,
             stopped: false,
             waits_for_disk: false,
@@ -166,52 +171,61 @@ impl Runner {
         if self.waits_for_disk {
             return now + BETWEEN_LOOKS;
         }
-        let now_ms = unix_ms();
+        if self.draining {
+            return now + IDLE;
+        }
         let of_line = |line: &Line| {
             let blocked = line.blocked_until.filter(|_| !line.waiting.is_empty());
-            let due = line
-                .delayed
-                .first_key_value()
-                .map(|((due, _), _)| now + Duration::from_millis(due.saturating_sub(now_ms)));
+            let due = line.delayed.first_key_value().map(|((due, _), _)| *due);
             blocked.into_iter().chain(due).min()
         };
-        let soonest = if self.draining { None } else { self.lines.values().filter_map(of_line).min() };
+        let of_lines = self.lines.values().filter_map(of_line).min();
+        let of_suspects = self.suspects.any_wait().then_some(now + BETWEEN_LOOKS);
+        let soonest = of_lines.into_iter().chain(of_suspects).chain(self.suspects.next_change()).min();
         soonest.unwrap_or(now + IDLE).min(now + IDLE)
     }
 
     fn on(&mut self, event: Event, jobs: &Arc<Jobs>, journal: &Journal) {
         match event {
-            Event::Accepted(entry, head) => {
-                let next = {
-                    let mut live = entry.live.lock();
-                    live.phase = Phase::Waiting;
-                    live.next
-                };
-                let line = self.line(&entry);
-                match next {
-                    // A clock that was set back keeps nobody waiting for longer than an attempt may.
-                    Some(next) => {
-                        let next = next.min(unix_ms() + 2 * BACKOFF_MAX.as_millis() as u64);
-                        line.delayed.insert((next, entry.id), entry);
-                    }
-                    // What waits long is decoded when its turn comes.
-                    None if line.waiting.len() >= HEADS_MAX => {
-                        line.waiting.push_back((entry, Head::default()))
-                    }
-                    None => line.waiting.push_back((entry, head)),
-                }
-            }
+            Event::Accepted(entry, head) => self.accepted(entry, head),
             Event::Answered { entry, reply, began, permit } => {
+                self.suspects.ended(entry.id);
                 self.line(&entry).handed -= 1;
                 self.answered(&entry, reply, began, permit, jobs, journal);
             }
             Event::Cancel(entry) => self.cancel(&entry, jobs, journal),
             Event::Drain(reply) => {
                 self.draining = true;
+                // Durable jobs that haven't begun are the next start's: nobody waits for their batches to fill, nor for them.
+                for (queue, number) in jobs.shared.handed() {
+                    queue.cancel(number, 1);
+                }
                 // Whoever asked may have been cut off.
                 let _ = reply.send(());
             }
             Event::Stop => self.stopped = true,
+        }
+    }
+
+    fn accepted(&mut self, entry: Arc<Entry>, head: Head) {
+        let (next, suspect) = {
+            let mut live = entry.live.lock();
+            live.phase = Phase::Waiting;
+            (live.next, live.suspect)
+        };
+        if suspect {
+            return self.suspects.add(entry, fastrand::usize(..));
+        }
+        let line = self.line(&entry);
+        match next {
+            // A clock that was set back keeps nobody waiting for longer than an attempt may.
+            Some(next) => {
+                let wait = Duration::from_millis(next.saturating_sub(unix_ms())).min(2 * BACKOFF_MAX);
+                line.delayed.insert((Instant::now() + wait, entry.id), entry);
+            }
+            // What waits long is decoded when its turn comes.
+            None if line.waiting.len() >= HEADS_MAX => line.waiting.push_back((entry, Head::default())),
+            None => line.waiting.push_back((entry, head)),
         }
     }
 
@@ -229,23 +243,30 @@ impl Runner {
         journal: &Journal,
     ) {
         if began {
-            entry.live.lock().attempts += 1;
+            let mut live = entry.live.lock();
+            live.attempts += 1;
+            live.suspect = false;
         }
         if entry.is_cancelled() {
             return end(entry, Ending::cancelled(), Some(permit), jobs, journal);
         }
         let error = match reply {
             Ok(answer) => {
-                return end(entry, Ending::succeeded(entry, journal, answer), Some(permit), jobs, journal);
+                let ending = Ending::answered(entry, journal, answer, jobs.shared.spec.result_bytes_max);
+                return end(entry, ending, Some(permit), jobs, journal);
             }
             Err(error) => error,
         };
         if !began && came_back(&error) {
             // Nobody ran it: it waits for its turn again, in front of those that came later.
-            {
+            let suspect = {
                 let mut live = entry.live.lock();
                 live.phase = Phase::Waiting;
                 live.queued = None;
+                live.suspect
+            };
+            if suspect {
+                return self.suspects.put_back(Arc::clone(entry));
             }
             let line = self.line(entry);
             line.waiting.push_front((Arc::clone(entry), Head::default()));
@@ -258,7 +279,7 @@ impl Runner {
         if helps(&error) && attempts <= retries {
             let wait = backoff(attempts);
             let next = unix_ms() + wait.as_millis() as u64;
-            let text = egress::job_failure(&error);
+            let text = shortened(egress::job_failure(&error));
             tracing::info!(model = &*entry.model, job_id = %entry.id, attempts, next_in = ?wait, error = text, "an attempt failed and is repeated");
             let started = {
                 let mut live = entry.live.lock();
@@ -268,7 +289,7 @@ impl Runner {
                 live.started
             };
             journal.retry(Retry { id: entry.id, attempts, started, next, error: text });
-            self.line(entry).delayed.insert((next, entry.id), Arc::clone(entry));
+            self.line(entry).delayed.insert((Instant::now() + wait, entry.id), Arc::clone(entry));
             return;
         }
         let ending = Ending::failed(entry, journal, egress::job_failure(&error));
@@ -284,6 +305,9 @@ impl Runner {
         if let (Phase::Handed, Some((queue, number))) = (phase, queued) {
             queue.cancel(number, 1);
         } else if phase == Phase::Waiting {
+            if self.suspects.remove(entry.id) {
+                return end(entry, Ending::cancelled(), None, jobs, journal);
+            }
             let line = self.line(entry);
             let before = line.waiting.len() + line.delayed.len();
             line.waiting.retain(|(waiting, _)| waiting.id != entry.id);
@@ -295,11 +319,68 @@ impl Runner {
         }
     }
 
-    /// Fills the models' queues up to their windows.
+    /// Fills the models' queues up to their windows, where no suspect has the host to itself.
     fn hand_over(&mut self, jobs: &Arc<Jobs>, journal: &Journal) {
-        let (now, now_ms) = (Instant::now(), unix_ms());
+        while !self.suspects.is_empty() {
+            let handed = self.lines.values().map(|line| line.handed).sum();
+            let serving =
+                |name: &str| self.models.find(Some(name)).ok().filter(|model| model.serving().is_ok());
+            match self.suspects.next(Instant::now(), handed, |name| serving(name).is_some()) {
+                Turn::None => return,
+                Turn::Any => break,
+                Turn::Beside(entry) => {
+                    self.line(&entry).waiting.push_front((entry, Head::default()));
+                    break;
+                }
+                Turn::Suspect { entry, blamed } => {
+                    let Some(model) = serving(&entry.model) else {
+                        self.suspects.put_back(entry);
+                        return;
+                    };
+                    if !self.hand_over_suspect(entry, blamed, &model, jobs, journal) {
+                        return;
+                    }
+                }
+            }
+        }
+        self.hand_over_lines(jobs, journal);
+    }
+
+    /// Hands a job over that runs with no other beside it. `false` where there is no sense in going on now.
+    fn hand_over_suspect(
+        &mut self,
+        entry: Arc<Entry>,
+        blamed: bool,
+        model: &Arc<Model>,
+        jobs: &Arc<Jobs>,
+        journal: &Journal,
+    ) -> bool {
+        let crashes = entry.live.lock().crashes;
+        let line = self.lines.entry(Arc::clone(&entry.model)).or_default();
+        let hand = Hand { model, gate: &self.gate, inbox: &self.inbox, jobs, journal, alone: blamed };
+        match line.hand(Arc::clone(&entry), Head::default(), &hand) {
+            Handed::Queued { must_wake, slot } => {
+                tracing::info!(model = &*entry.model, job_id = %entry.id, crashes, "a job that was running when the host died runs alone");
+                self.suspects.began(&entry, crashes, &slot, Instant::now());
+                if must_wake {
+                    model.queue.wake();
+                }
+            }
+            Handed::Ended => {}
+            // It comes back with the end of its attempt.
+            Handed::Refused => return false,
+            Handed::Unreadable(..) => {
+                self.suspects.put_back(entry);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn hand_over_lines(&mut self, jobs: &Arc<Jobs>, journal: &Journal) {
+        let now = Instant::now();
         for (name, line) in &mut self.lines {
-            while let Some(due) = line.delayed.first_entry().filter(|due| due.key().0 <= now_ms) {
+            while let Some(due) = line.delayed.first_entry().filter(|due| due.key().0 <= now) {
                 let entry = due.remove();
                 entry.live.lock().next = None;
                 line.waiting.push_back((entry, Head::default()));
@@ -319,97 +400,123 @@ impl Runner {
             let Some(model) = found.ok().filter(|model| model.serving().is_ok()) else {
                 // It may be loading, or have gone; what waits for it waits.
                 line.blocked_until = Some(now + BETWEEN_LOOKS);
-                line.end_overdue(now_ms, jobs, journal);
+                line.end_overdue(now, jobs, journal);
                 continue;
             };
-            line.fill(&model, &self.gate, &self.inbox, jobs, journal);
+            let (gate, inbox) = (&self.gate, &self.inbox);
+            line.fill(&Hand { model: &model, gate, inbox, jobs, journal, alone: false });
         }
         self.lines.retain(|_, line| line.handed > 0 || !line.waiting.is_empty() || !line.delayed.is_empty());
     }
 }
 
+/// What is needed to hand a job over to its model.
+struct Hand<'a> {
+    model: &'a Model,
+    gate: &'a Arc<Gate>,
+    inbox: &'a Arc<Inbox>,
+    jobs: &'a Arc<Jobs>,
+    journal: &'a Journal,
+    /// No other job runs beside it.
+    alone: bool,
+}
+
+/// What became of a job that was to be handed over.
+enum Handed {
+    /// The model's queue has it.
+    Queued { must_wake: bool, slot: Arc<Slot> },
+    /// It has ended unrun.
+    Ended,
+    /// The queue didn't take it: that comes back as the end of its attempt.
+    Refused,
+    /// The journal can't be read.
+    Unreadable(Arc<Entry>, Head),
+}
+
 impl Line {
-    fn fill(
-        &mut self,
-        model: &Model,
-        gate: &Arc<Gate>,
-        inbox: &Arc<Inbox>,
-        jobs: &Arc<Jobs>,
-        journal: &Journal,
-    ) {
-        let window = window(&model.spec());
-        let (mut must_wake, mut unrun) = (false, 0);
+    fn fill(&mut self, hand: &Hand<'_>) {
+        let window = window(&hand.model.spec());
+        let (mut wakes, mut unrun) = (false, 0);
         while self.handed < window {
             if unrun >= ENDED_AT_ONCE {
                 self.blocked_until = Some(Instant::now());
                 break;
             }
             let Some((entry, head)) = self.waiting.pop_front() else { break };
-            if let Some(ending) = hopeless(&entry, &model.spec(), journal) {
-                end(&entry, ending, None, jobs, journal);
-                unrun += 1;
-                continue;
-            }
-            let input = match input(&entry, journal) {
-                Ok(Some(input)) => input,
-                Ok(None) => {
-                    let lost = "what came in for it is not in the journal".to_owned();
-                    end(&entry, Ending::failed(&entry, journal, lost), None, jobs, journal);
-                    continue;
+            match self.hand(entry, head, hand) {
+                Handed::Queued { must_wake, .. } => wakes |= must_wake,
+                Handed::Ended => unrun += 1,
+                Handed::Refused => {
+                    self.blocked_until = Some(Instant::now() + BETWEEN_LOOKS);
+                    break;
                 }
-                Err(error) => {
-                    tracing::error!(job_id = %entry.id, error = ?error, "the journal can't be read; the job waits");
+                Handed::Unreadable(entry, head) => {
                     self.waiting.push_front((entry, head));
                     self.blocked_until = Some(Instant::now() + BETWEEN_LOOKS);
                     break;
                 }
-            };
-            // Its end needs it as well, and comes soon.
-            jobs.shared.keep_input(&entry, &input);
-            let attempts = entry.live.lock().attempts;
-            let attempt = Attempt {
-                entry: Arc::clone(&entry),
-                slot: journal.ledger().slot(entry.id, attempts + 1),
-                inbox: Arc::clone(inbox),
-                permit: Some(gate.job()),
-                began: false.into(),
-                metrics: Arc::clone(&jobs.shared.metrics),
-            };
-            let job = Job {
-                request_id: RequestId::Given(entry.id.to_string().into()),
-                input: input.parts.message,
-                item: head.item,
-                reply: ReplyHandle::recorded(Box::new(attempt)),
-                trail: head.trail,
-            };
-            // Counted whatever happens: one that isn't taken tells its end as well.
-            self.handed += 1;
-            let deadline = entry.deadline.map(|deadline| {
-                Deadline(Instant::now() + Duration::from_millis(deadline.saturating_sub(unix_ms())))
-            });
-            // Before the queue has it: a lane may begin it at once.
-            let mut live = entry.live.lock();
-            match model.queue.push([job], deadline) {
-                Ok(queued) => {
-                    live.phase = Phase::Handed;
-                    live.queued = Some((Arc::clone(&model.queue), queued.first));
-                    must_wake |= queued.must_wake;
-                }
-                Err(_) => {
-                    self.blocked_until = Some(Instant::now() + BETWEEN_LOOKS);
-                    break;
-                }
             }
         }
-        if must_wake {
-            model.queue.wake();
+        if wakes {
+            hand.model.queue.wake();
+        }
+    }
+
+    fn hand(&mut self, entry: Arc<Entry>, head: Head, hand: &Hand<'_>) -> Handed {
+        let Hand { model, gate, inbox, jobs, journal, alone } = *hand;
+        if let Some(ending) = hopeless(&entry, &model.spec(), jobs.shared.spec.crashes_max, journal) {
+            end(&entry, ending, None, jobs, journal);
+            return Handed::Ended;
+        }
+        let input = match input(&entry, journal) {
+            Ok(Some(input)) => input,
+            Ok(None) => {
+                let lost = "what came in for it is not in the journal".to_owned();
+                end(&entry, Ending::failed(&entry, journal, lost), None, jobs, journal);
+                return Handed::Ended;
+            }
+            Err(error) => {
+                tracing::error!(job_id = %entry.id, error = ?error, "the journal can't be read; the job waits");
+                return Handed::Unreadable(entry, head);
+            }
+        };
+        // Its end needs it as well, and comes soon.
+        jobs.shared.keep_input(&entry, &input);
+        let attempts = entry.live.lock().attempts;
+        let slot = Arc::new(journal.ledger().slot(entry.id, attempts + 1, alone));
+        let attempt = Attempt {
+            entry: Arc::clone(&entry),
+            slot: Arc::clone(&slot),
+            inbox: Arc::clone(inbox),
+            permit: Some(gate.job()),
+            began: false.into(),
+            metrics: Arc::clone(&jobs.shared.metrics),
+        };
+        let job = Job {
+            request_id: RequestId::Given(entry.id.to_string().into()),
+            input: input.parts.message,
+            item: head.item,
+            reply: ReplyHandle::recorded(Box::new(attempt)),
+            trail: head.trail,
+        };
+        // Counted whatever happens: one that isn't taken tells its end as well.
+        self.handed += 1;
+        // Before the queue has it: a lane may begin it at once.
+        let mut live = entry.live.lock();
+        match model.queue.push([job], entry.deadline.map(Deadline)) {
+            Ok(queued) => {
+                live.phase = Phase::Handed;
+                live.queued = Some((Arc::clone(&model.queue), queued.first));
+                Handed::Queued { must_wake: queued.must_wake, slot }
+            }
+            Err(_) => Handed::Refused,
         }
     }
 
     /// Ends those whose time has passed while their model was away.
-    fn end_overdue(&mut self, now_ms: u64, jobs: &Arc<Jobs>, journal: &Journal) {
+    fn end_overdue(&mut self, now: Instant, jobs: &Arc<Jobs>, journal: &Journal) {
         let overdue =
-            |(entry, _): &(Arc<Entry>, Head)| entry.deadline.is_some_and(|deadline| deadline <= now_ms);
+            |(entry, _): &(Arc<Entry>, Head)| entry.deadline.is_some_and(|deadline| deadline <= now);
         for _ in 0..ENDED_AT_ONCE {
             let Some(place) = self.waiting.iter().position(overdue) else { return };
             let Some((entry, _)) = self.waiting.remove(place) else { return };
@@ -432,6 +539,20 @@ impl Ending {
         Self { state: State::Cancelled, message: None, error: None, queue: None }
     }
 
+    /// With the pipeline's answer, where that is no larger than may be kept.
+    fn answered(entry: &Entry, journal: &Journal, answer: Bytes, bytes_max: usize) -> Self {
+        let ending = Self::succeeded(entry, journal, answer);
+        match ending.message.as_ref().map_or(0, Bytes::len) {
+            found if found > bytes_max => {
+                let error = format!(
+                    "the result has {found} bytes, at most {bytes_max} are kept (server.result_bytes_max)"
+                );
+                Self::failed(entry, journal, error)
+            }
+            _ => ending,
+        }
+    }
+
     fn succeeded(entry: &Entry, journal: &Journal, answer: Bytes) -> Self {
         let Some(input) = input_or_say(entry, journal) else {
             return Self { state: State::Succeeded, message: Some(answer), error: None, queue: None };
@@ -448,6 +569,7 @@ impl Ending {
         let input = input_or_say(entry, journal);
         let envelope = input.as_ref().map_or_else(Bytes::new, |input| input.envelope.clone());
         let queue = input.map(|input| input.parts.failure_queue).filter(|queue| !queue.is_empty());
+        let error = shortened(error);
         let message = Some(egress::failed_job(error.clone(), &envelope));
         Self { state: State::Failed, message, error: Some(error), queue }
     }
@@ -456,7 +578,7 @@ impl Ending {
 /// Writes how a job ended; then it is told to whoever waits for it, and its message is delivered.
 fn end(entry: &Arc<Entry>, ending: Ending, permit: Option<JobPermit>, jobs: &Arc<Jobs>, journal: &Journal) {
     let Ending { state, message, error, queue } = ending;
-    let finished = unix_ms();
+    let (finished, since) = (unix_ms(), journal.clock().now());
     let (attempts, started) = {
         let mut live = entry.live.lock();
         if matches!(live.phase, Phase::Ending | Phase::Ended) {
@@ -467,43 +589,82 @@ fn end(entry: &Arc<Entry>, ending: Ending, permit: Option<JobPermit>, jobs: &Arc
         (live.attempts, live.started)
     };
     jobs.shared.metrics.jobs.ended(&entry.model, state.word()).inc();
-    jobs.shared.metrics.jobs.seconds.observe(finished.saturating_sub(entry.accepted) as f64 / 1e3);
+    // Of one that another process accepted nobody knows how long it took: clocks may have been set in between.
+    if let Some(accepted) = entry.accepted {
+        jobs.shared.metrics.jobs.seconds.observe(accepted.elapsed().as_secs_f64());
+    }
     jobs.shared.unended_less(entry);
-    let finish = Finish {
+    let least = Finish {
         id: entry.id,
-        state,
+        state: State::Failed,
         attempts,
         started,
         finished,
-        result: message.clone(),
-        error,
-        queue: queue.clone(),
+        result: None,
+        error: None,
+        queue: None,
+        since,
     };
+    let finish = Finish { state, result: message.clone(), error, queue: queue.clone(), ..least.clone() };
     let (entry, jobs) = (Arc::clone(entry), Arc::clone(jobs));
-    journal.finish(finish, move || {
-        jobs.ended(&entry, queue, finished, message.unwrap_or_default());
+    journal.finish(finish, move |written| {
+        match written {
+            Ok(()) => jobs.ended(&entry, queue, since, message.unwrap_or_default()),
+            Err(unfit) => give_up_result(&entry, least, &unfit, &jobs),
+        }
         drop(permit);
     });
 }
 
+/// Ends a job whose end can't be written with the least that can be.
+fn give_up_result(entry: &Arc<Entry>, finish: Finish, unfit: &Unfit, jobs: &Arc<Jobs>) {
+    tracing::error!(job_id = %entry.id, error = %unfit, "the end of a job can't be written; it has failed, and its result is lost");
+    let finish = Finish { error: Some(format!("its end could not be written: {unfit}")), ..finish };
+    let (entry, of_end) = (Arc::clone(entry), Arc::clone(jobs));
+    let journal = jobs.journal.read();
+    // Once it is closed, the next start runs the job again.
+    let Some(journal) = &*journal else { return };
+    let since = finish.since;
+    journal.finish(finish, move |written| {
+        if let Err(error) = written {
+            tracing::error!(job_id = %entry.id, %error, "that the job has failed can't be written either");
+        }
+        of_end.ended(&entry, None, since, Bytes::new());
+    });
+}
+
+/// An error as it is kept: a plugin may have said anything.
+fn shortened(mut error: String) -> String {
+    if error.len() > ERROR_BYTES_MAX {
+        error.truncate(error.floor_char_boundary(ERROR_BYTES_MAX));
+        error.push_str(" … (the rest is cut off)");
+    }
+    error
+}
+
 /// Why a job is not run at all.
-fn hopeless(entry: &Entry, spec: &ModelSpec, journal: &Journal) -> Option<Ending> {
+fn hopeless(entry: &Entry, spec: &ModelSpec, crashes_max: u32, journal: &Journal) -> Option<Ending> {
     if entry.is_cancelled() {
         return Some(Ending::cancelled());
     }
-    if entry.deadline.is_some_and(|deadline| deadline <= unix_ms()) {
+    if entry.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
         let error = egress::job_failure(&JobError::DeadlinePassed);
         return Some(Ending::failed(entry, journal, error));
     }
-    let (attempts, died) = {
+    let (attempts, crashes_alone) = {
         let live = entry.live.lock();
-        (live.attempts, live.died)
+        (live.attempts, live.crashes_alone)
     };
-    // A host that lives has ended these itself.
-    (attempts > spec.retries).then(|| {
-        let why = if died { "it was running when the host died" } else { "the last one failed" };
+    if crashes_alone >= crashes_max {
         let error = format!(
-            "{why}; {attempts} attempts were made and {} retries are allowed (deployment_config.retries)",
+            "the host died {crashes_alone} times while it was running this job and no other; it is not tried again (server.job_crashes_max)"
+        );
+        return Some(Ending::failed(entry, journal, error));
+    }
+    // The configuration may have allowed more.
+    (attempts > spec.retries).then(|| {
+        let error = format!(
+            "the last one failed; {attempts} attempts were made and {} retries are allowed (deployment_config.retries)",
             spec.retries
         );
         Ending::failed(entry, journal, error)
