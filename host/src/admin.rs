@@ -29,7 +29,7 @@ pub fn health(models: &Models, reasons: bool) -> HttpResponse {
     let all = models.all();
     let healthy = all.values().all(|model| is_ready(model));
     let models: BTreeMap<&String, Value> =
-        all.iter().map(|(name, model)| (name, shown(&model.status(), reasons))).collect();
+        all.iter().map(|(name, model)| (name, shown(model, reasons))).collect();
     let status = if healthy { "ok" } else { "degraded" };
     object_response(StatusCode::OK, &json!({"status": status, "models": models}))
 }
@@ -55,7 +55,7 @@ pub fn ready(
     let waiting: BTreeMap<&String, Value> = all
         .iter()
         .filter(|(_, model)| !is_ready(model))
-        .map(|(name, model)| (name, shown(&model.status(), reasons)))
+        .map(|(name, model)| (name, shown(model, reasons)))
         .collect();
     let keys = access.missing();
     let faults = jobs.queues().faults();
@@ -122,6 +122,7 @@ struct ModelReport<'a> {
     name: &'a str,
     #[serde(flatten)]
     status: &'a Status,
+    configured: bool,
     plugin: &'a str,
     replicas: i64,
     replicas_stuck: i64,
@@ -186,6 +187,7 @@ impl<'a> Seen<'a> {
         ModelReport {
             name: &model.name,
             status,
+            configured: spec.configured,
             plugin: &spec.plugin,
             replicas: model.metrics.replicas.get(),
             replicas_stuck: model.metrics.replicas_stuck.get(),
@@ -204,12 +206,13 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// A status; for those who may not look inside, without its reason.
-fn shown(status: &Status, reasons: bool) -> Value {
-    let mut whole = json!(status);
+/// Where a model stands, and whether it has an entry in the configuration; for those who may not look inside, without the reason.
+fn shown(model: &Model, reasons: bool) -> Value {
+    let mut whole = json!(*model.status());
     if let Some(members) = whole.as_object_mut().filter(|_| !reasons) {
         members.retain(|key, _| key == "state");
     }
+    whole["configured"] = json!(model.spec().configured);
     whole
 }
 

@@ -75,6 +75,7 @@ pub async fn run(
     };
     let metrics = Metrics::new(traces.clone());
     let models = Arc::new(Models::default());
+    let all_models = Arc::clone(&models);
     let gate = Gate::new(config.requests_max);
     let surroundings = modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server)? };
     let queues = Queues::open(&config.queues.named(&jobs::host_name(&server.state_folder)?), &surroundings)?;
@@ -157,8 +158,10 @@ pub async fn run(
     tracing::info!(inside = gate.inside(), limit = ?server.drain_timeout, "shutting down");
     gate.close();
     let _ = take_no_more.send(true);
-    // Jobs that were handed to models are waited for; the others stay in the journal.
+    // Durable jobs whose batches haven't begun leave the models' queues, and stay in the journal.
     jobs.drain().await;
+    // After these and the gate: nothing comes any more that a batch could wait for.
+    all_models.drain();
     let lost = lost.borrow().is_some();
     if !lost {
         // The accept loop ends and closes the port; connections end with the request they are in.

@@ -26,6 +26,7 @@ use crate::{
 pub struct Models {
     by_name: ArcSwap<BTreeMap<String, Arc<Model>>>,
     complete: AtomicBool,
+    draining: AtomicBool,
 }
 
 impl Models {
@@ -83,7 +84,18 @@ impl Models {
             model = Some(Arc::clone(entry));
             models
         });
-        model.expect("the closure ran")
+        let model = model.expect("the closure ran");
+        // After it was added: a drain that begins meanwhile sees the model, or this sees the drain.
+        if self.draining.load(Ordering::SeqCst) {
+            model.queue.drain();
+        }
+        model
+    }
+
+    /// The host is shutting down: from now on no batch of any model waits to be filled, of models that come later neither.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+        self.all().values().for_each(|model| model.queue.drain());
     }
 }
 
@@ -407,3 +419,40 @@ pub fn too_many(count: usize, queue_max: usize) -> JobError {
 
 /// How long a caller that finds a queue full should wait before it comes back.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use modalkit_device::Devices;
+
+    use super::*;
+    use crate::{
+        config,
+        job::{Mailbox, RequestId, reply},
+        telemetry::Metrics,
+        traces::Traces,
+    };
+
+    #[test]
+    fn a_host_that_shuts_down_waits_for_no_batch_of_a_model_that_comes_meanwhile() {
+        let mut spec = config::load(&[], &config::Environment::default()).unwrap().config.defaults;
+        spec.batch.max_batch_size = 8;
+        spec.batch.wait = Duration::from_secs(60);
+        let metrics = Metrics::new(Traces::default());
+        let make = |spec| Model::new(spec, &metrics, Devices::none());
+        let mailbox = Arc::new(Mailbox::default());
+        let models = Models::default();
+        let before = models.add(spec.named("before"), make);
+        models.drain();
+        let after = models.add(spec.named("after"), make);
+        for model in [before, after] {
+            let queue = &model.queue;
+            queue.open();
+            let (reply, _pending) = reply(&mailbox);
+            let request_id = RequestId::Given("a".into());
+            let job = Job { request_id, input: "{}".into(), item: None, reply, trail: None };
+            queue.push([job], None).unwrap();
+            let taken = queue.next_batch(queue.lane(), || Turn::Work).expect("it is told to work");
+            assert_eq!((taken.batch.jobs.len(), taken.batch.closed), (1, Closed::Drained), "{}", model.name);
+        }
+    }
+}

@@ -22,7 +22,7 @@ use crate::{
     dispatch,
     job::{Detail, JobError, Location, Reply},
     reconfigure::Change,
-    reload::{ControlError, Entry, Outcome, VolumeModel, VolumeReport},
+    reload::{ControlError, Entry, Outcome, Unloaded, VolumeModel, VolumeReport},
 };
 
 /// What this host sends.
@@ -279,6 +279,12 @@ pub fn volume_reloaded(report: &VolumeReport) -> HttpResponse {
     object_response(status, report)
 }
 
+/// A model was unloaded.
+#[must_use]
+pub fn unloaded(unloaded: &Unloaded) -> HttpResponse {
+    object_response(StatusCode::OK, unloaded)
+}
+
 /// Why nothing was done.
 #[must_use]
 pub fn control_error(error: &ControlError) -> HttpResponse {
@@ -286,6 +292,12 @@ pub fn control_error(error: &ControlError) -> HttpResponse {
         ControlError::Unknown(known) => {
             let detail = format!("no such name; expected one of {known:?}");
             object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
+        }
+        ControlError::Configured(name) => {
+            let detail = format!(
+                "expected a model without an entry in the configuration; take {name} out of model_settings.model_entries instead"
+            );
+            object_response(StatusCode::CONFLICT, &json!({"detail": detail}))
         }
         ControlError::Stopping => unavailable("it is shutting down"),
     }

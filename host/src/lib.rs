@@ -23,3 +23,4 @@ pub mod reload;
 pub mod telemetry;
 pub mod traces;
 pub mod trail;
+pub mod transient;

@@ -166,7 +166,8 @@ impl Reconfigure {
                 _ = looks.tick() => {
                     let found = self.look().await;
                     let settled = found == std::mem::replace(&mut seen, found);
-                    if found == known || !settled {
+                    // What nobody can read now may be as it was.
+                    if found.is_none() || found == known || !settled {
                         continue;
                     }
                     None
@@ -177,6 +178,10 @@ impl Reconfigure {
             // The fingerprint first: what is written meanwhile is another change.
             let (fingerprint, loaded) = self.read().await;
             known = fingerprint;
+            if loaded.as_ref().is_err_and(|faults| faults.iter().any(|fault| fault.transient)) {
+                // It was readable a moment ago, and is read again.
+                known = None;
+            }
             let change = self.apply(loaded).await;
             tell(&change);
             self.remember(&change);
@@ -263,13 +268,13 @@ impl Reconfigure {
     }
 
     /// Reads the configuration, and what it read it from. On another thread: files may lie where they take long.
-    async fn read(&self) -> (u64, Result<Loaded, Faults>) {
+    async fn read(&self) -> (Option<u64>, Result<Loaded, Faults>) {
         let sources = self.sources.clone();
         let read = move || (sources.fingerprint(), sources.load());
-        tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| (0, Err(Vec::new().into())))
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| (None, Err(Vec::new().into())))
     }
 
-    async fn look(&self) -> u64 {
+    async fn look(&self) -> Option<u64> {
         let sources = self.sources.clone();
         tokio::task::spawn_blocking(move || sources.fingerprint()).await.unwrap_or_default()
     }

@@ -5,6 +5,7 @@
 
 use std::{
     cell::RefCell,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicI64, Ordering},
@@ -12,9 +13,12 @@ use std::{
 };
 
 use modalkit_device::Standing;
+use parking_lot::RwLock;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder, exponential_buckets,
+    Registry, TextEncoder,
+    core::{Collector, MetricVec, MetricVecBuilder},
+    exponential_buckets,
 };
 
 use crate::traces::Traces;
@@ -28,6 +32,9 @@ pub struct Metrics {
     pub traces: Traces,
     registry: Registry,
     catalogue: Vec<Described>,
+    /// All that have the label `model`.
+    by_model: Vec<Box<dyn Forget>>,
+    known: Known,
     request: HistogramVec,
     requests: IntCounterVec,
     queue_wait: HistogramVec,
@@ -60,6 +67,34 @@ pub struct Metrics {
     /// Resident memory of the process.
     pub resident_bytes: Gauge,
 }
+
+/// The models that may have series. A counter is looked up by its model's name also for a request or a job that outlives the model:
+/// both happen under this lock, so that nothing brings back a series that was forgotten.
+type Known = Arc<RwLock<HashSet<String>>>;
+
+/// A vector of series of any kind.
+trait Forget: Send + Sync {
+    /// Removes the series with this value of `model`. Who holds one may go on counting; nobody sees it.
+    fn forget(&self, model: &str);
+}
+
+impl<T: MetricVecBuilder> Forget for MetricVec<T> {
+    fn forget(&self, model: &str) {
+        for family in self.collect() {
+            for series in family.get_metric() {
+                let labels: HashMap<&str, &str> =
+                    series.get_label().iter().map(|label| (label.name(), label.value())).collect();
+                if labels.get("model") == Some(&model) {
+                    // Only this function removes any.
+                    let _ = self.remove(&labels);
+                }
+            }
+        }
+    }
+}
+
+/// The words that [`ReloadMetrics::outcome`] knows.
+pub const RELOAD_OUTCOMES: [&str; 5] = ["swapped", "rolled_back", "refused", "superseded", "stopped"];
 
 /// GPUs, by their number and name.
 pub struct DeviceMetrics {
@@ -99,6 +134,7 @@ impl DeviceMetrics {
 
 /// Asynchronous jobs, their journal and their deliveries.
 pub struct JobMetrics {
+    known: Known,
     /// Jobs in the journal, by state.
     states: IntGaugeVec,
     /// Those of them that haven't ended.
@@ -135,10 +171,11 @@ impl JobMetrics {
         self.deliveries.with_label_values(&[word])
     }
 
-    /// The counter of a model's jobs that ended so.
+    /// The counter of a model's jobs that ended so; of a model that isn't served, the one of all such models.
     #[must_use]
     pub fn ended(&self, model: &str, state: &str) -> IntCounter {
-        self.ended.with_label_values(&[model, state])
+        let known = self.known.read();
+        self.ended.with_label_values(&[if known.contains(model) { model } else { "" }, state])
     }
 
     /// The counter of tries to deliver through a backend that ended so.
@@ -221,8 +258,7 @@ pub struct ModelMetrics {
 
 /// One model's reloads.
 pub struct ReloadMetrics {
-    reloads: IntCounterVec,
-    model: String,
+    outcomes: [IntCounter; RELOAD_OUTCOMES.len()],
     /// Calls of `on_volume_reload` that went well on every replica.
     pub hooks_ok: IntCounter,
     /// Calls of `on_volume_reload` that failed on some replica.
@@ -233,9 +269,13 @@ pub struct ReloadMetrics {
 
 impl ReloadMetrics {
     /// The counter of changes that ended so.
+    ///
+    /// # Panics
+    /// Where the word is none of [`RELOAD_OUTCOMES`].
     #[must_use]
-    pub fn outcome(&self, word: &str) -> IntCounter {
-        self.reloads.with_label_values(&[self.model.as_str(), word])
+    pub fn outcome(&self, word: &str) -> &IntCounter {
+        let known = RELOAD_OUTCOMES.iter().position(|known| *known == word);
+        &self.outcomes[known.expect("a word of RELOAD_OUTCOMES")]
     }
 }
 
@@ -248,6 +288,8 @@ impl Metrics {
     pub fn new(traces: Traces) -> Arc<Self> {
         let registry = Registry::new();
         let catalogue = RefCell::new(Vec::new());
+        let by_model: RefCell<Vec<Box<dyn Forget>>> = RefCell::default();
+        let known = Known::default();
         let describe = |name: &'static str, kind, help: &'static str, labels: &[&'static str]| {
             catalogue.borrow_mut().push(Described { name, kind, help, labels: labels.to_vec() });
         };
@@ -258,6 +300,9 @@ impl Metrics {
             describe(name, "counter", help, labels);
             let vec = IntCounterVec::new(Opts::new(name, help), labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
+            if labels.contains(&"model") {
+                by_model.borrow_mut().push(Box::new(vec.clone()));
+            }
             vec
         };
         let histogram = |name, help, labels: &[&'static str], buckets: &[f64]| {
@@ -265,12 +310,18 @@ impl Metrics {
             let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
             let vec = HistogramVec::new(options, labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
+            if labels.contains(&"model") {
+                by_model.borrow_mut().push(Box::new(vec.clone()));
+            }
             vec
         };
         let gauges_by = |name, help, labels: &[&'static str]| {
             describe(name, "gauge", help, labels);
             let vec = IntGaugeVec::new(Opts::new(name, help), labels).expect("constant names");
             registry.register(Box::new(vec.clone())).expect("names are unique");
+            if labels.contains(&"model") {
+                by_model.borrow_mut().push(Box::new(vec.clone()));
+            }
             vec
         };
         let gauges = |name, help| gauges_by(name, help, &["model"]);
@@ -364,6 +415,7 @@ impl Metrics {
             requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
             connections: gauge("modalkit_connections", "open connections"),
             jobs: JobMetrics {
+                known: Arc::clone(&known),
                 running: job_states.with_label_values(&["running"]),
                 states: job_states,
                 unended: AtomicI64::new(0),
@@ -445,8 +497,11 @@ impl Metrics {
             resident_bytes,
             registry,
             catalogue: Vec::new(),
+            by_model: Vec::new(),
+            known,
         };
-        Arc::new(Self { catalogue: catalogue.into_inner(), ..metrics })
+        let (catalogue, by_model) = (catalogue.into_inner(), by_model.into_inner());
+        Arc::new(Self { catalogue, by_model, ..metrics })
     }
 
     /// Every metric there is, whether or not it has a value yet.
@@ -455,9 +510,10 @@ impl Metrics {
         &self.catalogue
     }
 
-    /// The metrics of one model.
+    /// The metrics of one model, which has series from now on.
     #[must_use]
     pub fn model(&self, name: &str) -> ModelMetrics {
+        self.known.write().insert(name.to_owned());
         let model = &[name];
         ModelMetrics {
             traces: self.traces.clone(),
@@ -491,17 +547,26 @@ impl Metrics {
     #[must_use]
     pub fn reloads(&self, name: &str) -> ReloadMetrics {
         ReloadMetrics {
-            reloads: self.reloads.clone(),
-            model: name.to_owned(),
+            outcomes: RELOAD_OUTCOMES.map(|word| self.reloads.with_label_values(&[name, word])),
             hooks_ok: self.hooks.with_label_values(&[name, "ok"]),
             hooks_failed: self.hooks.with_label_values(&[name, "error"]),
             generation: self.generation.with_label_values(&[name]),
         }
     }
 
+    /// Removes every series of a model that is gone. Until there is a model of this name again, what is counted by name counts as if
+    /// none had been named; who looked its metrics up before counts for nobody.
+    pub fn forget(&self, model: &str) {
+        let mut known = self.known.write();
+        known.remove(model);
+        self.by_model.iter().for_each(|series| series.forget(model));
+    }
+
     /// The counter of one kind of answer. `model` is empty where a request named none that is served.
     #[must_use]
     pub fn requests(&self, model: &str, endpoint: &str, status: u16) -> IntCounter {
+        let known = self.known.read();
+        let model = if known.contains(model) { model } else { "" };
         self.requests.with_label_values(&[model, endpoint, status.to_string().as_str()])
     }
 
@@ -520,4 +585,47 @@ fn resident_bytes() -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kibibytes: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines_of(metrics: &Metrics, model: &str) -> usize {
+        let label = format!("model=\"{model}\"");
+        metrics.render().lines().filter(|line| line.contains(&label)).count()
+    }
+
+    #[test]
+    fn a_model_that_is_gone_leaves_no_series_and_nothing_brings_one_back() {
+        let metrics = Metrics::new(Traces::default());
+        let (gone, kept) = (metrics.model("gone"), metrics.model("kept"));
+        let reloads = metrics.reloads("gone");
+        metrics.requests("gone", "/predict_sync", 503).inc();
+        metrics.jobs.ended("gone", "failed").inc();
+        metrics.jobs.consumed("gone", "accepted").inc();
+        let others = lines_of(&metrics, "kept");
+        assert!(lines_of(&metrics, "gone") > others && others > 100);
+        metrics.forget("gone");
+        assert_eq!((lines_of(&metrics, "gone"), lines_of(&metrics, "kept")), (0, others));
+        // Who is late.
+        gone.ready.set(1);
+        gone.ok_sync.inc();
+        reloads.outcome("stopped").inc();
+        reloads.generation.set(3);
+        metrics.requests("gone", "/predict_sync", 503).inc();
+        metrics.jobs.ended("gone", "failed").inc();
+        assert_eq!(lines_of(&metrics, "gone"), 0);
+        assert_eq!(metrics.requests("", "/predict_sync", 503).get(), 1);
+        // One of that name again counts from the start, whatever the one before still counts.
+        let again = metrics.model("gone");
+        again.ready.set(1);
+        gone.ready.set(0);
+        gone.ok_sync.inc();
+        assert_eq!((again.ready.get(), again.ok_sync.get()), (1, 0));
+        metrics.requests("gone", "/predict_sync", 503).inc();
+        assert_eq!(metrics.requests("gone", "/predict_sync", 503).get(), 1);
+        kept.ok_sync.inc();
+        assert_eq!(metrics.model("kept").ok_sync.get(), 1);
+    }
 }

@@ -111,7 +111,7 @@ fn a_thousand_wrong_keys_let_nobody_in_and_no_key_is_ever_seen() {
     assert!(seen.contains(r#"modalkit_key_calls_total{key=\"caller\",outcome=\"ok\"} 2"#), "{seen}");
     assert_no_secret(&seen);
     // To others it says that it is well, and not what is inside.
-    assert_eq!(host.get("/health").1["models"]["echo"], json!({"state": "ready"}));
+    assert_eq!(host.get("/health").1["models"]["echo"], json!({"state": "ready", "configured": false}));
 }
 
 #[test]

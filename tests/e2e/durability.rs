@@ -6,7 +6,7 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use modalkit_tests::{Host, Setup, built, free_port, wait_until};
@@ -199,10 +199,12 @@ fn a_shutdown_waits_for_no_job_that_has_not_begun() {
     wait_until("it waits for its batch", || host.metric("modalkit_queued_jobs{model=\"puppet\"}") == 1.0);
     host.signal("TERM");
     assert!(host.wait().success(), "nothing was cut off");
+    let stopped = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
     host.configure("");
     host.start_again();
     let report = host.ended(&job);
     assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(1)), "{report}");
+    assert!(report["started_unix_ms"].as_u64().unwrap() >= stopped, "the next start ran it: {report}");
 }
 
 #[test]

@@ -18,6 +18,8 @@ const PREFACE: &str = "# Metrics
 - Labels are bounded: `model` is a name in the configuration or in a volume, empty where a request named none that there is; `key`
   is the name of a key in the configuration; `endpoint` is one of this host's paths, `status` an HTTP status; `stage`, `reason` and
   `outcome` are words of this host. Nothing that a caller sends becomes a label.
+- Series go with their model, when its last replica has left, and with their key. A model of the same name that comes later begins at 0.
+  What is still counted for a model that is gone (an answer that was under way, a job that nobody serves) has the empty `model`.
 
 A test holds this table against the program and against what a host answers; `MODALKIT_UPDATE=1 cargo test -p modalkit-tests --test
 e2e metrics` writes it.

@@ -21,5 +21,6 @@ mod other_compiler;
 mod queues;
 mod refusals;
 mod reload;
+mod removal;
 mod serving;
 mod similarity;

@@ -237,7 +237,7 @@ fn health_and_metrics_tell_what_happened() {
     let host = echo();
     assert_eq!(host.get("/livez").0, 200);
     let (_, health) = host.get("/health");
-    assert_eq!(health, json!({"status": "ok", "models": {"echo": {"state": "ready"}}}));
+    assert_eq!(health, json!({"status": "ok", "models": {"echo": {"state": "ready", "configured": false}}}));
     for _ in 0..3 {
         assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 200);
     }

@@ -44,19 +44,20 @@ pub fn is_whole(file: &Path) -> io::Result<bool> {
     Ok(!matches!(read(&cache, length), Err(OpenError::Truncated { .. })))
 }
 
-/// Whether a file exports a queue backend rather than a pipeline. What can't be read exports nothing.
-#[must_use]
-pub fn exports_queue(file: &Path) -> bool {
+/// Whether a file exports a queue backend rather than a pipeline. What isn't whole exports nothing.
+///
+/// # Errors
+/// The file can't be opened.
+pub fn exports_queue(file: &Path) -> io::Result<bool> {
     let symbol = QUEUE_HANDSHAKE_SYMBOL.strip_suffix(b"\0").unwrap_or(QUEUE_HANDSHAKE_SYMBOL);
-    let Ok(file) = File::open(file) else { return false };
-    let cache = ReadCache::new(file);
+    let cache = ReadCache::new(File::open(file)?);
     let exports = || -> Option<bool> {
         let header = FileHeader64::<Endianness>::parse(&cache).ok()?;
         let endian = header.endian().ok()?;
         let symbols = header.sections(endian, &cache).ok()?.symbols(endian, &cache, elf::SHT_DYNSYM).ok()?;
         Some(symbols.iter().any(|found| symbols.symbol_name(endian, found).is_ok_and(|name| name == symbol)))
     };
-    exports().unwrap_or(false)
+    Ok(exports().unwrap_or(false))
 }
 
 /// Checks what can be checked without the dynamic linker.

@@ -198,7 +198,15 @@ impl Access {
             pair.0.zip(pair.1)
         });
         drop(values);
-        self.now.store(Arc::new(Rules { spec, keys: KeySet::new(keys), modal, missing }));
+        let before = self.now.swap(Arc::new(Rules { spec, keys: KeySet::new(keys), modal, missing }));
+        let now = self.now.load();
+        let is_gone = |key: &&KeySpec| !now.spec.keys.iter().any(|known| known.name == key.name);
+        for gone in before.spec.keys.iter().filter(is_gone) {
+            for outcome in ["ok", "limited"] {
+                // One whose value was never known has no series.
+                let _ = self.calls.remove_label_values(&[gone.name.as_str(), outcome]);
+            }
+        }
     }
 
     fn limits_of(&self, key: &KeySpec) -> Arc<Limits> {

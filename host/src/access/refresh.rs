@@ -1,7 +1,7 @@
 //! Fetches keys that lie elsewhere, again and again: files of secrets and parameters in SSM. A key that can't be fetched keeps the
 //! value that it had; one whose file is gone is a key no more.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
@@ -15,7 +15,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A file of a secret that is being read.
-type Read = JoinHandle<Option<String>>;
+type Read = JoinHandle<io::Result<Option<String>>>;
 
 /// Runs until it is dropped. Which rules are in force is not decided here: only which values keys have.
 pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> std::convert::Infallible {
@@ -94,7 +94,8 @@ async fn read(
     match timeout(FETCH_TIMEOUT, read).await {
         Ok(done) => {
             reads.remove(name);
-            done.map_err(|error| error.to_string())
+            let read = done.map_err(|error| error.to_string())?;
+            read.map_err(|error| format!("its file can't be read now: {error}"))
         }
         Err(_) => Err(format!("its file was not read within {FETCH_TIMEOUT:?}")),
     }

@@ -83,6 +83,13 @@ pub(crate) enum Command {
         #[command(flatten)]
         host: Host,
     },
+    /// Have a running host unload a model that has no entry in its configuration.
+    Unload {
+        /// The model.
+        model: String,
+        #[command(flatten)]
+        host: Host,
+    },
     /// Ask a running host's model for an answer.
     Predict {
         /// The model; may be left out where one is served.

@@ -32,6 +32,8 @@ pub(crate) enum Ask {
     ReloadVolume(String),
     /// A model's generation before.
     RollBack(String),
+    /// A model, unloaded.
+    Unload(String),
     /// The GPUs.
     Devices,
     /// The configuration in force.
@@ -177,6 +179,7 @@ fn ask(url: &str, ask: &Ask, host: &Host) -> Result<Answered, ClientError> {
         Ask::Models(Some(name)) => (format!("/models/{}", escaped(name)), None),
         Ask::Reload(name) => (format!("/models/{}/reload", escaped(name)), Some(String::new())),
         Ask::RollBack(name) => (format!("/models/{}/rollback", escaped(name)), Some(String::new())),
+        Ask::Unload(name) => (format!("/models/{}/unload", escaped(name)), Some(String::new())),
         Ask::ReloadVolume(name) => (format!("/volumes/{}/reload", escaped(name)), Some(String::new())),
         Ask::Devices => ("/devices".to_owned(), None),
         Ask::Config => ("/config".to_owned(), None),

@@ -104,6 +104,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(Command::Rollback { model, host }) => {
             ask::run(&Ask::RollBack(model), &host, &files, &environment)
         }
+        Some(Command::Unload { model, host }) => ask::run(&Ask::Unload(model), &host, &files, &environment),
     };
     ExitCode::from(code)
 }

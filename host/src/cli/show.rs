@@ -22,6 +22,7 @@ pub(crate) fn for_people(ask: &Ask, body: &str) -> String {
         Ask::Models(None) => models(answer),
         Ask::Models(Some(_)) => model(answer),
         Ask::Reload(name) | Ask::RollBack(name) => format!("{name}: {}\n", outcome(answer)),
+        Ask::Unload(name) => unloaded(name, answer),
         Ask::ReloadVolume(_) => volume(answer),
         Ask::Devices => devices(answer),
         Ask::Config => settings(answer),
@@ -189,6 +190,11 @@ fn model(answer: &Value) -> String {
     if answer["source"]["present"] == false {
         text.push_str("              the file is gone; what is loaded serves on\n");
     }
+    if answer["configured"] == false {
+        text.push_str(
+            "              it has no entry in the configuration: its plugin was dropped into a volume\n",
+        );
+    }
     let mut rows = vec![["AGO", "CAUSE", "GENERATION", "MS", "OUTCOME"].map(str::to_owned)];
     for entry in answer["history"].as_array().into_iter().flatten() {
         rows.push([
@@ -202,6 +208,15 @@ fn model(answer: &Value) -> String {
     text.push('\n');
     text.push_str(&table(&rows));
     text
+}
+
+fn unloaded(name: &str, answer: &Value) -> String {
+    match answer["file"].as_str() {
+        Some(file) => format!(
+            "{name}: unloaded; {file} is taken again when its content changes, at `modalkit reload {name}`, and at the next start\n"
+        ),
+        None => format!("{name}: unloaded\n"),
+    }
 }
 
 fn volume(answer: &Value) -> String {

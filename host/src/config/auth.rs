@@ -90,8 +90,11 @@ pub(super) fn resolve(
         keys,
         modal: deployment.secure().then(|| {
             let folder = server.secrets_folder();
-            let found = |name| secrets::value(name, environment, folder.as_ref()).filter(|value| !value.is_empty());
-            if found(MODAL_SECRETS.0).is_none() || found(MODAL_SECRETS.1).is_none() {
+            let missing = |name| {
+                let value = secrets::value(name, environment, folder.as_ref());
+                value.is_ok_and(|value| value.is_none_or(|value| value.is_empty()))
+            };
+            if missing(MODAL_SECRETS.0) || missing(MODAL_SECRETS.1) {
                 let why = format!(
                     "there are no secrets {:?} and {:?}, neither in the environment nor in {folder}: nobody is let in",
                     MODAL_SECRETS.0, MODAL_SECRETS.1

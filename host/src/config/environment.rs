@@ -41,7 +41,7 @@ impl Environment {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => {
-                return Err(vec![Fault::new(&whole, "", "a file that can be read", error.to_string())]);
+                return Err(vec![Fault::unreadable(&whole, "", &error)]);
             }
         };
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);

@@ -1,8 +1,10 @@
 //! What is wrong with a configuration, and where. It owns the form of these messages and never knows which keys there are.
 
-use std::{fmt, net::SocketAddr, path::Path, sync::Arc};
+use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
 
 use serde::{Serialize, Serializer};
+
+use crate::transient::is_transient;
 
 /// Where a value was written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +67,9 @@ pub struct Fault {
     /// What to do, where that doesn't follow.
     #[serde(rename = "help")]
     pub hint: Option<String>,
+    /// A file could not be read for a reason that may pass, which says nothing about what is written in it.
+    #[serde(skip)]
+    pub transient: bool,
 }
 
 impl Fault {
@@ -75,7 +80,14 @@ impl Fault {
             expected: expected.into(),
             found: found.into(),
             hint: None,
+            transient: false,
         }
+    }
+
+    /// A file that can't be read.
+    pub(super) fn unreadable(at: &Place, key: &str, error: &io::Error) -> Self {
+        let transient = is_transient(error);
+        Self { transient, ..Self::new(at, key, "a file that can be read", error.to_string()) }
     }
 
     /// A host that others reach, and that would ask nobody who they are any more.
@@ -113,7 +125,7 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { at, key, expected, found, hint } = self;
+        let Self { at, key, expected, found, hint, transient: _ } = self;
         write!(f, "{at}")?;
         if !key.is_empty() {
             write!(f, "  {key}")?;

@@ -27,8 +27,7 @@ pub(super) struct File {
 pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
     let shared: Arc<Path> = path.into();
     let text = fs::read_to_string(path).map_err(|error| {
-        let fault =
-            Fault::new(&Place::Whole(Arc::clone(&shared)), "", "a file that can be read", error.to_string());
+        let fault = Fault::unreadable(&Place::Whole(Arc::clone(&shared)), "", &error);
         vec![fault.hint("name the files with --config, or in MODALKIT_CONFIG with commas between them")]
     })?;
     parse(&text, &shared)

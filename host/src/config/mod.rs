@@ -40,14 +40,16 @@ use keys::Root;
 use layer::{Reader, Setting};
 use node::{Node, Value};
 
+use crate::transient::is_transient;
+
 /// What was read: the configuration, and how it came about.
 pub struct Loaded {
     /// What it means.
     pub config: Config,
     /// What was written without any effect.
     pub warnings: Vec<Warning>,
-    /// What the sources said, as [`Sources::fingerprint`] tells; 0 where they weren't asked.
-    pub fingerprint: u64,
+    /// What the sources said, as [`Sources::fingerprint`] tells; `None` also where they weren't asked.
+    pub fingerprint: Option<u64>,
     written: Root,
 }
 
@@ -75,16 +77,20 @@ impl Sources {
         Ok(Loaded { fingerprint, ..loaded })
     }
 
-    /// Differs where what the files say differs.
+    /// Differs where what the files say differs. `None` where that can't be told now: one of them could not be read for a reason that
+    /// may pass.
     #[must_use]
-    pub fn fingerprint(&self) -> u64 {
+    pub fn fingerprint(&self) -> Option<u64> {
         let mut hasher = DefaultHasher::new();
         let dot_env = PathBuf::from(environment::DOT_ENV);
         for file in self.files.iter().chain([&dot_env]) {
-            // A file that can't be read is as good as none.
-            std::fs::read(file).ok().hash(&mut hasher);
+            match std::fs::read(file) {
+                Err(error) if is_transient(&error) => return None,
+                // Another file that can't be read is as good as none.
+                read => read.ok().hash(&mut hasher),
+            }
         }
-        hasher.finish()
+        Some(hasher.finish())
     }
 }
 
@@ -131,7 +137,7 @@ fn assemble(
         faults = contradictions;
     }
     warnings.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
-    Faults::or(faults, Loaded { config, warnings, fingerprint: 0, written })
+    Faults::or(faults, Loaded { config, warnings, fingerprint: None, written })
 }
 
 impl Loaded {
@@ -227,6 +233,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_file_that_can_not_be_read_now_says_nothing_and_one_that_is_not_there_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let (unreadable, missing) =
+            (folder.path().join("unreadable.toml"), folder.path().join("missing.toml"));
+        // It can be opened, and reading fails with EIO.
+        std::os::unix::fs::symlink("/proc/self/mem", &unreadable).unwrap();
+        let look = |file: &PathBuf| {
+            let sources = Sources::new(vec![file.clone()]);
+            let faults = sources.load().err().expect("it can't be read");
+            (sources.fingerprint().is_some(), faults.iter().any(|fault| fault.transient))
+        };
+        assert_eq!((look(&unreadable), look(&missing)), ((false, true), (true, false)));
+    }
 
     /// Texts that are nearly configurations: keys and values of this host, broken and put together at random.
     fn nearly() -> impl Strategy<Value = String> {

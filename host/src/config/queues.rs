@@ -145,7 +145,11 @@ impl Resolver<'_> {
             QueueKind::Plugin => {
                 let folder = PathBuf::from(self.written.server().secrets_folder());
                 let names = backend.secrets();
-                let (secrets, missing) = Secrets::find(&names, self.environment, &folder);
+                let (secrets, missing, unreadable) = Secrets::find(&names, self.environment, &folder);
+                for (name, error) in unreadable {
+                    let key = child(&child(key, "secrets"), name);
+                    self.faults.push(Fault::unreadable(&backend.secrets.at(), &key, &error));
+                }
                 for name in missing {
                     let why = format!("there is no secret {name:?}");
                     self.warnings.push(Warning { at: backend.secrets.at(), key: child(key, "secrets"), why });

@@ -111,6 +111,7 @@ impl Resolver<'_> {
         let batch_policy = batch_policy(&batch);
         ModelSpec {
             name: name.to_owned(),
+            configured: !name.is_empty(),
             plugin: entry.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
             batch: batch_policy,
             replicas: self.replicas(&deployment, batch_policy.max_batch_size as u64, key),
@@ -185,7 +186,11 @@ impl Resolver<'_> {
 
     fn secrets(&mut self, deployment: &DeploymentConfig, key: &str) -> Secrets {
         let names = deployment.secrets();
-        let (secrets, missing) = Secrets::find(&names, self.environment, &self.secrets_folder);
+        let (secrets, missing, unreadable) = Secrets::find(&names, self.environment, &self.secrets_folder);
+        for (name, error) in unreadable {
+            let key = child(&format!("{}.secrets", deployment_of(key)), name);
+            self.faults.push(Fault::unreadable(&deployment.secrets.at(), &key, &error));
+        }
         for name in missing {
             let why = format!(
                 "there is no secret {name:?}: neither a variable of the environment nor a file or folder in {}",
@@ -363,6 +368,7 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
         settle: milliseconds(written.settle_ms().0),
         settle_timeout: Duration::from_secs(written.settle_timeout_seconds().0),
         poll_interval: milliseconds(written.poll_interval_ms().0),
+        removed_plugin: written.removed_plugin_seconds.value().map(|seconds| Duration::from_secs(seconds.0)),
         generations_max: written.generations_max().0 as usize,
         plugins_of_any_owner: written.plugins_of_any_owner(),
         plugins_of_any_mode: written.plugins_of_any_mode(),

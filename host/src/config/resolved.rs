@@ -283,6 +283,8 @@ pub struct Server {
     pub settle_timeout: Duration,
     /// How often a volume that is polled is looked through.
     pub poll_interval: Duration,
+    /// How long after its plugin's file has gone a model without an entry is unloaded; `None`: not at all.
+    pub removed_plugin: Option<Duration>,
     /// Plugin libraries that this process opens in its life: none can be closed.
     pub generations_max: usize,
     /// Whether plugins of any owner are taken.
@@ -343,6 +345,8 @@ pub enum Watching {
 pub struct ModelSpec {
     /// The model's name.
     pub name: String,
+    /// Whether the configuration has an entry for it; else its plugin was dropped into a volume, and it has the defaults.
+    pub configured: bool,
     /// The plugin's: `NAME.so` or `libNAME.so` in a volume.
     pub plugin: String,
     /// How its requests become batches.
@@ -506,6 +510,6 @@ impl ModelSpec {
     /// The same settings for a model and plugin of this name.
     #[must_use]
     pub fn named(&self, name: &str) -> Self {
-        Self { name: name.to_owned(), plugin: name.to_owned(), ..self.clone() }
+        Self { name: name.to_owned(), configured: false, plugin: name.to_owned(), ..self.clone() }
     }
 }

@@ -1,9 +1,10 @@
 //! Secrets: names that become values, from the environment or from a folder with one file for each. It owns the values, which
 //! nothing here ever prints.
 
-use std::{collections::BTreeMap, fmt, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, fs, io, path::Path, sync::Arc};
 
 use super::Environment;
+use crate::transient::is_transient;
 
 /// The most bytes that one secret may have.
 const SECRET_BYTES_MAX: u64 = 1 << 20;
@@ -19,22 +20,22 @@ impl Secrets {
         &self.0
     }
 
-    /// Looks for each name; the second value has those that were not found.
+    /// Looks for each name; the second value has those that were not found, the third those that nobody knows of now, and why.
     pub(super) fn find<'n>(
         names: &'n [String],
         environment: &Environment,
         folder: &Path,
-    ) -> (Self, Vec<&'n str>) {
+    ) -> (Self, Vec<&'n str>, Vec<(&'n str, io::Error)>) {
         let mut found = BTreeMap::new();
-        let mut missing = Vec::new();
+        let (mut missing, mut unreadable) = (Vec::new(), Vec::new());
         for name in names {
-            let values = look_for(name, environment, folder);
-            if values.is_empty() {
-                missing.push(name.as_str());
+            match look_for(name, environment, folder) {
+                Ok(values) if values.is_empty() => missing.push(name.as_str()),
+                Ok(values) => found.extend(values),
+                Err(error) => unreadable.push((name.as_str(), error)),
             }
-            found.extend(values);
         }
-        (Self(Arc::new(found)), missing)
+        (Self(Arc::new(found)), missing, unreadable)
     }
 }
 
@@ -45,14 +46,17 @@ impl fmt::Debug for Secrets {
 }
 
 /// What the file of a secret holds; `None` where there is none.
-#[must_use]
-pub fn read_file(name: &str, folder: &Path) -> Option<String> {
+///
+/// # Errors
+/// It could not be read, for a reason that may pass: nobody knows whether there is one.
+pub fn read_file(name: &str, folder: &Path) -> io::Result<Option<String>> {
     value(name, &Environment::default(), folder)
 }
 
 /// One secret's value.
-pub(super) fn value(name: &str, environment: &Environment, folder: &Path) -> Option<String> {
-    look_for(name, environment, folder).into_iter().find(|(found, _)| found == name).map(|(_, value)| value)
+pub(super) fn value(name: &str, environment: &Environment, folder: &Path) -> io::Result<Option<String>> {
+    let found = look_for(name, environment, folder)?;
+    Ok(found.into_iter().find(|(found, _)| found == name).map(|(_, value)| value))
 }
 
 /// The value of a variable of this name, or of its form as a variable.
@@ -65,44 +69,67 @@ pub(super) fn variable(name: &str, environment: &Environment) -> Option<String> 
 
 /// The variable of this name, or of its form as a variable (`hub-token`: `HUB_TOKEN`); else the file of this name; else every
 /// file in the folder of this name, as `NAME/FILE`.
-fn look_for(name: &str, environment: &Environment, folder: &Path) -> Vec<(String, String)> {
+fn look_for(name: &str, environment: &Environment, folder: &Path) -> io::Result<Vec<(String, String)>> {
     if let Some(value) = variable(name, environment) {
-        return vec![(name.to_owned(), value)];
+        return Ok(vec![(name.to_owned(), value)]);
     }
     // A name is no path: what lies elsewhere is no secret of this folder.
     if name.is_empty() || name.starts_with('.') || name.contains('/') {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let path = folder.join(name);
-    if let Some(value) = read(&path) {
-        return vec![(name.to_owned(), value)];
+    if let Some(value) = read(&path)? {
+        return Ok(vec![(name.to_owned(), value)]);
     }
-    let Ok(files) = fs::read_dir(&path) else { return Vec::new() };
-    let file = |file: fs::DirEntry| {
-        let key = file.file_name().into_string().ok()?;
+    let Some(files) = there(fs::read_dir(&path))? else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for file in files {
+        let Some(file) = there(file)? else { continue };
         // Kubernetes keeps the real files in `..data` and links to them.
-        if key.starts_with('.') {
-            return None;
+        let Some(key) = file.file_name().into_string().ok().filter(|key| !key.starts_with('.')) else {
+            continue;
+        };
+        if let Some(value) = read(&file.path())? {
+            found.push((format!("{name}/{key}"), value));
         }
-        Some((format!("{name}/{key}"), read(&file.path())?))
-    };
-    files.flatten().filter_map(file).collect()
+    }
+    Ok(found)
 }
 
 /// A file's text, without the line's end that editors put there.
-fn read(path: &Path) -> Option<String> {
-    let about = fs::metadata(path).ok()?;
-    if !about.is_file() || about.len() > SECRET_BYTES_MAX {
-        return None;
+fn read(path: &Path) -> io::Result<Option<String>> {
+    let about = there(fs::metadata(path))?;
+    if about.is_none_or(|about| !about.is_file() || about.len() > SECRET_BYTES_MAX) {
+        return Ok(None);
     }
-    let text = fs::read_to_string(path).ok()?;
+    let Some(text) = there(fs::read_to_string(path))? else { return Ok(None) };
     let text = text.strip_suffix('\n').unwrap_or(&text);
-    Some(text.strip_suffix('\r').unwrap_or(text).to_owned())
+    Ok(Some(text.strip_suffix('\r').unwrap_or(text).to_owned()))
+}
+
+/// What can't be read is as good as none, but for reasons that may pass.
+fn there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(error) if is_transient(&error) => Err(error),
+        read => Ok(read.ok()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_can_not_be_read_now_is_no_missing_secret() {
+        let folder = tempfile::tempdir().unwrap();
+        // It can be opened, and reading fails with EIO.
+        std::os::unix::fs::symlink("/proc/self/mem", folder.path().join("token")).unwrap();
+        assert!(read_file("token", folder.path()).is_err());
+        assert_eq!(read_file("none", folder.path()).unwrap(), None);
+        let names = ["token", "none"].map(ToOwned::to_owned);
+        let (_, missing, unreadable) = Secrets::find(&names, &Environment::default(), folder.path());
+        assert_eq!((missing, unreadable[0].0), (vec!["none"], "token"));
+    }
 
     #[test]
     fn a_secret_is_a_variable_or_a_file_or_a_folder_of_files_and_never_shown() {
@@ -113,12 +140,13 @@ mod tests {
         fs::write(folder.path().join("aws/.hidden"), "h").unwrap();
         let environment = Environment::from_iter([("HUB_TOKEN".to_owned(), "from a variable".to_owned())]);
         let names = ["hub-token", "token", "aws", "none", "../token"].map(ToOwned::to_owned);
-        let (secrets, missing) = Secrets::find(&names, &environment, folder.path());
+        let (secrets, missing, unreadable) = Secrets::find(&names, &environment, folder.path());
         assert_eq!(secrets.values()["hub-token"], "from a variable");
         assert_eq!(secrets.values()["token"], "from a file");
         assert_eq!(secrets.values()["aws/key"], "k");
         assert_eq!(secrets.values().len(), 3);
         assert_eq!(missing, ["none", "../token"]);
+        assert!(unreadable.is_empty(), "{unreadable:?}");
         let shown = format!("{secrets:?}");
         assert!(shown.contains("hub-token") && !shown.contains("from"), "{shown}");
     }

@@ -84,6 +84,8 @@ pub(super) enum Managed<'p> {
     ReloadModel(&'p str),
     /// `/models/{name}/rollback`
     RollBack(&'p str),
+    /// `/models/{name}/unload`
+    Unload(&'p str),
     /// `/volumes/{name}/reload`
     ReloadVolume(&'p str),
     /// `/config`
@@ -109,6 +111,7 @@ impl<'p> Managed<'p> {
             ("models", name, None) => Some(Self::Model(name)),
             ("models", name, Some("reload")) => Some(Self::ReloadModel(name)),
             ("models", name, Some("rollback")) => Some(Self::RollBack(name)),
+            ("models", name, Some("unload")) => Some(Self::Unload(name)),
             ("volumes", name, Some("reload")) => Some(Self::ReloadVolume(name)),
             _ => None,
         }
@@ -120,6 +123,7 @@ impl<'p> Managed<'p> {
             Self::Model(_) => "/models/{name}",
             Self::ReloadModel(_) => "/models/{name}/reload",
             Self::RollBack(_) => "/models/{name}/rollback",
+            Self::Unload(_) => "/models/{name}/unload",
             Self::ReloadVolume(_) => "/volumes/{name}/reload",
             Self::Config => "/config",
             Self::ReloadConfig => "/config/reload",
@@ -153,6 +157,9 @@ impl<'p> Managed<'p> {
             Self::RollBack(name) => {
                 control.roll_back(&percent_decoded(name)).await.map(|entry| egress::reloaded(&entry))
             }
+            Self::Unload(name) => {
+                control.unload(&percent_decoded(name)).await.map(|unloaded| egress::unloaded(&unloaded))
+            }
             Self::ReloadVolume(name) => {
                 let report = control.reload_volume(&percent_decoded(name)).await;
                 report.map(|report| egress::volume_reloaded(&report))
@@ -173,6 +180,7 @@ mod tests {
         let parsed = |path| Managed::parse(path);
         assert_eq!(parsed("/models/echo"), Some(Managed::Model("echo")));
         assert_eq!(parsed("/models/echo/rollback"), Some(Managed::RollBack("echo")));
+        assert_eq!(parsed("/models/echo/unload"), Some(Managed::Unload("echo")));
         assert_eq!(parsed("/volumes/main/reload"), Some(Managed::ReloadVolume("main")));
         for path in
             ["/models", "/models/", "/models/a/b", "/models/a/reload/c", "/volumes/a", "/jobs/a", "models/a"]

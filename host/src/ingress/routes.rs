@@ -87,7 +87,7 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
         "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
         _ => {
             let detail = format!(
-                "no such path: {endpoint}; there are POST /predict_sync, /predict_batch, /predict_async, /jobs/{{id}}/redeliver, /models/{{name}}/reload, /models/{{name}}/rollback, /volumes/{{name}}/reload, /config/reload, DELETE /jobs/{{id}}, /queues/{{name}} and GET /jobs, /jobs/{{id}}, /queues, /queues/{{name}}, /models/{{name}}, /config, {}",
+                "no such path: {endpoint}; there are POST /predict_sync, /predict_batch, /predict_async, /jobs/{{id}}/redeliver, /models/{{name}}/reload, /models/{{name}}/rollback, /models/{{name}}/unload, /volumes/{{name}}/reload, /config/reload, DELETE /jobs/{{id}}, /queues/{{name}} and GET /jobs, /jobs/{{id}}, /queues, /queues/{{name}}, /models/{{name}}, /config, {}",
                 GET_ONLY.join(", ")
             );
             return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));

@@ -22,7 +22,7 @@ use rustls::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::TlsFiles;
+use crate::{config::TlsFiles, transient::is_transient};
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same: certificate and key are two
 /// files, and nobody writes both at once.
@@ -105,7 +105,7 @@ impl Certificate {
             tokio::time::sleep(LOOK_INTERVAL).await;
             let found = self.fingerprint();
             let settled = found == std::mem::replace(&mut seen, found);
-            if found == known || !settled {
+            if found.is_none() || found == known || !settled {
                 continue;
             }
             known = found;
@@ -115,6 +115,9 @@ impl Certificate {
                     tracing::info!(file = %self.files.certificate.display(), "a new certificate is in force");
                 }
                 Err(error) => {
+                    if matches!(&error, TlsError::Unreadable { source, .. } if is_transient(source)) {
+                        known = None;
+                    }
                     let error = format!("{:#}", anyhow::Error::new(error));
                     tracing::error!(error, "the certificate stays as it was");
                 }
@@ -122,11 +125,16 @@ impl Certificate {
         }
     }
 
-    fn fingerprint(&self) -> u64 {
+    /// Differs where what the files hold differs; `None` where one of them can't be read now, for a reason that may pass.
+    fn fingerprint(&self) -> Option<u64> {
         let mut hasher = DefaultHasher::new();
-        fs::read(&self.files.certificate).ok().hash(&mut hasher);
-        fs::read(&self.files.private_key).ok().hash(&mut hasher);
-        hasher.finish()
+        for file in [&self.files.certificate, &self.files.private_key] {
+            match fs::read(file) {
+                Err(error) if is_transient(&error) => return None,
+                read => read.ok().hash(&mut hasher),
+            }
+        }
+        Some(hasher.finish())
     }
 }
 

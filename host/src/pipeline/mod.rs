@@ -69,7 +69,7 @@ pub enum Status {
         /// How many, and what to do.
         reason: String,
     },
-    /// It is no longer configured.
+    /// It was unloaded.
     Removed,
     /// The host is shutting down.
     Stopping,
@@ -121,7 +121,7 @@ impl Model {
                     format!("the model {name} could not be loaded; GET /models says why")
                 }
                 Status::Stuck { .. } => format!("the model {name} hangs; GET /models says why"),
-                Status::Removed => format!("the model {name} is no longer configured"),
+                Status::Removed => format!("the model {name} was unloaded"),
                 Status::Stopping => "the server is shutting down".to_owned(),
             })
         })
@@ -141,10 +141,7 @@ impl Model {
             self.queue.open();
             self.serving.store(generation.cloned());
         }
-        // Another model of its name may have come by now, and the gauges are that one's.
-        if status != Status::Removed {
-            self.metrics.ready.set(i64::from(ready));
-        }
+        self.metrics.ready.set(i64::from(ready));
         self.status.store(Arc::new(status));
         if !ready {
             self.serving.store(None);

@@ -52,7 +52,7 @@ impl Loop {
             match self.wanted(&name, entries_before.contains_key(&name)) {
                 Some(spec) => self.change_model(&name, spec, &mut changes).await,
                 None => {
-                    self.remove(&name).await;
+                    self.remove(&name, "the model is no longer configured", None).await;
                     changes.removed.push(name);
                 }
             }
@@ -67,8 +67,10 @@ impl Loop {
             }
         }
         // A plugin that no entry names any more serves under its own name, as after a restart.
+        let entries = &self.config.models;
+        self.removal.forget_unloaded(|plugin| entries.values().any(|spec| spec.plugin == plugin));
         for plugin in self.files.keys().cloned().collect::<Vec<_>>() {
-            if self.users_of(&plugin).is_empty() {
+            if self.users_of(&plugin).is_empty() && !self.removal.is_unloaded(&plugin) {
                 let added = self.models_of(&plugin);
                 changes.added.extend(added.iter().map(|model| model.name.clone()));
                 self.tell_file(&plugin).await;
@@ -101,25 +103,17 @@ impl Loop {
         }
         // Also where nothing else differs: its volumes may be others.
         let volumes = self.volumes.iter().filter(|volume| usage::uses(&spec, volume)).cloned().collect();
-        let file = self.files.get(&spec.plugin).cloned();
+        let file = self.files.get(&spec.plugin).and_then(|files| files.first()).cloned();
         // Here and now: who looks for a plugin's models next finds what is wanted, not what was.
         model.respec(spec);
         self.tell(name, Event::Configure(before, volumes, file)).await;
     }
 
-    async fn remove(&mut self, name: &str) {
-        // First, so that no request finds a model that is leaving.
-        self.models.remove(name);
-        if let Some(machine) = self.machines.remove(name) {
-            tracing::info!(model = name, "the model is no longer configured; it is unloaded");
-            // One that has ended needs no word.
-            let _ = machine.send(Event::Unload(self.config.server.drain_timeout)).await;
-        }
-    }
-
     /// Tells the models that wait for a plugin of its file.
-    async fn tell_file(&mut self, plugin: &str) {
-        let Some((path, staged)) = self.files.get(plugin).cloned() else { return };
+    pub(super) async fn tell_file(&mut self, plugin: &str) {
+        let Some((path, staged)) = self.files.get(plugin).and_then(|files| files.first()).cloned() else {
+            return;
+        };
         for model in self.users_of(plugin) {
             if matches!(*model.status(), Status::Waiting { .. }) {
                 self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;

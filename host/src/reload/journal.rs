@@ -197,6 +197,20 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::RELOAD_OUTCOMES;
+
+    #[test]
+    fn every_outcome_has_a_counter() {
+        let (reason, phase) = (String::new(), Phase::Build);
+        let outcomes = [
+            Outcome::Swapped,
+            Outcome::RolledBack { reason: reason.clone() },
+            Outcome::Refused { phase, reason },
+            Outcome::Superseded,
+            Outcome::Stopped,
+        ];
+        assert_eq!(outcomes.map(|outcome| outcome.word()), RELOAD_OUTCOMES);
+    }
 
     #[test]
     fn the_last_32_are_remembered_and_a_drain_finds_its_entry() {

@@ -5,22 +5,22 @@ pub mod build;
 mod configure;
 mod journal;
 mod machine;
+mod removal;
 mod report;
 mod usage;
 mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::PathBuf,
     sync::Arc,
 };
 
 use modalkit_device::Devices;
-use modalkit_loader::{LoadError, Plugin, Staged, Store, Trust};
+use modalkit_loader::{LoadError, Plugin, Store, Trust};
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot},
-    task::{JoinHandle, JoinSet},
+    task::{self, JoinHandle, JoinSet},
 };
 
 use crate::{
@@ -30,11 +30,13 @@ use crate::{
     telemetry::Metrics,
 };
 use build::Builder;
-use machine::{Event, INBOX_MAX, Machine, Order, What};
+use machine::{Event, INBOX_MAX, Machine, Order, PluginFile, What};
+use removal::Removal;
 use watch::{Bell, Told};
 
 pub use configure::ModelChanges;
 pub use journal::{Cause, Entry, HookReport, Outcome, Phase, Phases, Source};
+pub use removal::Unloaded;
 pub use report::Report;
 
 /// Commands that wait for the loop, which carries each out at once; who sends more waits.
@@ -66,6 +68,8 @@ pub struct Control(mpsc::Sender<Command>);
 pub enum ControlError {
     /// No such model or volume; there are these.
     Unknown(Vec<String>),
+    /// The model has an entry in the configuration, which says that it is served.
+    Configured(String),
     /// The host, or the model, is going away.
     Stopping,
 }
@@ -95,6 +99,8 @@ enum Command {
     Tell(String, Event, Reply<()>),
     /// Look through a volume, and tell everybody who uses it.
     Volume(String, Reply<VolumeReport>),
+    /// Unload a model.
+    Unload(String, Reply<Unloaded>),
     /// Tell the plugins that are open.
     Plugins(oneshot::Sender<BTreeMap<String, Plugin>>),
     /// Serve these models; those without an entry like this.
@@ -111,12 +117,19 @@ struct Loop {
     bells: Arc<[Bell]>,
     /// Volumes that haven't been looked through yet.
     unseen: Vec<bool>,
-    machines: HashMap<String, mpsc::Sender<Event>>,
+    machines: HashMap<String, Running>,
     running: JoinSet<()>,
-    /// Plugin files as they were told last, for models that come later.
-    files: BTreeMap<String, (PathBuf, Result<Staged, Arc<LoadError>>)>,
+    removal: Removal,
+    /// Plugin files that are there, as they were told last, by the plugin's name: the first of each counts.
+    files: BTreeMap<String, Vec<PluginFile>>,
     /// Looks that were asked for.
     looks: Vec<Look>,
+}
+
+/// A model's machine.
+struct Running {
+    events: mpsc::Sender<Event>,
+    task: task::Id,
 }
 
 /// A look at a volume that somebody waits for.
@@ -178,6 +191,7 @@ impl Reload {
             builder,
             machines: HashMap::new(),
             running: JoinSet::new(),
+            removal: Removal::default(),
             files: BTreeMap::new(),
             looks: Vec::new(),
         };
@@ -242,6 +256,16 @@ impl Control {
         report.await.unwrap_or(Err(ControlError::Stopping))
     }
 
+    /// Unloads a model that has no entry in the configuration; waits until it has left.
+    ///
+    /// # Errors
+    /// No such model, it has an entry, or the host is going away.
+    pub async fn unload(&self, model: &str) -> Result<Unloaded, ControlError> {
+        let (reply, unloaded) = oneshot::channel();
+        self.send(Command::Unload(model.to_owned(), reply)).await?;
+        unloaded.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
     /// The plugins in the volumes whose content is open, by name.
     ///
     /// # Errors
@@ -295,13 +319,16 @@ impl Loop {
                 Some((volume, told)) = told.recv() => self.on_told(volume, told).await,
                 Some(command) = commands.recv() => self.on_command(command).await,
                 // Models that were unloaded.
-                Some(_) = self.running.join_next() => {}
+                Some(ended) = self.running.join_next_with_id() => {
+                    self.on_ended(ended.map_or_else(|error| error.id(), |(task, ())| task));
+                }
+                plugin = self.removal.due() => self.on_gone_due(&plugin).await,
                 _ = &mut stop => break,
             }
         }
         for machine in self.machines.values() {
             // One that has ended needs no word.
-            let _ = machine.send(Event::Stop).await;
+            let _ = machine.events.send(Event::Stop).await;
         }
         self.running
     }
@@ -309,7 +336,20 @@ impl Loop {
     async fn on_told(&mut self, volume: usize, told: Told) {
         match told {
             Told::Plugin { name, path, staged } => {
-                self.files.insert(name.clone(), (path.clone(), staged.clone()));
+                let files = self.files.entry(name.clone()).or_default();
+                let file = (path.clone(), staged.clone());
+                let takes = self.removal.takes(&name, &file);
+                match files.iter_mut().find(|(known, _)| *known == path) {
+                    Some(known) => *known = file,
+                    None => files.push(file),
+                }
+                if !takes {
+                    tracing::info!(
+                        plugin = name,
+                        "the file has the content that somebody unloaded; it isn't taken"
+                    );
+                    return;
+                }
                 for model in self.models_of(&name) {
                     // So that nobody takes the host for ready before this file has been taken or refused.
                     if matches!(*model.status(), Status::Waiting { .. }) {
@@ -321,14 +361,7 @@ impl Loop {
                     self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
                 }
             }
-            Told::Gone { name, path } => {
-                if self.files.get(&name).is_some_and(|(known, _)| *known == path) {
-                    self.files.remove(&name);
-                }
-                for model in self.users_of(&name) {
-                    self.tell(&model.name, Event::Gone(path.clone())).await;
-                }
-            }
+            Told::Gone { name, path } => self.on_gone(name, path).await,
             Told::Data { changed } if self.looks.iter().any(|look| look.volume == volume) => {
                 // Whoever waits for the look is told with everybody else, in one call.
                 for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
@@ -354,10 +387,7 @@ impl Loop {
     async fn on_command(&mut self, command: Command) {
         match command {
             Command::Tell(model, event, reply) => {
-                let told = match self.machines.get(&model) {
-                    None => Err(ControlError::Unknown(self.models.all().keys().cloned().collect())),
-                    Some(machine) => machine.send(event).await.map_err(|_| ControlError::Stopping),
-                };
+                let told = self.on_tell(&model, event).await;
                 // Whoever asked may have left.
                 let _ = reply.send(told);
             }
@@ -379,8 +409,10 @@ impl Loop {
                     }
                 }
             }
+            Command::Unload(name, reply) => self.unload(&name, reply).await,
             Command::Plugins(reply) => {
-                let opened = |(name, (_, staged)): (&String, &(PathBuf, Result<Staged, Arc<LoadError>>))| {
+                let opened = |(name, files): (&String, &Vec<PluginFile>)| {
+                    let (_, staged) = files.first()?;
                     Some((name.clone(), self.builder.opened(staged.as_ref().ok()?.sha256())?))
                 };
                 // Whoever asked may have left.
@@ -391,6 +423,14 @@ impl Loop {
                 // Whoever asked may have left.
                 let _ = reply.send(changes);
             }
+        }
+    }
+
+    async fn on_tell(&mut self, model: &str, event: Event) -> Result<(), ControlError> {
+        let Some(event) = self.take_again(model, event).await else { return Ok(()) };
+        match self.machines.get(model) {
+            None => Err(ControlError::Unknown(self.models.all().keys().cloned().collect())),
+            Some(machine) => machine.events.send(event).await.map_err(|_| ControlError::Stopping),
         }
     }
 
@@ -429,7 +469,7 @@ impl Loop {
     async fn tell(&self, model: &str, event: Event) {
         if let Some(machine) = self.machines.get(model) {
             // One that has ended needs no word.
-            let _ = machine.send(event).await;
+            let _ = machine.events.send(event).await;
         }
     }
 
@@ -443,6 +483,10 @@ impl Loop {
     }
 
     fn add(&mut self, spec: ModelSpec) -> Arc<Model> {
+        if self.removal.is_leaving(&spec.name) && !self.machines.contains_key(&spec.name) {
+            // The series of the one that leaves are not continued: what it still counts would be counted as this one's.
+            self.metrics.forget(&spec.name);
+        }
         let (metrics, devices) = (&self.metrics, &self.devices);
         let model = self.models.add(spec, |spec| Model::new(spec, metrics, Arc::clone(devices)));
         let name = &model.name;
@@ -457,8 +501,8 @@ impl Loop {
                 used.cloned().collect(),
                 (events.downgrade(), inbox),
             );
-            self.machines.insert(name.clone(), events);
-            self.running.spawn(machine.run());
+            let task = self.running.spawn(machine.run()).id();
+            self.machines.insert(name.clone(), Running { events, task });
         }
         model
     }

@@ -356,8 +356,10 @@ impl Machine {
         source.present = false;
         if let Some((path, staged)) = self.passed_over.take() {
             self.on_file(path, staged);
-        } else if !matches!(self.serving, Serving::Nothing) {
-            tracing::warn!(model = self.model.name, file = %path.display(), "the plugin's file is gone; what is loaded serves on until the host ends");
+        } else if matches!((&self.serving, &self.state), (Serving::Nothing, State::Idle)) {
+            // What was wrong with the file isn't any more.
+            let expected = format!("{}.so", self.model.spec().plugin);
+            self.model.set_status(Status::Waiting { expected }, None);
         }
     }
 
@@ -497,7 +499,7 @@ impl Machine {
         // Whoever waits for a machine that has ended hears so.
         self.settled.clear();
         self.model.queue.drain();
-        if let Some(limit) = unload {
+        if let Some(limit) = unload.filter(|_| matches!(self.serving, Serving::Alone(_))) {
             let begun = Instant::now();
             while begun.elapsed() < limit && self.model.queue.load().queued > 0 {
                 tokio::time::sleep(TRIAL_TICK).await;
@@ -516,7 +518,7 @@ impl Machine {
         }
         leaving.join_all().await;
         if unload.is_some() {
-            tracing::info!(model = self.model.name, "the model is no longer configured; it was unloaded");
+            tracing::info!(model = self.model.name, "its replicas have left: it was unloaded");
         }
     }
 
