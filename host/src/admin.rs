@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    access::Access,
+    access::{Access, Sight},
     admission::Gate,
     config::ModelSpec,
     dispatch::{self, Models},
@@ -25,12 +25,16 @@ use crate::{
 
 /// `GET /health`: the process answers, and how its models are.
 #[must_use]
-pub fn health(models: &Models, reasons: bool) -> HttpResponse {
+pub fn health(models: &Models, sight: Sight) -> HttpResponse {
     let all = models.all();
     let healthy = all.values().all(|model| is_ready(model));
+    let status = if healthy { "ok" } else { "degraded" };
+    if sight == Sight::Status {
+        return object_response(StatusCode::OK, &json!({"status": status}));
+    }
+    let reasons = sight == Sight::Reasons;
     let models: BTreeMap<&String, Value> =
         all.iter().map(|(name, model)| (name, shown(model, reasons))).collect();
-    let status = if healthy { "ok" } else { "degraded" };
     object_response(StatusCode::OK, &json!({"status": status, "models": models}))
 }
 
@@ -49,8 +53,9 @@ pub fn ready(
     access: &Access,
     jobs: &Jobs,
     devices: &Devices,
-    reasons: bool,
+    sight: Sight,
 ) -> HttpResponse {
+    let reasons = sight == Sight::Reasons;
     let all = models.all();
     let waiting: BTreeMap<&String, Value> = all
         .iter()
@@ -71,6 +76,9 @@ pub fn ready(
         && lost.is_none()
     {
         let mut body = json!({"ready": true});
+        if sight == Sight::Status {
+            return object_response(StatusCode::OK, &body);
+        }
         if !faults.is_empty() {
             body["queues_not_usable"] = queues;
         }
@@ -82,7 +90,8 @@ pub fn ready(
     }
     let looking = !models.are_complete();
     let keys = if reasons { json!(keys) } else { json!(keys.len()) };
-    let body = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some(), "device_lost": if reasons { json!(lost) } else { json!(lost.is_some()) }});
+    let whole = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some(), "device_lost": if reasons { json!(lost) } else { json!(lost.is_some()) }});
+    let body = if sight == Sight::Status { json!({"ready": false}) } else { whole };
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
     response

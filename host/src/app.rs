@@ -12,9 +12,10 @@ use tokio::{
 use crate::{
     access::{self, Access, Keys},
     admission::Gate,
+    audit::Audit,
     config::{Loaded, Sources},
     dispatch::Models,
-    ingress::{self, Certificate, Context},
+    ingress::{self, Certificate, Context, ManagementSocket},
     jobs::{self, Jobs},
     log::LogLevels,
     mounts,
@@ -89,6 +90,8 @@ pub async fn run(
         jobs::set_aside_if_damaged(&server.state_folder)?;
     }
     let jobs = Jobs::open(&server.state_folder, server.jobs, around).map_err(explain)?;
+    // After the journal: whoever holds its lock is the only host of this state folder.
+    let socket = server.management_socket.as_deref().map(ManagementSocket::bind).transpose()?;
     let consumed = config.queues.consume.clone();
     let devices = tokio::task::spawn_blocking(Devices::find).await?;
     tell_of(&devices);
@@ -105,9 +108,11 @@ pub async fn run(
     };
     let (reconfigure, configuration) = reconfigure::prepare(sources, loaded, running);
     let of_consumers = Arc::clone(&metrics);
+    let audit: Arc<Audit> = Arc::default();
     let context = Context::new(
         server.clone(),
         Arc::clone(&access),
+        Arc::clone(&audit),
         Arc::clone(&gate),
         models,
         Arc::clone(&jobs),
@@ -131,6 +136,8 @@ pub async fn run(
     }
     let scheme = if certificate.is_some() { "https" } else { "http" };
     let acceptor = certificate.as_ref().map(Certificate::acceptor);
+    let url = format!("{scheme}://{address}");
+    let socket = socket.map(|socket| socket.serve(Arc::clone(&context), url.clone())).transpose()?;
     let listener = ingress::Listener::new(listener, context, acceptor)?;
     let serving = tokio::spawn(listener.serve(shutdown));
     let follow = async {
@@ -139,7 +146,8 @@ pub async fn run(
             None => std::future::pending().await,
         }
     };
-    tracing::info!(%address, url = format!("{scheme}://{address}"), "listening");
+    let management_socket = server.management_socket.as_ref().map(|path| path.display().to_string());
+    tracing::info!(%address, url, management_socket, "listening");
 
     let mut lost = devices.lost();
     tokio::select! {
@@ -148,6 +156,7 @@ pub async fn run(
         never = access::refresh(access, specs) => match never {},
         never = queues.watch() => match never {},
         never = watch_devices(&devices) => match never {},
+        never = audit.run() => match never {},
         () = stop => {}
         _ = lost.wait_for(Option::is_some) => {
             tracing::error!("a device is lost: this host drains and ends, to be started again by its supervisor");
@@ -188,6 +197,11 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
+    // Whoever manages could look and ask until here.
+    if let Some(socket) = socket {
+        socket.stop().await;
+    }
+    audit.flush();
     // What has ended is written; a disk that hangs doesn't keep the host.
     let closing = tokio::task::spawn_blocking(move || jobs.close());
     if tokio::time::timeout(LEAVE_TIME_MAX, closing).await.is_err() {

@@ -151,7 +151,7 @@ pub fn with_meta(answer: &[u8], meta: &[u8]) -> Bytes {
 pub fn denied(access: &AccessError) -> HttpResponse {
     let status = match access {
         AccessError::Missing { .. } | AccessError::Wrong { .. } => StatusCode::UNAUTHORIZED,
-        AccessError::Forbidden(_) => StatusCode::FORBIDDEN,
+        AccessError::NoManagement { .. } => StatusCode::FORBIDDEN,
         AccessError::TooOften(_) | AccessError::TooMany => StatusCode::TOO_MANY_REQUESTS,
         AccessError::Unknown => StatusCode::SERVICE_UNAVAILABLE,
     };

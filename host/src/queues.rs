@@ -10,14 +10,16 @@ use tokio::time::timeout;
 
 use crate::config::QueueSpec;
 
+mod allowed;
+
+pub use allowed::Allowed;
+
 /// The longest that a broker may take for one call.
 const CALL_TIME_MAX: Duration = Duration::from_secs(30);
 /// Between two looks at a broker that isn't used.
 const BETWEEN_CHECKS: Duration = Duration::from_secs(15);
 /// Bytes of a queue's name.
 const NAME_BYTES_MAX: usize = 1024;
-/// Between a backend's name and the queue's.
-const SCHEME: &str = "://";
 
 /// The brokers of this host.
 pub struct Queues {
@@ -86,12 +88,7 @@ impl Queues {
         if name.len() > NAME_BYTES_MAX {
             return Err(RouteError(format!("expected at most {NAME_BYTES_MAX} bytes, found {}", name.len())));
         }
-        let (backend, queue) = match name.split_once(SCHEME) {
-            // The address of a queue of SQS: which host is asked, the configuration says, and not the caller.
-            Some(("https" | "http", _)) => (self.spec.sqs().unwrap_or(&self.spec.usual).as_str(), name),
-            Some((backend, queue)) => (backend, queue),
-            None => (self.spec.names.get(name).unwrap_or(&self.spec.usual).as_str(), name),
-        };
+        let (backend, queue) = self.spec.parts_of(name);
         if queue.is_empty() || queue.contains('\0') {
             return Err(RouteError(format!("expected a queue's name, found {name:?}")));
         }

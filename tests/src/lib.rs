@@ -8,6 +8,7 @@ pub mod chaos;
 pub mod embeddings;
 pub mod gpus;
 pub mod load;
+pub mod management;
 pub mod version;
 
 pub use version::Version;
@@ -164,6 +165,7 @@ impl Setup {
             .args(["--config".as_ref(), file.as_os_str()])
             .env("MODALKIT_SERVER__LISTEN", "127.0.0.1:0")
             .env("MODALKIT_SERVER__STATE_FOLDER", self.folder.path().join("state"))
+            .env_remove("MODALKIT_SOCKET")
             .env("TMPDIR", self.folder.path().join("tmp"))
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
@@ -180,8 +182,8 @@ impl Setup {
     pub fn start(self) -> Host {
         let log = Arc::default();
         let (child, reader) = self.spawn(&log);
-        let mut host =
-            Host { address: ([127, 0, 0, 1], 0).into(), child, log, reader: Some(reader), setup: self };
+        let address = ([127, 0, 0, 1], 0).into();
+        let mut host = Host { address, socket: None, child, log, reader: Some(reader), setup: self };
         host.wait_for_address();
         host
     }
@@ -303,6 +305,8 @@ pub fn wait_at_most(limit: Duration, what: &str, mut holds: impl FnMut() -> bool
 pub struct Host {
     /// Where it listens.
     pub address: SocketAddr,
+    /// Its management socket.
+    pub socket: Option<PathBuf>,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
     reader: Option<JoinHandle<()>>,
@@ -368,6 +372,13 @@ impl Host {
         let line = self.log_line("listening");
         let address = line["address"].as_str().expect("the line says where").parse();
         self.address = address.expect("an address");
+        self.socket = line["management_socket"].as_str().map(PathBuf::from);
+    }
+
+    /// Asks over the management socket, where the host has one and the path is for those who manage; status and body.
+    fn manage(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+        let socket = self.socket.as_ref().filter(|_| management::is_management(path))?;
+        Some(management::request(socket, method, path, body).expect("the host answers"))
     }
 
     /// Takes something away.
@@ -376,7 +387,23 @@ impl Host {
     /// Where no answer comes.
     #[must_use]
     pub fn delete(&self, path: &str) -> Answer {
-        read(&mut agent().delete(self.url(path)).call().expect("the host answers"))
+        match self.manage("DELETE", path, "") {
+            Some((status, text)) => answer(status, text),
+            None => self.delete_with(path, &[]),
+        }
+    }
+
+    /// Takes something away, over the network, with headers of one's own.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn delete_with(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
+        let mut request = agent().delete(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        read(&mut request.call().expect("the host answers"))
     }
 
     /// Sends an envelope, and returns the job's id.
@@ -410,10 +437,13 @@ impl Host {
     /// Where no answer comes.
     #[must_use]
     pub fn post(&self, path: &str, body: &Value) -> Answer {
-        self.post_with(path, body, &[])
+        match self.manage("POST", path, &body.to_string()) {
+            Some((status, text)) => answer(status, text),
+            None => self.post_with(path, body, &[]),
+        }
     }
 
-    /// Sends a JSON body with headers of one's own.
+    /// Sends a JSON body, over the network, with headers of one's own.
     ///
     /// # Panics
     /// Where no answer comes.
@@ -433,10 +463,13 @@ impl Host {
     /// Where no answer comes.
     #[must_use]
     pub fn get(&self, path: &str) -> Answer {
-        read(&mut agent().get(self.url(path)).call().expect("the host answers"))
+        match self.manage("GET", path, "") {
+            Some((status, text)) => answer(status, text),
+            None => self.get_with(path, &[]),
+        }
     }
 
-    /// Asks for something with headers of one's own.
+    /// Asks for something, over the network, with headers of one's own.
     ///
     /// # Panics
     /// Where no answer comes.
@@ -481,6 +514,9 @@ impl Host {
     /// Where no answer comes.
     #[must_use]
     pub fn text(&self, path: &str) -> String {
+        if let Some((_, text)) = self.manage("GET", path, "") {
+            return text;
+        }
         let mut response = agent().get(self.url(path)).call().expect("the host answers");
         response.body_mut().read_to_string().expect("text")
     }
@@ -604,7 +640,10 @@ pub(crate) fn agent() -> ureq::Agent {
 
 fn read(response: &mut ureq::http::Response<ureq::Body>) -> Answer {
     let status = response.status().as_u16();
-    let text = response.body_mut().read_to_string().expect("the body is text");
+    answer(status, response.body_mut().read_to_string().expect("the body is text"))
+}
+
+fn answer(status: u16, text: String) -> Answer {
     assert_no_secret(&text);
     (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }

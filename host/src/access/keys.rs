@@ -68,6 +68,7 @@ pub(super) struct Key {
     pub(super) digest: Digest,
     pub(super) manages: bool,
     pub(super) explains: bool,
+    pub(super) allowed_queues: Option<Arc<[String]>>,
     pub(super) limits: Arc<Limits>,
     pub(super) calls: IntCounter,
     pub(super) refused: IntCounter,
@@ -83,6 +84,11 @@ impl KeySet {
 
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// The key of this name.
+    pub(super) fn named(&self, name: &str) -> Option<&Key> {
+        self.0.iter().find(|key| &*key.name == name)
     }
 
     /// The key with this digest. All are compared, whichever it is.

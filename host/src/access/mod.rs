@@ -2,6 +2,7 @@
 //! were fetched from elsewhere, which nobody is shown. It never knows what a request asks for.
 
 mod keys;
+mod origin;
 mod refresh;
 mod ssm;
 
@@ -16,6 +17,7 @@ use crate::config::{AuthSpec, KeySource, KeySpec, SecretText};
 use keys::{Key, KeySet, Limits};
 
 pub use keys::{ConcurrencyPermit, Digest, Digester};
+pub use origin::Origin;
 pub use refresh::run as refresh;
 pub use ssm::SsmError;
 
@@ -95,6 +97,8 @@ pub struct Caller {
     pub explains: bool,
     /// The name of its key; `None` where nobody asks for one.
     pub key: Option<Arc<str>>,
+    /// The queues that it may name, in place of those that everybody may.
+    pub allowed_queues: Option<Arc<[String]>>,
     /// Its place among its key's calls: whoever works for it longer than it stays holds a clone.
     pub permit: Option<Arc<ConcurrencyPermit>>,
 }
@@ -112,8 +116,11 @@ pub enum AccessError {
         /// The header that it is expected in.
         header: String,
     },
-    /// The key is right and may not do this.
-    Forbidden(&'static str),
+    /// Management, of a caller over the network who shows no key that manages.
+    NoManagement {
+        /// The name of the key that it shows; `None` where this host has no keys.
+        key: Option<Arc<str>>,
+    },
     /// The key has called too often: come back after this time.
     TooOften(Duration),
     /// The key has too many requests in flight.
@@ -122,8 +129,21 @@ pub enum AccessError {
     Unknown,
 }
 
+/// What a caller is told of the host's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sight {
+    /// Whether it serves.
+    Status,
+    /// The names and states of its models as well.
+    Names,
+    /// Reasons as well, which hold paths and the like.
+    Reasons,
+}
+
 /// The scheme of keys in `Authorization`.
 const BEARER: &[u8] = b"Bearer ";
+/// How somebody on the host's machine manages it without a key.
+const SOCKET_HINT: &str = "on the host's machine, its own user needs none: `modalkit models`, `modalkit reload` and so on use the Unix socket (server.management_socket)";
 /// The headers of `secure`.
 const MODAL_HEADERS: [&str; 2] = ["modal-key", "modal-secret"];
 
@@ -187,6 +207,7 @@ impl Access {
                 digest,
                 manages: key.manages,
                 explains: key.explains || key.manages,
+                allowed_queues: key.allowed_queues.clone().map(Into::into),
                 limits: self.limits_of(key),
                 calls: self.calls.with_label_values(&[key.name.as_str(), "ok"]),
                 refused: self.calls.with_label_values(&[key.name.as_str(), "limited"]),
@@ -228,19 +249,22 @@ impl Access {
         self.now.load().missing.clone()
     }
 
-    /// Whether any key manages: then only such a key does, and nobody for being on this machine.
+    /// Whether nobody is asked who they are.
     #[must_use]
-    pub fn has_management_keys(&self) -> bool {
-        self.now.load().spec.keys.iter().any(|key| key.manages)
+    pub fn is_keyless(&self) -> bool {
+        self.now.load().is_keyless()
     }
 
     /// Lets a caller in, or says why not. Takes a place among the key's calls until the caller is dropped.
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn admit(&self, request: &impl Shown) -> Result<Caller, AccessError> {
+    pub fn admit(&self, from: &Origin, request: &impl Shown) -> Result<Caller, AccessError> {
+        if let Origin::Socket { .. } = from {
+            return Ok(Caller::manager(None));
+        }
         let rules = self.now.load();
-        if rules.modal.is_none() && rules.spec.keys.is_empty() {
+        if rules.is_keyless() {
             return Ok(Caller::default());
         }
         rules.check_modal(&self.digester, request).inspect_err(|_| self.refused())?;
@@ -254,28 +278,56 @@ impl Access {
             manages: key.manages,
             explains: key.explains,
             key: Some(Arc::clone(&key.name)),
+            allowed_queues: key.allowed_queues.clone(),
             permit: permit.map(Arc::new),
         })
     }
 
-    /// Whether a request shows a key that manages. Takes no place: who looks after a host isn't kept out by its load.
+    /// Lets in a caller who wants to look at the host's inside or change it: over the management socket, or with a key that manages.
+    /// No address does, loopback included: proxies, pages in browsers and other users stand behind it. Takes no place: who looks
+    /// after a host isn't kept out by its load.
     ///
     /// # Errors
     /// [`AccessError`].
-    pub fn manage(&self, request: &impl Shown) -> Result<(), AccessError> {
-        self.may_manage(request).inspect_err(|_| self.refused())
+    pub fn manage(&self, from: &Origin, request: &impl Shown) -> Result<Caller, AccessError> {
+        if let Origin::Socket { .. } = from {
+            return Ok(Caller::manager(None));
+        }
+        let rules = self.now.load();
+        let found = match rules.key_to_manage(&self.digester, request) {
+            Ok(key) if key.manages => Ok(Caller::manager(Some(key))),
+            Ok(key) => Err(AccessError::NoManagement { key: Some(Arc::clone(&key.name)) }),
+            Err(error) => Err(error),
+        };
+        found.inspect_err(|_| self.refused())
     }
 
-    /// The same, of one who asked for something else: it isn't counted.
+    /// What a caller may see of how the host is.
     ///
     /// # Errors
-    /// [`AccessError`].
-    pub fn may_manage(&self, request: &impl Shown) -> Result<(), AccessError> {
-        let rules = self.now.load();
-        if rules.key_of(&self.digester, request)?.manages {
-            return Ok(());
+    /// It shows a key that is none of this host's. It is told the status all the same, and the attempt is counted.
+    pub fn sight(&self, from: &Origin, request: &impl Shown) -> Result<Sight, AccessError> {
+        if let Origin::Socket { .. } = from {
+            return Ok(Sight::Reasons);
         }
-        Err(AccessError::Forbidden("this key may call models and not manage the host (management = true)"))
+        let rules = self.now.load();
+        if rules.is_keyless() {
+            return Ok(Sight::Names);
+        }
+        match rules.sight(&self.digester, request) {
+            Ok(sight) => Ok(sight),
+            Err(wrong @ AccessError::Wrong { .. }) => {
+                self.refused();
+                Err(wrong)
+            }
+            Err(_) => Ok(Sight::Status),
+        }
+    }
+
+    /// The queues that callers with this key may name, where it has a list of its own.
+    #[must_use]
+    pub fn allowed_queues(&self, key: &str) -> Option<Arc<[String]>> {
+        self.now.load().keys.named(key)?.allowed_queues.clone()
     }
 
     fn refused(&self) {
@@ -283,10 +335,46 @@ impl Access {
     }
 }
 
+impl Caller {
+    /// One who manages: with this key, or over the management socket.
+    fn manager(key: Option<&Key>) -> Self {
+        Self {
+            manages: true,
+            explains: true,
+            key: key.map(|key| Arc::clone(&key.name)),
+            allowed_queues: key.and_then(|key| key.allowed_queues.clone()),
+            permit: None,
+        }
+    }
+}
+
 impl Rules {
     fn of_nobody() -> Self {
         let spec = AuthSpec::default();
         Self { spec, keys: KeySet::new(Vec::new()), modal: None, missing: Vec::new() }
+    }
+
+    fn is_keyless(&self) -> bool {
+        self.modal.is_none() && self.spec.keys.is_empty()
+    }
+
+    fn key_to_manage(&self, digester: &Digester, request: &impl Shown) -> Result<&Key, AccessError> {
+        if self.spec.keys.is_empty() {
+            return Err(AccessError::NoManagement { key: None });
+        }
+        self.key_of(digester, request)
+    }
+
+    fn sight(&self, digester: &Digester, request: &impl Shown) -> Result<Sight, AccessError> {
+        if self.spec.keys.is_empty() {
+            return self.check_modal(digester, request).map(|()| Sight::Names);
+        }
+        // A key that manages does so without those two headers.
+        let manages = self.key_of(digester, request)?.manages;
+        if manages {
+            return Ok(Sight::Reasons);
+        }
+        self.check_modal(digester, request).map(|()| Sight::Names)
     }
 
     fn key_of(&self, digester: &Digester, request: &impl Shown) -> Result<&Key, AccessError> {
@@ -328,7 +416,13 @@ impl fmt::Display for AccessError {
         match self {
             Self::Missing { header } => write!(f, "expected a key in the header {header}, found none"),
             Self::Wrong { header } => write!(f, "the key in the header {header} is none of this host's"),
-            Self::Forbidden(why) => f.write_str(why),
+            Self::NoManagement { key } => {
+                let found = match key {
+                    Some(_) => "the key shown may call models only",
+                    None => "this host has no keys",
+                };
+                write!(f, "expected a key with management = true, found that {found}; {SOCKET_HINT}")
+            }
             Self::TooOften(_) => f.write_str("this key has called too often (requests_per_second)"),
             Self::TooMany => f.write_str("this key has too many requests in flight (concurrency_max)"),
             Self::Unknown => f.write_str("the host doesn't know its keys yet; its log says why"),

@@ -65,6 +65,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         host: Host,
     },
+    /// Print a running host's metrics, in Prometheus' text format.
+    Metrics {
+        #[command(flatten)]
+        host: Host,
+    },
     /// Have a running host take a model's plugin from its volume again, or look through a volume.
     Reload {
         /// The model.
@@ -169,9 +174,13 @@ pub(crate) enum ConfigCommand {
 /// Which host, and how to print what it says.
 #[derive(Args)]
 pub(crate) struct Host {
-    /// Where it listens. Default: what the configuration says.
+    /// Where it listens. Default: what the configuration says. Where neither an address nor a key is given, all but predictions goes
+    /// over its management socket.
     #[arg(long, env = "MODALKIT_URL")]
     pub(crate) url: Option<String>,
+    /// Its management socket, whatever else is said. Default: what the configuration says.
+    #[arg(long, env = "MODALKIT_SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
     /// Print the host's own JSON.
     #[arg(long)]
     pub(crate) json: bool,

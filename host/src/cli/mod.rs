@@ -4,6 +4,7 @@
 pub(crate) mod args;
 mod ask;
 mod check;
+mod client;
 mod inspect;
 mod print;
 mod serve;
@@ -66,6 +67,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
         Some(Command::Devices { host }) => ask::run(&Ask::Devices, &host, &files, &environment),
+        Some(Command::Metrics { host }) => ask::run(&Ask::Metrics, &host, &files, &environment),
         Some(Command::Reload { model: Some(model), host, .. }) => {
             ask::run(&Ask::Reload(model), &host, &files, &environment)
         }

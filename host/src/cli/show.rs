@@ -28,7 +28,7 @@ pub(crate) fn for_people(ask: &Ask, body: &str) -> String {
         Ask::Config => settings(answer),
         Ask::ReloadConfig => change(answer),
         Ask::Jobs { .. } => jobs(answer),
-        Ask::Job(..) | Ask::CancelJob(_) | Ask::Redeliver(_) | Ask::Predict { .. } => {
+        Ask::Metrics | Ask::Job(..) | Ask::CancelJob(_) | Ask::Redeliver(_) | Ask::Predict { .. } => {
             format!("{}\n", indented(body))
         }
     }

@@ -10,7 +10,7 @@ use super::{
     secrets,
 };
 
-const KEY: &str = "app_settings.auth_config";
+pub(super) const KEY: &str = "app_settings.auth_config";
 /// The name of the one key.
 const DEFAULT_NAME: &str = "default";
 /// The secrets that `secure` compares with.
@@ -111,6 +111,7 @@ pub(super) fn resolve(
                 },
                 manages: false,
                 explains: false,
+                allowed_queues: None,
                 limits: KeyLimits::default(),
             };
             [spec(MODAL_SECRETS.0), spec(MODAL_SECRETS.1)]
@@ -176,6 +177,7 @@ fn key(
         source,
         manages: spec.management(),
         explains: spec.explain(),
+        allowed_queues: spec.allowed_queues.value().cloned(),
         limits,
     })
 }

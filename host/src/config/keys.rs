@@ -79,6 +79,10 @@ layer! {
         plugins_of_any_mode: bool = false;
         /// The folder of the journal of asynchronous jobs, for this host alone. What must survive the machine belongs on a volume.
         state_folder: String = "state".to_owned();
+        /// The Unix socket over which this host's user, and root, manage it without a key, as the command line does by itself; "" for none.
+        management_socket: String, or "manage.sock in state_folder";
+        /// Names and addresses, beside those of loopback, that requests may be for (their header Host), where nobody is asked for a key.
+        allowed_hosts: Vec<String> = Vec::new();
         /// Asynchronous jobs that are not done with: unfinished, or with results that are not delivered.
         jobs_max: Large = Count(100_000);
         /// Unfinished asynchronous jobs of one model.
@@ -299,6 +303,8 @@ layer! {
         management: bool = false;
         /// Whether its answers may say where their time went.
         explain: bool = false;
+        /// The queues that its jobs may name, in place of `queue_config.allowed_queues`.
+        allowed_queues: Vec<String>, or "queue_config.allowed_queues";
         /// Requests that it may make.
         requests_per_second: PerSecond;
         /// Requests that it may make at once after a pause.
@@ -335,6 +341,8 @@ layer! {
         backends: Named<QueueBackend>;
         /// The backends of single queues: queue = backend.
         queues: Named<String>;
+        /// The queues that jobs may name: BACKEND://QUEUE, or a name that is found as a request's is; * stands for anything.
+        allowed_queues: Vec<String>, or "every queue in memory, and those in `queues`";
         /// Seconds that a result is tried to be delivered until it is given up.
         delivery_deadline_seconds: Count<1, 31_536_000> = Count(86_400);
         /// The queue for messages that are no requests and name no queue themselves.

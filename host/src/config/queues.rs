@@ -8,7 +8,7 @@ use modalkit_queue::{
 
 use super::{
     ConsumeSpec, Environment, Fault, Place, QueueSpec, Secrets, Warning,
-    auth::DEFAULT_REGION,
+    auth::{self, DEFAULT_REGION},
     fault::listed,
     keys::{Consume, QueueBackend, QueueConfig, Root},
     layer::{Setting, child},
@@ -88,9 +88,20 @@ pub(super) fn resolve(
     let names = context.names(&config, &backends);
     let consume = context.consume(&config, &names, &usual, &backends);
     context.dead_letter(&config, &consume, &backends);
+    let allowed = config.allowed_queues.value().cloned();
+    context.check_allowed(&config, &backends);
+    if allowed.is_none() && names.is_empty() && !matches!(backends.get(&usual), Some(Spec::Memory(_)) | None)
+    {
+        let why = format!(
+            "jobs may name queues in memory only: say which of {usual:?} they may name, \"*\" for all"
+        );
+        let at = config.backend.at();
+        context.warnings.push(Warning { at, key: child(KEY, "allowed_queues"), why });
+    }
     QueueSpec {
         usual,
         names,
+        allowed,
         deadline: Duration::from_secs(config.delivery_deadline_seconds().0),
         dead_letter: config.dead_letter_queue.value().filter(|name| !name.is_empty()).cloned(),
         consume,
@@ -243,6 +254,34 @@ impl Resolver<'_> {
                 .map_or(SQS_BYTES_MAX, |bytes| bytes.0 as usize),
             create_missing: backend.create_missing(),
         })
+    }
+
+    /// Lists of queues that may be named, of all callers and of single keys: each leads to a backend that there is.
+    fn check_allowed(&mut self, config: &QueueConfig, backends: &BTreeMap<String, Spec>) {
+        let auth = self.written.app_settings().auth_config.value().cloned().unwrap_or_default();
+        let of_keys = auth
+            .keys
+            .value()
+            .into_iter()
+            .flat_map(|keys| &keys.entries)
+            .map(|(name, (key, _))| (child(&child(auth::KEY, "keys"), name), &key.allowed_queues));
+        for (key, list) in std::iter::once((KEY.to_owned(), &config.allowed_queues)).chain(of_keys) {
+            for (index, entry) in list.value().into_iter().flatten().enumerate() {
+                let key = format!("{}[{index}]", child(&key, "allowed_queues"));
+                let backend = entry.split_once("://").map(|(backend, _)| backend);
+                let is_known = |backend: &str| {
+                    backend.starts_with("http") || backend.contains('*') || backends.contains_key(backend)
+                };
+                if entry.is_empty() || backend.is_some_and(|backend| !is_known(backend)) {
+                    let known: Vec<&str> = backends.keys().map(String::as_str).collect();
+                    let expected = format!(
+                        "a queue, or BACKEND://QUEUE with one of the backends {}, or *",
+                        listed(known.iter().copied())
+                    );
+                    self.faults.push(Fault::new(&list.at(), &key, expected, format!("{entry:?}")));
+                }
+            }
+        }
     }
 
     fn names(&mut self, config: &QueueConfig, backends: &BTreeMap<String, Spec>) -> BTreeMap<String, String> {

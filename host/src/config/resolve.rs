@@ -1,7 +1,7 @@
 //! From what was written to what it means: which settings lie over which, and what must fit together. Single values were looked
 //! at when they were read. It never knows who uses them.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use modalkit_device::{Preference, Wanted};
 
@@ -17,6 +17,8 @@ use super::{
 };
 
 const DEFAULT_VOLUME: &str = "volume";
+/// The management socket's name in the state folder.
+const MANAGEMENT_SOCKET: &str = "manage.sock";
 /// The application's name ends with the value of this, or else with that.
 const POSTFIX: (&str, &str) = ("MODALKIT_APP_POSTFIX", "-dev");
 /// Keys of a deployment that count for the whole host.
@@ -77,6 +79,7 @@ pub(super) fn resolve(
     let folders: Vec<PathBuf> = volumes.iter().map(|volume| volume.mount_point.clone()).collect();
     let queues = queues::resolve(written, environment, &folders, faults, warnings);
     auth::check_exposure(written, &auth, faults);
+    check_allowed_hosts(&written.server(), faults);
     Config {
         app_name: format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1)),
         server: server(&written.server(), auth::tls(written, faults)),
@@ -348,6 +351,31 @@ fn traces(written: &keys::Server) -> Option<TraceSpec> {
     })
 }
 
+fn management_socket(written: &keys::Server) -> Option<PathBuf> {
+    match written.management_socket.value() {
+        Some(path) if path.is_empty() => None,
+        Some(path) => Some(path.into()),
+        None => Some(PathBuf::from(written.state_folder()).join(MANAGEMENT_SOCKET)),
+    }
+}
+
+/// Names are compared without ports.
+fn check_allowed_hosts(written: &keys::Server, faults: &mut Vec<Fault>) {
+    let is_name = |host: &str| {
+        host.parse::<IpAddr>().is_ok()
+            || !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+    };
+    for (index, host) in written.allowed_hosts().iter().enumerate().filter(|(_, host)| !is_name(host)) {
+        faults.push(Fault::new(
+            &written.allowed_hosts.at(),
+            &format!("server.allowed_hosts[{index}]"),
+            "a name or an address as in https://NAME/, without a scheme, a port and brackets",
+            format!("{host:?}"),
+        ));
+    }
+}
+
 fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
     let listen = written.listen().0;
     let milliseconds = |count: u64| Duration::from_millis(count);
@@ -373,6 +401,8 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
         plugins_of_any_owner: written.plugins_of_any_owner(),
         plugins_of_any_mode: written.plugins_of_any_mode(),
         state_folder: written.state_folder().into(),
+        management_socket: management_socket(written),
+        allowed_hosts: written.allowed_hosts(),
         jobs: JobSpec {
             jobs_max: written.jobs_max().0 as usize,
             jobs_per_model_max: written.jobs_per_model_max().0 as usize,

@@ -45,6 +45,8 @@ pub struct QueueSpec {
     pub backends: BTreeMap<String, modalkit_queue::Spec>,
     /// The backends of single queues.
     pub names: BTreeMap<String, String>,
+    /// The queues that jobs may name; `None` for those in memory and in `names`.
+    pub allowed: Option<Vec<String>>,
     /// How long a result is tried to be delivered.
     pub deadline: Duration,
     /// The queue for messages that are no requests.
@@ -72,6 +74,7 @@ impl Default for QueueSpec {
             usual: "memory".to_owned(),
             backends: BTreeMap::new(),
             names: BTreeMap::new(),
+            allowed: None,
             deadline: Duration::from_secs(86_400),
             dead_letter: None,
             consume: Vec::new(),
@@ -90,6 +93,17 @@ impl QueueSpec {
             }
         }
         named
+    }
+
+    /// The names of the backend and of the queue that a name means; there may be no such backend.
+    #[must_use]
+    pub fn parts_of<'a>(&'a self, name: &'a str) -> (&'a str, &'a str) {
+        match name.split_once("://") {
+            // The address of a queue of SQS: which host is asked, the configuration says, and not the caller.
+            Some(("https" | "http", _)) => (self.sqs().unwrap_or(&self.usual).as_str(), name),
+            Some((backend, queue)) => (backend, queue),
+            None => (self.names.get(name).unwrap_or(&self.usual).as_str(), name),
+        }
     }
 
     /// The backend that speaks SQS: the usual one, or the first.
@@ -155,6 +169,8 @@ pub struct KeySpec {
     pub manages: bool,
     /// Whether its answers may say where their time went.
     pub explains: bool,
+    /// The queues that its jobs may name, in place of those that all may.
+    pub allowed_queues: Option<Vec<String>>,
     /// How much it may call.
     pub limits: KeyLimits,
 }
@@ -293,6 +309,10 @@ pub struct Server {
     pub plugins_of_any_mode: bool,
     /// The folder of the journal of asynchronous jobs.
     pub state_folder: PathBuf,
+    /// The Unix socket for management; `None` for none.
+    pub management_socket: Option<PathBuf>,
+    /// Names that requests may be for, beside those of loopback, where nobody is asked for a key.
+    pub allowed_hosts: Vec<String>,
     /// How they are kept.
     pub jobs: JobSpec,
     /// Log levels: `info`, or `info,modalkit=debug`.

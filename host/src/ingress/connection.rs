@@ -5,7 +5,6 @@ use std::{
     convert::Infallible,
     future::poll_fn,
     io,
-    net::SocketAddr,
     pin::pin,
     sync::{
         Arc,
@@ -38,6 +37,7 @@ use super::{
     routes,
     timer::ConnectionTimer,
 };
+use crate::access::Origin;
 
 /// After a failed `accept` (out of file descriptors, say), the wait until the next.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -53,7 +53,7 @@ const STREAMS_MAX: u32 = 256;
 /// What the requests of one connection share.
 pub(super) struct Peer {
     pub(super) context: Arc<Context>,
-    pub(super) address: SocketAddr,
+    pub(super) from: Origin,
     pub(super) post: Arc<Post>,
     pub(super) timer: ConnectionTimer,
     asked: AtomicBool,
@@ -98,7 +98,7 @@ impl Listener {
                 Ok((stream, address)) => {
                     let peer = Arc::new(Peer {
                         context: Arc::clone(&context),
-                        address,
+                        from: Origin::Network(address),
                         post: Arc::clone(&thread.post),
                         timer: ConnectionTimer::default(),
                         asked: AtomicBool::new(false),
@@ -153,7 +153,7 @@ async fn run(
         Ok(Begun::Plain(stream, http2)) => speak(stream, http2, peer, shutdown).await,
         Ok(Begun::Tls(stream, http2)) => Box::pin(speak(*stream, http2, peer, shutdown)).await,
         Err(error) => {
-            tracing::debug!(peer = %peer.address, %error, "a connection ended before it asked for anything");
+            tracing::debug!(peer = %peer.from, %error, "a connection ended before it asked for anything");
         }
     }
 }
@@ -202,7 +202,7 @@ async fn speak(
             .max_concurrent_streams(STREAMS_MAX);
         tokio::select! {
             () = drive(protocol.serve_connection(stream, service), &peer, shutdown) => {}
-            () = idled(&peer) => tracing::debug!(peer = %peer.address, "a connection asked for nothing any more"),
+            () = idled(&peer) => tracing::debug!(peer = %peer.from, "a connection asked for nothing any more"),
         }
     } else {
         let mut protocol = http1::Builder::new();
@@ -265,8 +265,8 @@ where
     });
     match ending.await {
         Ending::Done => {}
-        Ending::Early(error) => tracing::debug!(peer = %peer.address, %error, "a connection ended early"),
-        Ending::Silent => tracing::debug!(peer = %peer.address, "a connection asked for nothing in time"),
+        Ending::Early(error) => tracing::debug!(peer = %peer.from, %error, "a connection ended early"),
+        Ending::Silent => tracing::debug!(peer = %peer.from, "a connection asked for nothing in time"),
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     egress,
     job::JobError,
     jobs::{Incoming, Jobs, Parts},
-    queues::Route,
+    queues::{Allowed, Route},
     telemetry::Metrics,
 };
 
@@ -175,7 +175,7 @@ impl Consumer {
                 let lost = [&parts.success_queue, &parts.failure_queue]
                     .into_iter()
                     .filter(|queue| !queue.is_empty())
-                    .find_map(|queue| self.jobs.queues().route(queue).err());
+                    .find_map(|queue| self.jobs.queues().allowed(queue, Allowed::ToAll).err());
                 let incoming = incoming(parts.clone());
                 match lost {
                     None => (Arc::clone(&self.jobs), Make::Job(incoming)),
@@ -197,10 +197,11 @@ impl Consumer {
         Some(work(jobs, id, make).boxed())
     }
 
-    /// Where one goes that is no request: the failure queue that it names, if that is one, or the configured one.
+    /// Where one goes that is no request, or names a queue that it may not: the failure queue that it names, if it may name that one, or
+    /// the configured one.
     fn elsewhere(&self, parts: Option<&Parts>) -> Option<String> {
         let named = parts.map(|parts| parts.failure_queue.clone()).filter(|queue| !queue.is_empty());
-        let named = named.filter(|queue| self.jobs.queues().route(queue).is_ok());
+        let named = named.filter(|queue| self.jobs.queues().allowed(queue, Allowed::ToAll).is_ok());
         named.or_else(|| self.jobs.queues().dead_letter().map(ToOwned::to_owned))
     }
 

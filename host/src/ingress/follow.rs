@@ -11,7 +11,7 @@ use opentelemetry::propagation::Extractor;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Context, connection::Peer, manage::may_look};
+use super::{Context, connection::Peer};
 use crate::{
     access::Caller,
     egress::HttpResponse,
@@ -49,13 +49,12 @@ impl Follower {
         if !asked && span.is_none() {
             return None;
         }
-        let may = || caller.explains || may_look(context, peer.address.ip(), head);
         Some(Box::new(Self {
             span: span.map(|span| {
                 let context = span.context();
                 (span, context)
             }),
-            explain: asked.then(may),
+            explain: asked.then_some(caller.explains),
             trails: Mutex::default(),
         }))
     }
@@ -87,7 +86,7 @@ impl Follower {
             let told = if may {
                 explain(begun, &trails)
             } else {
-                json!({"denied": "this caller may not ask (explain = true of its key)"})
+                json!({"denied": "this caller may not ask: expected a key with explain = true"})
             };
             put(response.headers_mut(), EXPLAIN, &shortened(told));
         }

@@ -1,7 +1,6 @@
 //! What callers ask of asynchronous jobs after they were accepted, and of the queues that are kept in memory.
 
 use std::{
-    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,16 +12,16 @@ use serde_json::{Value, json};
 
 use super::{
     Context,
-    manage::may_manage,
     request::{Headers, parameter, percent_decoded},
-    routes::wrong_method,
+    routes::{refuse, wrong_method},
 };
 use crate::{
-    access::Caller,
+    access::{Caller, Origin},
+    audit::{Action, Audit},
     egress::{self, HttpResponse, object_response},
     job::{Detail, JobError},
     jobs::Cancelled,
-    queues::Route,
+    queues::{Allowed, Route},
 };
 
 /// Jobs or messages in one answer, where the caller doesn't say, and at most.
@@ -66,13 +65,21 @@ impl<'p> Asked<'p> {
     }
 
     /// The path as a label of metrics.
-    fn endpoint(self) -> &'static str {
+    pub(super) fn endpoint(self) -> &'static str {
         match self {
             Self::Jobs => "/jobs",
             Self::Job(_) => "/jobs/{id}",
             Self::Redeliver(_) => "/jobs/{id}/redeliver",
             Self::Queues => "/queues",
             Self::Queue(_) => "/queues/{name}",
+        }
+    }
+
+    /// What stands in the path's placeholder.
+    pub(super) fn name(self) -> &'p str {
+        match self {
+            Self::Jobs | Self::Queues => "",
+            Self::Job(name) | Self::Redeliver(name) | Self::Queue(name) => name,
         }
     }
 
@@ -85,47 +92,44 @@ impl<'p> Asked<'p> {
         }
     }
 
-    pub(super) async fn answer(self, context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
-        let response = self.respond(context, caller, head).await.unwrap_or_else(|response| *response);
+    pub(super) async fn answer(self, context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
+        let response = self.respond(context, from, head).await;
         context.metrics.requests("", self.endpoint(), response.status().as_u16()).inc();
         response
     }
 
-    async fn respond(
-        self,
-        context: &Context,
-        caller: IpAddr,
-        head: &Parts,
-    ) -> Result<HttpResponse, Box<HttpResponse>> {
+    async fn respond(self, context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
         let methods = self.methods();
         if !methods.split(", ").any(|method| method == head.method.as_str()) {
-            return Err(Box::new(wrong_method(methods)));
+            return wrong_method(methods);
         }
-        let error = |error: JobError| Box::new(egress::error(&error));
-        let deletes = head.method == Method::DELETE;
-        let query = head.uri.query();
-        match self {
-            Self::Queues | Self::Queue(_) => {
-                may_manage(context, caller, head).map_err(|denied| Box::new(egress::denied(&denied)))?;
-                match self {
-                    Self::Queue(name) if deletes => {
-                        take(context, &percent_decoded(name), query).map_err(error)
-                    }
-                    Self::Queue(name) => {
-                        let limit = number(query, "limit", LIMIT, LIMIT_MAX).map_err(error)?;
-                        look(context, &percent_decoded(name), limit).map_err(error)
-                    }
-                    _ => Ok(queues(context)),
-                }
-            }
-            Self::Jobs | Self::Job(_) | Self::Redeliver(_) => {
-                let caller = context
-                    .access
-                    .admit(&Headers(&head.headers))
-                    .map_err(|denied| Box::new(egress::denied(&denied)))?;
-                self.of_jobs(context, &caller, query, deletes).await.map_err(error)
-            }
-        }
+        let name = percent_decoded(self.name());
+        let action = Action {
+            method: head.method.as_str(),
+            endpoint: self.endpoint(),
+            name: &name,
+            changes: head.method != Method::GET,
+        };
+        let headers = Headers(&head.headers);
+        let admitted = match self {
+            Self::Queues | Self::Queue(_) => context.access.manage(from, &headers),
+            Self::Jobs | Self::Job(_) | Self::Redeliver(_) => context.access.admit(from, &headers),
+        };
+        let caller = match admitted {
+            Ok(caller) => caller,
+            Err(denied) => return refuse(context, from, action, &denied),
+        };
+        let underway = Audit::begin(action, &caller, from);
+        let answered = match self {
+            Self::Queues => Ok(queues(context)),
+            Self::Queue(_) if action.changes => take(context, &name, head.uri.query()),
+            Self::Queue(_) => number(head.uri.query(), "limit", LIMIT, LIMIT_MAX)
+                .and_then(|limit| look(context, &name, limit)),
+            _ => self.of_jobs(context, &caller, head.uri.query(), action.changes).await,
+        };
+        let response = answered.unwrap_or_else(|error| egress::error(&error));
+        underway.answered(response.status().as_u16());
+        response
     }
 
     async fn of_jobs(
@@ -153,7 +157,7 @@ impl<'p> Asked<'p> {
             }
         };
         Ok(match self {
-            Self::Redeliver(_) => match jobs.redeliver(id, whose).await? {
+            Self::Redeliver(_) => match jobs.redeliver(id, whose, may_name(context)).await? {
                 Some(true) => object_response(
                     StatusCode::ACCEPTED,
                     &json!({"job_id": id.to_string(), "delivery": "pending"}),
@@ -174,6 +178,21 @@ impl<'p> Asked<'p> {
                 }
             }
         })
+    }
+}
+
+/// Whether jobs of a key may name a queue, as the configuration says now. What the host itself chose, it may.
+fn may_name(context: &Context) -> impl FnOnce(Option<&str>, &str) -> Result<(), JobError> {
+    |key, queue| {
+        let queues = context.jobs.queues();
+        if queues.dead_letter() == Some(queue) {
+            return Ok(());
+        }
+        let own = key.and_then(|key| context.access.allowed_queues(key));
+        match queues.allowed(queue, Allowed::to(key, own.as_deref())) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(JobError::Conflict(error.to_string())),
+        }
     }
 }
 

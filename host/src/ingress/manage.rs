@@ -1,78 +1,49 @@
 //! What operators ask of single models and volumes: how they stand, a reload, a rollback. It finds the path's name, asks, and
-//! waits as long as it takes; who may ask was decided before.
+//! waits as long as it takes; who may ask is decided by access.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
-use hyper::{
-    HeaderMap, Method,
-    header::{FORWARDED, HOST, HeaderName, ORIGIN, VIA},
-    http::{request::Parts, uri::Authority},
-};
+use hyper::{Method, http::request::Parts};
 
 use super::{
     Context,
     request::{Headers, percent_decoded},
+    routes::{refuse, wrong_method},
 };
 use crate::{
-    access::AccessError,
+    access::Origin,
     admin,
+    audit::{Action, Audit},
     egress::{self, HttpResponse},
     reload::ControlError,
 };
 
-/// Whether a caller may look at the host's inside and change it: with a key that manages; where there is none, from this machine.
-pub(super) fn may_manage(context: &Context, caller: IpAddr, head: &Parts) -> Result<(), AccessError> {
-    if context.access.has_management_keys() {
-        return context.access.manage(&Headers(&head.headers));
-    }
-    from_here(caller, head)
-}
-
-/// The same, of one who asked for something else: a refusal isn't counted.
-pub(super) fn may_look(context: &Context, caller: IpAddr, head: &Parts) -> bool {
-    if context.access.has_management_keys() {
-        return context.access.may_manage(&Headers(&head.headers)).is_ok();
-    }
-    from_here(caller, head).is_ok()
-}
-
-fn from_here(caller: IpAddr, head: &Parts) -> Result<(), AccessError> {
-    if caller.to_canonical().is_loopback() && names_this_machine(head) && !comes_from_elsewhere(&head.headers)
-    {
-        return Ok(());
-    }
-    Err(AccessError::Forbidden(
-        "this answers callers on this machine only, by its loopback address and through no proxy; a key with management = true opens it to others",
-    ))
-}
-
-/// Whether the request is for a loopback address: a page in a browser may have made another name lead here.
-fn names_this_machine(head: &Parts) -> bool {
-    let written =
-        head.headers.get(HOST).map(|host| host.to_str().unwrap_or("unreadable").parse::<Authority>());
-    let authority = match (head.uri.authority(), written) {
-        (Some(authority), _) => authority.clone(),
-        (None, Some(Ok(authority))) => authority,
-        (None, Some(Err(_))) => return false,
-        // HTTP/1.0 has no such thing, and no browser speaks it.
-        (None, None) => return true,
+/// Answers a management path to those who may manage.
+pub(super) async fn answer(
+    context: &Context,
+    from: &Origin,
+    head: &Parts,
+    managed: Managed<'_>,
+) -> HttpResponse {
+    let is_get = managed.method() == Method::GET;
+    let name = percent_decoded(managed.name());
+    let action =
+        Action { method: head.method.as_str(), endpoint: managed.endpoint(), name: &name, changes: !is_get };
+    let response = if head.method != managed.method() {
+        wrong_method(if is_get { "GET" } else { "POST" })
+    } else {
+        match context.access.manage(from, &Headers(&head.headers)) {
+            Ok(caller) => {
+                let underway = Audit::begin(action, &caller, from);
+                let response = managed.answer(context).await;
+                underway.answered(response.status().as_u16());
+                response
+            }
+            Err(denied) => refuse(context, from, action, &denied),
+        }
     };
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    host.eq_ignore_ascii_case("localhost")
-        || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
-}
-
-/// Whether somebody else asks through a program on this machine: a proxy, or a page in a browser.
-fn comes_from_elsewhere(headers: &HeaderMap) -> bool {
-    let of_proxies = |name: &HeaderName| {
-        let name = name.as_str();
-        name.starts_with("x-forwarded") || ["x-real-ip", "cf-connecting-ip", "true-client-ip"].contains(&name)
-    };
-    let cross_site =
-        headers.get("sec-fetch-site").is_some_and(|site| site != "none" && site != "same-origin");
-    cross_site
-        || [ORIGIN, FORWARDED, VIA].iter().any(|name| headers.contains_key(name))
-        || headers.keys().any(of_proxies)
+    context.metrics.requests("", managed.endpoint(), response.status().as_u16()).inc();
+    response
 }
 
 /// A management path, taken apart.
@@ -127,6 +98,18 @@ impl<'p> Managed<'p> {
             Self::ReloadVolume(_) => "/volumes/{name}/reload",
             Self::Config => "/config",
             Self::ReloadConfig => "/config/reload",
+        }
+    }
+
+    /// What stands in the path's placeholder.
+    pub(super) fn name(self) -> &'p str {
+        match self {
+            Self::Model(name)
+            | Self::ReloadModel(name)
+            | Self::RollBack(name)
+            | Self::Unload(name)
+            | Self::ReloadVolume(name) => name,
+            Self::Config | Self::ReloadConfig => "",
         }
     }
 

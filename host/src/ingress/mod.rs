@@ -9,9 +9,11 @@ mod follow;
 mod io_threads;
 mod jobs;
 mod manage;
+mod pages;
 mod predict;
 mod request;
 mod routes;
+mod socket;
 mod timer;
 mod tls;
 
@@ -21,12 +23,14 @@ use modalkit_device::Devices;
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
-    access::Access, admission::Gate, config::Server, dispatch::Models, jobs::Jobs, reconfigure,
+    access::Access, admission::Gate, audit::Audit, config::Server, dispatch::Models, jobs::Jobs, reconfigure,
     reload::Control, telemetry::Metrics,
 };
 
 pub use connection::Listener;
+use pages::PageRules;
 use request::RequestIds;
+pub use socket::{ManagementSocket, Serving, SocketError};
 pub use tls::{Certificate, TlsError};
 
 /// What every request needs.
@@ -35,6 +39,8 @@ pub struct Context {
     pub server: Server,
     /// Who may call.
     pub access: Arc<Access>,
+    /// Who did what, and who was refused.
+    pub audit: Arc<Audit>,
     /// Who may enter.
     pub gate: Arc<Gate>,
     /// Who answers.
@@ -49,6 +55,7 @@ pub struct Context {
     pub control: Control,
     /// The configuration in force, and where a new look at it is asked for.
     pub configuration: reconfigure::Handle,
+    pages: PageRules,
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
@@ -63,6 +70,7 @@ impl Context {
     pub fn new(
         server: Server,
         access: Arc<Access>,
+        audit: Arc<Audit>,
         gate: Arc<Gate>,
         models: Arc<Models>,
         jobs: Arc<Jobs>,
@@ -73,8 +81,10 @@ impl Context {
     ) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
+            pages: PageRules::new(&server),
             server,
             access,
+            audit,
             gate,
             models,
             jobs,

@@ -12,14 +12,17 @@ use super::{
     envelope::{decode_envelope, decode_list},
     follow::Follower,
     request,
+    routes::refuse,
 };
 use crate::{
     access::Caller,
+    audit::Action,
     dispatch::Queued,
     egress::{self, HttpResponse},
     job::{Deadline, Detail, Job, JobError, Location, RequestId, reply},
     jobs::{self, Jobs},
     pipeline::{Generation, Model},
+    queues::Allowed,
     trail::Trail,
 };
 
@@ -86,7 +89,7 @@ pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: 
             Ok((parts, item, once.map(|once| jobs::once(key.as_deref(), &name, &once, body))))
         })
         .await?;
-        check_queues(jobs, &parts)?;
+        check_queues(jobs, &parts, call.caller)?;
         let incoming = jobs::Incoming {
             model: call.model.name.as_str().into(),
             key: call.caller.key.clone(),
@@ -113,13 +116,14 @@ pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: 
     response
 }
 
-/// A name that leads nowhere is told before the job is taken, and not when its result has nowhere to go.
-fn check_queues(jobs: &Jobs, parts: &jobs::Parts) -> Result<(), JobError> {
+/// A name that leads nowhere, or that this caller may not say, is told before the job is taken, and not when its result has nowhere to go.
+fn check_queues(jobs: &Jobs, parts: &jobs::Parts, caller: &Caller) -> Result<(), JobError> {
+    let allowed = Allowed::to(caller.key.as_deref(), caller.allowed_queues.as_deref());
     let mut details = Vec::new();
     for (member, queue) in [("success_queue", &parts.success_queue), ("failure_queue", &parts.failure_queue)]
     {
         if !queue.is_empty()
-            && let Err(error) = jobs.queues().route(queue)
+            && let Err(error) = jobs.queues().allowed(queue, allowed)
         {
             details.push(Detail {
                 loc: vec!["body".into(), member.into()],
@@ -159,9 +163,12 @@ async fn run(
 ) -> (Option<Arc<Model>>, HttpResponse) {
     let context = &*peer.context;
     let begun = Instant::now();
-    let caller = match context.access.admit(&request::Headers(&head.headers)) {
+    let caller = match context.access.admit(&peer.from, &request::Headers(&head.headers)) {
         Ok(caller) => caller,
-        Err(denied) => return (None, egress::denied(&denied)),
+        Err(denied) => {
+            let action = Action { method: head.method.as_str(), endpoint, name: "", changes: false };
+            return (None, refuse(context, &peer.from, action, &denied));
+        }
     };
     let follower = Follower::of(peer, head, &caller, endpoint);
     let (model, response) = 'answered: {

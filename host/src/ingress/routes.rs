@@ -1,7 +1,5 @@
 //! Which path is answered by whom, and what every answer has: an id, a count, a line in the log when it failed.
 
-use std::net::IpAddr;
-
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -16,75 +14,124 @@ use super::{
     Context,
     connection::Peer,
     jobs::Asked,
-    manage::{Managed, may_look, may_manage},
+    manage::{self, Managed},
+    pages::Foreign,
     predict,
-    request::put_id,
+    request::{Headers, put_id},
 };
 use crate::{
+    access::{AccessError, Origin, Sight},
     admin,
+    audit::{Action, Audit},
     egress::{self, HttpResponse, object_response},
 };
 
 /// The paths of this host. Their names are labels of metrics.
 const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/devices"];
+const PREDICTIONS: [&str; 3] = ["/predict_sync", "/predict_batch", "/predict_async"];
 
 pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
-    let id = peer.context.ids.of(&head.headers);
+    let context = &*peer.context;
+    let id = context.ids.of(&head.headers);
     let is_post = head.method == Method::POST;
+    let looked_at = if context.access.is_keyless() { context.pages.check(&head) } else { Ok(()) };
     // The rarer ones are boxed: every request's future is as large as the largest of them.
-    let mut response = match head.uri.path() {
-        "/predict_sync" if is_post => predict::sync(peer, &head, body, &id).await,
-        "/predict_batch" if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
-        "/predict_async" if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
-        path => match (Managed::parse(path), Asked::parse(path)) {
-            (Some(managed), _) => Box::pin(manage(&peer.context, peer.address.ip(), &head, managed)).await,
-            (_, Some(asked)) => Box::pin(asked.answer(&peer.context, peer.address.ip(), &head)).await,
-            (None, None) => elsewhere(&peer.context, peer.address.ip(), &head),
-        },
+    let mut response = match (head.uri.path(), looked_at) {
+        (_, Err(foreign)) => refuse_page(context, &peer.from, &head, &foreign),
+        ("/predict_sync", _) if is_post => predict::sync(peer, &head, body, &id).await,
+        ("/predict_batch", _) if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
+        ("/predict_async", _) if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
+        _ => Box::pin(beside_predictions(context, &peer.from, &head)).await,
     };
     put_id(&id, response.headers_mut());
     response
 }
 
-/// What operators ask of one model or volume.
-async fn manage(context: &Context, caller: IpAddr, head: &Parts, managed: Managed<'_>) -> HttpResponse {
-    let response = if head.method != managed.method() {
-        wrong_method(if managed.method() == Method::GET { "GET" } else { "POST" })
-    } else {
-        match may_manage(context, caller, head) {
-            Ok(()) => managed.answer(context).await,
-            Err(denied) => egress::denied(&denied),
-        }
+/// Everything but predictions: over the network, and over the management socket.
+pub(super) async fn beside_predictions(context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
+    let path = head.uri.path();
+    match (Managed::parse(path), Asked::parse(path)) {
+        (Some(managed), _) => manage::answer(context, from, head, managed).await,
+        (_, Some(asked)) => asked.answer(context, from, head).await,
+        (None, None) => elsewhere(context, from, head),
+    }
+}
+
+/// The path with placeholders, as a label of metrics, and what stands in the placeholder; `None` where there is no such path.
+fn endpoint(path: &str) -> Option<(&'static str, &str)> {
+    if let Some(managed) = Managed::parse(path) {
+        return Some((managed.endpoint(), managed.name()));
+    }
+    if let Some(asked) = Asked::parse(path) {
+        return Some((asked.endpoint(), asked.name()));
+    }
+    GET_ONLY.iter().chain(&PREDICTIONS).find(|known| **known == path).map(|known| (*known, ""))
+}
+
+/// A request that a page in a browser has made.
+fn refuse_page(context: &Context, from: &Origin, head: &Parts, foreign: &Foreign) -> HttpResponse {
+    let status = StatusCode::FORBIDDEN;
+    let known = endpoint(head.uri.path());
+    if let Some((endpoint, _)) = known {
+        context.metrics.requests("", endpoint, status.as_u16()).inc();
+    }
+    let (endpoint, name) = known.unwrap_or(("another path", ""));
+    let action = Action { method: head.method.as_str(), endpoint, name, changes: false };
+    context.audit.refused(action, None, from, status.as_u16());
+    object_response(status, &json!({"detail": foreign.to_string()}))
+}
+
+/// The answer to a caller who isn't let in. Keys that are wrong, missing or may not do this stand in the audit log.
+pub(super) fn refuse(
+    context: &Context,
+    from: &Origin,
+    action: Action<'_>,
+    denied: &AccessError,
+) -> HttpResponse {
+    let response = egress::denied(denied);
+    let key = match denied {
+        AccessError::Missing { .. } | AccessError::Wrong { .. } => None,
+        AccessError::NoManagement { key } => key.as_deref(),
+        AccessError::TooOften(_) | AccessError::TooMany | AccessError::Unknown => return response,
     };
-    context.metrics.requests("", managed.endpoint(), response.status().as_u16()).inc();
+    context.audit.refused(action, key, from, response.status().as_u16());
     response
 }
 
 /// Everything that isn't on the hot path.
-fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
+fn elsewhere(context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
     let endpoint = head.uri.path();
     let is_get = head.method == Method::GET;
-    // Reasons hold paths and the like.
-    let may_look = || may_look(context, caller, head);
+    let action = Action { method: head.method.as_str(), endpoint, name: "", changes: false };
+    let sight = || {
+        let seen = context.access.sight(from, &Headers(&head.headers));
+        seen.unwrap_or_else(|wrong| {
+            // It is answered all the same; only the log says that it tried.
+            let _ = refuse(context, from, action, &wrong);
+            Sight::Status
+        })
+    };
     let response = match endpoint {
-        "/health" if is_get => admin::health(&context.models, may_look()),
+        "/health" if is_get => admin::health(&context.models, sight()),
         "/livez" if is_get => admin::live(),
         "/readyz" if is_get => {
             let Context { models, gate, access, jobs, devices, .. } = context;
-            admin::ready(models, gate, access, jobs, devices, may_look())
+            admin::ready(models, gate, access, jobs, devices, sight())
         }
-        "/metrics" | "/models" | "/devices" if is_get => match may_manage(context, caller, head) {
-            Err(denied) => egress::denied(&denied),
-            Ok(()) if endpoint == "/models" => admin::models(&context.models),
-            Ok(()) if endpoint == "/devices" => admin::devices(&context.devices),
-            Ok(()) => {
-                context.metrics.requests_in_flight.set(context.gate.requests() as i64);
-                admin::metrics(&context.metrics, &context.devices)
+        "/metrics" | "/models" | "/devices" if is_get => {
+            match context.access.manage(from, &Headers(&head.headers)) {
+                Err(denied) => refuse(context, from, action, &denied),
+                Ok(caller) => {
+                    let underway = Audit::begin(action, &caller, from);
+                    let response = look(context, endpoint);
+                    underway.answered(response.status().as_u16());
+                    response
+                }
             }
-        },
+        }
         known if GET_ONLY.contains(&known) => wrong_method("GET"),
-        "/predict_sync" | "/predict_batch" | "/predict_async" => wrong_method("POST"),
+        known if PREDICTIONS.contains(&known) => wrong_method("POST"),
         _ => {
             let detail = format!(
                 "no such path: {endpoint}; there are POST /predict_sync, /predict_batch, /predict_async, /jobs/{{id}}/redeliver, /models/{{name}}/reload, /models/{{name}}/rollback, /models/{{name}}/unload, /volumes/{{name}}/reload, /config/reload, DELETE /jobs/{{id}}, /queues/{{name}} and GET /jobs, /jobs/{{id}}, /queues, /queues/{{name}}, /models/{{name}}, /config, {}",
@@ -95,6 +142,18 @@ fn elsewhere(context: &Context, caller: IpAddr, head: &Parts) -> HttpResponse {
     };
     context.metrics.requests("", endpoint, response.status().as_u16()).inc();
     response
+}
+
+/// What a caller who manages sees of the whole host.
+fn look(context: &Context, endpoint: &str) -> HttpResponse {
+    match endpoint {
+        "/models" => admin::models(&context.models),
+        "/devices" => admin::devices(&context.devices),
+        _ => {
+            context.metrics.requests_in_flight.set(context.gate.requests() as i64);
+            admin::metrics(&context.metrics, &context.devices)
+        }
+    }
 }
 
 pub(super) fn wrong_method(expected: &'static str) -> HttpResponse {
@@ -124,7 +183,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn management_endpoints_answer_callers_on_this_machine_only() {
+    async fn no_address_manages_and_the_socket_does() {
         let loaded = config::load(&[], &config::Environment::default()).unwrap();
         let metrics = Metrics::new(crate::traces::Traces::default());
         let state = tempfile::tempdir().unwrap();
@@ -143,6 +202,7 @@ mod tests {
             Context::new(
                 server,
                 Access::new(AuthSpec::default(), metrics.calls_by_key.clone()),
+                Arc::default(),
                 gate,
                 models,
                 jobs,
@@ -152,32 +212,40 @@ mod tests {
                 configuration,
             )
         };
-        let status = |caller: &str, path: &str| {
-            let (head, ()) = Request::builder().uri(path).body(()).unwrap().into_parts();
-            elsewhere(&context, caller.parse().unwrap(), &head).status().as_u16()
-        };
-        for path in ["/metrics", "/models", "/devices"] {
-            for (caller, expected) in
-                [("127.0.0.1", 200), ("::1", 200), ("::ffff:127.0.0.1", 200), ("192.0.2.7", 403)]
-            {
-                assert_eq!(status(caller, path), expected, "{path} for {caller}");
-            }
-        }
-        assert_eq!(status("192.0.2.7", "/livez"), 200);
-        for (method, path) in
-            [("GET", "/models/a"), ("POST", "/models/a/reload"), ("POST", "/volumes/a/reload")]
-        {
+        let socket = Origin::Socket { uid: 1000 };
+        let network = |address: &str| Origin::Network(format!("{address}:1").parse().unwrap());
+        let addresses = ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "192.0.2.7"].map(network);
+        // What is there answers; where a model or a volume would be asked, nobody is there in this test.
+        for (method, path, expected) in [
+            ("GET", "/metrics", 200),
+            ("GET", "/models", 200),
+            ("GET", "/devices", 200),
+            ("GET", "/config", 200),
+            ("GET", "/queues", 200),
+            ("DELETE", "/queues/a", 404),
+            ("GET", "/models/a", 503),
+            ("POST", "/models/a/reload", 503),
+            ("POST", "/volumes/a/reload", 503),
+            ("POST", "/config/reload", 503),
+        ] {
             let (head, ()) = Request::builder().method(method).uri(path).body(()).unwrap().into_parts();
-            let managed = Managed::parse(path).unwrap();
-            let status = async |caller: &str| {
-                manage(&context, caller.parse().unwrap(), &head, managed).await.status().as_u16()
-            };
-            assert_eq!(status("192.0.2.7").await, 403, "{path}");
-            assert_eq!(status("127.0.0.1").await, 503, "{path}: nobody is there to ask");
-            let request = Request::builder().uri(path).header("origin", "http://page.test");
-            let (proxied, ()) = request.method(method).body(()).unwrap().into_parts();
-            let answer = manage(&context, "127.0.0.1".parse().unwrap(), &proxied, managed).await;
-            assert_eq!(answer.status().as_u16(), 403, "{path} from a page in a browser");
+            let status =
+                async |from: &Origin| beside_predictions(&context, from, &head).await.status().as_u16();
+            for address in &addresses {
+                assert_eq!(status(address).await, 403, "{method} {path} from {address}");
+            }
+            assert_eq!(status(&socket).await, expected, "{method} {path}");
         }
+        let (head, ()) = Request::builder().uri("/livez").body(()).unwrap().into_parts();
+        assert_eq!(beside_predictions(&context, &addresses[3], &head).await.status().as_u16(), 200);
+    }
+
+    #[test]
+    fn every_path_is_known_by_its_placeholders() {
+        assert_eq!(endpoint("/models/a/reload"), Some(("/models/{name}/reload", "a")));
+        assert_eq!(endpoint("/queues/q"), Some(("/queues/{name}", "q")));
+        assert_eq!(endpoint("/predict_sync"), Some(("/predict_sync", "")));
+        assert_eq!(endpoint("/livez"), Some(("/livez", "")));
+        assert_eq!(endpoint("/nowhere"), None);
     }
 }

@@ -479,13 +479,15 @@ impl Jobs {
     }
 
     /// Has a job's message delivered again that was delivered or given up. `false` where there is none, or it is on its way.
+    /// `may_name` says whether jobs of this key may name this queue now.
     ///
     /// # Errors
-    /// [`JobError::Unavailable`] where the journal can't be written.
+    /// [`JobError::Unavailable`] where the journal can't be written, or what `may_name` says.
     pub async fn redeliver(
         self: &Arc<Self>,
         id: JobId,
         whose: Option<Option<Arc<str>>>,
+        may_name: impl FnOnce(Option<&str>, &str) -> Result<(), JobError>,
     ) -> Result<Option<bool>, JobError> {
         let Some(stored) = self.read(move |journal| journal.job(id)).await? else { return Ok(None) };
         if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
@@ -493,6 +495,9 @@ impl Jobs {
         }
         if !matches!(stored.delivery, Delivered::Delivered | Delivered::Dead) {
             return Ok(Some(false));
+        }
+        if let Some(queue) = &stored.queue {
+            may_name(stored.key.as_deref(), queue)?;
         }
         let (tell, told) = oneshot::channel();
         {

@@ -1,0 +1,188 @@
+//! Keeps pages in browsers from a host that has no keys: any page that its user opens could ask it, and a name that leads to
+//! a loopback address could read what it says. It looks at Host, Origin and Sec-Fetch-Site, which pages can't choose, and never knows
+//! what is asked. Where callers show keys there is no need: a page has none.
+
+use std::net::IpAddr;
+
+use hyper::{
+    HeaderMap,
+    header::{HOST, HeaderName, ORIGIN},
+    http::request::Parts,
+};
+
+use crate::config::Server;
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// The rules for every request of a host without keys.
+pub(super) struct PageRules {
+    /// Whether Host is looked at. Elsewhere than on loopback a host doesn't know its names unless they are configured.
+    names_hosts: bool,
+    /// `server.allowed_hosts`.
+    allowed_hosts: Vec<String>,
+}
+
+/// Why a request is a page's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Foreign {
+    /// Its Host is none of ours.
+    #[error(
+        "expected the header host to be a loopback name or address, or one of server.allowed_hosts, found {0:?}; this host has no keys (app_settings.auth_config), so it answers to its own names only"
+    )]
+    Host(String),
+    /// It comes from a page of another site.
+    #[error(
+        "expected the header {header} to be {expected}, found {found:?}; this host has no keys (app_settings.auth_config), so it answers no pages of other sites"
+    )]
+    Page {
+        /// The header that says so.
+        header: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+}
+
+impl PageRules {
+    pub(super) fn new(server: &Server) -> Self {
+        let names_hosts = server.listen.ip().to_canonical().is_loopback() || !server.allowed_hosts.is_empty();
+        Self { names_hosts, allowed_hosts: server.allowed_hosts.clone() }
+    }
+
+    /// Looks at a request. One without Host, as in HTTP/1.0, is no browser's.
+    pub(super) fn check(&self, head: &Parts) -> Result<(), Foreign> {
+        let headers = &head.headers;
+        // HTTP/2 has it in the path.
+        let host = match head.uri.authority() {
+            Some(authority) => Some(authority.as_str()),
+            None => headers.get(HOST).map(|host| host.to_str().unwrap_or("(unreadable)")),
+        };
+        if self.names_hosts
+            && let Some(host) = host
+            && !self.is_ours(host)
+        {
+            return Err(Foreign::Host(host.to_owned()));
+        }
+        if let Some(site) = text(headers, &SEC_FETCH_SITE)
+            && !["none", "same-origin"].contains(&site)
+        {
+            let expected = "none or same-origin".to_owned();
+            return Err(Foreign::Page { header: "sec-fetch-site", expected, found: site.to_owned() });
+        }
+        match text(headers, &ORIGIN) {
+            Some(origin) if !is_of(origin, host) => {
+                let expected = format!("the origin of this host, {:?}", host.unwrap_or("which has no name"));
+                Err(Foreign::Page { header: "origin", expected, found: origin.to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn is_ours(&self, authority: &str) -> bool {
+        let name = without_port(authority);
+        name.eq_ignore_ascii_case("localhost")
+            || name.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+            || self.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name))
+    }
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
+    headers.get(name).map(|value| value.to_str().unwrap_or("(unreadable)"))
+}
+
+/// Whether an origin, `scheme://authority`, is that of this Host. `null` is nobody's.
+fn is_of(origin: &str, host: Option<&str>) -> bool {
+    let authority = origin.split_once("://").map(|(_, authority)| authority);
+    authority.zip(host).is_some_and(|(authority, host)| authority.eq_ignore_ascii_case(host))
+}
+
+/// The name or address in `name:port`; IPv6 without its brackets.
+fn without_port(authority: &str) -> &str {
+    if let Some(rest) = authority.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or_default();
+    }
+    authority.split(':').next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Request;
+
+    use super::*;
+    use crate::config::{self, Environment};
+
+    fn rules(pairs: &[(&str, &str)]) -> PageRules {
+        let environment: Environment =
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        PageRules::new(&config::load(&[], &environment).unwrap().config.server)
+    }
+
+    fn check(rules: &PageRules, headers: &[(&str, &str)]) -> Result<(), Foreign> {
+        let mut request = Request::builder().uri("/predict_async");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        rules.check(&request.body(()).unwrap().into_parts().0)
+    }
+
+    #[test]
+    fn a_host_on_loopback_answers_to_its_own_names_only() {
+        let plain = rules(&[]);
+        for ours in
+            ["localhost", "LocalHost:8000", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", "[::ffff:127.0.0.1]"]
+        {
+            assert_eq!(check(&plain, &[("host", ours)]), Ok(()), "{ours}");
+        }
+        let others = [
+            "evil.test",
+            "evil.test:8000",
+            "127.0.0.1.evil.test",
+            "localhost.evil.test",
+            "192.0.2.1",
+            "",
+            "[::2]",
+        ];
+        for other in others {
+            assert!(matches!(check(&plain, &[("host", other)]), Err(Foreign::Host(_))), "{other}");
+        }
+        assert_eq!(check(&plain, &[]), Ok(()), "no browser leaves it out");
+        let named = rules(&[("MODALKIT_SERVER__ALLOWED_HOSTS", r#"["models.test"]"#)]);
+        assert_eq!(check(&named, &[("host", "Models.test:443")]), Ok(()));
+        assert!(check(&named, &[("host", "evil.test")]).is_err());
+    }
+
+    #[test]
+    fn elsewhere_names_are_looked_at_where_they_are_configured() {
+        let everywhere = ("MODALKIT_SERVER__LISTEN", "0.0.0.0:8000");
+        let insecure = ("MODALKIT_SERVER__INSECURE", "true");
+        assert_eq!(check(&rules(&[everywhere, insecure]), &[("host", "any.test")]), Ok(()));
+        let named = rules(&[everywhere, insecure, ("MODALKIT_SERVER__ALLOWED_HOSTS", r#"["models.test"]"#)]);
+        assert_eq!(check(&named, &[("host", "models.test")]), Ok(()));
+        assert!(check(&named, &[("host", "any.test")]).is_err());
+    }
+
+    #[test]
+    fn pages_of_other_sites_are_told_from_the_hosts_own() {
+        let plain = rules(&[]);
+        let host = ("host", "127.0.0.1:8000");
+        assert_eq!(check(&plain, &[host, ("origin", "http://127.0.0.1:8000")]), Ok(()));
+        for other in [
+            "http://evil.test",
+            "null",
+            "http://127.0.0.1:8001",
+            "http://localhost:8000",
+            "",
+            "127.0.0.1:8000",
+        ] {
+            let found = check(&plain, &[host, ("origin", other)]);
+            assert!(matches!(found, Err(Foreign::Page { header: "origin", .. })), "{other}: {found:?}");
+        }
+        assert!(check(&plain, &[("origin", "http://127.0.0.1:8000")]).is_err(), "an origin without Host");
+        for (site, expected) in
+            [("none", true), ("same-origin", true), ("same-site", false), ("cross-site", false), ("x", false)]
+        {
+            assert_eq!(check(&plain, &[host, ("sec-fetch-site", site)]).is_ok(), expected, "{site}");
+        }
+    }
+}
