@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 fn modalkit(args: &[&str], variables: &[(&str, &str)]) -> (i32, String, String) {
     let output = Command::new(built().join("modalkit"))
         .args(args)
+        .env_remove("MODALKIT_SOCKET")
         .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .output()
@@ -76,9 +77,16 @@ fn what_needs_no_configuration_is_not_stopped_by_a_wrong_one() {
 
 fn ask(host: &Host, args: &[&str], more: &[(&str, &str)]) -> (i32, String, String) {
     let url = format!("http://{}", host.address);
-    let mut variables = vec![("MODALKIT_URL", url.as_str())];
+    let socket = host.socket.as_deref().map(path_of).unwrap();
+    let mut variables = vec![("MODALKIT_URL", url.as_str()), ("MODALKIT_SOCKET", socket)];
     variables.extend_from_slice(more);
     modalkit(args, &variables)
+}
+
+/// As anybody could, over the network.
+fn ask_over_network(host: &Host, args: &[&str], more: &[(&str, &str)]) -> (i32, String, String) {
+    let url = format!("http://{}", host.address);
+    modalkit(args, &[&[("MODALKIT_URL", url.as_str())], more].concat())
 }
 
 #[test]
@@ -123,14 +131,64 @@ fn a_running_host_is_asked_from_the_command_line() {
 }
 
 #[test]
+fn the_command_line_finds_the_hosts_socket_and_needs_no_key_there() {
+    for auth in ["", &format!("[app_settings.auth_config]\napi_key = {KEY:?}\n")] {
+        let mut host = Setup::new().plugin("echo").config(auth).ready();
+        let files = host.folder().join("modalkit.toml");
+        let state = host.folder().join("state");
+        let address = host.address.to_string();
+        let at_home = |args: &[&str], more: &[(&str, &str)]| {
+            let mut variables = vec![
+                ("MODALKIT_SERVER__STATE_FOLDER", path_of(&state)),
+                ("MODALKIT_SERVER__LISTEN", address.as_str()),
+            ];
+            variables.extend_from_slice(more);
+            modalkit(&[args, &["--config", path_of(&files)]].concat(), &variables)
+        };
+        let (code, said, _) = at_home(&["models"], &[]);
+        assert!(code == 0 && said.contains("echo   ready"), "{code} {said}");
+        let (code, said, _) = at_home(&["reload", "echo"], &[]);
+        assert!(code == 0 && said.contains("swapped"), "{code} {said}");
+        let (code, said, _) = at_home(&["metrics"], &[]);
+        assert!(code == 0 && said.contains("# TYPE modalkit_requests_total counter"), "{code} {said}");
+        // Predictions go over the network, with a key where one is asked for, and the socket shows everybody's jobs.
+        let predict = ["predict", "--async", "--input", r#"{"text": "a"}"#];
+        let key = if auth.is_empty() { vec![] } else { vec![("MODALKIT_KEY", KEY)] };
+        let (code, said, said_of_it) = at_home(&predict, &key);
+        assert_eq!(code, 0, "{said}{said_of_it}");
+        let id = json_of(&said)["job_id"].as_str().unwrap().to_owned();
+        let (code, said, _) = at_home(&["jobs"], &[]);
+        assert!(code == 0 && said.contains(&id), "{code} {said}");
+        // An address or a key goes over the network, where this key doesn't manage.
+        let url = format!("http://{address}");
+        for by_network in [("MODALKIT_URL", url.as_str()), ("MODALKIT_KEY", KEY)] {
+            let (code, said, _) = at_home(&["models"], &[by_network]);
+            assert!(code == 1 && !said.contains("ready"), "{code} {said}");
+        }
+        let socket = host.socket.clone().unwrap();
+        assert_eq!(modalkit(&["models", "--socket", path_of(&socket)], &[]).0, 0);
+        host.kill();
+        for _ in 0..2 {
+            // Its file is there still, and then it isn't.
+            let (code, _, said) = at_home(&["models"], &[]);
+            assert!(
+                code == 1 && said.contains("no host answers") && said.contains("--socket"),
+                "{code} {said}"
+            );
+            let _ = fs::remove_file(&socket);
+        }
+    }
+}
+
+#[test]
 fn a_key_is_shown_from_the_environment_and_asked_for_where_it_is_missing() {
     let config = format!("[app_settings.auth_config.keys.operator]\napi_key = {KEY:?}\nmanagement = true\n");
     let host = Setup::new().plugin("echo").config(&config).start();
     wait_until("the host is ready", || host.get("/readyz").0 == 200);
-    let (code, said, _) = ask(&host, &["models"], &[]);
+    let (code, said, _) = ask_over_network(&host, &["models"], &[]);
     assert!(code == 1 && said.contains("MODALKIT_KEY"), "{code} {said}");
-    let (code, said, _) = ask(&host, &["models"], &[("MODALKIT_KEY", KEY)]);
+    let (code, said, _) = ask_over_network(&host, &["models"], &[("MODALKIT_KEY", KEY)]);
     assert!(code == 0 && said.contains("echo   ready"), "{code} {said}");
-    let (_, help, _) = ask(&host, &["models", "--help"], &[("MODALKIT_KEY", KEY)]);
+    let (_, help, _) = ask_over_network(&host, &["models", "--help"], &[("MODALKIT_KEY", KEY)]);
     assert!(!help.contains(KEY), "{help}");
 }

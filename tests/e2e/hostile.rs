@@ -42,7 +42,7 @@ fn malformed(random: &mut Random) -> (Vec<u8>, bool) {
     let path = random.pick(&PATHS);
     let good = br#"{"value": 12, "do": "nothing special", "ms": 3}"#;
     let with = |path: &str, headers: &str, body: &[u8]| {
-        let mut bytes = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{headers}\r\n").into_bytes();
+        let mut bytes = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n").into_bytes();
         bytes.extend_from_slice(body);
         bytes
     };
@@ -113,13 +113,13 @@ fn malformed(random: &mut Random) -> (Vec<u8>, bool) {
         }
         900..970 => {
             let bytes = random.pick(&[
-                "GET /predict_sync HTTP/1.1\r\nhost: x\r\n\r\n",
-                "PUT /predict_sync HTTP/1.1\r\nhost: x\r\n\r\n",
-                "POST /predict_sync?model_name=%FF%00 HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
-                "POST /predict_sync HTTP/1.1\r\nhost: x\r\nx-request-timeout-ms: -5\r\ncontent-length: 2\r\n\r\n{}",
-                "POST /../../etc/passwd HTTP/1.1\r\nhost: x\r\n\r\n",
+                "GET /predict_sync HTTP/1.1\r\nhost: localhost\r\n\r\n",
+                "PUT /predict_sync HTTP/1.1\r\nhost: localhost\r\n\r\n",
+                "POST /predict_sync?model_name=%FF%00 HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}",
+                "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\nx-request-timeout-ms: -5\r\ncontent-length: 2\r\n\r\n{}",
+                "POST /../../etc/passwd HTTP/1.1\r\nhost: localhost\r\n\r\n",
                 "POST /predict_sync HTTP/9.9\r\n\r\n",
-                "GET /jobs/%00 HTTP/1.1\r\nhost: x\r\n\r\n",
+                "GET /jobs/%00 HTTP/1.1\r\nhost: localhost\r\n\r\n",
                 "POST /predict_sync HTTP/1.1\r\nbad header\r\n\r\n",
                 "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nnot a frame, not a frame, not a frame",
             ]);
@@ -234,7 +234,7 @@ fn leavers(host: &Host, time: Duration) {
                 while begun.elapsed() < time {
                     let body = json!({"do": "sleep", "ms": random.below(20), "value": caller}).to_string();
                     let request = format!(
-                        "POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+                        "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
                         body.len()
                     );
                     let mut stream = host.connect();

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, env, fs, thread};
 
 use mock_collector::{MockServer, Protocol, ServerHandle};
 use modalkit::{telemetry::Metrics, traces::Traces};
-use modalkit_tests::{Host, SECRET_OF_COLLECTOR, Setup, assert_no_secret, workspace};
+use modalkit_tests::{Host, KEY, SECRET_OF_COLLECTOR, Setup, assert_no_secret, workspace};
 use serde_json::{Value, json};
 
 const PREFACE: &str = "# Metrics
@@ -129,8 +129,11 @@ fn a_request_says_where_its_time_went() {
     let host = Setup::new()
         .plugin("puppet")
         .config("[app_settings.batch_config]\nmax_batch_size = 4\nwait_ms = 30\n")
+        .config(&format!("[app_settings.auth_config.keys.one]\napi_key = {KEY:?}\nexplain = true\n"))
+        .config("[app_settings.auth_config.keys.other]\napi_key = \"another\"\n")
         .ready();
-    let told = explained(&host, "/predict_sync", &json!({"do": "sleep", "ms": 20}), &[]);
+    let key = [("x-api-key", KEY)];
+    let told = explained(&host, "/predict_sync", &json!({"do": "sleep", "ms": 20}), &key);
     let batch = &told["batches"][0];
     assert_eq!(
         (&batch["closed"], &batch["size"], &batch["items"]),
@@ -150,13 +153,13 @@ fn a_request_says_where_its_time_went() {
     assert!(whole <= time(&told["total_ms"]) + 0.01 && whole >= 49.0, "{whole} of {told}");
 
     let items: Vec<Value> = (0..6).map(|value| json!({"value": value})).collect();
-    let told = explained(&host, "/predict_batch", &json!(items), &[]);
+    let told = explained(&host, "/predict_batch", &json!(items), &key);
     let sizes: Vec<&Value> = told["batches"].as_array().unwrap().iter().map(|batch| &batch["size"]).collect();
     assert_eq!(sizes, [4, 2], "{told}");
     assert_eq!(told["batches"][0]["closed"], "full");
 
-    // Callers through a proxy may not ask; they are answered all the same.
-    let told = explained(&host, "/predict_sync", &json!({}), &[("via", "1.1 proxy")]);
+    // Others may not ask; they are answered all the same.
+    let told = explained(&host, "/predict_sync", &json!({}), &[("x-api-key", "another")]);
     assert!(told["denied"].as_str().unwrap().contains("explain = true"), "{told}");
 }
 

@@ -183,7 +183,7 @@ fn jobs_are_listed_and_bounded() {
 fn a_result_that_is_not_delivered_in_time_is_given_up_and_can_be_sent_again() {
     // Nobody listens there.
     let config = format!(
-        "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\ndelivery_deadline_seconds = 1",
+        "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nallowed_queues = [\"results\"]\ndelivery_deadline_seconds = 1",
         modalkit_tests::free_port()
     );
     let host = puppet(&config);
@@ -293,7 +293,7 @@ mod with_redis {
         let mut redis = brokers::redis(&[]);
         redis.start();
         let mut host = puppet(&format!(
-            "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"",
+            "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nallowed_queues = [\"results\"]",
             redis.port
         ));
         let envelope = |value: i64| json!({"message": {"value": value, "do": "sleep", "ms": 30}, "success_queue": "results"});
@@ -336,7 +336,7 @@ mod with_redis {
         let host = Setup::new()
         .plugin("puppet")
         .config(&format!(
-            "[app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\npassword = \"{}\"",
+            "[app_settings.queue_config]\nallowed_queues = [\"main://q\"]\n[app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\npassword = \"{}\"",
             redis.port, modalkit_tests::SECRET
         ))
         .start();
@@ -359,7 +359,7 @@ mod with_redis {
         let mut redis = brokers::redis(&[]);
         redis.start();
         let config = format!(
-            "[app_settings.queue_config]\nbackend = \"main\"\ndead_letter_queue = \"dead\"\n\
+            "[app_settings.queue_config]\nbackend = \"main\"\ndead_letter_queue = \"dead\"\nallowed_queues = [\"results\", \"bad\"]\n\
          [app_settings.queue_config.backends.main]\nkind = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nredis_type = \"stream\"\n\
          [[app_settings.queue_config.consume]]\nqueue = \"requests\"\nmodel = \"puppet\"\nin_flight_max = 4\nvisibility_seconds = 2\n",
             redis.port
@@ -444,7 +444,7 @@ mod with_moto {
         moto.start();
         let backend = |limit: usize| {
             format!(
-                "[app_settings.queue_config]\nbackend = \"sqs\"\n[app_settings.queue_config.backends.sqs]\nbroker_url = \"http://127.0.0.1:{}/\"\n\
+                "[app_settings.queue_config]\nbackend = \"sqs\"\nallowed_queues = [\"results\"]\n[app_settings.queue_config.backends.sqs]\nbroker_url = \"http://127.0.0.1:{}/\"\n\
              access_key_id = \"k\"\nsecret_access_key = \"s\"\nmessage_bytes_max = {limit}",
                 moto.port
             )
@@ -516,6 +516,7 @@ mod with_mount {
         // Results go where they outlive the host.
         let config = format!(
             "[app_settings.batch_config]\nmax_batch_size = 8\n[app_settings.deployment_config]\nretries = 100\n\
+             [app_settings.queue_config]\nallowed_queues = [\"file://*\"]\n\
              [app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nsettings = {{ folder = {results:?} }}"
         );
         let mut host = setup.config(&config).ready();

@@ -49,8 +49,12 @@ fn a_shutdown_takes_no_new_requests_and_says_so_on_open_connections() {
     let mut host = Setup::new().plugin("puppet").ready();
     let mut stream = host.connect();
     let body = r#"{"do": "sleep", "ms": 600}"#;
-    write!(stream, "POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len())
-        .unwrap();
+    write!(
+        stream,
+        "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
     wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
     let address = host.address;
     host.signal("TERM");
@@ -70,7 +74,7 @@ fn a_second_signal_ends_it_at_once() {
             let body = r#"{"do": "sleep", "ms": 30000}"#;
             write!(
                 stream,
-                "POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+                "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
             )
             .unwrap();
@@ -92,8 +96,12 @@ fn a_drain_ends_at_its_limit_with_1() {
     let mut host = Setup::new().plugin("puppet").config("[server]\ndrain_timeout_seconds = 1").ready();
     let mut stream = host.connect();
     let body = r#"{"do": "sleep", "ms": 30000}"#;
-    write!(stream, "POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len())
-        .unwrap();
+    write!(
+        stream,
+        "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
     wait_until("it runs", || host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#) == 1.0);
     host.signal("TERM");
     assert_eq!(host.wait().code(), Some(1));

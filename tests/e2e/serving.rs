@@ -180,7 +180,7 @@ fn a_callers_request_id_comes_back_and_a_missing_one_is_made() {
     let mut ask = |header: &str| {
         write!(
             stream,
-            "POST /predict_sync HTTP/1.1\r\nhost: x\r\n{header}content-length: {}\r\n\r\n{body}",
+            "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\n{header}content-length: {}\r\n\r\n{body}",
             body.len()
         )
         .unwrap();

@@ -3,7 +3,7 @@
 use std::{fs, hint::black_box, time::Instant};
 
 use modalkit::{
-    access::{Access, AccessError, Shown},
+    access::{Access, AccessError, Origin, Shown},
     config::{self, Environment},
     telemetry::Metrics,
     traces::Traces,
@@ -32,7 +32,8 @@ pub(crate) fn by_matching_prefix() {
     let loaded = config::load(&[file], &Environment::default()).expect("it is right");
     let metrics = Metrics::new(Traces::default());
     let access = Access::new(loaded.config.auth, metrics.calls_by_key.clone());
-    assert!(access.admit(&Headers(KEY)).is_ok());
+    let from = Origin::Network(([127, 0, 0, 1], 1).into());
+    assert!(access.admit(&from, &Headers(KEY)).is_ok());
     // Of the right length, and right up to each place.
     let wrong: Vec<String> =
         (0..KEY.len()).map(|right| format!("{}{}", &KEY[..right], "x".repeat(KEY.len() - right))).collect();
@@ -43,7 +44,7 @@ pub(crate) fn by_matching_prefix() {
             let place = (step * 13 + round * 7) % wrong.len();
             let begun = Instant::now();
             for _ in 0..CALLS {
-                let refused = access.admit(black_box(&Headers(&wrong[place])));
+                let refused = access.admit(&from, black_box(&Headers(&wrong[place])));
                 assert!(matches!(refused, Err(AccessError::Wrong { .. })));
             }
             times[place].push(begun.elapsed().as_nanos() as f64 / f64::from(CALLS));

@@ -142,7 +142,7 @@ impl Chaos {
             Broker::Redis => {
                 let server = brokers::redis(&[]);
                 let config = format!(
-                    "[app_settings.queue_config]\nbackend = \"main\"\n[app_settings.queue_config.backends.main]\nkind = \"redis\"\n\
+                    "[app_settings.queue_config]\nbackend = \"main\"\nallowed_queues = [\"results\"]\n[app_settings.queue_config.backends.main]\nkind = \"redis\"\n\
                      broker_url = \"redis://127.0.0.1:{}\"\nredis_type = \"stream\"\n",
                     server.port
                 );
@@ -151,7 +151,7 @@ impl Chaos {
             Broker::Sqs => {
                 let server = brokers::ministack();
                 let config = format!(
-                    "[app_settings.queue_config]\nbackend = \"main\"\n[app_settings.queue_config.backends.main]\nkind = \"sqs\"\n\
+                    "[app_settings.queue_config]\nbackend = \"main\"\nallowed_queues = [\"results\"]\n[app_settings.queue_config.backends.main]\nkind = \"sqs\"\n\
                      broker_url = \"http://127.0.0.1:{}/\"\naccess_key_id = \"k\"\nsecret_access_key = \"s\"\n",
                     server.port
                 );

@@ -122,7 +122,7 @@ impl Served {
 fn call(address: SocketAddr, requests: Requests, stop: &AtomicBool, newest: &AtomicU64) -> Served {
     let Requests { path, body, statuses, check } = requests;
     let request = format!(
-        "POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut served = Served::default();

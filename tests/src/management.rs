@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use modalkit::unix_path::ShortPath;
+
 use crate::PATIENCE;
 
 /// Whether a path is answered to those only who manage, or tells them more.
@@ -20,7 +22,7 @@ pub fn is_management(path: &str) -> bool {
 /// # Errors
 /// Nobody answers, or not with HTTP.
 pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> std::io::Result<(u16, String)> {
-    let mut stream = UnixStream::connect(socket)?;
+    let mut stream = UnixStream::connect(ShortPath::of(socket)?)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let length = body.len();
     write!(

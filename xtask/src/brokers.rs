@@ -125,6 +125,9 @@ pub(crate) fn serve() -> anyhow::Result<()> {
         "
 Redis and SQS (moto, which keeps nothing) run until Ctrl-C. Into a configuration file:
 
+[app_settings.queue_config]
+allowed_queues = [\"*\"]
+
 [app_settings.queue_config.backends.redis]
 broker_url = \"redis://127.0.0.1:{redis}\"
 redis_type = \"stream\"

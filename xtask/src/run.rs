@@ -173,8 +173,12 @@ fn print_urls(listen: &str) {
         return;
     }
     println!(
-        "\nmodalkit serves at http://{listen}  (models: http://{listen}/models, metrics: http://{listen}/metrics)\n\
+        "\nmodalkit serves at http://{listen}\n\
          paste this:\n\n  \
-         curl -d '{{\"text\": \"hello\"}}' 'http://{listen}/predict_sync?model_name=echo'\n"
+         curl -d '{{\"text\": \"hello\"}}' 'http://{listen}/predict_sync?model_name=echo'\n\n\
+         its models, metrics and so on are seen over its management socket:\n\n  \
+         export MODALKIT_SOCKET={}/manage.sock\n  \
+         target/release/modalkit models\n",
+        env::var(STATE_FOLDER).unwrap_or_else(|_| STATE.into())
     );
 }

@@ -197,7 +197,7 @@ impl Bench {
     fn delivered(&self) -> anyhow::Result<f64> {
         let (redis, _data) = self.redis()?;
         let host = self.host(&format!(
-            "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"",
+            "[app_settings.queue_config]\nbackend = \"redis\"\nbroker_url = \"redis://127.0.0.1:{}\"\nallowed_queues = [\"results\"]",
             redis.port
         ))?;
         let begun = Instant::now();
