@@ -25,10 +25,10 @@ pub fn request(socket: &Path, method: &str, path: &str, body: &str) -> std::io::
     let mut stream = UnixStream::connect(ShortPath::of(socket)?)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let length = body.len();
-    write!(
-        stream,
+    let whole = format!(
         "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
-    )?;
+    );
+    stream.write_all(whole.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let parts = answer.split_once("\r\n\r\n");

@@ -28,7 +28,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Context, request::put_id, routes};
+use super::{Context, body, request::put_id, routes};
 use crate::{
     access::Origin,
     audit::Action,
@@ -236,8 +236,12 @@ fn admitted(context: &Context, stream: &tokio::net::UnixStream) -> Option<Origin
 }
 
 async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, url: &str) -> HttpResponse {
-    let (head, _) = request.into_parts();
+    let (head, body) = request.into_parts();
     let id = context.ids.of(&head.headers);
+    // Nothing here has a use for it; but a connection that closes over unread bytes is reset.
+    if let Err(error) = body::read(body, &context.server).await {
+        return error.into_response();
+    }
     let mut response: Response<_> = if head.uri.path().starts_with("/predict_") {
         let detail = format!("expected a request for the host itself: predictions are asked for at {url}");
         object_response(StatusCode::MISDIRECTED_REQUEST, &json!({"detail": detail}))
