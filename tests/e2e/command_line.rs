@@ -167,6 +167,9 @@ fn the_command_line_finds_the_hosts_socket_and_needs_no_key_there() {
         }
         let socket = host.socket.clone().unwrap();
         assert_eq!(modalkit(&["models", "--socket", path_of(&socket)], &[]).0, 0);
+        let elsewhere = ["models", "--url", "http://127.0.0.1:1"];
+        let (code, _, said) = modalkit(&elsewhere, &[("MODALKIT_SOCKET", path_of(&socket))]);
+        assert!(code == 1 && said.contains("can't reach the host at http://127.0.0.1:1"), "{code} {said}");
         host.kill();
         for _ in 0..2 {
             // Its file is there still, and then it isn't.

@@ -83,7 +83,8 @@ fn two_models_have_a_device_each_and_everybody_can_see_it() {
     assert_eq!((of("modalkit_device_utilization_percent"), of("modalkit_device_holders")), (37.0, 1.0));
     assert_eq!(of("modalkit_device_lost"), 0.0);
     let shown = Command::new(built().join("modalkit"))
-        .args(["devices", "--url", &format!("http://{}", host.address)])
+        .args(["devices", "--socket"])
+        .arg(host.socket.as_ref().unwrap())
         .stdin(Stdio::null())
         .output()
         .unwrap();

@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 const PREFACE: &str = "# Metrics
 
-`GET /metrics` answers in Prometheus' text format. Every name follows one grammar:
+`GET /metrics` answers in Prometheus' text format, and so does `modalkit metrics`. Over the network it wants a key with
+`management = true`, which Prometheus shows as `authorization: {credentials: KEY}` in its scrape configuration; over the management
+socket (`curl --unix-socket`) none. Every name follows one grammar:
 
 - `modalkit_` and lower-case words with underscores between them, the subject first: `modalkit_queue_wait_seconds`.
 - A counter ends with `_total`. A histogram ends with its unit, `_seconds` or `_items`. A gauge is what it counts, in the plural, or

@@ -85,6 +85,10 @@ fn nobody_manages_for_calling_from_this_machine() {
                 ] {
                     let (status, answer) = raw(address, &head);
                     assert_eq!(status, expected, "{head} {answer}");
+                    assert!(
+                        answer.contains("management = true") && answer.contains("modalkit reload"),
+                        "{answer}"
+                    );
                 }
             }
         }

@@ -491,10 +491,9 @@ fn two_files_of_one_name_are_told_and_the_first_counts() {
 fn people_see_and_steer_it_from_the_command_line() {
     let host = setup().plugin("echo").ready();
     let modalkit = |args: &[&str]| {
-        let url = format!("http://{}", host.address);
         let output = std::process::Command::new(modalkit_tests::built().join("modalkit"))
             .args(args)
-            .env("MODALKIT_URL", url)
+            .env("MODALKIT_SOCKET", host.socket.as_ref().unwrap())
             .output()
             .unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();

@@ -110,6 +110,8 @@ pub enum AccessError {
     Missing {
         /// The header that it is expected in.
         header: String,
+        /// Whether it would have to be one that manages.
+        to_manage: bool,
     },
     /// The key is none of ours.
     Wrong {
@@ -297,6 +299,7 @@ impl Access {
         let found = match rules.key_to_manage(&self.digester, request) {
             Ok(key) if key.manages => Ok(Caller::manager(Some(key))),
             Ok(key) => Err(AccessError::NoManagement { key: Some(Arc::clone(&key.name)) }),
+            Err(AccessError::Missing { header, .. }) => Err(AccessError::Missing { header, to_manage: true }),
             Err(error) => Err(error),
         };
         found.inspect_err(|_| self.refused())
@@ -385,7 +388,7 @@ impl Rules {
         };
         let shown = if header == "authorization" { None } else { request.header(header) };
         let Some(shown) = shown.or_else(bearer) else {
-            return Err(AccessError::Missing { header: header.clone() });
+            return Err(AccessError::Missing { header: header.clone(), to_manage: false });
         };
         match self.keys.find(&digester.digest(shown)) {
             Some(key) => Ok(key),
@@ -403,7 +406,7 @@ impl Rules {
         let (Some(shown_key), Some(shown_secret)) =
             (request.header(key_header), request.header(secret_header))
         else {
-            return Err(AccessError::Missing { header: header() });
+            return Err(AccessError::Missing { header: header(), to_manage: false });
         };
         // Both are looked at, whatever the first says.
         let right = digester.digest(shown_key).matches(key) & digester.digest(shown_secret).matches(secret);
@@ -414,7 +417,15 @@ impl Rules {
 impl fmt::Display for AccessError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Missing { header } => write!(f, "expected a key in the header {header}, found none"),
+            Self::Missing { header, to_manage: false } => {
+                write!(f, "expected a key in the header {header}, found none")
+            }
+            Self::Missing { header, to_manage: true } => {
+                write!(
+                    f,
+                    "expected a key with management = true in the header {header}, found none; {SOCKET_HINT}"
+                )
+            }
             Self::Wrong { header } => write!(f, "the key in the header {header} is none of this host's"),
             Self::NoManagement { key } => {
                 let found = match key {

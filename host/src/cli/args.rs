@@ -174,12 +174,12 @@ pub(crate) enum ConfigCommand {
 /// Which host, and how to print what it says.
 #[derive(Args)]
 pub(crate) struct Host {
-    /// Where it listens. Default: what the configuration says. Where neither an address nor a key is given, all but predictions goes
-    /// over its management socket.
-    #[arg(long, env = "MODALKIT_URL")]
+    /// Where it listens; MODALKIT_URL says so as well. Default: what the configuration says. Where neither this nor a key is given, all
+    /// but predictions goes over its management socket.
+    #[arg(long)]
     pub(crate) url: Option<String>,
-    /// Its management socket, whatever else is said. Default: what the configuration says.
-    #[arg(long, env = "MODALKIT_SOCKET")]
+    /// Its management socket, for all but predictions; MODALKIT_SOCKET says so as well. Default: what the configuration says.
+    #[arg(long, conflicts_with = "url")]
     pub(crate) socket: Option<PathBuf>,
     /// Print the host's own JSON.
     #[arg(long)]

@@ -119,19 +119,21 @@ pub(crate) fn run(what: &Ask, host: &Host, files: &[PathBuf], environment: &Envi
 }
 
 /// Where the host is asked: predictions over the network, all else over the management socket, unless an address or a key was said.
+/// What was said on the command line beats what the environment says.
 fn place(what: &Ask, host: &Host, files: &[PathBuf], environment: &Environment) -> Result<Place, Faults> {
     let predicts = matches!(what, Ask::Predict { .. });
-    if let Some(socket) = host.socket.as_ref().filter(|_| !predicts) {
-        return Ok(Place::Socket(socket.clone()));
-    }
-    if let Some(url) = &host.url {
-        return Ok(Place::Url(url.trim_end_matches('/').to_owned()));
+    let socket = |said: Option<PathBuf>| said.filter(|_| !predicts).map(Place::Socket);
+    let url = |said: Option<&str>| said.map(|url| Place::Url(url.trim_end_matches('/').to_owned()));
+    let said = socket(host.socket.clone())
+        .or_else(|| url(host.url.as_deref()))
+        .or_else(|| socket(environment.get("MODALKIT_SOCKET").map(PathBuf::from)))
+        .or_else(|| url(environment.get("MODALKIT_URL")));
+    if let Some(place) = said {
+        return Ok(place);
     }
     let server = config::load(files, environment)?.config.server;
-    Ok(match server.management_socket {
-        Some(socket) if !predicts && host.key.is_none() => Place::Socket(socket),
-        _ => Place::Url(url_of(server.listen, server.tls.is_some())),
-    })
+    let own = server.management_socket.filter(|_| host.key.is_none());
+    Ok(socket(own).unwrap_or_else(|| Place::Url(url_of(server.listen, server.tls.is_some()))))
 }
 
 /// A host that listens everywhere is found here too.
@@ -223,6 +225,43 @@ fn escaped(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_socket_is_used_unless_an_address_or_a_key_is_said() {
+        let host = |url: Option<&str>, socket: Option<&str>, key: Option<&str>| Host {
+            url: url.map(ToOwned::to_owned),
+            socket: socket.map(PathBuf::from),
+            json: false,
+            ca: None,
+            key: key.map(ToOwned::to_owned),
+        };
+        let predict = Ask::Predict { model: None, input: String::new(), how: How::Now };
+        let network = |url: &str| Place::Url(url.to_owned());
+        let at = |path: &str| Place::Socket(PathBuf::from(path));
+        let configured = network("http://127.0.0.1:8000");
+        let none: &[(&str, &str)] = &[];
+        let both = &[("MODALKIT_SOCKET", "/env.sock"), ("MODALKIT_URL", "http://env/")][..];
+        for (what, host, variables, expected) in [
+            (&Ask::Config, host(None, None, None), none, at("state/manage.sock")),
+            (&predict, host(None, None, None), none, configured.clone()),
+            (&Ask::Config, host(None, None, Some("k")), none, configured.clone()),
+            (
+                &Ask::Config,
+                host(None, None, None),
+                &[("MODALKIT_SERVER__MANAGEMENT_SOCKET", "")],
+                configured.clone(),
+            ),
+            (&Ask::Config, host(None, None, None), both, at("/env.sock")),
+            (&predict, host(None, None, None), both, network("http://env")),
+            (&Ask::Config, host(Some("http://said"), None, None), both, network("http://said")),
+            (&Ask::Config, host(None, Some("/said.sock"), None), both, at("/said.sock")),
+            (&predict, host(None, Some("/said.sock"), None), none, configured.clone()),
+        ] {
+            let environment =
+                variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            assert_eq!(place(what, &host, &[], &environment).unwrap(), expected, "{what:?} {variables:?}");
+        }
+    }
 
     #[test]
     fn a_name_is_one_step_of_a_path() {

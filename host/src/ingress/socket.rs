@@ -227,12 +227,16 @@ fn admitted(context: &Context, stream: &tokio::net::UnixStream) -> Option<Origin
         }
     };
     let from = Origin::Socket { uid };
-    if uid == ROOT || uid == geteuid().as_raw() {
+    if may_connect(uid, geteuid().as_raw()) {
         return Some(from);
     }
     let action = Action { method: "", endpoint: "the management socket", name: "", changes: false };
     context.audit.refused(action, None, &from, StatusCode::FORBIDDEN.as_u16());
     None
+}
+
+fn may_connect(uid: u32, own: u32) -> bool {
+    uid == ROOT || uid == own
 }
 
 async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, url: &str) -> HttpResponse {
@@ -255,6 +259,12 @@ async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, ur
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_users_may_not_connect_whatever_the_files_mode_says() {
+        assert!(may_connect(1000, 1000) && may_connect(0, 1000));
+        assert!(!may_connect(1001, 1000) && !may_connect(1000, 0));
+    }
 
     #[test]
     fn the_socket_is_its_owners_and_replaces_only_what_is_dead() {
