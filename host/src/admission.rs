@@ -1,4 +1,4 @@
-//! Who may enter: it owns the count of requests in flight, their limit and the drain, and never knows what they ask.
+//! Who may enter: it owns the counts of requests and of bytes in flight, their limits and the drain, and never knows what they ask.
 
 use std::sync::{
     Arc,
@@ -20,6 +20,13 @@ pub struct Gate {
 
 /// A request's place inside, given back when dropped.
 pub struct Permit<'g>(&'g Gate);
+
+impl Permit<'_> {
+    /// Leaves it to the caller to give the place back, by [`Gate::leave_request`].
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
 
 /// An accepted job's place inside, given back when dropped.
 pub struct JobPermit(Arc<Gate>);
@@ -69,6 +76,11 @@ impl Gate {
     pub fn job(self: &Arc<Self>) -> JobPermit {
         self.jobs.0.fetch_add(1, Ordering::SeqCst);
         JobPermit(Arc::clone(self))
+    }
+
+    /// Gives back a place that was kept.
+    pub fn leave_request(&self) {
+        self.leave(&self.requests);
     }
 
     fn leave(&self, count: &Count) {
@@ -127,6 +139,51 @@ impl Drop for JobPermit {
     }
 }
 
+/// Bytes in flight, of all requests together.
+pub struct Budget {
+    bytes_max: usize,
+    bytes: Count,
+}
+
+impl Budget {
+    /// A budget of this many bytes.
+    #[must_use]
+    pub fn new(bytes_max: usize) -> Self {
+        Self { bytes_max, bytes: Count::default() }
+    }
+
+    /// Takes bytes for what is about to come.
+    ///
+    /// # Errors
+    /// [`JobError::Busy`] where there would be more than the limit.
+    pub fn take(&self, bytes: usize) -> Result<(), JobError> {
+        let before = self.bytes.0.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) <= self.bytes_max {
+            return Ok(());
+        }
+        self.give_back(bytes);
+        Err(JobError::Busy(
+            "too many bytes of requests and answers are in flight (server.bytes_in_flight_max)",
+        ))
+    }
+
+    /// Takes bytes for what is there already.
+    pub fn count(&self, bytes: usize) {
+        self.bytes.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Gives bytes back that were taken or counted.
+    pub fn give_back(&self, bytes: usize) {
+        self.bytes.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes in flight.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.0.load(Ordering::Relaxed)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,5 +216,19 @@ mod tests {
         drop(inside);
         assert!(gate.enter().is_ok());
         assert_eq!(gate.requests(), 0);
+    }
+
+    #[test]
+    fn bytes_over_the_budget_are_refused_and_answers_that_exist_are_counted_all_the_same() {
+        let budget = Budget::new(100);
+        assert!(budget.take(60).is_ok());
+        assert!(matches!(budget.take(41), Err(JobError::Busy(_))));
+        assert_eq!(budget.bytes(), 60, "a refusal leaves no trace");
+        budget.count(80);
+        assert!(budget.take(1).is_err());
+        budget.give_back(80);
+        assert!(budget.take(40).is_ok());
+        budget.give_back(100);
+        assert_eq!(budget.bytes(), 0);
     }
 }

@@ -58,8 +58,12 @@ pub struct Metrics {
     pub libraries: IntGauge,
     /// Requests inside the host.
     pub requests_in_flight: IntGauge,
+    /// Bytes of bodies and answers inside the host.
+    pub bytes_in_flight: IntGauge,
     /// Open connections.
     pub connections: IntGauge,
+    /// Connections that were closed at once, because all places were taken (`full`) or all of their address (`address`).
+    pub connections_refused: IntCounterVec,
     /// Asynchronous jobs.
     pub jobs: JobMetrics,
     /// GPUs.
@@ -413,7 +417,16 @@ impl Metrics {
             ),
             libraries: gauge("modalkit_plugin_libraries", "plugin libraries opened, none is ever closed"),
             requests_in_flight: gauge("modalkit_requests_in_flight", "requests inside the host"),
+            bytes_in_flight: gauge(
+                "modalkit_bytes_in_flight",
+                "bytes of bodies that have come and of answers that are being written",
+            ),
             connections: gauge("modalkit_connections", "open connections"),
+            connections_refused: counter(
+                "modalkit_connections_refused_total",
+                "connections beyond a limit, by which one",
+                &["reason"],
+            ),
             jobs: JobMetrics {
                 known: Arc::clone(&known),
                 running: job_states.with_label_values(&["running"]),

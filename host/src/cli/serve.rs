@@ -6,6 +6,7 @@ use anyhow::Context;
 use modalkit::{
     app::{self, Ended},
     config::{Loaded, Sources},
+    ingress,
     log::{self, LogLevels},
 };
 use tokio::{
@@ -14,6 +15,9 @@ use tokio::{
 };
 
 use super::{DEVICE_LOST, DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::complain};
+
+/// Threads of the blocking pool beside those on which plugins may hang: for the journal, the configuration and the building of plugins.
+const OWN_BLOCKING_THREADS: usize = 64;
 
 pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
     let sources = Sources::new(files);
@@ -35,12 +39,10 @@ pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
 }
 
 fn serve(sources: Sources, loaded: Loaded, log: LogLevels, set_journal_aside: bool) -> u8 {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Connections have threads of their own; what is left is to accept, to watch and to scale.
         .worker_threads(1)
-        // Large inputs, one for each core, and the building of plugins.
-        .max_blocking_threads(cores + 2)
+        .max_blocking_threads(ingress::DECODES_MAX + OWN_BLOCKING_THREADS)
         .thread_name("control")
         .enable_all()
         .build();

@@ -44,14 +44,22 @@ layer! {
         insecure: bool = false;
         /// Threads that serve connections.
         io_threads: Count<1, MAX_THREADS>, or "as many as there are cores";
-        /// Open connections; further ones wait in the kernel's backlog.
+        /// Open connections. Of further ones a few are answered: `/livez` and `/readyz`, anything else with 503; the rest are closed.
         connections_max: Count<1, 1_048_576> = Count(4096);
+        /// Open connections of one address (of IPv6: one /64); further ones are closed.
+        connections_per_address_max: Count<1, 1_048_576>, or "half of connections_max, at least 1";
         /// Milliseconds until a connection's first bytes, then until the end of each request's headers.
         header_timeout_ms: Milliseconds = Count(30_000);
+        /// Bytes of a request's headers, and of what a connection reads ahead.
+        header_bytes_max: Count<8_192, 16_777_216> = Count(64 << 10);
         /// Milliseconds from the end of the headers to the end of the body.
         body_timeout_ms: Milliseconds = Count(30_000);
         /// Bytes of a request's body.
         body_bytes_max: Large = Count(8 << 20);
+        /// Bytes of bodies that have come and of answers that are being written, of all requests together; beyond them bodies get a 429.
+        bytes_in_flight_max: Count<1_048_576, 1_099_511_627_776> = Count(256 << 20);
+        /// Milliseconds that an answer may wait for its caller to take any of it; then the connection is ended.
+        write_timeout_ms: Milliseconds = Count(30_000);
         /// Bodies up to this many bytes are parsed on the connection's thread, larger ones on a pool of one thread a core.
         decode_inline_bytes_max: Count<0, 4_294_967_296> = Count(16 << 10);
         /// Milliseconds until a request gets a 504.

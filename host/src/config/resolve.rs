@@ -380,14 +380,21 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
     let listen = written.listen().0;
     let milliseconds = |count: u64| Duration::from_millis(count);
     let request_timeout_max = milliseconds(written.request_timeout_ms_max().0);
+    let connections_max = written.connections_max().0;
+    let per_address_max =
+        written.connections_per_address_max.value().map_or(connections_max / 2, |max| max.0);
     Server {
         listen,
         insecure: written.insecure(),
         io_threads: written.io_threads() as usize,
-        connections_max: written.connections_max().0 as usize,
+        connections_max: connections_max as usize,
+        connections_per_address_max: per_address_max.max(1) as usize,
         header_timeout: milliseconds(written.header_timeout_ms().0),
+        header_bytes_max: written.header_bytes_max().0 as usize,
         body_timeout: milliseconds(written.body_timeout_ms().0),
         body_bytes_max: written.body_bytes_max().0 as usize,
+        bytes_in_flight_max: written.bytes_in_flight_max().0 as usize,
+        write_timeout: milliseconds(written.write_timeout_ms().0),
         decode_inline_bytes_max: written.decode_inline_bytes_max().0 as usize,
         request_timeout: milliseconds(written.request_timeout_ms().0).min(request_timeout_max),
         request_timeout_max,

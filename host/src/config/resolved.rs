@@ -275,14 +275,22 @@ pub struct Server {
     pub insecure: bool,
     /// Threads that serve connections.
     pub io_threads: usize,
-    /// Open connections; further ones wait in the kernel's backlog.
+    /// Open connections; of further ones a few are answered, the rest are closed.
     pub connections_max: usize,
+    /// Open connections of one address.
+    pub connections_per_address_max: usize,
     /// From the first byte a connection could send to the end of its request's headers.
     pub header_timeout: Duration,
+    /// Bytes of a request's headers, and of what a connection reads ahead.
+    pub header_bytes_max: usize,
     /// From the end of the headers to the end of the body.
     pub body_timeout: Duration,
     /// Bytes of a request's body.
     pub body_bytes_max: usize,
+    /// Bytes of bodies that have come and of answers that are being written, of all requests together.
+    pub bytes_in_flight_max: usize,
+    /// How long an answer may wait for its caller to take any of it.
+    pub write_timeout: Duration,
     /// Bodies up to this are parsed on the runtime's threads, larger ones on a bounded pool.
     pub decode_inline_bytes_max: usize,
     /// A request's deadline where it sets none.

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use hyper::{
@@ -12,8 +12,8 @@ use hyper::{
 use serde_json::json;
 use tokio::time::timeout;
 
+use super::exchange::Exchange;
 use crate::{
-    config::Server,
     egress::{HttpResponse, and_close, error, object_response},
     job::JobError,
 };
@@ -22,11 +22,14 @@ use crate::{
 /// connection that closes over unread bytes resets it.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 const DRAIN_BYTES_MAX: usize = 64 << 20;
+/// The first part of the budget that a body takes which doesn't come whole with its headers; then it doubles.
+const FIRST_BYTES: usize = 64 << 10;
 
 /// Why there is no body; each ends the connection.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum BodyError {
     TooLarge { limit: usize },
+    NoRoom(JobError),
     TooSlow { limit: Duration },
     Broken(String),
 }
@@ -37,6 +40,7 @@ impl BodyError {
             Self::TooLarge { limit } => error(&JobError::TooLarge(format!(
                 "expected a body of at most {limit} bytes (server.body_bytes_max)"
             ))),
+            Self::NoRoom(busy) => error(&busy),
             Self::TooSlow { limit } => {
                 let detail = format!("the body did not arrive within {limit:?} (server.body_timeout_ms)");
                 object_response(StatusCode::REQUEST_TIMEOUT, &json!({"detail": detail}))
@@ -50,8 +54,8 @@ impl BodyError {
 }
 
 /// The whole body. One that came together with its headers is passed on without a copy and without a timer.
-pub(super) async fn read(mut body: Incoming, server: &Server) -> Result<Bytes, BodyError> {
-    let limit = server.body_bytes_max;
+pub(super) async fn read(mut body: Incoming, exchange: &Exchange) -> Result<Bytes, BodyError> {
+    let limit = exchange.context.server.body_bytes_max;
     let declared = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
     if declared <= limit && body.is_end_stream() {
         return Ok(Bytes::new());
@@ -64,7 +68,7 @@ pub(super) async fn read(mut body: Incoming, server: &Server) -> Result<Bytes, B
     {
         return Ok(whole.clone());
     }
-    Box::pin(read_on(body, first.flatten(), declared, server)).await
+    Box::pin(read_on(body, first.flatten(), declared, exchange)).await
 }
 
 /// The rest of a body that comes in pieces.
@@ -72,39 +76,62 @@ async fn read_on(
     mut body: Incoming,
     first: Option<hyper::Result<Frame<Bytes>>>,
     declared: usize,
-    server: &Server,
+    exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
+    let server = &exchange.context.server;
     let limit = server.body_bytes_max;
     if declared > limit {
-        return Err(refuse(body, limit).await);
+        return Err(refuse(body, BodyError::TooLarge { limit }).await);
     }
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
-    let collected = collect(&mut body, first, declared, limit);
-    match timeout(server.body_timeout, collected).await.map_err(slow)?? {
-        Some(whole) => Ok(whole),
-        None => Err(refuse(body, limit).await),
+    let whole = Collected { bytes: Vec::new(), declared, limit, exchange };
+    match timeout(server.body_timeout, collect(&mut body, first, whole)).await.map_err(slow)? {
+        Err(error @ (BodyError::TooLarge { .. } | BodyError::NoRoom(_))) => Err(refuse(body, error).await),
+        collected => collected,
     }
 }
 
-/// `None` where there is more than the limit.
 async fn collect(
     body: &mut Incoming,
     first: Option<hyper::Result<Frame<Bytes>>>,
-    declared: usize,
-    limit: usize,
-) -> Result<Option<Bytes>, BodyError> {
-    let mut whole = BytesMut::with_capacity(declared);
+    mut whole: Collected<'_>,
+) -> Result<Bytes, BodyError> {
     if let Some(first) = first {
         let frame = first.map_err(|error| BodyError::Broken(error.to_string()))?;
-        whole.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
+        whole.add(frame.data_ref().map_or(&[], |data| data))?;
     }
-    while whole.len() <= limit {
-        match next(body).await? {
-            Some(data) => whole.extend_from_slice(&data),
-            None => return Ok(Some(whole.freeze())),
+    while let Some(data) = next(body).await? {
+        whole.add(&data)?;
+    }
+    Ok(whole.bytes.into())
+}
+
+/// What has come of a body. It takes memory, and its part of the budget, as bytes come: what a caller declares costs nothing.
+struct Collected<'e> {
+    bytes: Vec<u8>,
+    declared: usize,
+    limit: usize,
+    exchange: &'e Exchange,
+}
+
+impl Collected<'_> {
+    fn add(&mut self, data: &[u8]) -> Result<(), BodyError> {
+        let needed = self.bytes.len() + data.len();
+        if needed > self.limit {
+            return Err(BodyError::TooLarge { limit: self.limit });
         }
+        let capacity = self.bytes.capacity();
+        if needed > capacity {
+            let mut grown = needed.max(2 * capacity).max(FIRST_BYTES);
+            if self.declared >= needed {
+                grown = grown.min(self.declared);
+            }
+            self.exchange.take_bytes(grown - capacity).map_err(BodyError::NoRoom)?;
+            self.bytes.reserve_exact(grown - self.bytes.len());
+        }
+        self.bytes.extend_from_slice(data);
+        Ok(())
     }
-    Ok(None)
 }
 
 /// The next piece of data; `None` at the end.
@@ -123,7 +150,8 @@ async fn next(body: &mut Incoming) -> Result<Option<Bytes>, BodyError> {
     }
 }
 
-async fn refuse(mut body: Incoming, limit: usize) -> BodyError {
+/// Lets the caller finish for a while, so that it reads why it is refused.
+async fn refuse(mut body: Incoming, error: BodyError) -> BodyError {
     let drain = async {
         let mut drained = 0;
         while let Ok(Some(data)) = next(&mut body).await {
@@ -136,5 +164,5 @@ async fn refuse(mut body: Incoming, limit: usize) -> BodyError {
     };
     // Whether it was drained to its end or not, the answer is the same.
     let _ = timeout(DRAIN_TIME_MAX, drain).await;
-    BodyError::TooLarge { limit }
+    error
 }

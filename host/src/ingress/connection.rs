@@ -1,10 +1,11 @@
-//! Accepts connections and speaks HTTP/1.1 or HTTP/2 on each. It owns their number, their timeouts and their end, and
+//! Speaks HTTP/1.1 or HTTP/2 on a connection. It owns the connection's timeouts, what it may buffer, and its end, and
 //! never knows what is asked.
 
 use std::{
     convert::Infallible,
     future::poll_fn,
     io,
+    net::SocketAddr,
     pin::pin,
     sync::{
         Arc,
@@ -15,6 +16,8 @@ use std::{
 };
 
 use hyper::{
+    Method, Request,
+    body::Incoming,
     server::conn::{http1, http2},
     service::service_fn,
 };
@@ -23,32 +26,38 @@ use hyper_util::{
     server::graceful::GracefulConnection,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, Interest},
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
-    time::timeout,
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::watch,
+    time::{sleep, timeout},
 };
-
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Context,
-    io_threads::{IoThread, Post},
-    routes,
-    timer::ConnectionTimer,
+    Context, exchange::Exchange, io_threads::Post, places::Place, routes, timer::ConnectionTimer,
+    write_limit::WriteLimit,
 };
-use crate::access::Origin;
+use crate::{
+    access::Origin,
+    egress::{self, HttpResponse, and_close},
+    job::JobError,
+};
 
-/// After a failed `accept` (out of file descriptors, say), the wait until the next.
-const ACCEPT_RETRY: Duration = Duration::from_millis(50);
-/// What an HTTP/2 connection begins with, as far as it takes to tell it from any HTTP/1 method.
-const HTTP2_PREFACE: &[u8] = b"PRI ";
-/// Between two looks at a connection that has sent a part of those bytes.
-const PREFACE_RETRY: Duration = Duration::from_millis(5);
 /// An HTTP/2 peer that doesn't answer a ping within this time is gone.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS_MAX: u32 = 256;
+/// Bytes that the caller may send ahead on one stream of HTTP/2, and on all streams of a connection.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
+/// Bytes of one answer that HTTP/2 asks for ahead of what its caller takes.
+const STREAM_SEND_BYTES: usize = 64 << 10;
+/// While the host drains: how long an answer may wait for its caller to take any of it.
+const WRITE_TIME_MAX_IN_DRAIN: Duration = Duration::from_secs(5);
+/// Between two looks whether the answers of an HTTP/2 connection get anywhere.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Such looks within the limit, at least.
+const PROGRESS_LOOKS: u32 = 4;
 
 /// What the requests of one connection share.
 pub(super) struct Peer {
@@ -56,128 +65,83 @@ pub(super) struct Peer {
     pub(super) from: Origin,
     pub(super) post: Arc<Post>,
     pub(super) timer: ConnectionTimer,
+    /// A write waits for the caller.
+    pub(super) stalled: AtomicBool,
     asked: AtomicBool,
-    /// Requests of an HTTP/2 connection: those that are open, and how many there ever were.
-    open: AtomicUsize,
-    begun: AtomicUsize,
+    /// Requests of an HTTP/2 connection: those that are not over, how many there ever were, and those whose answers are not written.
+    pub(super) open: AtomicUsize,
+    pub(super) begun: AtomicUsize,
+    pub(super) unwritten: AtomicUsize,
+    /// Its caller took some of an answer since this was last looked at.
+    pub(super) progressed: AtomicBool,
 }
 
-/// An open port and the threads behind it.
-pub struct Listener {
-    listener: TcpListener,
-    threads: Vec<IoThread>,
-    context: Arc<Context>,
-    tls: Option<TlsAcceptor>,
-}
-
-impl Listener {
-    /// Starts the threads; with an acceptor, connections begin with a handshake of TLS.
-    ///
-    /// # Errors
-    /// The system gives no more threads.
-    pub fn new(listener: TcpListener, context: Arc<Context>, tls: Option<TlsAcceptor>) -> io::Result<Self> {
-        let threads = (0..context.server.io_threads).map(IoThread::start).collect::<io::Result<_>>()?;
-        Ok(Self { listener, threads, context, tls })
+impl Peer {
+    pub(super) fn new(context: &Arc<Context>, address: SocketAddr, post: &Arc<Post>) -> Arc<Self> {
+        Arc::new(Self {
+            context: Arc::clone(context),
+            from: Origin::Network(address),
+            post: Arc::clone(post),
+            timer: ConnectionTimer::default(),
+            stalled: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
+            open: AtomicUsize::new(0),
+            begun: AtomicUsize::new(0),
+            unwritten: AtomicUsize::new(0),
+            progressed: AtomicBool::new(false),
+        })
     }
 
-    /// Accepts connections until `shutdown` turns true, and closes the port then. Open connections end with the request
-    /// they are in; their threads live on in the value that is returned.
-    pub async fn serve(self, mut shutdown: watch::Receiver<bool>) -> (Vec<IoThread>, Connections) {
-        let Self { listener, threads, context, tls } = self;
-        let places = Arc::new(Semaphore::new(context.server.connections_max));
-        for thread in threads.iter().cycle() {
-            let place = tokio::select! {
-                place = Arc::clone(&places).acquire_owned() => place.expect("the semaphore is never closed"),
-                () = ended(&mut shutdown) => break,
-            };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))),
-                () = ended(&mut shutdown) => break,
-            };
-            match accepted {
-                Ok((stream, address)) => {
-                    let peer = Arc::new(Peer {
-                        context: Arc::clone(&context),
-                        from: Origin::Network(address),
-                        post: Arc::clone(&thread.post),
-                        timer: ConnectionTimer::default(),
-                        asked: AtomicBool::new(false),
-                        open: AtomicUsize::new(0),
-                        begun: AtomicUsize::new(0),
-                    });
-                    thread.runtime.spawn(run(peer, stream, tls.clone(), place, shutdown.clone()));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "can't accept a connection");
-                    tokio::time::sleep(ACCEPT_RETRY).await;
-                }
-            }
-        }
-        (threads, Connections { places, connections_max: context.server.connections_max })
+    /// How long an answer may wait for its caller to take any of it.
+    pub(super) fn write_time_max(&self) -> Duration {
+        let limit = self.context.server.write_timeout;
+        if self.context.gate.is_closed() { limit.min(WRITE_TIME_MAX_IN_DRAIN) } else { limit }
     }
 }
 
-/// The connections that are open still.
-pub struct Connections {
-    places: Arc<Semaphore>,
-    connections_max: usize,
+/// What a connection may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Anything.
+    Any,
+    /// `/livez` and `/readyz`, once.
+    Probes,
 }
 
-impl Connections {
-    /// Waits for the last one's end.
-    pub async fn closed(&self) {
-        let all = u32::try_from(self.connections_max).expect("the configuration's limit is lower");
-        // The semaphore is never closed, so this ends with every place taken.
-        let _ = self.places.acquire_many(all).await;
-    }
-}
-
-async fn run(
+/// Serves a connection to its end, on the thread that it was given to.
+pub(super) async fn run(
     peer: Arc<Peer>,
     stream: std::net::TcpStream,
+    http2: bool,
     tls: Option<TlsAcceptor>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
     mut shutdown: watch::Receiver<bool>,
 ) {
-    let _open = Open::count(&peer.context);
     // It is this thread's runtime that watches the socket from here on.
     let Ok(stream) = TcpStream::from_std(stream) else { return };
-    // Answers are whole when they are written; waiting to fill a packet would only delay them.
-    let _ = stream.set_nodelay(true);
-    let begun = timeout(peer.context.server.header_timeout, begin(stream, tls));
+    let stream = WriteLimit::new(stream, Arc::clone(&peer));
+    let Some(tls) = tls else { return speak(stream, http2, Role::Any, peer, shutdown).await };
     let begun = tokio::select! {
-        begun = begun => begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+        begun = timeout(peer.context.server.header_timeout, tls.accept(stream)) => begun,
         () = ended(&mut shutdown) => return,
     };
-    match begun {
-        Ok(Begun::Plain(stream, http2)) => speak(stream, http2, peer, shutdown).await,
-        Ok(Begun::Tls(stream, http2)) => Box::pin(speak(*stream, http2, peer, shutdown)).await,
+    match begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => {
+            // Who speaks HTTP/2 over TLS says so in the handshake.
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            Box::pin(speak(stream, http2, Role::Any, peer, shutdown)).await;
+        }
         Err(error) => {
             tracing::debug!(peer = %peer.from, %error, "a connection ended before it asked for anything");
         }
     }
 }
 
-/// A connection that has said which protocol it speaks.
-enum Begun {
-    Plain(TcpStream, bool),
-    Tls(Box<TlsStream<TcpStream>>, bool),
-}
-
-async fn begin(stream: TcpStream, tls: Option<TlsAcceptor>) -> io::Result<Begun> {
-    let Some(tls) = tls else {
-        let http2 = speaks_http2(&stream).await?;
-        return Ok(Begun::Plain(stream, http2));
-    };
-    let stream = tls.accept(stream).await?;
-    // Who speaks HTTP/2 over TLS says so in the handshake.
-    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    Ok(Begun::Tls(Box::new(stream), http2))
-}
-
-async fn speak(
+/// Speaks HTTP on a connection that has said which version.
+pub(super) async fn speak(
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
     http2: bool,
+    role: Role,
     peer: Arc<Peer>,
     shutdown: watch::Receiver<bool>,
 ) {
@@ -185,53 +149,52 @@ async fn speak(
         let peer = Arc::clone(&peer);
         move |request| {
             peer.asked.store(true, Ordering::Relaxed);
-            let peer = Arc::clone(&peer);
+            let exchange = Exchange::begin(Arc::clone(&peer), http2);
             async move {
-                let _open = http2.then(|| OpenRequest::count(&peer));
-                Ok::<_, Infallible>(routes::answer(&peer, request).await)
+                let response = match role {
+                    Role::Any => routes::answer(&exchange, request).await,
+                    Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
+                };
+                Ok::<_, Infallible>(exchange.answer(response))
             }
         }
     });
     let stream = TokioIo::new(stream);
+    let server = &peer.context.server;
     if http2 {
         let mut protocol = http2::Builder::new(TokioExecutor::new());
         protocol
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_INTERVAL)
-            .max_concurrent_streams(STREAMS_MAX);
+            .max_concurrent_streams(STREAMS_MAX)
+            .max_header_list_size(server.header_bytes_max as u32)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_send_buf_size(STREAM_SEND_BYTES);
         tokio::select! {
             () = drive(protocol.serve_connection(stream, service), &peer, shutdown) => {}
             () = idled(&peer) => tracing::debug!(peer = %peer.from, "a connection asked for nothing any more"),
+            () = stalled(&peer) => tracing::debug!(peer = %peer.from, "a connection took nothing of its answers any more (server.write_timeout_ms)"),
         }
     } else {
         let mut protocol = http1::Builder::new();
-        protocol.timer(peer.timer.clone()).header_read_timeout(peer.context.server.header_timeout);
+        protocol
+            .timer(peer.timer.clone())
+            .header_read_timeout(server.header_timeout)
+            .max_buf_size(server.header_bytes_max);
         drive(protocol.serve_connection(stream, service), &peer, shutdown).await;
     }
 }
 
-/// Looks at the first bytes and leaves them where they are. They may come one by one.
-async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
-    let mut first = [0; HTTP2_PREFACE.len()];
-    loop {
-        let length = stream.peek(&mut first).await?;
-        if length == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        if first[..length] != HTTP2_PREFACE[..length] {
-            return Ok(false);
-        }
-        if length == HTTP2_PREFACE.len() {
-            return Ok(true);
-        }
-        // The bytes stay where they are, so that their end shows neither in them nor in a length of 0.
-        if stream.ready(Interest::READABLE).await?.is_read_closed() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        // For the same reason no event tells of the next byte.
-        tokio::time::sleep(PREFACE_RETRY).await;
+/// Answers on the thread that never runs plugin code; the next request is for another connection, and may be for another thread.
+async fn answer_probe(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
+    if request.method() == Method::GET && ["/livez", "/readyz"].contains(&request.uri().path()) {
+        return and_close(routes::answer(exchange, request).await);
     }
+    exchange.context.metrics.connections_refused.with_label_values(&["full"]).inc();
+    let full = JobError::Unavailable("too many connections are open (server.connections_max)".into());
+    and_close(egress::error(&full))
 }
 
 /// Drives a connection to its end. HTTP/1 minds its own header timeout; HTTP/2 has none before its first request.
@@ -275,7 +238,7 @@ where
 async fn idled(peer: &Peer) {
     let mut seen = peer.begun.load(Ordering::Relaxed);
     loop {
-        tokio::time::sleep(peer.context.server.header_timeout).await;
+        sleep(peer.context.server.header_timeout).await;
         let begun = peer.begun.load(Ordering::Relaxed);
         if begun == seen && peer.open.load(Ordering::Relaxed) == 0 {
             return;
@@ -284,20 +247,18 @@ async fn idled(peer: &Peer) {
     }
 }
 
-/// Counts a request of an HTTP/2 connection while it is open.
-struct OpenRequest(Arc<Peer>);
-
-impl OpenRequest {
-    fn count(peer: &Arc<Peer>) -> Self {
-        peer.begun.fetch_add(1, Ordering::Relaxed);
-        peer.open.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(peer))
-    }
-}
-
-impl Drop for OpenRequest {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+/// Returns when answers of an HTTP/2 connection wait and its caller has taken nothing of any for the limit. Its flow control keeps them
+/// from the socket, whose own limit never sees them.
+async fn stalled(peer: &Peer) {
+    let look = PROGRESS_INTERVAL.min(peer.context.server.write_timeout / PROGRESS_LOOKS);
+    let mut since = Instant::now();
+    loop {
+        sleep(look).await;
+        if peer.progressed.swap(false, Ordering::Relaxed) || peer.unwritten.load(Ordering::Relaxed) == 0 {
+            since = Instant::now();
+        } else if since.elapsed() >= peer.write_time_max() {
+            return;
+        }
     }
 }
 
@@ -307,23 +268,7 @@ enum Ending {
     Silent,
 }
 
-/// Counts an open connection.
-struct Open(prometheus::IntGauge);
-
-impl Open {
-    fn count(context: &Context) -> Self {
-        context.metrics.connections.inc();
-        Self(context.metrics.connections.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
-async fn ended(shutdown: &mut watch::Receiver<bool>) {
+pub(super) async fn ended(shutdown: &mut watch::Receiver<bool>) {
     // A sender that is gone means the same.
     let _ = shutdown.wait_for(|ended| *ended).await;
 }

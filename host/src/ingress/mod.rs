@@ -5,17 +5,23 @@ mod body;
 mod connection;
 pub mod consume;
 mod envelope;
+mod exchange;
 mod follow;
+mod front;
 mod io_threads;
+mod io_watch;
 mod jobs;
 mod manage;
+mod outgoing;
 mod pages;
+mod places;
 mod predict;
 mod request;
 mod routes;
 mod socket;
 mod timer;
 mod tls;
+mod write_limit;
 
 use std::sync::Arc;
 
@@ -23,15 +29,26 @@ use modalkit_device::Devices;
 use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
-    access::Access, admission::Gate, audit::Audit, config::Server, dispatch::Models, jobs::Jobs, reconfigure,
-    reload::Control, telemetry::Metrics,
+    access::Access,
+    admission::{Budget, Gate},
+    audit::Audit,
+    config::Server,
+    dispatch::Models,
+    jobs::Jobs,
+    reconfigure,
+    reload::Control,
+    telemetry::Metrics,
 };
 
-pub use connection::Listener;
+pub use front::Listener;
 use pages::PageRules;
 use request::RequestIds;
 pub use socket::{ManagementSocket, Serving, SocketError};
 pub use tls::{Certificate, TlsError};
+
+/// Inputs that are parsed at once on the blocking pool, of all models together. Plugins that hang there hold their threads until they
+/// come back: the pool must have more.
+pub const DECODES_MAX: usize = 256;
 
 /// What every request needs.
 pub struct Context {
@@ -43,6 +60,8 @@ pub struct Context {
     pub audit: Arc<Audit>,
     /// Who may enter.
     pub gate: Arc<Gate>,
+    /// Bytes in flight.
+    pub budget: Budget,
     /// Who answers.
     pub models: Arc<Models>,
     /// Asynchronous jobs.
@@ -59,7 +78,7 @@ pub struct Context {
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
-    /// Large inputs that are parsed at once: as many as there are cores.
+    /// Inputs that are parsed there at once.
     decoding: Arc<Semaphore>,
 }
 
@@ -79,9 +98,9 @@ impl Context {
         control: Control,
         configuration: reconfigure::Handle,
     ) -> Arc<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
             pages: PageRules::new(&server),
+            budget: Budget::new(server.bytes_in_flight_max),
             server,
             access,
             audit,
@@ -94,7 +113,7 @@ impl Context {
             configuration,
             ids: RequestIds::new(),
             blocking: Handle::current(),
-            decoding: Arc::new(Semaphore::new(cores)),
+            decoding: Arc::new(Semaphore::new(DECODES_MAX)),
         })
     }
 }

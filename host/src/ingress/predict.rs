@@ -10,6 +10,7 @@ use super::{
     Context, body,
     connection::Peer,
     envelope::{decode_envelope, decode_list},
+    exchange::Exchange,
     follow::Follower,
     request,
     routes::refuse,
@@ -27,7 +28,7 @@ use crate::{
 };
 
 /// `POST /predict_sync`: one bare input, one answer.
-pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+pub(super) async fn sync(peer: &Exchange, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_sync", async |call: Call<'_>| {
         let item = examine(peer, &call, |generation, input| generation.decode(input)).await?;
         let (handle, mut pending) = reply(&peer.post.mailbox);
@@ -44,7 +45,7 @@ pub(super) async fn sync(peer: &Peer, head: &Parts, body: Incoming, id: &Request
 }
 
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
-pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+pub(super) async fn batch(peer: &Exchange, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_batch", async |call: Call<'_>| {
         let queue_max = call.model.spec().batch.queue_max;
         let items =
@@ -78,7 +79,12 @@ pub(super) async fn batch(peer: &Peer, head: &Parts, body: Incoming, id: &Reques
 
 /// `POST /predict_async`: a wrapped input, the id of its job, which is on disk then. A deadline that the caller sets counts for the
 /// job as well; without one the request's usual deadline is for the acceptance, and the job has none.
-pub(super) async fn asynchronous(peer: &Peer, head: &Parts, body: Incoming, id: &RequestId) -> HttpResponse {
+pub(super) async fn asynchronous(
+    peer: &Exchange,
+    head: &Parts,
+    body: Incoming,
+    id: &RequestId,
+) -> HttpResponse {
     let (model, response) = run(peer, head, body, id, "/predict_async", async |call: Call<'_>| {
         let jobs = &peer.context.jobs;
         let (key, name) = (call.caller.key.clone(), call.model.name.clone());
@@ -154,7 +160,7 @@ impl Call<'_> {
 
 /// What the three endpoints share: admission, the model, the deadline, the body. Returns the model for the counters.
 async fn run(
-    peer: &Peer,
+    peer: &Exchange,
     head: &Parts,
     body: Incoming,
     id: &RequestId,
@@ -172,10 +178,10 @@ async fn run(
     };
     let follower = Follower::of(peer, head, &caller, endpoint);
     let (model, response) = 'answered: {
-        let _permit = match context.gate.enter() {
-            Ok(permit) => permit,
-            Err(error) => break 'answered (None, egress::error(&error)),
-        };
+        if let Err(error) = peer.enter() {
+            break 'answered (None, egress::error(&error));
+        }
+        peer.keep(caller.permit.as_ref());
         let name = request::model_name(head.uri.query());
         let model = match context.models.find(name.as_deref()) {
             Ok(model) => model,
@@ -190,7 +196,7 @@ async fn run(
             // Pinned where they stand: passed on to a function, such a future is there twice, and each request moves it.
             let mut limit = pin!(peer.timer.limit(deadline.0));
             let mut work = pin!(async {
-                let input = match body::read(body, &context.server).await {
+                let input = match body::read(body, peer).await {
                     Ok(input) => input,
                     Err(error) => return Ok(error.into_response()),
                 };
@@ -223,22 +229,26 @@ async fn run(
     (model, response)
 }
 
-/// Looks at a body: a small one here and now, a large one on the blocking pool, as many at once as there are cores. The turn
-/// belongs to the work and not to the caller, who may leave before it is done.
+/// Looks at a body: a small one here and now, a large one on the blocking pool, as many of a model at once as there are cores. There
+/// goes any body of a model that has held such a thread as this for too long. The turn belongs to the work and not to the caller, who
+/// may leave before it is done.
 async fn examine<T: Send + 'static>(
     peer: &Peer,
     call: &Call<'_>,
     work: impl FnOnce(&Generation, &Bytes) -> Result<T, JobError> + Send + 'static,
 ) -> Result<T, JobError> {
     let context = &*peer.context;
-    if call.input.len() <= context.server.decode_inline_bytes_max {
-        return work(&call.generation, &call.input);
+    let generation = &call.generation;
+    if call.input.len() <= context.server.decode_inline_bytes_max && !generation.decodes_elsewhere() {
+        let _decodes = peer.post.decodes(generation);
+        return work(generation, &call.input);
     }
     Box::pin(async {
-        let turn = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
-        let (generation, body) = (Arc::clone(&call.generation), call.input.clone());
+        let turn = generation.decoding_turn().await?;
+        let thread = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
+        let (generation, body) = (Arc::clone(generation), call.input.clone());
         let work = move || {
-            let _turn = turn;
+            let _turn = (turn, thread);
             work(&generation, &body)
         };
         context.blocking.spawn_blocking(work).await.map_err(|_| JobError::Lost)?

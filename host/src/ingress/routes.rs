@@ -1,9 +1,7 @@
 //! Which path is answered by whom, and what every answer has: an id, a count, a line in the log when it failed.
 
-use bytes::Bytes;
-use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Method, Request, StatusCode,
     body::Incoming,
     header::{ALLOW, HeaderValue},
     http::request::Parts,
@@ -12,7 +10,7 @@ use serde_json::json;
 
 use super::{
     Context,
-    connection::Peer,
+    exchange::Exchange,
     jobs::Asked,
     manage::{self, Managed},
     pages::Foreign,
@@ -30,7 +28,7 @@ use crate::{
 const GET_ONLY: [&str; 6] = ["/health", "/livez", "/readyz", "/metrics", "/models", "/devices"];
 const PREDICTIONS: [&str; 3] = ["/predict_sync", "/predict_batch", "/predict_async"];
 
-pub(super) async fn answer(peer: &Peer, request: Request<Incoming>) -> Response<Full<Bytes>> {
+pub(super) async fn answer(peer: &Exchange, request: Request<Incoming>) -> HttpResponse {
     let (head, body) = request.into_parts();
     let context = &*peer.context;
     let id = context.ids.of(&head.headers);
@@ -151,6 +149,7 @@ fn look(context: &Context, endpoint: &str) -> HttpResponse {
         "/devices" => admin::devices(&context.devices),
         _ => {
             context.metrics.requests_in_flight.set(context.gate.requests() as i64);
+            context.metrics.bytes_in_flight.set(context.budget.bytes() as i64);
             admin::metrics(&context.metrics, &context.devices)
         }
     }

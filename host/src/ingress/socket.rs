@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use http_body_util::{BodyExt, Limited};
 use hyper::{Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -28,16 +29,18 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Context, body, request::put_id, routes};
+use super::{Context, request::put_id, routes};
 use crate::{
     access::Origin,
     audit::Action,
-    egress::{HttpResponse, object_response},
+    egress::{HttpResponse, and_close, object_response},
     unix_path::ShortPath,
 };
 
 /// Open connections; further ones wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 64;
+/// Bytes of a request's body, of which none is expected.
+const BODY_BYTES_MAX: usize = 1 << 20;
 /// After a failed `accept`, the wait until the next.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// How long answers that are being written get at the end.
@@ -243,8 +246,13 @@ async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, ur
     let (head, body) = request.into_parts();
     let id = context.ids.of(&head.headers);
     // Nothing here has a use for it; but a connection that closes over unread bytes is reset.
-    if let Err(error) = body::read(body, &context.server).await {
-        return error.into_response();
+    let read = timeout(context.server.body_timeout, Limited::new(body, BODY_BYTES_MAX).collect());
+    if !matches!(read.await, Ok(Ok(_))) {
+        let detail = format!(
+            "expected no body, or one of at most {BODY_BYTES_MAX} bytes within {:?}",
+            context.server.body_timeout
+        );
+        return and_close(object_response(StatusCode::BAD_REQUEST, &json!({"detail": detail})));
     }
     let mut response: Response<_> = if head.uri.path().starts_with("/predict_") {
         let detail = format!("expected a request for the host itself: predictions are asked for at {url}");

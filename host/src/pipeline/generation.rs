@@ -9,6 +9,7 @@ use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_device::Lease;
 use modalkit_loader::{Device, Failure, Instance, Item, Load, Plugin, Rejection};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{explain, vitals::Vitals};
 use crate::{
@@ -30,6 +31,10 @@ pub struct Generation {
     serves: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
     validating: ArcSwapOption<Instance>,
+    /// Whether it has held a connection's thread for too long: it decodes on others then.
+    decodes_elsewhere: AtomicBool,
+    /// Inputs that are decoded on other threads at once: as many as there are cores. One that hangs starves this generation alone.
+    decoding: Arc<Semaphore>,
     /// Built when the first bad input comes.
     input_schema: OnceLock<Option<Validator>>,
 }
@@ -38,6 +43,7 @@ impl Generation {
     /// A generation without instances.
     #[must_use]
     pub fn new(number: u64, plugin: Plugin, spec: ModelSpec) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
             number,
             plugin,
@@ -45,6 +51,8 @@ impl Generation {
             vitals: Vitals::default(),
             serves: AtomicBool::new(false),
             validating: ArcSwapOption::empty(),
+            decodes_elsewhere: AtomicBool::new(false),
+            decoding: Arc::new(Semaphore::new(cores)),
             input_schema: OnceLock::new(),
         })
     }
@@ -58,6 +66,25 @@ impl Generation {
     /// Says so.
     pub fn set_serves(&self, serves: bool) {
         self.serves.store(serves, Ordering::SeqCst);
+    }
+
+    /// Whether inputs of any size are decoded on other threads than connections'.
+    #[must_use]
+    pub fn decodes_elsewhere(&self) -> bool {
+        self.decodes_elsewhere.load(Ordering::Relaxed)
+    }
+
+    /// Has all inputs decoded on other threads from now on; says whether that is new.
+    pub fn decode_elsewhere(&self) -> bool {
+        !self.decodes_elsewhere.swap(true, Ordering::Relaxed)
+    }
+
+    /// Waits for a turn to decode on another thread.
+    ///
+    /// # Errors
+    /// Never: the turns last as long as the generation.
+    pub async fn decoding_turn(&self) -> Result<OwnedSemaphorePermit, JobError> {
+        Arc::clone(&self.decoding).acquire_owned().await.map_err(|_| JobError::Lost)
     }
 
     /// Parses and validates one input. Runs code of the plugin, which is why large inputs come here on other threads

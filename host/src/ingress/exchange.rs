@@ -1,0 +1,128 @@
+//! One request and its answer, until the answer's last byte is written: what it holds of the host's limits, and how it gives that
+//! back. It never knows what is asked.
+
+use std::{
+    ops::Deref,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use hyper::Response;
+
+use super::{connection::Peer, outgoing::Outgoing};
+use crate::{access::ConcurrencyPermit, egress::HttpResponse, job::JobError};
+
+/// Answers up to this many bytes are not counted in the budget: a place among the requests in flight bounds them.
+const ANSWER_BYTES_FREE: usize = 16 << 10;
+
+/// A request that is not over. Dropped, it gives back what it holds.
+pub(super) struct Exchange {
+    peer: Arc<Peer>,
+    http2: bool,
+    /// The answer is made and not written.
+    answers: bool,
+    /// It has a place among the requests in flight.
+    admitted: AtomicBool,
+    /// Its place among its key's calls.
+    place: OnceLock<Arc<ConcurrencyPermit>>,
+    /// Its part of the budget.
+    bytes: AtomicUsize,
+}
+
+impl Exchange {
+    pub(super) fn begin(peer: Arc<Peer>, http2: bool) -> Self {
+        if http2 {
+            peer.begun.fetch_add(1, Ordering::Relaxed);
+            peer.open.fetch_add(1, Ordering::Relaxed);
+        }
+        Self {
+            peer,
+            http2,
+            answers: false,
+            admitted: AtomicBool::new(false),
+            place: OnceLock::new(),
+            bytes: AtomicUsize::new(0),
+        }
+    }
+
+    /// Takes a place among the requests in flight, until this is over.
+    pub(super) fn enter(&self) -> Result<(), JobError> {
+        self.peer.context.gate.enter()?.keep();
+        self.admitted.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Keeps a place among a key's calls, until this is over.
+    pub(super) fn keep(&self, place: Option<&Arc<ConcurrencyPermit>>) {
+        if let Some(place) = place {
+            // There is one caller, who has one.
+            let _ = self.place.set(Arc::clone(place));
+        }
+    }
+
+    /// Takes bytes of the budget, until this is over.
+    pub(super) fn take_bytes(&self, bytes: usize) -> Result<(), JobError> {
+        self.peer.context.budget.take(bytes)?;
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The answer as it is written. A small one on an HTTP/1 connection that takes what it gets is as good as written: who waits
+    /// for it and then sends the next request finds the place free.
+    pub(super) fn answer(mut self, response: HttpResponse) -> Response<Outgoing> {
+        let (head, body) = response.into_parts();
+        let bytes = body.into_inner().unwrap_or_default();
+        if bytes.len() > ANSWER_BYTES_FREE {
+            self.peer.context.budget.count(bytes.len());
+            *self.bytes.get_mut() += bytes.len();
+        } else if !self.http2 && !self.peer.stalled.load(Ordering::Relaxed) {
+            self.leave();
+        }
+        if self.http2 {
+            self.answers = true;
+            self.peer.unwritten.fetch_add(1, Ordering::Relaxed);
+        }
+        Response::from_parts(head, Outgoing::new(bytes, self))
+    }
+
+    /// Some of the answer was taken.
+    pub(super) fn progressed(&self) {
+        if self.http2 {
+            self.peer.progressed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn leave(&mut self) {
+        let context = &self.peer.context;
+        if std::mem::take(self.admitted.get_mut()) {
+            context.gate.leave_request();
+        }
+        let bytes = std::mem::take(self.bytes.get_mut());
+        if bytes > 0 {
+            context.budget.give_back(bytes);
+        }
+        self.place.take();
+    }
+}
+
+impl Deref for Exchange {
+    type Target = Peer;
+
+    fn deref(&self) -> &Peer {
+        &self.peer
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.leave();
+        if self.http2 {
+            self.peer.open.fetch_sub(1, Ordering::Relaxed);
+            if self.answers {
+                self.peer.unwritten.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! How many connections there may be: of all, of one address, and a few more that only ask whether the host lives. It owns their
+//! counts and says when there is no room, and never knows what they send.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{config::Server, telemetry::Metrics};
+
+/// Connections beyond the limit that get an answer, to the probes or that there is no room.
+const KEPT_PLACES: usize = 64;
+/// Between two lines of the log that say the same.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Of an IPv6 address, what one customer of a provider has at least.
+const NETWORK_BITS: u32 = 64;
+
+/// The places of connections.
+pub(super) struct Places {
+    open: Arc<Semaphore>,
+    kept: Arc<Semaphore>,
+    connections_max: usize,
+    per_address_max: usize,
+    addresses: Mutex<HashMap<IpAddr, usize>>,
+    metrics: Arc<Metrics>,
+    told: Mutex<Told>,
+}
+
+/// What the log was told.
+#[derive(Default)]
+struct Told {
+    /// When the listener was last found full, while it counts as full.
+    full: Option<Instant>,
+    full_said: Option<Instant>,
+    address_said: Option<Instant>,
+    /// Connections that were closed since the last line about it.
+    closed: u64,
+}
+
+/// A connection's place, given back when dropped.
+pub(super) struct Place {
+    places: Arc<Places>,
+    address: IpAddr,
+    kept: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Whether it is one of those beyond the limit.
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept
+    }
+}
+
+impl Places {
+    pub(super) fn new(server: &Server, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            open: Arc::new(Semaphore::new(server.connections_max)),
+            kept: Arc::new(Semaphore::new(KEPT_PLACES)),
+            connections_max: server.connections_max,
+            per_address_max: server.connections_per_address_max,
+            addresses: Mutex::default(),
+            metrics,
+            told: Mutex::default(),
+        })
+    }
+
+    /// A place for a connection from this address; `None` where it is to be closed.
+    pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let address = network(address);
+        if !self.enter(address) {
+            self.refuse("address");
+            self.tell_of_address(address);
+            return None;
+        }
+        let (permit, kept) = match Arc::clone(&self.open).try_acquire_owned() {
+            Ok(permit) => (Ok(permit), false),
+            Err(_) => (Arc::clone(&self.kept).try_acquire_owned(), true),
+        };
+        self.tell_of_room(kept, permit.is_err());
+        match permit {
+            Ok(permit) => {
+                self.metrics.connections.inc();
+                Some(Place { places: Arc::clone(self), address, kept, _permit: permit })
+            }
+            Err(_) => {
+                self.leave(address);
+                self.refuse("full");
+                None
+            }
+        }
+    }
+
+    /// Waits until every place is free.
+    pub(super) async fn emptied(&self) {
+        let all = u32::try_from(self.connections_max).expect("the configuration's limit is lower");
+        // The semaphores are never closed, so this ends with every place taken.
+        let _ = self.open.acquire_many(all).await;
+        let _ = self.kept.acquire_many(KEPT_PLACES as u32).await;
+    }
+
+    fn enter(&self, address: IpAddr) -> bool {
+        let mut addresses = self.addresses.lock();
+        let connections = addresses.entry(address).or_default();
+        let enters = *connections < self.per_address_max;
+        *connections += usize::from(enters);
+        enters
+    }
+
+    fn leave(&self, address: IpAddr) {
+        let mut addresses = self.addresses.lock();
+        if let Some(connections) = addresses.get_mut(&address) {
+            *connections -= 1;
+            if *connections == 0 {
+                addresses.remove(&address);
+            }
+        }
+    }
+
+    fn refuse(&self, reason: &str) {
+        self.metrics.connections_refused.with_label_values(&[reason]).inc();
+    }
+
+    fn tell_of_address(&self, address: IpAddr) {
+        let mut told = self.told.lock();
+        if told.address_said.is_none_or(|said| said.elapsed() >= LOG_INTERVAL) {
+            told.address_said = Some(Instant::now());
+            let limit = self.per_address_max;
+            tracing::warn!(%address, limit, "an address has too many connections open, further ones are closed (server.connections_per_address_max)");
+        }
+    }
+
+    /// Says that the listener is full, now and then while it is, and once when it is over.
+    fn tell_of_room(&self, full: bool, closed: bool) {
+        let mut told = self.told.lock();
+        if full {
+            told.full = Some(Instant::now());
+            told.closed += u64::from(closed);
+            if told.full_said.is_none_or(|said| said.elapsed() >= LOG_INTERVAL) {
+                told.full_said = Some(Instant::now());
+                let closed = std::mem::take(&mut told.closed);
+                let limit = self.connections_max;
+                tracing::warn!(
+                    limit,
+                    closed,
+                    "the listener is full: of further connections only /livez and /readyz are answered (server.connections_max)"
+                );
+            }
+        } else if told.full.is_some_and(|full| full.elapsed() >= LOG_INTERVAL) {
+            told.full = None;
+            told.full_said = None;
+            let closed = std::mem::take(&mut told.closed);
+            tracing::info!(closed, "the listener has room again");
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.places.leave(self.address);
+        self.places.metrics.connections.dec();
+    }
+}
+
+/// What counts as one address.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !(u128::MAX >> NETWORK_BITS)))
+        }
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config, traces::Traces};
+
+    fn places(connections_max: usize, per_address_max: usize) -> Arc<Places> {
+        let loaded = config::load(&[], &config::Environment::default()).unwrap();
+        let server = Server {
+            connections_max,
+            connections_per_address_max: per_address_max,
+            ..loaded.config.server.clone()
+        };
+        Places::new(&server, Metrics::new(Traces::default()))
+    }
+
+    fn at(address: &str) -> IpAddr {
+        address.parse().unwrap()
+    }
+
+    #[test]
+    fn an_address_has_its_own_limit_and_a_place_comes_back() {
+        let places = places(100, 2);
+        let first = places.take(at("192.0.2.1")).unwrap();
+        let _second = places.take(at("::ffff:192.0.2.1")).unwrap();
+        assert!(places.take(at("192.0.2.1")).is_none());
+        assert!(places.take(at("192.0.2.2")).is_some());
+        drop(first);
+        assert!(places.take(at("192.0.2.1")).is_some());
+        assert_eq!(places.metrics.connections_refused.with_label_values(&["address"]).get(), 1);
+        assert_eq!(places.metrics.connections.get(), 1);
+        assert_eq!(places.addresses.lock().len(), 1, "addresses without connections are forgotten");
+    }
+
+    #[test]
+    fn a_network_of_ipv6_counts_as_one_address() {
+        let places = places(100, 1);
+        let _first = places.take(at("2001:db8:1:2::1")).unwrap();
+        assert!(places.take(at("2001:db8:1:2:ffff::2")).is_none());
+        assert!(places.take(at("2001:db8:1:3::1")).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_full_listener_keeps_places_for_probes_and_closes_the_rest() {
+        let places = places(1, 1000);
+        let open = places.take(at("192.0.2.1")).unwrap();
+        assert!(!open.is_kept());
+        let kept: Vec<_> = (0..KEPT_PLACES).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
+        assert!(kept.iter().all(Place::is_kept));
+        assert!(places.take(at("192.0.2.1")).is_none());
+        assert_eq!(places.metrics.connections_refused.with_label_values(&["full"]).get(), 1);
+        drop((open, kept));
+        places.emptied().await;
+    }
+}
