@@ -17,6 +17,7 @@ mod https;
 mod insight;
 mod jobs;
 mod lifecycle;
+mod limits;
 mod management;
 mod newcomer;
 mod other_compiler;

@@ -7,6 +7,7 @@ pub mod changes;
 pub mod chaos;
 pub mod embeddings;
 pub mod gpus;
+pub mod http2;
 pub mod load;
 pub mod management;
 pub mod version;

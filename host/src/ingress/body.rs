@@ -12,7 +12,7 @@ use hyper::{
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::exchange::Exchange;
+use super::exchange::{BYTES_FREE, Exchange};
 use crate::{
     egress::{HttpResponse, and_close, error, object_response},
     job::JobError,
@@ -22,7 +22,7 @@ use crate::{
 /// connection that closes over unread bytes resets it.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 const DRAIN_BYTES_MAX: usize = 64 << 20;
-/// The first part of the budget that a body takes which doesn't come whole with its headers; then it doubles.
+/// The first part of the budget that a larger body takes; then it doubles.
 const FIRST_BYTES: usize = 64 << 10;
 
 /// Why there is no body; each ends the connection.
@@ -84,7 +84,7 @@ async fn read_on(
         return Err(refuse(body, BodyError::TooLarge { limit }).await);
     }
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
-    let whole = Collected { bytes: Vec::new(), declared, limit, exchange };
+    let whole = Collected { bytes: Vec::new(), taken: 0, declared, limit, exchange };
     match timeout(server.body_timeout, collect(&mut body, first, whole)).await.map_err(slow)? {
         Err(error @ (BodyError::TooLarge { .. } | BodyError::NoRoom(_))) => Err(refuse(body, error).await),
         collected => collected,
@@ -109,6 +109,8 @@ async fn collect(
 /// What has come of a body. It takes memory, and its part of the budget, as bytes come: what a caller declares costs nothing.
 struct Collected<'e> {
     bytes: Vec<u8>,
+    /// Of the budget.
+    taken: usize,
     declared: usize,
     limit: usize,
     exchange: &'e Exchange,
@@ -122,11 +124,15 @@ impl Collected<'_> {
         }
         let capacity = self.bytes.capacity();
         if needed > capacity {
-            let mut grown = needed.max(2 * capacity).max(FIRST_BYTES);
+            let least = if needed <= BYTES_FREE { BYTES_FREE } else { FIRST_BYTES };
+            let mut grown = needed.max(2 * capacity).max(least);
             if self.declared >= needed {
                 grown = grown.min(self.declared);
             }
-            self.exchange.take_bytes(grown - capacity).map_err(BodyError::NoRoom)?;
+            if grown > BYTES_FREE {
+                self.exchange.take_bytes(grown - self.taken).map_err(BodyError::NoRoom)?;
+                self.taken = grown;
+            }
             self.bytes.reserve_exact(grown - self.bytes.len());
         }
         self.bytes.extend_from_slice(data);

@@ -14,8 +14,9 @@ use hyper::Response;
 use super::{connection::Peer, outgoing::Outgoing};
 use crate::{access::ConcurrencyPermit, egress::HttpResponse, job::JobError};
 
-/// Answers up to this many bytes are not counted in the budget: a place among the requests in flight bounds them.
-const ANSWER_BYTES_FREE: usize = 16 << 10;
+/// Bodies and answers up to this many bytes are not counted in the budget: the places among the requests in flight bound them, and
+/// who fills the budget keeps no small request out.
+pub(super) const BYTES_FREE: usize = 16 << 10;
 
 /// A request that is not over. Dropped, it gives back what it holds.
 pub(super) struct Exchange {
@@ -74,7 +75,7 @@ impl Exchange {
     pub(super) fn answer(mut self, response: HttpResponse) -> Response<Outgoing> {
         let (head, body) = response.into_parts();
         let bytes = body.into_inner().unwrap_or_default();
-        if bytes.len() > ANSWER_BYTES_FREE {
+        if bytes.len() > BYTES_FREE {
             self.peer.context.budget.count(bytes.len());
             *self.bytes.get_mut() += bytes.len();
         } else if !self.http2 && !self.peer.stalled.load(Ordering::Relaxed) {
