@@ -264,9 +264,18 @@ fn a_shutdown_waits_for_slow_readers_and_not_for_those_that_never_read() {
     let body = json!({"padding_bytes": LARGE_BYTES}).to_string();
     let mut never = host.connect();
     post(&mut never, "/predict_sync", &body);
-    wait_until("it is being written", || in_flight(&host).1 >= LARGE_BYTES as f64);
+    let mut slow = host.connect();
+    post(&mut slow, "/predict_sync", &body);
+    wait_until("both are being written", || in_flight(&host).1 >= 2.0 * LARGE_BYTES as f64);
     let begun = Instant::now();
     host.signal("TERM");
+    // For longer than an answer may wait without progress then.
+    let (mut read, mut buffer) = (0, vec![0; 64 << 10]);
+    while let Ok(length @ 1..) = slow.read(&mut buffer) {
+        read += length;
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(read > LARGE_BYTES && begun.elapsed() > Duration::from_secs(7), "{read} bytes");
     assert_eq!(host.wait().code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?} to end", begun.elapsed());
 }

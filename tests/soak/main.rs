@@ -1,5 +1,5 @@
 //! What takes longer than a test should: reloads by the hundred under load, what they cost, and what they leave behind; changes
-//! of the configuration under load; how long wrong keys take; jobs while hosts and brokers are killed. Each
+//! of the configuration under load; how long wrong keys take; jobs while hosts and brokers are killed; hostile callers. Each
 //! part asserts that nothing was lost or wrong, and prints what was measured: times depend on the machine, and are for people.
 //! `cargo xtask bench reload` and `cargo xtask soak` run it.
 
@@ -7,6 +7,7 @@
 
 mod config;
 mod failing;
+mod hostile;
 mod jobs;
 mod keys;
 mod memory;
@@ -17,7 +18,7 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 12] = [
+const PARTS: [(&str, fn()); 13] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -30,6 +31,7 @@ const PARTS: [(&str, fn()); 12] = [
     ("jobs", jobs::chaos),
     ("sharing", jobs::sharing),
     ("million", jobs::a_million),
+    ("hostile", hostile::mix),
 ];
 
 fn main() -> ExitCode {

@@ -16,7 +16,7 @@ pub use version::Version;
 
 use std::{
     env, fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -91,6 +91,7 @@ pub struct Setup {
     folder: TempDir,
     config: String,
     environment: Vec<(String, String)>,
+    log_unread: bool,
 }
 
 impl Default for Setup {
@@ -111,7 +112,7 @@ impl Setup {
         fs::create_dir(folder.path().join("tmp")).expect("a folder in it");
         fs::set_permissions(folder.path().join("volume"), fs::Permissions::from_mode(0o755))
             .expect("it is ours");
-        Self { folder, config: String::new(), environment: Vec::new() }
+        Self { folder, config: String::new(), environment: Vec::new(), log_unread: false }
     }
 
     /// Puts a built library into the volume under its own name.
@@ -133,6 +134,13 @@ impl Setup {
     #[must_use]
     pub fn variable(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Nobody reads the host's log from where it says that it listens; its pipe stays open.
+    #[must_use]
+    pub fn log_unread(mut self) -> Self {
+        self.log_unread = true;
         self
     }
 
@@ -194,10 +202,17 @@ impl Setup {
         let mut child =
             self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
         let stderr = child.stderr.take().expect("standard error is piped");
-        let log = Arc::clone(log);
+        let (log, unread) = (Arc::clone(log), self.log_unread);
         let reader = thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            let mut stderr = BufReader::new(stderr);
+            for line in stderr.by_ref().lines().map_while(Result::ok) {
+                let listens = line.contains("\"listening\"");
                 log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                if unread && listens {
+                    // Never closed: the host must not see that nobody reads.
+                    std::mem::forget(stderr);
+                    return;
+                }
             }
         });
         (child, reader)

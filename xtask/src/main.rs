@@ -39,7 +39,7 @@ cargo xtask COMMAND
   gpu-test                      what only a GPU shows: leases, reloads, out of memory, a device that is lost, similarity; puts
                                 what it needs into target/release/gpu-test, which can be carried, and runs it
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
-                                race, config, keys, metrics, jobs, sharing, million
+                                race, config, keys, metrics, jobs, sharing, million, hostile
 
 The volume is target/volume unless --volume says otherwise.";
 
