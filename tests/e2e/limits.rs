@@ -101,7 +101,10 @@ fn unfinished_bodies_take_no_more_than_the_budget_and_small_ones_still_pass() {
         .find(|answer| !answer.is_empty())
         .expect("somebody reads why it was refused");
     assert!(refused.starts_with("HTTP/1.1 429"), "{refused}");
-    assert!(refused.contains("retry-after: 1") && refused.contains("server.bytes_in_flight_max"), "{refused}");
+    assert!(
+        refused.contains("retry-after: 1") && refused.contains("server.bytes_in_flight_max"),
+        "{refused}"
+    );
     assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 200);
     drop(callers);
     wait_until("all is given back", || in_flight(&host) == (0.0, 0.0));
@@ -109,13 +112,14 @@ fn unfinished_bodies_take_no_more_than_the_budget_and_small_ones_still_pass() {
 
 #[test]
 fn a_declared_length_takes_nothing_until_bytes_come() {
-    let config = "[server]\nbytes_in_flight_max = 1048576\nbody_timeout_ms = 600000";
+    let config =
+        "[server]\nbody_bytes_max = 1048576\nbytes_in_flight_max = 1048576\nbody_timeout_ms = 600000";
     let host = Setup::new().plugin("echo").config(config).ready();
     let callers: Vec<_> = (0..10)
         .map(|_| {
             let mut stream = host.connect();
             stream
-                .write_all(b"POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n{")
+                .write_all(b"POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
                 .unwrap();
             stream
         })
@@ -200,7 +204,11 @@ fn probes_are_answered_while_every_connection_is_taken() {
     let ask = |path: &str, version: &str| {
         let begun = Instant::now();
         let mut stream = host.connect();
-        stream.write_all(format!("GET {path} HTTP/{version}\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).unwrap();
+        stream
+            .write_all(
+                format!("GET {path} HTTP/{version}\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes(),
+            )
+            .unwrap();
         let answer = String::from_utf8(rest(&mut stream)).unwrap();
         assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
         answer

@@ -135,7 +135,9 @@ pub(crate) fn mix() {
         good.percentile(0.5, begun, told),
         good.percentile(0.99, begun, told)
     );
-    println!("resident memory: at most {resident:.0} MiB of {RESIDENT_MIB_MAX:.0}; it ended {ended:.1?} after SIGTERM");
+    println!(
+        "resident memory: at most {resident:.0} MiB of {RESIDENT_MIB_MAX:.0}; it ended {ended:.1?} after SIGTERM"
+    );
     good.assert_faultless();
     assert!(slowest < LIVE_TIME_MAX, "/livez took {slowest:?}");
     assert!(resident < RESIDENT_MIB_MAX, "{resident:.0} MiB");
@@ -225,8 +227,7 @@ fn leave_headers_unfinished(address: SocketAddr, done: &Done) {
 
 fn leave_body_unfinished(address: SocketAddr, done: &Done) {
     let Some(mut stream) = connect(address) else { return };
-    let head =
-        "POST /predict_sync?model_name=echo HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n";
+    let head = "POST /predict_sync?model_name=echo HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n";
     let _ = stream.write_all(head.as_bytes());
     let _ = stream.write_all(&vec![b' '; 7 << 20]);
     done.bodies.fetch_add(1, Ordering::Relaxed);

@@ -68,6 +68,18 @@ pub(super) fn resolve(
             format!("the number {}", written.server().request_timeout_ms().0),
         ));
     }
+    let body_max = written.server().body_bytes_max().0;
+    if written.server().bytes_in_flight_max().0 < body_max {
+        faults.push(Fault::new(
+            &written.server().bytes_in_flight_max.at(),
+            "server.bytes_in_flight_max",
+            format!(
+                "at least body_bytes_max, which is {body_max} ({})",
+                written.server().body_bytes_max.at()
+            ),
+            format!("the number {}", written.server().bytes_in_flight_max().0),
+        ));
+    }
     if written.server().traces.value().is_some_and(|traces| traces.endpoint.value().is_none()) {
         let why = "nothing is exported without an endpoint".to_owned();
         warnings.push(Warning { at: written.server().traces.at(), key: "server.traces".to_owned(), why });
@@ -458,6 +470,22 @@ mod tests {
         assert_eq!(digits.gpu.as_ref().unwrap().to_string(), "any");
         assert_eq!(config.defaults.named("echo").replicas.batches_in_flight, 1);
         assert_eq!(config.app_name, "modalkit-dev");
+    }
+
+    #[test]
+    fn a_budget_that_a_single_body_can_exceed_is_refused() {
+        let error = from("[server]\nbody_bytes_max = 1073741824\n").err().unwrap().to_string();
+        assert!(error.contains("server.bytes_in_flight_max") && error.contains("1073741824"), "{error}");
+        let both = "[server]\nbody_bytes_max = 1073741824\nbytes_in_flight_max = 1073741824\n";
+        assert!(from(both).is_ok());
+    }
+
+    #[test]
+    fn an_address_has_half_of_the_connections_where_nothing_is_said() {
+        let server = |text: &str| from(text).unwrap().config.server.clone();
+        assert_eq!(server("").connections_per_address_max, 2048);
+        assert_eq!(server("[server]\nconnections_max = 1\n").connections_per_address_max, 1);
+        assert_eq!(server("[server]\nconnections_per_address_max = 9\n").connections_per_address_max, 9);
     }
 
     #[test]

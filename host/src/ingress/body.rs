@@ -125,10 +125,8 @@ impl Collected<'_> {
         let capacity = self.bytes.capacity();
         if needed > capacity {
             let least = if needed <= BYTES_FREE { BYTES_FREE } else { FIRST_BYTES };
-            let mut grown = needed.max(2 * capacity).max(least);
-            if self.declared >= needed {
-                grown = grown.min(self.declared);
-            }
+            let most = if self.declared >= needed { self.declared } else { self.limit };
+            let grown = needed.max(2 * capacity).max(least).min(most);
             if grown > BYTES_FREE {
                 self.exchange.take_bytes(grown - self.taken).map_err(BodyError::NoRoom)?;
                 self.taken = grown;
