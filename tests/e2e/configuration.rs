@@ -201,6 +201,8 @@ fn files_of_the_python_library_load_unchanged() {
     for key in ["memory", "cpu", "secrets", "cloud_bucket_mounts", "secure"] {
         assert!(warned.contains(&deployment(key).as_str()), "{key}: {warned:?}");
     }
+    // The library lets requests name any queue.
+    assert!(warned.contains(&"app_settings.queue_config.allowed_queues"), "{warned:?}");
     let digits = &loaded.config.models["digits"];
     assert_eq!((digits.batch.max_batch_size, digits.batch.wait.as_millis()), (64, 20));
     assert_eq!((digits.replicas.max, digits.replicas.idle_timeout.as_secs()), (4, 300));

@@ -4,12 +4,12 @@
 use std::{
     io::{Read, Write, copy},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::unix::fs::MetadataExt,
+    os::unix::{fs::MetadataExt, net::UnixStream},
     path::Path,
     thread,
 };
 
-use modalkit_tests::{Host, KEY, OPERATOR, PATIENCE, Setup, management::request, wait_until};
+use modalkit_tests::{Host, KEY, OPERATOR, PATIENCE, Setup, Version, management::request, wait_until};
 use serde_json::{Value, json};
 
 /// What only those who manage may ask, method and path.
@@ -208,6 +208,22 @@ fn who_changes_something_leaves_a_line() {
     assert!(address(&lines[0]).starts_with("127.0.0.1:"), "{lines:?}");
     let uid = host.folder().metadata().unwrap().uid();
     assert_eq!(address(&lines[1]), format!("uid {uid}"));
+}
+
+#[test]
+fn a_caller_who_leaves_before_the_answer_leaves_a_line_as_well() {
+    let setup = Setup::new();
+    Version::good(1).install(&setup.volume());
+    let host = setup.ready();
+    Version::bad(2, "load-hangs").install(&host.volume());
+    let mut caller = UnixStream::connect(host.socket.as_ref().unwrap()).unwrap();
+    caller
+        .write_all(b"POST /models/versioned/reload HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
+        .unwrap();
+    drop(caller);
+    let line = host.log_line("management, whose caller left");
+    assert_eq!((&line["action"], &line["name"]), (&json!("POST /models/{name}/reload"), &json!("versioned")));
+    assert!(line["status"].is_null(), "{line}");
 }
 
 #[test]

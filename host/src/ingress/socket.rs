@@ -168,8 +168,8 @@ impl Serving {
     pub async fn stop(self) {
         drop(self.file);
         drop(self.stop);
-        // The thread sees to its own limits.
-        let _ = self.ended.await;
+        // The thread ends by itself within half of this, unless something holds it.
+        let _ = timeout(2 * WRITE_TIME_MAX, self.ended).await;
     }
 }
 
