@@ -8,7 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
 };
 
@@ -21,7 +21,7 @@ use prometheus::{
     exponential_buckets,
 };
 
-use crate::traces::Traces;
+use crate::{log, traces::Traces};
 
 /// Content type of [`Metrics::render`].
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -70,6 +70,9 @@ pub struct Metrics {
     pub devices: DeviceMetrics,
     /// Resident memory of the process.
     pub resident_bytes: Gauge,
+    log_lines_dropped: IntCounter,
+    /// What of them `log_lines_dropped` has counted.
+    log_lines_counted: AtomicU64,
 }
 
 /// The models that may have series. A counter is looked up by its model's name also for a request or a job that outlives the model:
@@ -508,6 +511,13 @@ impl Metrics {
                 lost: gauges_by("modalkit_device_lost", "1 once it has failed for good", &["device", "name"]),
             },
             resident_bytes,
+            log_lines_dropped: counter(
+                "modalkit_log_lines_dropped_total",
+                "log lines that standard error did not take in time",
+                &[],
+            )
+            .with_label_values::<&str>(&[]),
+            log_lines_counted: AtomicU64::new(0),
             registry,
             catalogue: Vec::new(),
             by_model: Vec::new(),
@@ -589,6 +599,9 @@ impl Metrics {
         self.resident_bytes.set(resident_bytes().unwrap_or_default());
         let queued = self.jobs.unended.load(Ordering::Relaxed) - self.jobs.running.get();
         self.jobs.state("queued").set(queued.max(0));
+        let dropped = log::lines_dropped();
+        let counted = self.log_lines_counted.fetch_max(dropped, Ordering::Relaxed);
+        self.log_lines_dropped.inc_by(dropped.saturating_sub(counted));
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }
 }

@@ -18,6 +18,7 @@ mod insight;
 mod jobs;
 mod lifecycle;
 mod limits;
+mod log;
 mod management;
 mod newcomer;
 mod other_compiler;

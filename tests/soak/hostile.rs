@@ -63,7 +63,8 @@ struct Done {
 pub(crate) fn mix() {
     let seconds = env::var("MODALKIT_SOAK_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     let time = Duration::from_secs(seconds.unwrap_or(SECONDS));
-    let mut host = Setup::new().plugin("echo").plugin("puppet").config(CONFIG).log_unread().ready();
+    let mut host = Setup::new().plugin("echo").plugin("puppet").config(CONFIG).ready();
+    host.stop_reading_log();
     for _ in 0..JOBS {
         let _ = host.job("echo", &json!({"message": {"text": "one of many"}}));
     }

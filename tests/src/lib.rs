@@ -16,12 +16,12 @@ pub use version::Version;
 
 use std::{
     env, fs,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -91,7 +91,6 @@ pub struct Setup {
     folder: TempDir,
     config: String,
     environment: Vec<(String, String)>,
-    log_unread: bool,
 }
 
 impl Default for Setup {
@@ -112,7 +111,7 @@ impl Setup {
         fs::create_dir(folder.path().join("tmp")).expect("a folder in it");
         fs::set_permissions(folder.path().join("volume"), fs::Permissions::from_mode(0o755))
             .expect("it is ours");
-        Self { folder, config: String::new(), environment: Vec::new(), log_unread: false }
+        Self { folder, config: String::new(), environment: Vec::new() }
     }
 
     /// Puts a built library into the volume under its own name.
@@ -134,13 +133,6 @@ impl Setup {
     #[must_use]
     pub fn variable(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Nobody reads the host's log from where it says that it listens; its pipe stays open.
-    #[must_use]
-    pub fn log_unread(mut self) -> Self {
-        self.log_unread = true;
         self
     }
 
@@ -189,30 +181,24 @@ impl Setup {
     /// Where it doesn't.
     #[must_use]
     pub fn start(self) -> Host {
-        let log = Arc::default();
-        let (child, reader) = self.spawn(&log);
+        let (log, gate) = (Arc::default(), Arc::default());
+        let (child, reader) = self.spawn(&log, &gate);
         let address = ([127, 0, 0, 1], 0).into();
-        let mut host = Host { address, socket: None, child, log, reader: Some(reader), setup: self };
+        let mut host = Host { address, socket: None, child, log, gate, reader: Some(reader), setup: self };
         host.wait_for_address();
         host
     }
 
     /// Starts the host, and a thread that reads its log.
-    fn spawn(&self, log: &Arc<Mutex<Vec<String>>>) -> (Child, JoinHandle<()>) {
+    fn spawn(&self, log: &Arc<Mutex<Vec<String>>>, gate: &Arc<Gate>) -> (Child, JoinHandle<()>) {
         let mut child =
             self.command().spawn().expect("the host is built: run the tests with `cargo xtask test`");
         let stderr = child.stderr.take().expect("standard error is piped");
-        let (log, unread) = (Arc::clone(log), self.log_unread);
+        let (log, gate) = (Arc::clone(log), Arc::clone(gate));
         let reader = thread::spawn(move || {
-            let mut stderr = BufReader::new(stderr);
-            for line in stderr.by_ref().lines().map_while(Result::ok) {
-                let listens = line.contains("\"listening\"");
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                gate.pass();
                 log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-                if unread && listens {
-                    // Never closed: the host must not see that nobody reads.
-                    std::mem::forget(stderr);
-                    return;
-                }
             }
         });
         (child, reader)
@@ -317,6 +303,25 @@ pub fn wait_at_most(limit: Duration, what: &str, mut holds: impl FnMut() -> bool
     }
 }
 
+/// Lets the log's reader on, or keeps it.
+#[derive(Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.opened.wait_while(closed, |closed| *closed).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn set(&self, closed: bool) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = closed;
+        self.opened.notify_all();
+    }
+}
+
 /// A running host. Dropped, it is killed, and its folder vanishes.
 pub struct Host {
     /// Where it listens.
@@ -325,6 +330,7 @@ pub struct Host {
     pub socket: Option<PathBuf>,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    gate: Arc<Gate>,
     reader: Option<JoinHandle<()>>,
     setup: Setup,
 }
@@ -368,6 +374,7 @@ impl Host {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        self.read_log_on();
         if let Some(reader) = self.reader.take() {
             reader.join().expect("the log's reader doesn't panic");
         }
@@ -379,7 +386,7 @@ impl Host {
     /// Where it doesn't.
     pub fn start_again(&mut self) {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        let (child, reader) = self.setup.spawn(&self.log);
+        let (child, reader) = self.setup.spawn(&self.log, &self.gate);
         (self.child, self.reader) = (child, Some(reader));
         self.wait_for_address();
     }
@@ -599,6 +606,16 @@ impl Host {
         lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| line.clone().into())).collect()
     }
 
+    /// Reads nothing more of its log; [`Host::wait`] goes on with it once the host has ended.
+    pub fn stop_reading_log(&self) {
+        self.gate.set(true);
+    }
+
+    /// Goes on reading its log.
+    pub fn read_log_on(&self) {
+        self.gate.set(false);
+    }
+
     /// Sends a signal, as `kill -NAME` does.
     ///
     /// # Panics
@@ -617,6 +634,7 @@ impl Host {
             status = self.child.try_wait().expect("its status can be read");
             status.is_some()
         });
+        self.read_log_on();
         if let Some(reader) = self.reader.take() {
             reader.join().expect("the log's reader doesn't panic");
         }

@@ -82,11 +82,9 @@ pub(crate) fn print(text: &str) {
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
 }
 
-/// Writes an error and its causes to standard error.
+/// Writes an error and its causes to standard error; a host that serves doesn't wait for its reader.
 pub(crate) fn complain(error: &anyhow::Error) {
-    use std::io::Write;
-    // There may be no log yet, and no place but this.
-    let _ = writeln!(std::io::stderr().lock(), "error: {error:#}");
+    modalkit::log::say(&format!("error: {error:#}\n"));
 }
 
 #[cfg(test)]

@@ -20,6 +20,14 @@ use super::{DEVICE_LOST, DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::comp
 const OWN_BLOCKING_THREADS: usize = 64;
 
 pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
+    // First, so that nothing from here on waits for whoever reads standard error; dropped last, however this ends.
+    let log = match log::start() {
+        Ok(log) => log,
+        Err(error) => {
+            complain(&anyhow::Error::new(error).context("can't start the log"));
+            return NOT_DONE;
+        }
+    };
     let sources = Sources::new(files);
     let loaded = match sources.load() {
         Ok(loaded) => loaded,
@@ -28,17 +36,17 @@ pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
             return WRONG_USAGE;
         }
     };
-    let log = match log::install(&loaded.config.server.log) {
-        Ok(log) => log,
+    let levels = match log.install(&loaded.config.server.log) {
+        Ok(levels) => levels,
         Err(error) => {
             complain(&anyhow::Error::new(error).context("server.log"));
             return WRONG_USAGE;
         }
     };
-    serve(sources, loaded, log, set_journal_aside)
+    serve(sources, loaded, levels, set_journal_aside)
 }
 
-fn serve(sources: Sources, loaded: Loaded, log: LogLevels, set_journal_aside: bool) -> u8 {
+fn serve(sources: Sources, loaded: Loaded, levels: LogLevels, set_journal_aside: bool) -> u8 {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Connections have threads of their own; what is left is to accept, to watch and to scale.
         .worker_threads(1)
@@ -78,7 +86,7 @@ fn serve(sources: Sources, loaded: Loaded, log: LogLevels, set_journal_aside: bo
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            ended = app::run(sources, loaded, log, set_journal_aside, hang_ups, stop) => match ended {
+            ended = app::run(sources, loaded, levels, set_journal_aside, hang_ups, stop) => match ended {
                 Ok(Ended::Drained) => DONE,
                 Ok(Ended::CutOff) => NOT_DONE,
                 Ok(Ended::DeviceLost) => DEVICE_LOST,
