@@ -78,7 +78,9 @@ pub async fn run(
     let models = Arc::new(Models::default());
     let all_models = Arc::clone(&models);
     let gate = Gate::new(config.requests_max);
-    let surroundings = modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server)? };
+    let store = build::store(&server)?;
+    let surroundings =
+        modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server, store.clone()) };
     let queues = Queues::open(&config.queues.named(&jobs::host_name(&server.state_folder)?), &surroundings)?;
     let around = jobs::Around {
         models: Arc::clone(&models),
@@ -96,7 +98,7 @@ pub async fn run(
     let devices = tokio::task::spawn_blocking(Devices::find).await?;
     tell_of(&devices);
     let (reload, control) =
-        Reload::start(config, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
+        Reload::start(config, store, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
     let running = reconfigure::Running {

@@ -7,6 +7,7 @@ mod architecture;
 mod batching;
 mod command_line;
 mod configuration;
+mod copies;
 mod destinations;
 mod devices;
 mod digits;

@@ -52,7 +52,7 @@ fn of(spec: &Spec) -> Arc<dyn Backend> {
     // As the host does; another test may have been first.
     modalkit::app::install_cryptography();
     let copies = Store::new(Trust { any_owner: true, any_mode: true }).unwrap();
-    let open_plugin = Arc::new(move |file: &Path| {
+    let open_plugin = Arc::new(move |file: &Path, _: Option<&str>| {
         let staged = copies.stage(file).map_err(|error| error.chain())?;
         QueuePlugin::open(&staged).map_err(|error| error.to_string())
     });
@@ -337,6 +337,7 @@ fn file(folder: &Path) -> Rig {
         spec: Spec::Plugin(PluginSpec {
             name: "file".to_owned(),
             plugin: "queue-file".to_owned(),
+            sha256: None,
             folders: vec![folder.to_owned()],
             settings: json!({"folder": folder.join("results"), "rotate_bytes": 1 << 30}).to_string(),
             secrets: Default::default(),

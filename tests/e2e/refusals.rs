@@ -219,6 +219,20 @@ fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
 }
 
 #[test]
+fn a_folder_further_up_that_others_may_write_is_as_good_as_the_plugins_own() {
+    let setup = Setup::new().plugin("puppet");
+    fs::set_permissions(setup.folder(), fs::Permissions::from_mode(0o777)).unwrap();
+    let host = setup.start();
+    wait_until("it was refused", || host.model("puppet")["state"] == "failed");
+    let reason = host.model("puppet")["reason"].as_str().unwrap().to_owned();
+    let folder = format!("the folder {} may be written by everybody (mode 0777)", host.folder().display());
+    says(&reason, &[&folder, "chmod go-w"]);
+    // As /tmp is.
+    fs::set_permissions(host.folder(), fs::Permissions::from_mode(0o1777)).unwrap();
+    wait_until("it serves", || host.model("puppet")["state"] == "ready");
+}
+
+#[test]
 fn a_file_of_somebody_else_is_refused_unless_said_so() {
     let setup = Setup::new().plugin("puppet");
     if std::os::unix::fs::chown(setup.volume().join("puppet.so"), Some(12_345), None).is_err() {
@@ -249,6 +263,27 @@ fn a_pinned_plugin_is_that_one_and_no_other() {
     let host = Setup::new().plugin("puppet").config(&entry).ready();
     assert_eq!(host.post("/predict_sync", &json!({})).0, 200);
     assert_eq!(host.report("puppet")["plugin_pinned"], true);
+}
+
+#[test]
+fn a_pinned_queue_plugin_is_that_one_and_no_other() {
+    let with_pin = |pin: &str| {
+        let setup = Setup::new().plugin("queue-file");
+        let results = setup.folder().join("results").display().to_string();
+        setup.config(&format!(
+            "[app_settings.queue_config.backends.file]\nkind = \"plugin\"\nplugin = \"queue-file\"\nplugin_sha256 = \"{pin}\"\nsettings = {{ folder = {results:?} }}"
+        ))
+    };
+    let pin = "0".repeat(64);
+    let host = with_pin(&pin).start();
+    let line = host.log_line("the queue backend can't be used");
+    let error = line["error"].as_str().unwrap();
+    says(error, &[&format!("the queue backend's entry pins {pin}"), "plugin_sha256", "install that file"]);
+    // Not even tried in another process, which would have run it.
+    assert!(!host.log().iter().any(|line| line["message"] == "queue plugin opened"));
+    let found = error.split("the SHA-256 ").nth(1).unwrap().split(',').next().unwrap();
+    let host = with_pin(found).start();
+    assert_eq!(host.log_line("queue plugin opened")["sha256"], found);
 }
 
 #[test]

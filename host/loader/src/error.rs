@@ -50,6 +50,12 @@ pub enum OpenError {
         /// What the linker said.
         reason: String,
     },
+    /// Its private copy lies where no code may be run.
+    #[error("the system does not let code be run from {folder}, where its private copy lies (the file system is mounted noexec, or a security policy forbids it); set TMPDIR to a folder of a file system without noexec, and restart the host", folder = folder.display())]
+    NoExec {
+        /// The folder of the copy.
+        folder: PathBuf,
+    },
     /// Our symbol isn't in it.
     #[error(
         "it exports no modalkit plugin; call `modalkit_sdk::export_pipeline!` once in a crate of type cdylib"
@@ -151,11 +157,13 @@ pub enum LoadError {
         /// What to do.
         hint: String,
     },
-    /// The model's entry names another content.
+    /// Its entry names another content.
     #[error(
-        "it has the SHA-256 {found}, and the model's entry pins {expected} (plugin_sha256); install that file, or change the entry and restart the host"
+        "it has the SHA-256 {found}, and {entry} pins {expected} (plugin_sha256); install that file, or change the entry and restart the host"
     )]
     Pinned {
+        /// Whose.
+        entry: &'static str,
         /// What the entry says.
         expected: String,
         /// What the file has.

@@ -11,12 +11,14 @@
 
 mod elf;
 mod error;
+mod folder;
 mod handles;
 mod library;
 mod modesty;
 pub mod preflight;
 mod queue;
 mod store;
+mod trust;
 
 pub use elf::{exports_queue, is_whole};
 pub use error::{LoadError, OpenError};
@@ -25,4 +27,5 @@ pub use library::{Device, Load, LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
 pub use modesty::be_modest;
 pub use queue::{Outgoing, Queue, QueuePlugin};
-pub use store::{Staged, Store, Trust};
+pub use store::{Staged, Store};
+pub use trust::Trust;

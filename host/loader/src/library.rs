@@ -240,7 +240,7 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
     let library =
-        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(&error))?;
+        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(path, &error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
     let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
     // SAFETY: as above.
@@ -248,9 +248,8 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     // Never closed; see `Plugin`. A refused library stays mapped as well, as its constructors have run.
     std::mem::forget(library);
     let handshake = handshake.ok_or(if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin })?;
-    // SAFETY: a library that exports our symbol promises that it points to a `Handshake`, whose shape is frozen.
-    let handshake: &'static Handshake = unsafe { &*handshake };
-    check(handshake)?;
+    // SAFETY: the library stays mapped, and what its symbol points at is looked at before it is taken for more than bytes.
+    let handshake = unsafe { accept(handshake) }?;
     let header = std::ptr::from_ref::<LibHeader>(handshake.header);
     // SAFETY: `AbiHeaderRef` is a transparent pointer to the first field of a `LibHeader`; the plugin has our ABI number,
     // so that is what it points to.
@@ -262,33 +261,62 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     Ok((module, handshake))
 }
 
-fn check(handshake: &Handshake) -> Result<(), OpenError> {
-    if handshake.magic != MAGIC {
+/// Takes what a library's symbol points at for a handshake, once its magic, its place and its ABI number say that it is one: only
+/// then are all of its fields what their types say.
+///
+/// # Safety
+/// It points into a library that is never closed, or at a `Handshake` that lives as long.
+unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, OpenError> {
+    if handshake.is_null() {
         return Err(OpenError::NotAPlugin);
     }
-    if handshake.abi_version != ABI_VERSION {
-        // SAFETY: the magic was checked, and the library is never closed.
-        let (sdk, rustc) = unsafe { (handshake.sdk_version.get(), handshake.rustc_version.get()) };
-        return Err(OpenError::AbiVersion {
-            found: handshake.abi_version,
-            sdk: sdk.into(),
-            rustc: rustc.into(),
-        });
+    // SAFETY: bytes of any value and at any place; that so many are mapped, the preflight survived on the same file.
+    let magic = unsafe { handshake.cast::<[u8; MAGIC.len()]>().read_unaligned() };
+    if magic != MAGIC || !handshake.is_aligned() {
+        return Err(OpenError::NotAPlugin);
     }
-    if handshake.panic_aborts != 0 {
+    // SAFETY: with our magic it has the fields that are frozen for all ABI versions. Each is read by itself, since what the last
+    // one, a reference, leads to is not.
+    let (abi_version, panic_aborts, sdk, rustc, header) = unsafe {
+        (
+            (&raw const (*handshake).abi_version).read(),
+            (&raw const (*handshake).panic_aborts).read(),
+            (&raw const (*handshake).sdk_version).read(),
+            (&raw const (*handshake).rustc_version).read(),
+            (&raw const (*handshake).header).cast::<*const LibHeader>().read(),
+        )
+    };
+    if abi_version != ABI_VERSION {
+        // SAFETY: the magic was checked, and the library is never closed.
+        let (sdk, rustc) = unsafe { (sdk.get(), rustc.get()) };
+        return Err(OpenError::AbiVersion { found: abi_version, sdk: sdk.into(), rustc: rustc.into() });
+    }
+    if panic_aborts != 0 {
         return Err(OpenError::PanicAborts);
     }
-    Ok(())
+    if header.is_null() {
+        return Err(OpenError::NotAPlugin);
+    }
+    // SAFETY: it has our magic and our ABI number, is aligned, and none of its fields is what its type forbids.
+    Ok(unsafe { &*handshake })
 }
 
 /// The linker's words without the private path, which means nothing to anyone.
-fn unloadable(error: &libloading::Error) -> OpenError {
+fn unloadable(path: &Path, error: &libloading::Error) -> OpenError {
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    in_words(path, &text)
+}
+
+fn in_words(path: &Path, text: &str) -> OpenError {
+    // glibc's words where the system doesn't let it map code from this place.
+    if text.contains("failed to map segment") && text.contains("not permitted") {
+        return OpenError::NoExec { folder: path.parent().unwrap_or(path).to_owned() };
+    }
     // glibc's words for a library that another one needs; a file that we named ourselves is there.
     if let Some((name, _)) = text.split_once(": cannot open shared object file") {
         return OpenError::MissingLibrary { name: name.to_owned(), beside: false };
     }
-    let reason = text.split_once(".so: ").map_or(text.clone(), |(_, reason)| reason.to_owned());
+    let reason = text.split_once(".so: ").map_or(text, |(_, reason)| reason).to_owned();
     OpenError::Unloadable { reason }
 }
 
@@ -392,17 +420,52 @@ mod tests {
         assert_eq!(condense("something else\n\n  entirely"), "something else entirely");
     }
 
+    fn text(handshake: *const Handshake) -> String {
+        // SAFETY: whatever it is, it lives as long as this call, and a refused one is kept by nobody.
+        unsafe { accept(handshake) }.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
     #[test]
     fn a_handshake_is_refused_for_what_it_says_before_anything_is_called() {
-        assert!(check(&handshake()).is_ok());
-        let text = |handshake: &Handshake| check(handshake).unwrap_err().to_string();
-        let older = text(&Handshake { abi_version: 99, ..handshake() });
+        let text = |handshake: Handshake| text(&raw const handshake);
+        assert_eq!(text(handshake()), "");
+        let older = text(Handshake { abi_version: 99, ..handshake() });
         assert!(
             older.contains("plugin ABI 99 (SDK 7.8.9, rustc 1.2.3)") && older.contains("rebuild it"),
             "{older}"
         );
-        let aborts = text(&Handshake { panic_aborts: 1, ..handshake() });
+        let aborts = text(Handshake { panic_aborts: 1, ..handshake() });
         assert!(aborts.contains("panic = \"abort\"") && aborts.contains("\"unwind\""), "{aborts}");
-        assert!(text(&Handshake { magic: [0; 16], ..handshake() }).contains("exports no modalkit plugin"));
+        assert!(text(Handshake { magic: [0; 16], ..handshake() }).contains("exports no modalkit plugin"));
+    }
+
+    #[test]
+    fn what_is_no_handshake_is_never_taken_for_one() {
+        let no_plugin = "exports no modalkit plugin";
+        assert!(text(std::ptr::null()).contains(no_plugin));
+        // Shorter than a handshake, and then at a place where none can be.
+        assert!(text([0x5a_u8; 16].as_ptr().cast()).contains(no_plugin));
+        let mut bytes = [0_u8; 2 * size_of::<Handshake>()];
+        let odd = bytes.as_ptr().align_offset(align_of::<Handshake>()) + 1;
+        bytes[odd..odd + MAGIC.len()].copy_from_slice(&MAGIC);
+        assert!(text(bytes[odd..].as_ptr().cast()).contains(no_plugin));
+        // Of another ABI, with a header that no reference could be: its words are told, and nothing more of it is touched.
+        #[repr(C, align(8))]
+        struct Other([u8; 16], u32, u32, StaticStr, StaticStr, usize);
+        let (sdk, rustc) = (StaticStr::new("9.9.9"), StaticStr::new("rustc 9"));
+        let other = Other(MAGIC, 999, 0, sdk, rustc, 0);
+        assert!(text((&raw const other).cast()).contains("plugin ABI 999 (SDK 9.9.9, rustc 9)"));
+        let ours = Other(MAGIC, ABI_VERSION, 0, sdk, rustc, 0);
+        assert!(text((&raw const ours).cast()).contains(no_plugin));
+    }
+
+    #[test]
+    fn a_place_without_permission_to_run_code_is_told_from_a_broken_file() {
+        let copy = Path::new("/tmp/modalkit-plugins-x/0a.so");
+        let said = "/tmp/modalkit-plugins-x/0a.so: failed to map segment from shared object";
+        let text = in_words(copy, &format!("{said}: Operation not permitted")).to_string();
+        assert!(text.contains("/tmp/modalkit-plugins-x") && text.contains("noexec"), "{text}");
+        assert!(text.contains("TMPDIR"), "{text}");
+        assert!(matches!(in_words(copy, said), OpenError::Unloadable { .. }));
     }
 }

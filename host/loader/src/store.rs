@@ -1,26 +1,27 @@
 //! Private copies of plugin files, named by content. The user's own file is never opened by the linker: it may be
-//! overwritten at any moment, and a mapped file that changes takes the process down. A dropped file is code, so whose it is
-//! and who may change it is asked here, of the very file that is copied.
+//! overwritten at any moment, and a mapped file that changes takes the process down. It never knows what is done with them.
 
 use std::{
     collections::HashMap,
     fmt,
     fs::{self, File},
     io::{self, Read, Write},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 
-use crate::LoadError;
+use crate::{
+    LoadError, Trust,
+    folder::{self, PrivateFolder},
+};
 
-/// A private folder of copies; it vanishes with this value.
-#[derive(Debug)]
+/// Copies in a private folder, which vanishes with the last clone of this value.
+#[derive(Clone, Debug)]
 pub struct Store {
-    folder: TempDir,
+    /// `None` once it is closed. Made again where somebody has taken it away.
+    folder: Arc<Mutex<Option<PrivateFolder>>>,
     trust: Trust,
     copies: Copies,
 }
@@ -40,22 +41,12 @@ impl Drop for Copy {
     fn drop(&mut self) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         // Where another copy of the same content has come meanwhile, the file is that one's.
-        if all.get(&self.sha256).is_some_and(|copy| copy.strong_count() > 0) {
-            return;
+        if all.get(&self.sha256).is_none_or(|copy| std::ptr::eq(copy.as_ptr(), self)) {
+            all.remove(&self.sha256);
+            // It is gone with the store at the latest.
+            let _ = fs::remove_file(&self.path);
         }
-        all.remove(&self.sha256);
-        // It is gone with the store at the latest.
-        let _ = fs::remove_file(&self.path);
     }
-}
-
-/// Whose files are taken for code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trust {
-    /// Files and folders of other users than this process's and root.
-    pub any_owner: bool,
-    /// Files and folders that the group or everybody may write.
-    pub any_mode: bool,
 }
 
 /// A private copy. Its file is removed with the last clone; a library that is mapped keeps one, so that debuggers and
@@ -67,21 +58,21 @@ pub struct Staged {
 }
 
 impl Store {
-    /// Makes a folder that only this user can enter, in the system's folder for temporary files.
+    /// Makes a folder that only this user can enter, in the system's folder for temporary files, and removes those that
+    /// processes of this user left there when they were killed.
     ///
     /// # Errors
     /// The folder can't be made.
     pub fn new(trust: Trust) -> Result<Self, LoadError> {
-        let folder = tempfile::Builder::new().prefix("modalkit-").tempdir().map_err(|source| {
-            LoadError::Io { doing: "make a private folder in", path: std::env::temp_dir(), source }
-        })?;
-        Ok(Self { folder, trust, copies: Copies::default() })
+        let temporary = std::env::temp_dir();
+        folder::sweep(&temporary);
+        let folder = PrivateFolder::make(&temporary).map_err(no_folder)?;
+        Ok(Self { folder: Arc::new(Mutex::new(Some(folder))), trust, copies: Copies::default() })
     }
 
     /// Removes the folder with every copy; what is mapped stays mapped.
     pub fn close(&self) {
-        // The system's folder for temporary files is where it lies, if it can't be removed.
-        let _ = fs::remove_dir_all(self.folder.path());
+        *self.folder.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Copies a file. The same content gives the same copy, which the linker maps once.
@@ -90,14 +81,12 @@ impl Store {
     /// The file can't be read, somebody else could have changed it, or the copy can't be written.
     pub fn stage(&self, file: &Path) -> Result<Staged, LoadError> {
         let unreadable = |source| LoadError::Io { doing: "read", path: file.to_owned(), source };
-        let unwritable = |source| LoadError::Io {
-            doing: "write a private copy in",
-            path: self.folder.path().to_owned(),
-            source,
-        };
+        let folder = self.folder()?;
+        let unwritable =
+            |source| LoadError::Io { doing: "write a private copy in", path: folder.clone(), source };
         let mut source = File::open(file).map_err(unreadable)?;
-        self.check_trust(file, &source)?;
-        let mut copy = tempfile::NamedTempFile::new_in(&self.folder).map_err(unwritable)?;
+        self.trust.check_file(file, &source)?;
+        let mut copy = tempfile::NamedTempFile::new_in(&folder).map_err(unwritable)?;
         let mut hasher = Sha256::new();
         let mut chunk = vec![0; COPY_CHUNK_BYTES];
         loop {
@@ -111,9 +100,10 @@ impl Store {
             copy.write_all(&chunk[..length]).map_err(unwritable)?;
         }
         let sha256 = hex(&hasher.finalize());
-        let path = self.folder.path().join(format!("{sha256}.so"));
+        let path = folder.join(format!("{sha256}.so"));
         let mut all = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = all.get(&sha256).and_then(Weak::upgrade);
+        // Somebody may have taken the file away, alone or with the folder.
+        let known = all.get(&sha256).and_then(Weak::upgrade).filter(|copy| copy.path.exists());
         let copy = match known {
             Some(copy) => copy,
             None => {
@@ -126,58 +116,38 @@ impl Store {
         Ok(Staged { copy, origin: file.to_owned() })
     }
 
-    /// Asks the open file, which nobody can exchange any more, the folder that its name lies in, and the one that it really
-    /// lies in: who may write to one of these may put another file there.
-    fn check_trust(&self, file: &Path, open: &File) -> Result<(), LoadError> {
-        let unreadable = |source| LoadError::Io { doing: "look at", path: file.to_owned(), source };
-        let metadata = open.metadata().map_err(unreadable)?;
-        self.trust.check("the file", file, &metadata)?;
-        let real = file.canonicalize().map_err(unreadable)?;
-        let found = real.metadata().map_err(unreadable)?;
-        if (found.dev(), found.ino()) != (metadata.dev(), metadata.ino()) {
-            // Replaced between the two looks: the next one finds the new one.
-            return Err(unreadable(io::Error::other("it was replaced while it was read")));
+    /// This copy where it is still there, and otherwise another one of the same file.
+    ///
+    /// # Errors
+    /// As [`Store::stage`], or the file has changed since.
+    pub fn find_again(&self, staged: &Staged) -> Result<Staged, LoadError> {
+        if staged.path().exists() {
+            return Ok(staged.clone());
         }
-        for folder in [file.parent(), real.parent()].into_iter().flatten() {
-            self.trust.check("the folder", folder, &folder.metadata().map_err(unreadable)?)?;
+        let again = self.stage(staged.origin())?;
+        if again.sha256() != staged.sha256() {
+            let source = io::Error::other("its private copy is gone, and it has another content by now");
+            return Err(LoadError::Io { doing: "copy again", path: staged.origin.clone(), source });
         }
-        Ok(())
+        Ok(again)
     }
+
+    /// Where copies go; made again where somebody has taken it away.
+    fn folder(&self) -> Result<PathBuf, LoadError> {
+        let mut folder = self.folder.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(found) = folder.as_mut() else { return Err(no_folder(io::Error::other("the host ends"))) };
+        if !found.is_there() {
+            *found = PrivateFolder::make(&std::env::temp_dir()).map_err(no_folder)?;
+        }
+        Ok(found.path().to_owned())
+    }
+}
+
+fn no_folder(source: io::Error) -> LoadError {
+    LoadError::Io { doing: "make a private folder (its place is TMPDIR) in", path: std::env::temp_dir(), source }
 }
 
 const COPY_CHUNK_BYTES: usize = 256 * 1024;
-
-/// Permission bits that let others than the owner write.
-const GROUP_WRITES: u32 = 0o020;
-const OTHERS_WRITE: u32 = 0o002;
-const ROOT: u32 = 0;
-
-impl Trust {
-    fn check(&self, what: &'static str, path: &Path, metadata: &fs::Metadata) -> Result<(), LoadError> {
-        let refused = |found: String, hint: String| {
-            Err(LoadError::Untrusted { what, path: path.to_owned(), found, hint })
-        };
-        let this_user = rustix::process::geteuid().as_raw();
-        let owner = metadata.uid();
-        if !self.any_owner && owner != this_user && owner != ROOT {
-            return refused(
-                format!("belongs to user {owner}"),
-                format!(
-                    "expected user {this_user}, who runs the host, or root: `chown` it, or set server.plugins_of_any_owner = true where everybody who can write there is trusted"
-                ),
-            );
-        }
-        let mode = metadata.mode() & 0o7777;
-        if !self.any_mode && mode & (GROUP_WRITES | OTHERS_WRITE) != 0 {
-            let who = if mode & OTHERS_WRITE != 0 { "everybody" } else { "its group" };
-            return refused(
-                format!("may be written by {who} (mode {mode:04o})"),
-                "expected its owner alone: `chmod go-w` it, or set server.plugins_of_any_mode = true where everybody who can write there is trusted".into(),
-            );
-        }
-        Ok(())
-    }
-}
 
 impl Staged {
     /// A file that was staged by the parent of this process.
@@ -205,6 +175,19 @@ impl Staged {
     pub fn sha256(&self) -> &str {
         &self.copy.sha256
     }
+
+    /// Whether this is the content that an entry pins, where it pins any; `entry` says whose.
+    ///
+    /// # Errors
+    /// [`LoadError::Pinned`].
+    pub fn check_pin(&self, pin: Option<&str>, entry: &'static str) -> Result<(), LoadError> {
+        match pin.filter(|expected| *expected != self.sha256()) {
+            Some(expected) => {
+                Err(LoadError::Pinned { entry, expected: expected.to_owned(), found: self.sha256().to_owned() })
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 impl fmt::Debug for Staged {
@@ -231,38 +214,6 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("echo.so");
-        let text = |store: &Store| store.stage(&file).unwrap_err().to_string();
-        let strict = Store::new(STRICT).unwrap();
-        put(&file, b"x", 0o664);
-        assert!(text(&strict).contains("may be written by its group (mode 0664)"), "{}", text(&strict));
-        put(&file, b"x", 0o646);
-        assert!(text(&strict).contains("by everybody"), "{}", text(&strict));
-        put(&file, b"x", 0o644);
-        assert!(strict.stage(&file).is_ok());
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o770)).unwrap();
-        assert!(text(&strict).starts_with("the folder "), "{}", text(&strict));
-        assert!(Store::new(Trust { any_mode: true, ..STRICT }).unwrap().stage(&file).is_ok());
-    }
-
-    #[test]
-    fn a_file_of_another_user_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("echo.so");
-        put(&file, b"x", 0o644);
-        // Only root can give files away; as anybody else, the owner's own file is all that there is to ask.
-        if std::os::unix::fs::chown(&file, Some(12_345), None).is_err() {
-            assert!(Store::new(STRICT).unwrap().stage(&file).is_ok());
-            return;
-        }
-        let error = Store::new(STRICT).unwrap().stage(&file).unwrap_err().to_string();
-        assert!(error.contains("belongs to user 12345") && error.contains("plugins_of_any_owner"), "{error}");
-        assert!(Store::new(Trust { any_owner: true, ..STRICT }).unwrap().stage(&file).is_ok());
-    }
-
-    #[test]
     fn the_same_content_is_one_copy_and_a_change_is_another() {
         let store = Store::new(STRICT).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -279,6 +230,33 @@ mod tests {
         assert!(path.exists(), "somebody holds it still");
         drop(other);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_cleaner_takes_away_is_made_again() {
+        let store = Store::new(STRICT).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("one.so");
+        put(&file, b"content", 0o644);
+        let first = store.stage(&file).unwrap();
+        // A file alone.
+        fs::remove_file(first.path()).unwrap();
+        let second = store.stage(&file).unwrap();
+        assert_eq!(fs::read(second.path()).unwrap(), b"content");
+        // Both name the same file, which is the second's.
+        drop(first);
+        assert!(second.path().exists());
+        // The folder with all that is in it.
+        fs::remove_dir_all(second.path().parent().unwrap()).unwrap();
+        let third = store.stage(&file).unwrap();
+        assert_eq!(fs::read(third.path()).unwrap(), b"content");
+        assert_eq!(store.find_again(&second).unwrap().path(), third.path());
+        put(&file, b"changed", 0o644);
+        assert!(store.find_again(&second).unwrap_err().chain().contains("another content"));
+        let path = third.path().parent().unwrap().to_owned();
+        store.close();
+        assert!(!path.exists());
+        assert!(store.stage(&file).is_err(), "a host that ends leaves nothing");
     }
 
     #[test]

@@ -235,6 +235,8 @@ pub struct PluginSpec {
     pub name: String,
     /// Its file: `NAME.so` or `libNAME.so` in one of the folders.
     pub plugin: String,
+    /// The only content of its file that is taken: a SHA-256, in hexadecimal.
+    pub sha256: Option<String>,
     /// The volumes.
     pub folders: Vec<PathBuf>,
     /// Its settings, a JSON object.

@@ -13,8 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{Answer, Backend, Message, PluginSpec, QueueError};
 
-/// Opens a plugin's file: a private copy, tried in another process first. Blocking.
-pub type OpenPlugin = Arc<dyn Fn(&Path) -> Result<QueuePlugin, String> + Send + Sync>;
+/// Opens a plugin's file: a private copy, tried in another process first; where a SHA-256 is given, only a file that has it. Blocking.
+pub type OpenPlugin = Arc<dyn Fn(&Path, Option<&str>) -> Result<QueuePlugin, String> + Send + Sync>;
 
 /// Between two looks at the file.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
@@ -174,7 +174,8 @@ impl Worker {
         if self.seen.as_ref() == Some(&found) && self.backend.is_ok() {
             return;
         }
-        let opened = (self.open)(&found.path).map_err(QueueError::Unavailable).and_then(|plugin| {
+        let opened = (self.open)(&found.path, self.spec.sha256.as_deref()).map_err(QueueError::Unavailable);
+        let opened = opened.and_then(|plugin| {
             let opened = plugin.backend(&self.spec.name, &self.spec.settings, &self.spec.secrets);
             let opened = opened.map_err(|failure| explain(&failure))?;
             tracing::info!(

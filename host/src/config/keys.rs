@@ -413,6 +413,8 @@ layer! {
         bytes_max: Large = Count(64 << 20);
         /// The plugin: `NAME.so` or `libNAME.so` in a volume.
         plugin: String, or "the backend's name";
+        /// The only content of the plugin that is taken, as `sha256sum` prints it.
+        plugin_sha256: Sha256;
         /// The plugin's own keys.
         settings: FreeForm = FreeForm::default();
         /// Names of secrets for the plugin.

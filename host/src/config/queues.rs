@@ -168,6 +168,7 @@ impl Resolver<'_> {
                 Spec::Plugin(PluginSpec {
                     name: name.to_owned(),
                     plugin: backend.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
+                    sha256: backend.plugin_sha256.value().map(|digest| digest.0.clone()),
                     folders: self.volumes.to_vec(),
                     settings: backend.settings().0.json().to_string(),
                     secrets: secrets.values().clone(),

@@ -122,7 +122,7 @@ mod tests {
             ..QueueSpec::default()
         };
         let no_plugins =
-            Surroundings { open_plugin: std::sync::Arc::new(|_| unreachable!("none is asked for")) };
+            Surroundings { open_plugin: std::sync::Arc::new(|_, _| unreachable!("none is asked for")) };
         Queues::open(&spec, &no_plugins).unwrap()
     }
 

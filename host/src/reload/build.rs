@@ -81,6 +81,7 @@ impl Builder {
             return Ok(plugin.clone());
         }
         let room = |found: usize| (found < self.libraries_max).then_some(found + 1);
+        let staged = &self.store.find_again(staged)?;
         let opened = match self.libraries.fetch_update(Ordering::SeqCst, Ordering::SeqCst, room) {
             Err(found) => Err(LoadError::TooManyLibraries { found, limit: self.libraries_max }),
             Ok(_) => self.open(staged, phases).inspect_err(|_| {
@@ -137,17 +138,22 @@ fn try_first(staged: &Staged, program: &Path, limit: Duration) -> Result<(), Loa
     })
 }
 
-/// What opens queue plugins: each content once, and as many as there may be of pipelines.
+/// Where this host's private copies lie.
 ///
 /// # Errors
-/// The private folder for copies can't be made.
-pub fn queue_opener(server: &Server) -> Result<modalkit_queue::OpenPlugin, LoadError> {
-    let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
-    let store = Store::new(trust)?;
+/// The private folder for them can't be made.
+pub fn store(server: &Server) -> Result<Store, LoadError> {
+    Store::new(Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode })
+}
+
+/// What opens queue plugins: each content once, and as many as there may be of pipelines.
+#[must_use]
+pub fn queue_opener(server: &Server, store: Store) -> modalkit_queue::OpenPlugin {
     let (limit, libraries_max) = (server.preflight_timeout, server.generations_max);
     let opened: Mutex<HashMap<String, QueuePlugin>> = Mutex::default();
-    let open = move |file: &Path| -> Result<QueuePlugin, LoadError> {
+    let open = move |file: &Path, pin: Option<&str>| -> Result<QueuePlugin, LoadError> {
         let staged = store.stage(file)?;
+        staged.check_pin(pin, "the queue backend's entry")?;
         // Held while one is opened: another backend may want the same.
         let mut opened = opened.lock();
         if let Some(plugin) = opened.get(staged.sha256()) {
@@ -162,7 +168,7 @@ pub fn queue_opener(server: &Server) -> Result<modalkit_queue::OpenPlugin, LoadE
         opened.insert(staged.sha256().to_owned(), plugin.clone());
         Ok(plugin)
     };
-    Ok(Arc::new(move |file: &Path| open(file).map_err(|error| error.chain())))
+    Arc::new(move |file: &Path, pin: Option<&str>| open(file, pin).map_err(|error| error.chain()))
 }
 
 /// Opens a plugin as a host would, in a process of its own first; the file is not served.
@@ -170,9 +176,8 @@ pub fn queue_opener(server: &Server) -> Result<modalkit_queue::OpenPlugin, LoadE
 /// # Errors
 /// Why a host would not take it.
 pub fn inspect(file: &Path, server: &Server) -> Result<Plugin, LoadError> {
-    let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
     let gauge = IntGauge::new("libraries", "nobody reads it").expect("a constant name");
-    let builder = Builder::new(Store::new(trust)?, server.preflight_timeout, 1, gauge);
+    let builder = Builder::new(store(server)?, server.preflight_timeout, 1, gauge);
     builder.build(&builder.stage(file)?, &mut Phases::default())
 }
 

@@ -16,7 +16,7 @@ use std::{
 };
 
 use modalkit_device::Devices;
-use modalkit_loader::{LoadError, Plugin, Store, Trust};
+use modalkit_loader::{LoadError, Plugin, Store};
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -148,17 +148,17 @@ impl Reload {
     /// Starts watching; the models of the configuration appear at once, as waiting for their plugins.
     ///
     /// # Errors
-    /// The private folder for copies can't be made, or a thread can't be started.
+    /// A thread can't be started.
     pub fn start(
         config: Config,
+        store: Store,
         models: Arc<Models>,
         metrics: Arc<Metrics>,
         devices: Arc<Devices>,
     ) -> Result<(Self, Control), LoadError> {
         let server = &config.server;
-        let trust = Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode };
         let builder = Arc::new(Builder::new(
-            Store::new(trust)?,
+            store,
             server.preflight_timeout,
             server.generations_max,
             metrics.libraries.clone(),

@@ -74,7 +74,7 @@ impl Machine {
         let work = move || {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
-                check_pin(pin.as_deref(), &staged)?;
+                staged.check_pin(pin.as_deref(), "the model's entry")?;
                 let plugin = builder.build(&staged, &mut phases)?;
                 match check_settings(&plugin, &settings) {
                     Ok(()) => Ok(plugin),
@@ -461,15 +461,6 @@ impl From {
                 Ok(staged)
             }
         }
-    }
-}
-
-fn check_pin(pin: Option<&str>, staged: &Staged) -> Result<(), LoadError> {
-    match pin {
-        Some(expected) if expected != staged.sha256() => {
-            Err(LoadError::Pinned { expected: expected.to_owned(), found: staged.sha256().to_owned() })
-        }
-        _ => Ok(()),
     }
 }
 

@@ -195,6 +195,9 @@ impl Look {
             let complaint = staged.as_ref().err().filter(|error| error.may_pass()).map(LoadError::chain);
             // The file may be as it was when its folder's mode, or the room for the copy, has changed.
             seen.again = complaint.as_ref().map(|_| now + self.retry);
+            if complaint.is_some() {
+                sooner(next, self.retry);
+            }
             let same = complaint.is_some() && complaint == seen.complaint;
             seen.complaint = complaint;
             seen.told = true;

@@ -1,0 +1,195 @@
+//! Whose files are taken for code. A dropped file is code, so whose it is and who may change it, or put another one in its place,
+//! is asked here, of the very file that is copied and of all folders above it.
+
+use std::{
+    fs::{File, Metadata},
+    io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+};
+
+use crate::LoadError;
+
+/// Whose files are taken for code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// Files and folders of other users than this process's and root.
+    pub any_owner: bool,
+    /// Files and folders that the group or everybody may write.
+    pub any_mode: bool,
+}
+
+/// Permission bits that let others than the owner write.
+const GROUP_WRITES: u32 = 0o020;
+const OTHERS_WRITE: u32 = 0o002;
+/// In a folder with it, only its owner and theirs may rename or remove entries.
+const STICKY: u32 = 0o1000;
+const ROOT: u32 = 0;
+
+const FILE: &str = "the file";
+const FOLDER: &str = "the folder";
+
+impl Trust {
+    /// Asks the open file, which nobody can exchange any more, and the folders that lead to it, by its name and to where it
+    /// really lies: who may write to one of these may put another file there.
+    pub(crate) fn check_file(self, file: &Path, open: &File) -> Result<(), LoadError> {
+        let unreadable = |source| LoadError::Io { doing: "look at", path: file.to_owned(), source };
+        let metadata = open.metadata().map_err(unreadable)?;
+        self.check(FILE, file, &metadata)?;
+        let real = file.canonicalize().map_err(unreadable)?;
+        let found = real.metadata().map_err(unreadable)?;
+        if (found.dev(), found.ino()) != (metadata.dev(), metadata.ino()) {
+            // Replaced between the two looks: the next one finds the new one.
+            return Err(unreadable(io::Error::other("it was replaced while it was read")));
+        }
+        let written = std::path::absolute(file).map_err(unreadable)?;
+        for path in [&written, &real] {
+            let Some(folder) = path.parent() else { continue };
+            self.check(FOLDER, folder, &folder.metadata().map_err(unreadable)?)?;
+            for (below, above) in folder.ancestors().zip(folder.ancestors().skip(1)) {
+                self.check_above(above, below).map_err(unreadable)??;
+            }
+        }
+        Ok(())
+    }
+
+    /// A folder further up. Others may write to it, as to `/tmp`, where they can't put anything else in the place of what leads to
+    /// the file.
+    fn check_above(self, folder: &Path, below: &Path) -> io::Result<Result<(), LoadError>> {
+        let metadata = folder.metadata()?;
+        let guarded = metadata.mode() & STICKY != 0 && self.has_owner(&below.symlink_metadata()?);
+        Ok(Self { any_mode: self.any_mode || guarded, ..self }.check(FOLDER, folder, &metadata))
+    }
+
+    fn has_owner(self, metadata: &Metadata) -> bool {
+        let owner = metadata.uid();
+        self.any_owner || owner == ROOT || owner == rustix::process::geteuid().as_raw()
+    }
+
+    fn check(self, what: &'static str, path: &Path, metadata: &Metadata) -> Result<(), LoadError> {
+        let refused = |found: String, hint: String| {
+            Err(LoadError::Untrusted { what, path: path.to_owned(), found, hint })
+        };
+        if !self.has_owner(metadata) {
+            let this_user = rustix::process::geteuid().as_raw();
+            return refused(
+                format!("belongs to user {}", metadata.uid()),
+                format!(
+                    "expected user {this_user}, who runs the host, or root: `chown` it, or set server.plugins_of_any_owner = true where everybody who can write there is trusted"
+                ),
+            );
+        }
+        let mode = metadata.mode() & 0o7777;
+        if !self.any_mode && mode & (GROUP_WRITES | OTHERS_WRITE) != 0 {
+            let who = if mode & OTHERS_WRITE != 0 { "everybody" } else { "its group" };
+            return refused(
+                format!("may be written by {who} (mode {mode:04o})"),
+                "expected its owner alone: `chmod go-w` it, or set server.plugins_of_any_mode = true where everybody who can write there is trusted".into(),
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt, chown, symlink},
+        path::PathBuf,
+    };
+
+    use super::*;
+
+    const STRICT: Trust = Trust { any_owner: false, any_mode: false };
+
+    fn put(file: &Path, content: &[u8], mode: u32) {
+        fs::write(file, content).unwrap();
+        set_mode(file, mode);
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn ask(trust: Trust, file: &Path) -> Result<(), String> {
+        trust.check_file(file, &File::open(file).unwrap()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_others_may_write_is_no_code_of_ours_unless_said_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("echo.so");
+        let text = || ask(STRICT, &file).unwrap_err();
+        put(&file, b"x", 0o664);
+        assert!(text().contains("may be written by its group (mode 0664)"), "{}", text());
+        put(&file, b"x", 0o646);
+        assert!(text().contains("by everybody"), "{}", text());
+        put(&file, b"x", 0o644);
+        assert_eq!(ask(STRICT, &file), Ok(()));
+        set_mode(folder.path(), 0o770);
+        assert!(text().starts_with("the folder "), "{}", text());
+        assert_eq!(ask(Trust { any_mode: true, ..STRICT }, &file), Ok(()));
+        // The sticky bit keeps files from being replaced, and not from being added: a plugin's own folder has no use for others.
+        set_mode(folder.path(), 0o1777);
+        assert!(text().contains("may be written by everybody (mode 1777)"), "{}", text());
+    }
+
+    /// A file three folders down, and the folders above it.
+    fn nested(folder: &Path) -> (PathBuf, PathBuf, PathBuf) {
+        let (above, direct) = (folder.join("above"), folder.join("above/between/direct"));
+        fs::create_dir_all(&direct).unwrap();
+        for path in [&above, &above.join("between"), &direct] {
+            set_mode(path, 0o755);
+        }
+        let file = direct.join("echo.so");
+        put(&file, b"x", 0o644);
+        (above, direct, file)
+    }
+
+    #[test]
+    fn whoever_may_exchange_a_folder_further_up_may_exchange_the_plugin() {
+        let folder = tempfile::tempdir().unwrap();
+        let (above, direct, file) = nested(folder.path());
+        assert_eq!(ask(STRICT, &file), Ok(()));
+        set_mode(&above, 0o777);
+        let text = ask(STRICT, &file).unwrap_err();
+        let named = format!("the folder {} may be written by everybody (mode 0777)", above.display());
+        assert!(text.starts_with(&named), "{text}");
+        assert_eq!(ask(Trust { any_mode: true, ..STRICT }, &file), Ok(()));
+        // As in /tmp: others can't rename what isn't theirs.
+        set_mode(&above, 0o1777);
+        assert_eq!(ask(STRICT, &file), Ok(()));
+        // By a link from a safe place: where it really lies counts as well.
+        set_mode(&above, 0o777);
+        symlink(&direct, folder.path().join("link")).unwrap();
+        assert!(ask(STRICT, &folder.path().join("link/echo.so")).is_err());
+        // By a link in a place where others may put another link.
+        let (_, direct, _) = nested(&folder.path().join("safe"));
+        symlink(&direct, above.join("link")).unwrap();
+        assert!(ask(STRICT, &above.join("link/echo.so")).is_err());
+    }
+
+    #[test]
+    fn a_file_of_another_user_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("echo.so");
+        put(&file, b"x", 0o644);
+        // Only root can give files away; as anybody else, the owner's own file is all that there is to ask.
+        if chown(&file, Some(12_345), None).is_err() {
+            assert_eq!(ask(STRICT, &file), Ok(()));
+            return;
+        }
+        let error = ask(STRICT, &file).unwrap_err();
+        assert!(error.contains("belongs to user 12345") && error.contains("plugins_of_any_owner"), "{error}");
+        assert_eq!(ask(Trust { any_owner: true, ..STRICT }, &file), Ok(()));
+        // The same of a folder further up, also where the sticky bit guards what is above that.
+        let (above, _, file) = nested(folder.path());
+        chown(above.join("between"), Some(12_345), None).unwrap();
+        for mode in [0o755, 0o1777] {
+            set_mode(&above, mode);
+            let error = ask(STRICT, &file).unwrap_err();
+            assert!(error.contains("between belongs to user 12345"), "{error}");
+        }
+    }
+}
