@@ -65,10 +65,17 @@ fn put_folder(from: &Path, to: &Path) -> io::Result<usize> {
     Ok(written)
 }
 
-/// Written under another name first: nobody sees a half of it.
+/// Written under another name first: nobody sees a half of it, neither of the copy nor of what is just being written.
 fn put_file(from: &Path, to: &Path) -> io::Result<bool> {
     if is_same(from, to)? {
         return Ok(false);
+    }
+    let before = fs::metadata(from)?;
+    if before.len() == 0 && fs::metadata(to).is_ok_and(|old| old.len() > 0) {
+        return Err(io::Error::other(format!(
+            "expected content in {}, found an empty file, and what is in place has some; remove that where this is meant",
+            from.display()
+        )));
     }
     let folder = to
         .parent()
@@ -77,6 +84,13 @@ fn put_file(from: &Path, to: &Path) -> io::Result<bool> {
     fs::create_dir_all(&folder)?;
     let half = tempfile::Builder::new().prefix(".modalkit-").tempfile_in(&folder)?;
     fs::copy(from, half.path())?;
+    let after = fs::metadata(from)?;
+    if (before.len(), before.modified().ok()) != (after.len(), after.modified().ok()) {
+        return Err(io::Error::other(format!(
+            "{} was written while it was copied; read the configuration again once it is whole",
+            from.display()
+        )));
+    }
     half.persist(to).map_err(|error| error.error)?;
     Ok(true)
 }
@@ -123,6 +137,10 @@ mod tests {
         assert_eq!(fs::read_to_string(at("to/deep/a")).unwrap(), "a");
         fs::write(at("labels.json"), "[1]").unwrap();
         assert_eq!(put(&file).unwrap(), 1);
+        // An emptied file is most likely one that is being written.
+        fs::write(at("labels.json"), "").unwrap();
+        assert!(put(&file).unwrap_err().to_string().contains("found an empty file"));
+        assert_eq!(fs::read_to_string(at("app/new/labels.json")).unwrap(), "[1]");
         let wrong = Mount { from: at("from"), to: at("x"), folder: false };
         assert!(put(&wrong).unwrap_err().to_string().contains("expected a file"));
         assert!(put(&Mount { from: at("none"), ..wrong }).is_err());

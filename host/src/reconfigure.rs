@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     access::Keys,
     admission::Gate,
-    config::{Fault, Faults, Loaded, ModelSpec, Sources},
+    config::{CUT_STILL_TIME, Fault, Faults, Loaded, Looks, ModelSpec, Snapshot, Sources},
     dispatch::Models,
     log::LogLevels,
     mounts,
@@ -25,7 +25,8 @@ use crate::{
     reload::{Control, ModelChanges},
 };
 
-/// How often the files are looked at. A change counts when two looks in a row have seen the same.
+/// How often the files are looked at. A change counts when two looks in a row have seen the same; where a file looks cut short, when all
+/// looks have for [`CUT_STILL_TIME`].
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Those who wait for a change; more wait to be told so.
 const WAITING_MAX: usize = 16;
@@ -159,29 +160,31 @@ impl Reconfigure {
         let mut looks = tokio::time::interval(LOOK_INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // As they were when they were read, which is a while ago.
-        let mut known = self.now.load().loaded.fingerprint;
-        let mut seen = known;
+        let mut known = Some(self.now.load().loaded.snapshot.clone());
+        let mut seen = Looks::new(known.clone().unwrap_or_default());
         loop {
-            let reply = tokio::select! {
+            let (snapshot, reply) = tokio::select! {
                 _ = looks.tick() => {
                     let found = self.look().await;
-                    let settled = found == std::mem::replace(&mut seen, found);
                     // What nobody can read now may be as it was.
-                    if found.is_none() || found == known || !settled {
+                    if found.is_unknown() {
                         continue;
                     }
-                    None
+                    let Some(still) = seen.note(found) else { continue };
+                    let is_cut = seen.seen().looks_cut(&self.now.load().loaded.snapshot);
+                    if known.as_ref() == Some(seen.seen()) || (is_cut && still < CUT_STILL_TIME) {
+                        continue;
+                    }
+                    (seen.seen().clone(), None)
                 }
-                Some(()) = hang_ups.recv() => None,
-                Some(reply) = self.asked.recv() => Some(reply),
+                Some(()) = hang_ups.recv() => (self.look().await, None),
+                Some(reply) = self.asked.recv() => (self.look().await, Some(reply)),
             };
-            // The fingerprint first: what is written meanwhile is another change.
-            let (fingerprint, loaded) = self.read().await;
-            known = fingerprint;
-            if loaded.as_ref().is_err_and(|faults| faults.iter().any(|fault| fault.transient)) {
-                // It was readable a moment ago, and is read again.
-                known = None;
-            }
+            // What was seen is what is read: what is written meanwhile is another change.
+            let loaded = load(snapshot.clone()).await;
+            // Where a file could not be read for a reason that may pass, it is read again.
+            let is_known = !loaded.as_ref().is_err_and(|faults| faults.iter().any(|fault| fault.transient));
+            known = is_known.then_some(snapshot);
             let change = self.apply(loaded).await;
             tell(&change);
             self.remember(&change);
@@ -199,17 +202,18 @@ impl Reconfigure {
         };
         let config = &loaded.config;
         let mut errors = self.faults_of_plugins(&config.models).await;
-        // The address stays what it was at the start, whatever is written now.
-        let begun = &self.start.config;
-        if !begun.server.listen.ip().is_loopback() && !begun.server.insecure && !config.auth.asks() {
-            errors.push(Fault::exposed(begun.server.listen));
+        let now = self.now.load_full();
+        errors.extend(loaded.snapshot.emptied(&now.loaded.snapshot));
+        if now.loaded.config.auth.asks() && !config.auth.asks() {
+            errors.push(Fault::unguarded());
         }
         if !errors.is_empty() {
             return Change::Refused { errors };
         }
 
         // From here on nothing fails.
-        let before = values(&self.now.load().loaded);
+        let begun = &self.start.config;
+        let before = values(&now.loaded);
         let after = values(&loaded);
         self.running.log.set(&config.server.log);
         self.running.gate.set_requests_max(config.requests_max);
@@ -267,16 +271,10 @@ impl Reconfigure {
         }
     }
 
-    /// Reads the configuration, and what it read it from. On another thread: files may lie where they take long.
-    async fn read(&self) -> (Option<u64>, Result<Loaded, Faults>) {
+    /// On another thread: files may lie where they take long.
+    async fn look(&self) -> Snapshot {
         let sources = self.sources.clone();
-        let read = move || (sources.fingerprint(), sources.load());
-        tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| (None, Err(Vec::new().into())))
-    }
-
-    async fn look(&self) -> Option<u64> {
-        let sources = self.sources.clone();
-        tokio::task::spawn_blocking(move || sources.fingerprint()).await.unwrap_or_default()
+        tokio::task::spawn_blocking(move || sources.look()).await.unwrap_or_default()
     }
 
     fn remember(&self, change: &Change) {
@@ -285,6 +283,11 @@ impl Reconfigure {
         let last = Some(LastChange { at_unix_ms, change: change.clone() });
         self.now.store(Arc::new(Now { loaded: Arc::clone(&now.loaded), last }));
     }
+}
+
+/// On another thread: secrets may lie where they take long.
+async fn load(snapshot: Snapshot) -> Result<Loaded, Faults> {
+    tokio::task::spawn_blocking(move || snapshot.load()).await.unwrap_or_else(|_| Err(Vec::new().into()))
 }
 
 fn tell(change: &Change) {

@@ -232,6 +232,81 @@ fn a_host_that_others_reach_never_stops_asking() {
 }
 
 #[test]
+fn a_reload_that_would_drop_the_last_key_or_empty_a_file_is_refused() {
+    let auth = format!("[app_settings.auth_config]\napi_key = {KEY:?}\n");
+    let mut host = Setup::new().plugin("echo").config(&auth).start();
+    let file = host.folder().join("modalkit.toml");
+    wait_until("it serves", || predict(&host, &[("x-api-key", KEY)]).0 == 200);
+    let refused = |host: &Host, expected: &str| {
+        let (status, change) = host.post("/config/reload", &json!({}));
+        assert_eq!((status, &change["outcome"]), (409, &json!("refused")), "{change}");
+        assert!(change.to_string().contains(expected), "{change}");
+        assert_eq!(predict(host, &[]).0, 401);
+        assert_eq!(predict(host, &[("x-api-key", KEY)]).0, 200);
+    };
+    host.configure("[server]\nlog = \"info\"\n");
+    refused(&host, "this host asks callers who they are");
+    refused(&host, "restart the host to let everybody in");
+    for empty in ["", "\n\n", "# [app_settings.auth_config]\n"] {
+        fs::write(&file, empty).unwrap();
+        refused(&host, "a file without any setting");
+    }
+    fs::remove_file(&file).unwrap();
+    refused(&host, "a file that can be read");
+    // By itself as well, and said.
+    fs::write(&file, "").unwrap();
+    assert_eq!(host.log_line("the configuration stays as it was")["level"], "ERROR");
+    assert_eq!(predict(&host, &[]).0, 401);
+    // Another key is no less of a guard.
+    host.configure(&auth.replace(KEY, OPERATOR));
+    assert_eq!(host.post("/config/reload", &json!({})).0, 200);
+    assert_eq!(predict(&host, &[("x-api-key", OPERATOR)]).0, 200);
+    assert_eq!(predict(&host, &[("x-api-key", KEY)]).0, 401);
+    // What can't be done to a running host is done by a restart.
+    host.configure("[server]\nlog = \"info\"\n");
+    host.kill();
+    host.start_again();
+    wait_until("everybody is let in", || predict(&host, &[]).0 == 200);
+}
+
+#[test]
+fn a_key_file_that_is_being_written_opens_and_closes_no_door() {
+    let setup = Setup::new().plugin("echo");
+    let secrets = setup.folder().join("secrets");
+    fs::create_dir(&secrets).unwrap();
+    let file = secrets.join("ci-key");
+    fs::write(&file, "the first key\n").unwrap();
+    let config = format!(
+        "[server]\nsecrets_folder = {:?}\n[app_settings.auth_config]\nrefresh_seconds = 0.05\n[app_settings.auth_config.keys.ci]\nsecret = \"ci-key\"\n",
+        secrets.display().to_string()
+    );
+    let host = ready(setup.config(&config));
+    let status = |key: &str| predict(&host, &[("x-api-key", key)]).0;
+    assert_eq!(status("the first key"), 200);
+    fs::write(&file, "").unwrap();
+    let line = host.log_line("its file is empty");
+    assert!(line.to_string().contains("the key ci is as it was fetched before"), "{line}");
+    assert_eq!((status("the first key"), status("")), (200, 401));
+    // The beginning of the key counts once it has held still for a round.
+    fs::write(&file, "the first\n").unwrap();
+    assert_eq!(host.log_line("its file holds the beginning of that value")["level"], "ERROR");
+    wait_until("it was meant", || status("the first") == 200);
+    fs::write(&file, "the first key\n").unwrap();
+    wait_until("it is as it was", || status("the first key") == 200);
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert_eq!(host.log_line("its file can't be read")["level"], "ERROR");
+    assert_eq!((status("the first key"), host.get("/readyz").0), (200, 200));
+    fs::remove_dir(&file).unwrap();
+    wait_until("a file that is gone is a key no more", || status("the first key") == 401);
+    fs::write(&file, "").unwrap();
+    wait_until("an empty one is none yet", || host.get("/readyz").0 == 503);
+    assert_ne!(status(""), 200);
+    fs::write(&file, "the second key\n").unwrap();
+    wait_until("the second is known", || status("the second key") == 200);
+}
+
+#[test]
 fn authorization_may_be_the_header_and_a_job_belongs_to_its_key() {
     let other = "another-key-altogether";
     let config = format!(

@@ -5,6 +5,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use modalkit::config::{self, Environment, Faults, Loaded};
@@ -411,6 +412,43 @@ fn a_changed_file_is_in_force_without_a_restart_and_a_wrong_one_changes_nothing(
         json!({"added": ["b", "c"], "removed": ["a"], "changed": [], "reloading": []})
     );
     assert_eq!(host.post("/config/reload", &json!({})).1["outcome"], "unchanged");
+}
+
+#[test]
+fn a_file_that_looks_cut_short_is_taken_when_it_has_held_still_or_when_somebody_says_so() {
+    let entry = |name: &str| format!("[model_settings.model_entries.{name}]\nplugin = \"puppet\"\n");
+    let mut host = Setup::new().plugin("puppet").config(&(entry("a") + &entry("b"))).ready();
+    let file = host.folder().join("modalkit.toml");
+    let whole = fs::read_to_string(&file).unwrap();
+    // At a section's end: as good a configuration as any.
+    let cut = whole.split_once("[model_settings.model_entries.b]").unwrap().0;
+    let written = Instant::now();
+    fs::write(&file, cut).unwrap();
+    wait_until("it has held still", || host.models() == 1);
+    let waited = written.elapsed();
+    assert!(waited > Duration::from_secs(9), "{waited:?} after a cut at the end of a section");
+    // What is no beginning of what is in force is taken as soon as two looks have seen it.
+    host.configure(&(entry("a") + &entry("b") + &entry("c")));
+    wait_until("all three are there", || host.models() == 3);
+    // In the middle of a line, and by somebody's word.
+    let whole = fs::read_to_string(&file).unwrap();
+    fs::write(&file, whole.split_once("\n[model_settings.model_entries.b]").unwrap().0).unwrap();
+    assert_eq!(host.post("/config/reload", &json!({})).1["models"]["removed"], json!(["b", "c"]));
+    assert_eq!(host.models(), 1);
+}
+
+#[test]
+fn an_env_file_that_is_emptied_or_removed_is_refused() {
+    let host = Setup::new().plugin("echo").env_file("MODALKIT_SERVER__LOG=debug\n").ready();
+    let file = host.folder().join(".env");
+    fs::write(&file, "# MODALKIT_SERVER__LOG=debug\n").unwrap();
+    let (status, change) = host.post("/config/reload", &json!({}));
+    assert!(status == 409 && change.to_string().contains(".env"), "{status} {change}");
+    fs::remove_file(&file).unwrap();
+    let (status, change) = host.post("/config/reload", &json!({}));
+    assert!(status == 409 && change.to_string().contains("no file"), "{status} {change}");
+    fs::write(&file, "MODALKIT_SERVER__LOG=info\n").unwrap();
+    assert_eq!(host.post("/config/reload", &json!({})).1["outcome"], "applied");
 }
 
 #[test]

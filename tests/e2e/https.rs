@@ -1,6 +1,12 @@
 //! HTTPS: both protocols, a certificate that changes, and hosts that have none.
 
-use std::{fs, path::Path, process::Command, sync::Arc};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use modalkit_tests::{Host, Setup, built, wait_until};
 use rcgen::{CertifiedKey, KeyPair};
@@ -49,7 +55,7 @@ fn a_new_certificate_is_in_force_without_a_restart() {
     wait_until("the new certificate is in force", || predict(&host, &second).is_ok());
     assert!(predict(&host, &first).is_err(), "the one before is not");
     // What is no certificate leaves the one that is.
-    fs::write(folder.join("certificate.pem"), "nothing").unwrap();
+    fs::write(folder.join("certificate.pem"), "nothing\n").unwrap();
     let _ = host.log_line("the certificate stays as it was");
     assert!(predict(&host, &second).is_ok());
     // Who speaks no TLS gets no answer, and harms nobody.
@@ -72,6 +78,22 @@ fn a_new_certificate_is_in_force_without_a_restart() {
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("\"translated_text\": \"A\""), "{output:?}");
+}
+
+#[test]
+fn a_chain_that_is_cut_between_two_certificates_must_hold_still_for_longer() {
+    let (host, folder, first) = start();
+    // With another one behind it, as one of an authority would be.
+    let chain =
+        first.clone() + &rcgen::generate_simple_self_signed(vec!["authority".to_owned()]).unwrap().cert.pem();
+    fs::write(folder.join("certificate.pem"), &chain).unwrap();
+    assert_eq!(host.log_line("a new certificate is in force")["level"], "INFO");
+    let in_force =
+        || host.log().iter().filter(|line| line["message"] == "a new certificate is in force").count();
+    let written = Instant::now();
+    fs::write(folder.join("certificate.pem"), &first).unwrap();
+    wait_until("it has held still", || in_force() == 2);
+    assert!(written.elapsed() > Duration::from_secs(9), "{:?}", written.elapsed());
 }
 
 #[test]

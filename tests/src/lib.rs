@@ -31,6 +31,7 @@ use tempfile::TempDir;
 
 /// The longest that anything here is waited for: machines are shared, and a wait that ends early proves nothing.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+const DOT_ENV: &str = ".env";
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
 /// Keys and secrets that tests give to hosts. Every log line of every host, and everything that a host answers to a test, is
@@ -129,6 +130,16 @@ impl Setup {
         self
     }
 
+    /// Starts the host in its own folder, with this `.env` file there.
+    ///
+    /// # Panics
+    /// Where it can't be written.
+    #[must_use]
+    pub fn env_file(self, text: &str) -> Self {
+        fs::write(self.folder.path().join(DOT_ENV), text).expect("the file is written");
+        self
+    }
+
     /// Sets a variable of the host's environment.
     #[must_use]
     pub fn variable(mut self, name: &str, value: &str) -> Self {
@@ -172,6 +183,9 @@ impl Setup {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
+        if self.folder.path().join(DOT_ENV).exists() {
+            command.current_dir(self.folder.path());
+        }
         command
     }
 

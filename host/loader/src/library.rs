@@ -239,8 +239,8 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     elf::check(path)?;
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
-    let library =
-        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| unloadable(path, &error))?;
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
+        .map_err(|error| unloadable(path, &error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
     let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
     // SAFETY: as above.

@@ -144,7 +144,11 @@ impl Store {
 }
 
 fn no_folder(source: io::Error) -> LoadError {
-    LoadError::Io { doing: "make a private folder (its place is TMPDIR) in", path: std::env::temp_dir(), source }
+    LoadError::Io {
+        doing: "make a private folder (its place is TMPDIR) in",
+        path: std::env::temp_dir(),
+        source,
+    }
 }
 
 const COPY_CHUNK_BYTES: usize = 256 * 1024;
@@ -182,9 +186,11 @@ impl Staged {
     /// [`LoadError::Pinned`].
     pub fn check_pin(&self, pin: Option<&str>, entry: &'static str) -> Result<(), LoadError> {
         match pin.filter(|expected| *expected != self.sha256()) {
-            Some(expected) => {
-                Err(LoadError::Pinned { entry, expected: expected.to_owned(), found: self.sha256().to_owned() })
-            }
+            Some(expected) => Err(LoadError::Pinned {
+                entry,
+                expected: expected.to_owned(),
+                found: self.sha256().to_owned(),
+            }),
             None => Ok(()),
         }
     }

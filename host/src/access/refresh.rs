@@ -1,5 +1,5 @@
-//! Fetches keys that lie elsewhere, again and again: files of secrets and parameters in SSM. A key that can't be fetched keeps the
-//! value that it had; one whose file is gone is a key no more.
+//! Fetches keys that lie elsewhere, again and again: files of secrets and parameters in SSM. A key that can't be fetched, or whose file
+//! looks as if somebody were writing it, keeps the value that it had; one whose file is gone is a key no more.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
@@ -14,17 +14,29 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long one key may take.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Between the two looks at a file that has another value: both must find the same.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+
 /// A file of a secret that is being read.
 type Read = JoinHandle<io::Result<Option<String>>>;
 
+/// What is known of the files from one round to the next.
+#[derive(Default)]
+struct Files {
+    /// Those that are being read.
+    reads: HashMap<String, Read>,
+    /// Values that are the beginning of the one that is known: taken where the next round finds them again.
+    shortened: HashMap<String, String>,
+}
+
 /// Runs until it is dropped. Which rules are in force is not decided here: only which values keys have.
 pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> std::convert::Infallible {
-    let mut reads: HashMap<String, Read> = HashMap::new();
+    let mut files = Files::default();
     let mut told: Vec<String> = Vec::new();
     loop {
         let spec = specs.borrow_and_update().clone();
         tokio::select! {
-            faults = fetch_all(&access, &spec, &mut reads) => {
+            faults = fetch_all(&access, &spec, &mut files) => {
                 access.set_again();
                 let mut missing = access.missing();
                 missing.extend(faults);
@@ -45,7 +57,7 @@ pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> s
 }
 
 /// Fetches every value that lies elsewhere. What comes back are reasons why known values are old ones.
-async fn fetch_all(access: &Access, spec: &AuthSpec, reads: &mut HashMap<String, Read>) -> Vec<String> {
+async fn fetch_all(access: &Access, spec: &AuthSpec, files: &mut Files) -> Vec<String> {
     let elsewhere: Vec<&KeySpec> = spec
         .keys
         .iter()
@@ -69,7 +81,11 @@ async fn fetch_all(access: &Access, spec: &AuthSpec, reads: &mut HashMap<String,
     }
     for key in elsewhere {
         if let KeySource::Secret(name) = &key.source {
-            let fetched = read(name, spec, reads).await;
+            let known = match access.values.lock().get(&key.source) {
+                Some(Fetched::Value(known)) => Some(known.clone()),
+                _ => None,
+            };
+            let fetched = files.fetch(name, spec, known.as_ref().map(|known| known.as_str())).await;
             faults.extend(note(access, key, fetched));
         }
     }
@@ -81,23 +97,50 @@ async fn fetch_all(access: &Access, spec: &AuthSpec, reads: &mut HashMap<String,
     faults
 }
 
-/// A file of some bytes, read on another thread. On a mount that hangs, the one read that hangs is waited for by no second one.
-async fn read(
-    name: &str,
-    spec: &AuthSpec,
-    reads: &mut HashMap<String, Read>,
-) -> Result<Option<String>, String> {
-    let (wanted, folder) = (name.to_owned(), spec.secrets_folder.clone());
-    let read = reads
-        .entry(name.to_owned())
-        .or_insert_with(|| tokio::task::spawn_blocking(move || read_secret(&wanted, &folder)));
-    match timeout(FETCH_TIMEOUT, read).await {
-        Ok(done) => {
-            reads.remove(name);
-            let read = done.map_err(|error| error.to_string())?;
-            read.map_err(|error| format!("its file can't be read now: {error}"))
+impl Files {
+    /// The value in a file; whoever writes it has had the time to end.
+    async fn fetch(
+        &mut self,
+        name: &str,
+        spec: &AuthSpec,
+        known: Option<&str>,
+    ) -> Result<Option<String>, String> {
+        let found = self.read(name, spec).await?;
+        let before = self.shortened.remove(name);
+        let Some(value) = found else { return Ok(None) };
+        if Some(value.as_str()) == known {
+            return Ok(Some(value));
         }
-        Err(_) => Err(format!("its file was not read within {FETCH_TIMEOUT:?}")),
+        if value.is_empty() {
+            return Err("its file is empty".to_owned());
+        }
+        let Some(known) = known else { return Ok(Some(value)) };
+        tokio::time::sleep(BETWEEN_LOOKS).await;
+        if self.read(name, spec).await?.as_ref() != Some(&value) {
+            return Err("its file is being written".to_owned());
+        }
+        if known.starts_with(&value) && before.as_ref() != Some(&value) {
+            self.shortened.insert(name.to_owned(), value);
+            return Err("its file holds the beginning of that value".to_owned());
+        }
+        Ok(Some(value))
+    }
+
+    /// A file of some bytes, read on another thread. On a mount that hangs, the one read that hangs is waited for by no second one.
+    async fn read(&mut self, name: &str, spec: &AuthSpec) -> Result<Option<String>, String> {
+        let (wanted, folder) = (name.to_owned(), spec.secrets_folder.clone());
+        let read = self
+            .reads
+            .entry(name.to_owned())
+            .or_insert_with(|| tokio::task::spawn_blocking(move || read_secret(&wanted, &folder)));
+        match timeout(FETCH_TIMEOUT, read).await {
+            Ok(done) => {
+                self.reads.remove(name);
+                let read = done.map_err(|error| error.to_string())?;
+                read.map_err(|error| format!("its file can't be read: {error}"))
+            }
+            Err(_) => Err(format!("its file was not read within {FETCH_TIMEOUT:?}")),
+        }
     }
 }
 

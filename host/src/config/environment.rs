@@ -1,7 +1,7 @@
 //! The environment: variables of the process, and below them those of a `.env` file. It turns those that name keys into located
 //! values, and never knows what keys mean.
 
-use std::{collections::BTreeMap, env, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, env, fs, io, path::Path, sync::Arc};
 
 use super::{
     fault::{Fault, Place},
@@ -26,7 +26,13 @@ impl Environment {
     /// # Errors
     /// `.env` can't be read, or isn't lines of `NAME=value`.
     pub fn of_process() -> Result<Self, super::Faults> {
-        let mut all = Self::dot_env(Path::new(DOT_ENV)).map_err(super::Faults::from)?;
+        let path = Path::new(DOT_ENV);
+        Self::of_process_over(fs::read_to_string(path), path)
+    }
+
+    /// Of this process, over what was read of a `.env` file.
+    pub(super) fn of_process_over(dot_env: io::Result<String>, path: &Path) -> Result<Self, super::Faults> {
+        let mut all = Self::of_dot_env(dot_env, path).map_err(super::Faults::from)?;
         let set = env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         all.extend(Self::from_iter(set));
@@ -34,12 +40,12 @@ impl Environment {
     }
 
     /// What a `.env` file sets; nothing where there is none.
-    pub(super) fn dot_env(path: &Path) -> Result<Self, Vec<Fault>> {
+    pub(super) fn of_dot_env(text: io::Result<String>, path: &Path) -> Result<Self, Vec<Fault>> {
         let shared: Arc<Path> = path.into();
         let whole = Place::Whole(Arc::clone(&shared));
-        let text = match fs::read_to_string(path) {
+        let text = match text {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => {
                 return Err(vec![Fault::unreadable(&whole, "", &error)]);
             }
@@ -76,6 +82,10 @@ impl Environment {
             all.0.insert(name, (value, at));
         }
         if faults.is_empty() { Ok(all) } else { Err(faults) }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Lays later variables over these.

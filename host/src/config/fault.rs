@@ -1,6 +1,6 @@
 //! What is wrong with a configuration, and where. It owns the form of these messages and never knows which keys there are.
 
-use std::{fmt, io, net::SocketAddr, path::Path, sync::Arc};
+use std::{fmt, io, path::Path, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
@@ -90,17 +90,13 @@ impl Fault {
         Self { transient, ..Self::new(at, key, "a file that can be read", error.to_string()) }
     }
 
-    /// A host that others reach, and that would ask nobody who they are any more.
+    /// A host that asks callers for keys, and would ask nobody any more.
     #[must_use]
-    pub fn exposed(listens: SocketAddr) -> Self {
-        let expected = "app_settings.auth_config, since this host was started to ask callers at an address that others reach";
-        let fault = Self::new(
-            &Place::Default,
-            "app_settings.auth_config",
-            expected,
-            format!("nothing, for {listens}"),
-        );
-        fault.hint("restart the host to let everybody in")
+    pub fn unguarded() -> Self {
+        let key = "app_settings.auth_config";
+        let expected = "a key, or deployment_config.secure, since this host asks callers who they are";
+        let fault = Self::new(&Place::Default, key, expected, "nothing, which would let everybody in");
+        fault.hint("where that is meant, restart the host to let everybody in")
     }
 
     /// Names what was most likely meant, where anything is like it.

@@ -1,6 +1,6 @@
 //! Reads TOML, YAML and JSON files into located values. It knows no key.
 
-use std::{fmt, fs, ops::Range, path::Path, sync::Arc};
+use std::{fmt, fs, io, ops::Range, path::Path, sync::Arc};
 
 use serde::{
     Deserialize, Deserializer,
@@ -25,12 +25,16 @@ pub(super) struct File {
 }
 
 pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
-    let shared: Arc<Path> = path.into();
-    let text = fs::read_to_string(path).map_err(|error| {
-        let fault = Fault::unreadable(&Place::Whole(Arc::clone(&shared)), "", &error);
+    parse_read(fs::read_to_string(path), &path.into())
+}
+
+/// Parses what was read of a file.
+pub(super) fn parse_read(text: io::Result<String>, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
+    let text = text.map_err(|error| {
+        let fault = Fault::unreadable(&Place::Whole(Arc::clone(path)), "", &error);
         vec![fault.hint("name the files with --config, or in MODALKIT_CONFIG with commas between them")]
     })?;
-    parse(&text, &shared)
+    parse(&text, path)
 }
 
 pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {

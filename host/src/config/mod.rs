@@ -15,13 +15,10 @@ mod queues;
 mod resolve;
 mod resolved;
 mod secrets;
+mod sources;
 mod types;
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    path::PathBuf,
-    sync::OnceLock,
-};
+use std::{path::PathBuf, sync::OnceLock};
 
 use serde_json::{Value as Json, json};
 
@@ -35,12 +32,11 @@ pub use resolved::{
 };
 
 pub use secrets::{Secrets, read_file as read_secret};
+pub use sources::{CUT_STILL_TIME, Looks, Snapshot, Sources, looks_cut};
 
 use keys::Root;
 use layer::{Reader, Setting};
 use node::{Node, Value};
-
-use crate::transient::is_transient;
 
 /// What was read: the configuration, and how it came about.
 pub struct Loaded {
@@ -48,50 +44,9 @@ pub struct Loaded {
     pub config: Config,
     /// What was written without any effect.
     pub warnings: Vec<Warning>,
-    /// What the sources said, as [`Sources::fingerprint`] tells; `None` also where they weren't asked.
-    pub fingerprint: Option<u64>,
+    /// What the files held; nothing where they were read one by one.
+    pub snapshot: Snapshot,
     written: Root,
-}
-
-/// Where a configuration is read from, to be read again.
-#[derive(Clone, Debug)]
-pub struct Sources {
-    files: Vec<PathBuf>,
-}
-
-impl Sources {
-    /// These files, the process's environment and `.env`.
-    #[must_use]
-    pub fn new(files: Vec<PathBuf>) -> Self {
-        Self { files }
-    }
-
-    /// Reads them.
-    ///
-    /// # Errors
-    /// As [`load`].
-    pub fn load(&self) -> Result<Loaded, Faults> {
-        // First: what is written while it is read is another change.
-        let fingerprint = self.fingerprint();
-        let loaded = load(&self.files, &Environment::of_process()?)?;
-        Ok(Loaded { fingerprint, ..loaded })
-    }
-
-    /// Differs where what the files say differs. `None` where that can't be told now: one of them could not be read for a reason that
-    /// may pass.
-    #[must_use]
-    pub fn fingerprint(&self) -> Option<u64> {
-        let mut hasher = DefaultHasher::new();
-        let dot_env = PathBuf::from(environment::DOT_ENV);
-        for file in self.files.iter().chain([&dot_env]) {
-            match std::fs::read(file) {
-                Err(error) if is_transient(&error) => return None,
-                // Another file that can't be read is as good as none.
-                read => read.ok().hash(&mut hasher),
-            }
-        }
-        Some(hasher.finish())
-    }
 }
 
 /// Reads the files, lays the environment over them and resolves the whole.
@@ -137,7 +92,7 @@ fn assemble(
         faults = contradictions;
     }
     warnings.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
-    Faults::or(faults, Loaded { config, warnings, fingerprint: None, written })
+    Faults::or(faults, Loaded { config, warnings, snapshot: Snapshot::default(), written })
 }
 
 impl Loaded {
@@ -233,21 +188,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn a_file_that_can_not_be_read_now_says_nothing_and_one_that_is_not_there_does() {
-        let folder = tempfile::tempdir().unwrap();
-        let (unreadable, missing) =
-            (folder.path().join("unreadable.toml"), folder.path().join("missing.toml"));
-        // It can be opened, and reading fails with EIO.
-        std::os::unix::fs::symlink("/proc/self/mem", &unreadable).unwrap();
-        let look = |file: &PathBuf| {
-            let sources = Sources::new(vec![file.clone()]);
-            let faults = sources.load().err().expect("it can't be read");
-            (sources.fingerprint().is_some(), faults.iter().any(|fault| fault.transient))
-        };
-        assert_eq!((look(&unreadable), look(&missing)), ((false, true), (true, false)));
-    }
 
     /// Texts that are nearly configurations: keys and values of this host, broken and put together at random.
     fn nearly() -> impl Strategy<Value = String> {

@@ -48,9 +48,15 @@ impl fmt::Debug for Secrets {
 /// What the file of a secret holds; `None` where there is none.
 ///
 /// # Errors
-/// It could not be read, for a reason that may pass: nobody knows whether there is one.
+/// There is one, or may be, and it can't be read.
 pub fn read_file(name: &str, folder: &Path) -> io::Result<Option<String>> {
-    value(name, &Environment::default(), folder)
+    if !is_name(name) {
+        return Ok(None);
+    }
+    match text_of(&folder.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some),
+    }
 }
 
 /// One secret's value.
@@ -73,8 +79,7 @@ fn look_for(name: &str, environment: &Environment, folder: &Path) -> io::Result<
     if let Some(value) = variable(name, environment) {
         return Ok(vec![(name.to_owned(), value)]);
     }
-    // A name is no path: what lies elsewhere is no secret of this folder.
-    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+    if !is_name(name) {
         return Ok(Vec::new());
     }
     let path = folder.join(name);
@@ -96,15 +101,13 @@ fn look_for(name: &str, environment: &Environment, folder: &Path) -> io::Result<
     Ok(found)
 }
 
-/// A file's text, without the line's end that editors put there.
+/// A name is no path: what lies elsewhere is no secret of this folder.
+fn is_name(name: &str) -> bool {
+    !(name.is_empty() || name.starts_with('.') || name.contains('/'))
+}
+
 fn read(path: &Path) -> io::Result<Option<String>> {
-    let about = there(fs::metadata(path))?;
-    if about.is_none_or(|about| !about.is_file() || about.len() > SECRET_BYTES_MAX) {
-        return Ok(None);
-    }
-    let Some(text) = there(fs::read_to_string(path))? else { return Ok(None) };
-    let text = text.strip_suffix('\n').unwrap_or(&text);
-    Ok(Some(text.strip_suffix('\r').unwrap_or(text).to_owned()))
+    there(text_of(path))
 }
 
 /// What can't be read is as good as none, but for reasons that may pass.
@@ -113,6 +116,21 @@ fn there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
         Err(error) if is_transient(&error) => Err(error),
         read => Ok(read.ok()),
     }
+}
+
+/// A file's text, without the line's end that editors put there.
+fn text_of(path: &Path) -> io::Result<String> {
+    let about = fs::metadata(path)?;
+    if !about.is_file() {
+        return Err(io::Error::other("expected a file, found something else"));
+    }
+    if about.len() > SECRET_BYTES_MAX {
+        let found = about.len();
+        return Err(io::Error::other(format!("expected at most {SECRET_BYTES_MAX} bytes, found {found}")));
+    }
+    let text = fs::read_to_string(path)?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }
 
 #[cfg(test)]

@@ -1,13 +1,6 @@
 //! HTTPS: the certificate, read from its files and again when these change. It never knows what is asked.
 
-use std::{
-    fmt, fs,
-    hash::{DefaultHasher, Hash, Hasher},
-    io,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -22,10 +15,14 @@ use rustls::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{config::TlsFiles, transient::is_transient};
+use crate::{
+    config::{CUT_STILL_TIME, Looks, TlsFiles, looks_cut},
+    transient::is_transient,
+};
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same: certificate and key are two
-/// files, and nobody writes both at once.
+/// files, and nobody writes both at once. Where one looks cut short, all looks for [`CUT_STILL_TIME`] must have: a chain that is cut
+/// between two certificates is a chain as well.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why there is no certificate.
@@ -99,19 +96,23 @@ impl Certificate {
 
     /// Reads it again when its files change, until it is dropped. One that can't be used leaves the one before in force.
     pub async fn follow(self: Arc<Self>) -> std::convert::Infallible {
-        let mut known = self.fingerprint();
-        let mut seen = known;
+        let mut in_force = self.contents().unwrap_or_default();
+        let mut known = Some(in_force.clone());
+        let mut seen = Looks::new(in_force.clone());
         loop {
             tokio::time::sleep(LOOK_INTERVAL).await;
-            let found = self.fingerprint();
-            let settled = found == std::mem::replace(&mut seen, found);
-            if found.is_none() || found == known || !settled {
+            let Some(found) = self.contents() else { continue };
+            let Some(still) = seen.note(found) else { continue };
+            let found = seen.seen();
+            let is_cut = found.iter().zip(&in_force).any(|(now, before)| looks_cut(now, before));
+            if known.as_ref() == Some(found) || (is_cut && still < CUT_STILL_TIME) {
                 continue;
             }
-            known = found;
+            known = Some(found.clone());
             match read(&self.files, &self.provider) {
                 Ok(certificate) => {
                     self.now.store(Arc::new(certificate));
+                    in_force.clone_from(found);
                     tracing::info!(file = %self.files.certificate.display(), "a new certificate is in force");
                 }
                 Err(error) => {
@@ -125,16 +126,13 @@ impl Certificate {
         }
     }
 
-    /// Differs where what the files hold differs; `None` where one of them can't be read now, for a reason that may pass.
-    fn fingerprint(&self) -> Option<u64> {
-        let mut hasher = DefaultHasher::new();
-        for file in [&self.files.certificate, &self.files.private_key] {
-            match fs::read(file) {
-                Err(error) if is_transient(&error) => return None,
-                read => read.ok().hash(&mut hasher),
-            }
-        }
-        Some(hasher.finish())
+    /// What the files hold; nothing where they can't be read, and `None` where one can't be now, for a reason that may pass.
+    fn contents(&self) -> Option<[Vec<u8>; 2]> {
+        let read = |file: &PathBuf| match fs::read(file) {
+            Err(error) if is_transient(&error) => None,
+            read => Some(read.unwrap_or_default()),
+        };
+        Some([read(&self.files.certificate)?, read(&self.files.private_key)?])
     }
 }
 
