@@ -15,6 +15,7 @@ use crate::{
     audit::Audit,
     config::{Loaded, Sources},
     dispatch::Models,
+    identity,
     ingress::{self, Certificate, Context, ManagementSocket},
     jobs::{self, Jobs},
     log::LogLevels,
@@ -81,7 +82,8 @@ pub async fn run(
     let store = build::store(&server)?;
     let surroundings =
         modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server, store.clone()) };
-    let queues = Queues::open(&config.queues.named(&jobs::host_name(&server.state_folder)?), &surroundings)?;
+    let queues =
+        Queues::open(&config.queues.named(&identity::host_name(&server.state_folder)?), &surroundings)?;
     let around = jobs::Around {
         models: Arc::clone(&models),
         gate: Arc::clone(&gate),

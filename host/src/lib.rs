@@ -12,6 +12,7 @@ pub mod audit;
 pub mod config;
 pub mod dispatch;
 pub mod egress;
+pub mod identity;
 pub mod ingress;
 pub mod job;
 pub mod jobs;

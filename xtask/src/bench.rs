@@ -99,8 +99,9 @@ fn measure_in(
     fs::write(
         &config,
         format!(
-            "[server]\nlisten = \"127.0.0.1:{host_port}\"\nlog = \"warn\"\n{}\n\
+            "[server]\nlisten = \"127.0.0.1:{host_port}\"\nlog = \"warn\"\nstate_folder = {:?}\n{}\n\
              [app_settings.deployment_config.volumes]\n{:?} = \"bench\"\n",
+            folder.join("state").display().to_string(),
             w.config,
             volume.display().to_string()
         ),

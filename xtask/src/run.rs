@@ -48,11 +48,13 @@ pub(crate) fn run(volume: &Path, watch: bool) -> anyhow::Result<()> {
         .spawn()
         .context("can't start the second half of `run`")?;
     let volumes = format!("{{{:?}: \"volume\"}}", volume.display().to_string());
+    let state =
+        env::var_os(STATE_FOLDER).map_or_else(|| std::path::absolute(STATE), |written| Ok(written.into()))?;
     let error = Command::new(build::release().join("modalkit"))
         .args(["--config", CONFIG])
         .env("MODALKIT_APP_SETTINGS__DEPLOYMENT_CONFIG__VOLUMES", volumes)
         .env("MODALKIT_MODEL_SETTINGS__LOCAL_MODEL_REPOSITORY_FOLDER", &volume)
-        .env(STATE_FOLDER, env::var_os(STATE_FOLDER).unwrap_or_else(|| STATE.into()))
+        .env(STATE_FOLDER, state)
         .exec();
     Err(error).context("can't start the host")
 }

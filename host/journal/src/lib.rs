@@ -20,7 +20,7 @@ mod writer;
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
@@ -45,6 +45,11 @@ use writer::{Change, Shared, Writer};
 const FILE: &str = "jobs.sqlite";
 const LEDGER: &str = "running";
 const LOCK: &str = "lock";
+/// Of the folder, where it is made here, and of all files in it.
+const FOLDER_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
+/// Permission bits of others than the owner.
+const OF_OTHERS: u32 = 0o077;
 
 /// Why a journal can't be opened; each asks something else of the operator.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +150,8 @@ impl Journal {
         let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
         let lock = lock(folder)?;
         let path = folder.join(FILE);
+        // What SQLite puts beside it has its mode from the first moment.
+        private(&path).map_err(of_folder)?;
         let file = || path.clone();
         let Opened { mut store, mut open_jobs, last_row, clock } =
             Store::open(&path).map_err(|error| match error {
@@ -153,8 +160,6 @@ impl Journal {
             })?;
         prepare(&store);
         let unusable = |error: rusqlite::Error| OpenError::Unusable { file: file(), why: error.to_string() };
-        // It holds what callers sent.
-        let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
         let clock = Clock::resume(clock, unix_ms());
         let (ledger, running) = Ledger::open(&folder.join(LEDGER)).map_err(of_folder)?;
         take_over(&mut store, &mut open_jobs, &running, clock.now()).map_err(unusable)?;
@@ -328,20 +333,35 @@ pub fn set_aside(folder: &Path) -> Result<PathBuf, OpenError> {
     Ok(aside)
 }
 
+/// Takes the folder for this process, and closes its files to others: they hold what callers sent.
 fn lock(folder: &Path) -> Result<File, OpenError> {
     let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(of_folder)?;
-    let lock = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(folder.join(LOCK))
-        .map_err(of_folder)?;
+    fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder).map_err(of_folder)?;
+    let lock = private(&folder.join(LOCK)).map_err(of_folder)?;
     match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(fs::TryLockError::WouldBlock) => Err(OpenError::InUse(folder.to_owned())),
-        Err(fs::TryLockError::Error(error)) => Err(of_folder(error)),
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(folder.to_owned())),
+        Err(fs::TryLockError::Error(error)) => return Err(of_folder(error)),
     }
+    for entry in fs::read_dir(folder).map_err(of_folder)? {
+        let entry = entry.map_err(of_folder)?;
+        let name = entry.file_name();
+        let is_ours = name.to_str().is_some_and(|name| name.starts_with(FILE) || name == LEDGER);
+        let metadata = entry.metadata().map_err(of_folder)?;
+        if is_ours && metadata.is_file() && metadata.mode() & OF_OTHERS != 0 {
+            // A file system without permissions has none to set.
+            let _ = fs::set_permissions(entry.path(), fs::Permissions::from_mode(FILE_MODE));
+        }
+    }
+    Ok(lock)
+}
+
+/// Opens a file, or makes one, that nobody else may read.
+fn private(path: &Path) -> io::Result<File> {
+    let file = File::options().write(true).create(true).truncate(false).mode(FILE_MODE).open(path)?;
+    // One that was there; a file system without permissions has none to set.
+    let _ = file.set_permissions(fs::Permissions::from_mode(FILE_MODE));
+    Ok(file)
 }
 
 /// Counts a crash for each job that was being run when the host died; the one that ran alone is to blame. On disk before the ledger

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     sync::{Arc, mpsc},
     time::Duration,
@@ -450,6 +451,39 @@ fn a_folder_has_one_host_and_a_damaged_journal_is_kept() {
     assert_eq!(fs::read(&aside).unwrap(), bytes);
     let (_journal, found) = open(folder.path(), KEEP);
     assert!(found.is_empty());
+}
+
+/// The names of files that others than their owner may open.
+fn open_to_others(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    let open = entries.filter(|entry| entry.metadata().unwrap().mode() & 0o077 != 0);
+    open.map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn nobody_else_reads_what_callers_sent() {
+    let folder = tempdir().unwrap();
+    // As somebody else has made it, and from the first start on.
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let accepted = job(&journal, "{}");
+    accept(&journal, accepted).unwrap();
+    let names = || fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).count();
+    // The journal, its log and index, the ledger and the lock.
+    assert_eq!((names(), open_to_others(folder.path())), (5, vec![]));
+    drop(journal);
+    // As a version before left them.
+    fs::write(folder.path().join("jobs.sqlite.damaged-1"), "").unwrap();
+    for entry in fs::read_dir(folder.path()).unwrap() {
+        fs::set_permissions(entry.unwrap().path(), fs::Permissions::from_mode(0o644)).unwrap();
+    }
+    let (journal, _) = open(folder.path(), KEEP);
+    assert_eq!(open_to_others(folder.path()), Vec::<String>::new());
+    drop(journal);
+    // Where it makes the folder itself.
+    let made = folder.path().join("deep/state");
+    drop(open(&made, KEEP));
+    assert_eq!(fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
 }
 
 fn wait_until(mut holds: impl FnMut() -> bool) {

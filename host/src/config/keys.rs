@@ -4,8 +4,9 @@
 use super::{
     layer::{Setting, layer},
     types::{
-        Address, Amount, Count, FreeForm, Gpu, Levels, MountKind, Named, OneOrMany, Over, PerSecond, Period,
-        QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+        Address, Amount, Count, Folder, FreeForm, Gpu, Levels, MountKind, Named, OneOrMany, Over, PerSecond,
+        Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret, Sha256, Share, Url,
+        Watch,
     },
 };
 
@@ -86,7 +87,7 @@ layer! {
         /// Takes plugins that their group or everybody may write.
         plugins_of_any_mode: bool = false;
         /// The folder of the journal of asynchronous jobs, for this host alone. What must survive the machine belongs on a volume.
-        state_folder: String = "state".to_owned();
+        state_folder: Folder, or "$STATE_DIRECTORY, which systemd sets; else modalkit in $XDG_STATE_HOME, in $HOME/.local/state, or in /var/lib";
         /// The Unix socket over which this host's user, and root, manage it without a key, as the command line does by itself; "" for none.
         management_socket: String, or "manage.sock in state_folder";
         /// Names and addresses, beside those of loopback, that requests may be for (their header Host), where nobody is asked for a key.

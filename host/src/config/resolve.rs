@@ -1,7 +1,12 @@
 //! From what was written to what it means: which settings lie over which, and what must fit together. Single values were looked
 //! at when they were read. It never knows who uses them.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use modalkit_device::{Preference, Wanted};
 
@@ -19,6 +24,10 @@ use super::{
 const DEFAULT_VOLUME: &str = "volume";
 /// The management socket's name in the state folder.
 const MANAGEMENT_SOCKET: &str = "manage.sock";
+/// The folder of state is called this, where the platform keeps the state of all programs.
+const STATE_NAME: &str = "modalkit";
+/// The default of versions before.
+const STATE_BEFORE: &str = "state";
 /// The application's name ends with the value of this, or else with that.
 const POSTFIX: (&str, &str) = ("MODALKIT_APP_POSTFIX", "-dev");
 /// Keys of a deployment that count for the whole host.
@@ -94,7 +103,11 @@ pub(super) fn resolve(
     check_allowed_hosts(&written.server(), faults);
     Config {
         app_name: format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1)),
-        server: server(&written.server(), auth::tls(written, faults)),
+        server: server(
+            &written.server(),
+            auth::tls(written, faults),
+            state_folder(&written.server(), environment, warnings),
+        ),
         auth,
         requests_max: deployment.allow_concurrent_inputs_handler().0 as usize,
         mounts: mounts(&deployment, faults),
@@ -363,11 +376,11 @@ fn traces(written: &keys::Server) -> Option<TraceSpec> {
     })
 }
 
-fn management_socket(written: &keys::Server) -> Option<PathBuf> {
+fn management_socket(written: &keys::Server, state_folder: &Path) -> Option<PathBuf> {
     match written.management_socket.value() {
         Some(path) if path.is_empty() => None,
         Some(path) => Some(path.into()),
-        None => Some(PathBuf::from(written.state_folder()).join(MANAGEMENT_SOCKET)),
+        None => Some(state_folder.join(MANAGEMENT_SOCKET)),
     }
 }
 
@@ -388,7 +401,32 @@ fn check_allowed_hosts(written: &keys::Server, faults: &mut Vec<Fault>) {
     }
 }
 
-fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
+/// Where state lies: as it is written, or where this platform keeps such things.
+fn state_folder(written: &keys::Server, environment: &Environment, warnings: &mut Vec<Warning>) -> PathBuf {
+    if let Some(folder) = written.state_folder.value() {
+        return folder.0.clone();
+    }
+    let variable = |name| {
+        // systemd gives several with colons between them.
+        let first = environment.get(name).and_then(|value| value.split(':').next()).map(PathBuf::from);
+        // A user without a home has / for one.
+        first.filter(|path| path.is_absolute() && path.parent().is_some())
+    };
+    let folder = variable("STATE_DIRECTORY")
+        .or_else(|| Some(variable("XDG_STATE_HOME")?.join(STATE_NAME)))
+        .or_else(|| Some(variable("HOME")?.join(".local/state").join(STATE_NAME)))
+        .unwrap_or_else(|| PathBuf::from("/var/lib").join(STATE_NAME));
+    if Path::new(STATE_BEFORE).join("jobs.sqlite").exists() {
+        let why = format!(
+            "jobs of an earlier start lie in the folder {STATE_BEFORE:?} here, which was the default once; this one keeps its jobs in {}: set it to go on with those, or move them",
+            folder.display()
+        );
+        warnings.push(Warning { at: Place::Default, key: "server.state_folder".to_owned(), why });
+    }
+    folder
+}
+
+fn server(written: &keys::Server, tls: Option<TlsFiles>, state_folder: PathBuf) -> Server {
     let listen = written.listen().0;
     let milliseconds = |count: u64| Duration::from_millis(count);
     let request_timeout_max = milliseconds(written.request_timeout_ms_max().0);
@@ -419,9 +457,9 @@ fn server(written: &keys::Server, tls: Option<TlsFiles>) -> Server {
         generations_max: written.generations_max().0 as usize,
         plugins_of_any_owner: written.plugins_of_any_owner(),
         plugins_of_any_mode: written.plugins_of_any_mode(),
-        state_folder: written.state_folder().into(),
-        management_socket: management_socket(written),
+        management_socket: management_socket(written, &state_folder),
         allowed_hosts: written.allowed_hosts(),
+        state_folder,
         jobs: JobSpec {
             jobs_max: written.jobs_max().0 as usize,
             jobs_per_model_max: written.jobs_per_model_max().0 as usize,
@@ -486,6 +524,29 @@ mod tests {
         assert_eq!(server("").connections_per_address_max, 2048);
         assert_eq!(server("[server]\nconnections_max = 1\n").connections_per_address_max, 1);
         assert_eq!(server("[server]\nconnections_per_address_max = 9\n").connections_per_address_max, 9);
+    }
+
+    #[test]
+    fn state_lies_where_it_is_written_or_where_the_platform_keeps_it() {
+        let folder = |variables: &[(&str, &str)]| {
+            let set = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            let environment: Environment = variables.iter().map(set).collect();
+            load(&[], &environment).unwrap().config.server.state_folder.display().to_string()
+        };
+        let (systemd, xdg, home) =
+            (("STATE_DIRECTORY", "/var/lib/a:/var/lib/b"), ("XDG_STATE_HOME", "/x"), ("HOME", "/home/me"));
+        assert_eq!(folder(&[systemd, xdg, home]), "/var/lib/a");
+        assert_eq!(folder(&[xdg, home]), "/x/modalkit");
+        assert_eq!(folder(&[("XDG_STATE_HOME", "relative"), home]), "/home/me/.local/state/modalkit");
+        assert_eq!(folder(&[("HOME", "/")]), "/var/lib/modalkit");
+        assert_eq!(folder(&[]), "/var/lib/modalkit");
+        let loaded = from("[server]\nstate_folder = \"here/state\"\n").unwrap();
+        let here = std::env::current_dir().unwrap().join("here/state");
+        assert_eq!(loaded.config.server.state_folder, here);
+        let rows = loaded.rows();
+        let row = rows.iter().find(|row| row.key == "server.state_folder").unwrap();
+        assert_eq!(row.value, format!("{:?}", here.display().to_string()));
+        assert!(from("[server]\nstate_folder = \"\"\n").is_err());
     }
 
     #[test]

@@ -16,8 +16,6 @@ mod suspects;
 
 use std::{
     collections::HashMap,
-    fs,
-    os::unix::fs::DirBuilderExt,
     path::Path,
     sync::{
         Arc,
@@ -66,8 +64,6 @@ const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 const TOO_MANY: &str = "too many asynchronous jobs are not done with (server.jobs_max)";
 /// Pages of the journal that one list looks at: beyond them the caller asks again.
 const PAGES_MAX: usize = 16;
-/// The file with the name of this host.
-const NAME_FILE: &str = "host";
 /// How long whoever takes a job back waits for the journal.
 const CANCEL_TIME_MAX: Duration = Duration::from_secs(5);
 
@@ -709,24 +705,6 @@ pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
         },
         Err(error) => Err(error),
     }
-}
-
-/// What this host is called among those that share a queue: the same as long as it keeps its state.
-///
-/// # Errors
-/// The folder can't be made or used.
-pub fn host_name(state_folder: &Path) -> Result<String, OpenError> {
-    let of_folder = |source| OpenError::Folder { folder: state_folder.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(state_folder).map_err(of_folder)?;
-    let file = state_folder.join(NAME_FILE);
-    match fs::read_to_string(&file) {
-        Ok(name) if !name.trim().is_empty() => return Ok(name.trim().to_owned()),
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(of_folder(error)),
-        _ => {}
-    }
-    let name = uuid::Uuid::new_v4().to_string();
-    fs::write(&file, &name).map_err(of_folder)?;
-    Ok(name)
 }
 
 /// The name under which a caller's request counts once: a caller's own, for one model.

@@ -84,11 +84,12 @@ fn measure(rounds: usize, seconds: usize, folder: &Path) -> anyhow::Result<()> {
 
 fn host(name: &'static str, more: &str, folder: &Path) -> anyhow::Result<Server> {
     let (port, config) = (free_port()?, folder.join(format!("{name}.toml")));
-    let volume = folder.join("volume").display().to_string();
+    let [volume, state] =
+        ["volume", &format!("state-{name}")].map(|name| folder.join(name).display().to_string());
     fs::write(
         &config,
         format!(
-            "[server]\nlisten = \"127.0.0.1:{port}\"\nlog = \"warn\"\n{more}[app_settings.deployment_config.volumes]\n{volume:?} = \"bench\"\n"
+            "[server]\nlisten = \"127.0.0.1:{port}\"\nlog = \"warn\"\nstate_folder = {state:?}\n{more}[app_settings.deployment_config.volumes]\n{volume:?} = \"bench\"\n"
         ),
     )?;
     Server::start(name, Command::new(build::release().join("modalkit")).arg("--config").arg(&config), port)

@@ -3,7 +3,7 @@
 mod secret;
 mod tables;
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use modalkit_device::{NoPreference, Preference};
 use serde_json::{Value as Json, json};
@@ -178,6 +178,29 @@ impl Setting for String {
 
     fn schema() -> Json {
         json!({"type": ["string", "null"]})
+    }
+}
+
+/// A folder; one that is written without its beginning lies in the working folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::config) struct Folder(pub(in crate::config) PathBuf);
+
+impl Setting for Folder {
+    fn expected() -> String {
+        "the path of a folder".to_owned()
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let absolute = node.text().and_then(|text| std::path::absolute(text).ok());
+        absolute.map(Self).or_else(|| reader.refuse(node, key, Self::expected()))
+    }
+
+    fn json(&self, _: bool) -> Json {
+        json!(self.0)
+    }
+
+    fn schema() -> Json {
+        String::schema()
     }
 }
 
