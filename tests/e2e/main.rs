@@ -29,3 +29,4 @@ mod reload;
 mod removal;
 mod serving;
 mod similarity;
+mod state;
