@@ -91,7 +91,7 @@ fn mark(file: &File, machine: &str) -> io::Result<String> {
 
 fn machine() -> String {
     let text = |file: &&str| fs::read_to_string(file).ok().filter(|text| !text.trim().is_empty());
-    let text = MACHINE_FILES.iter().find_map(|file| text(&file)).unwrap_or_default();
+    let text = MACHINE_FILES.iter().find_map(text).unwrap_or_default();
     let digest = Sha256::digest(format!("modalkit {}", text.trim()));
     digest[..MACHINE_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -244,9 +244,12 @@ mod tests {
         }
     }
 
-    fn started() -> (&'static Sink, mpsc::Sender<io::Result<()>>, Arc<Mutex<Vec<u8>>>) {
+    /// What a reader is told: to read, or to fail.
+    type LetRead = mpsc::SyncSender<io::Result<()>>;
+
+    fn started() -> (&'static Sink, LetRead, Arc<Mutex<Vec<u8>>>) {
         let sink: &'static Sink = Box::leak(Box::new(Sink::new(Form::Json)));
-        let (let_read, may_read) = mpsc::channel();
+        let (let_read, may_read) = mpsc::sync_channel(1);
         let read = Arc::new(Mutex::new(Vec::new()));
         let reader = Reader { may_read, read: Arc::clone(&read) };
         thread::spawn(move || sink.write_all_to(reader));
