@@ -90,6 +90,7 @@ pub async fn run(
         queues: Arc::clone(&queues),
         metrics: Arc::clone(&metrics),
     };
+    tracing::info!(folder = %server.state_folder.display(), "accepted jobs are kept here");
     if set_journal_aside {
         jobs::set_aside_if_damaged(&server.state_folder)?;
     }

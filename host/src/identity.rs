@@ -17,6 +17,8 @@ const NAME_FILE: &str = "host";
 const MACHINE_FILES: [&str; 2] = ["/etc/machine-id", "/proc/sys/kernel/hostname"];
 /// Bytes of that file's digest: it is nobody's business which machine it is.
 const MACHINE_BYTES: usize = 8;
+/// Letters of the name of a container that was given none.
+const MADE_UP_LETTERS: usize = 12;
 /// Permission bits of others than the owner.
 const OF_OTHERS: u32 = 0o077;
 
@@ -90,10 +92,18 @@ fn mark(file: &File, machine: &str) -> io::Result<String> {
 }
 
 fn machine() -> String {
-    let text = |file: &&str| fs::read_to_string(file).ok().filter(|text| !text.trim().is_empty());
+    let text =
+        |file: &&str| Some(fs::read_to_string(file).ok()?.trim().to_owned()).filter(|text| says_which(text));
     let text = MACHINE_FILES.iter().find_map(text).unwrap_or_default();
-    let digest = Sha256::digest(format!("modalkit {}", text.trim()));
+    let digest = Sha256::digest(format!("modalkit {text}"));
     digest[..MACHINE_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Whether it is a machine's own: a container that is given no name has the beginning of an id that it alone has, and the next one on the
+/// same folder another.
+fn says_which(text: &str) -> bool {
+    let is_made_up = text.len() == MADE_UP_LETTERS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    !text.is_empty() && !is_made_up
 }
 
 #[cfg(test)]
@@ -120,6 +130,12 @@ mod tests {
         assert_eq!(name_in(one.path(), "a").unwrap(), name);
         // As a disk that was cloned for another machine.
         assert_ne!(name_in(one.path(), "b").unwrap(), name);
+    }
+
+    #[test]
+    fn a_made_up_name_of_a_container_is_no_machine() {
+        assert!(says_which("modalkit-0") && says_which("0f5e1d9c8b7a40d2a1b2c3d4e5f60718"));
+        assert!(!says_which("4f9a1c7be2d8") && !says_which(""));
     }
 
     #[test]

@@ -46,7 +46,7 @@ impl LogLevels {
 }
 
 /// The lines of this process, once it serves.
-static SINK: OnceLock<Sink> = OnceLock::new();
+static SINK: OnceLock<&Sink> = OnceLock::new();
 
 /// The thread that writes to standard error; dropped, it gives what was logged a last moment to be written.
 pub struct Log(&'static Sink);
@@ -56,8 +56,10 @@ pub struct Log(&'static Sink);
 /// # Errors
 /// The thread that writes can't be started.
 pub fn start() -> io::Result<Log> {
-    let sink = SINK.get_or_init(Sink::of_stderr);
+    let sink: &'static Sink = Box::leak(Box::new(Sink::of_stderr()));
+    // Known once somebody writes: until then all goes out at once.
     sink.start()?;
+    let sink = SINK.get_or_init(|| sink);
     panic::set_hook(Box::new(|panicked| {
         tell_of_panic(panicked);
         // It may be one that aborts.
@@ -106,7 +108,7 @@ pub fn say(text: &str) {
 /// Lines that were dropped because standard error was not read.
 #[must_use]
 pub fn lines_dropped() -> u64 {
-    SINK.get().map_or(0, Sink::dropped)
+    SINK.get().map_or(0, |sink| sink.dropped())
 }
 
 /// In place of the standard library's own lines, which it writes to standard error at once.
