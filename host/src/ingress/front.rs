@@ -244,9 +244,9 @@ fn told_by(bytes: &[u8]) -> Option<First> {
     let may_become = |whole: &&[u8]| whole.starts_with(bytes);
     if begins_with(&HTTP2_PREFACE) {
         Some(First::Http2)
-    } else if PROBES.iter().any(|probe| begins_with(probe)) {
+    } else if PROBES.iter().any(begins_with) {
         Some(First::Probe)
-    } else if may_become(&HTTP2_PREFACE) || PROBES.iter().any(|probe| may_become(probe)) {
+    } else if may_become(&HTTP2_PREFACE) || PROBES.iter().any(may_become) {
         None
     } else {
         Some(First::Http1)
