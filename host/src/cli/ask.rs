@@ -242,7 +242,7 @@ mod tests {
         let none: &[(&str, &str)] = &[];
         let both = &[("MODALKIT_SOCKET", "/env.sock"), ("MODALKIT_URL", "http://env/")][..];
         for (what, host, variables, expected) in [
-            (&Ask::Config, host(None, None, None), none, at("state/manage.sock")),
+            (&Ask::Config, host(None, None, None), none, at("/var/lib/modalkit/manage.sock")),
             (&predict, host(None, None, None), none, configured.clone()),
             (&Ask::Config, host(None, None, Some("k")), none, configured.clone()),
             (
