@@ -29,7 +29,7 @@ fn in_flight(host: &Host) -> (f64, f64) {
 }
 
 fn post(stream: &mut TcpStream, path: &str, body: &str) {
-    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).unwrap();
     stream.write_all(body.as_bytes()).unwrap();
 }
@@ -81,7 +81,7 @@ fn unfinished_bodies_take_no_more_than_the_budget_and_small_ones_still_pass() {
         let mut stream = host.connect();
         stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
         stream
-            .write_all(b"POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: 8388608\r\n\r\n")
+            .write_all(b"POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: 8388608\r\n\r\n")
             .unwrap();
         // Whoever is refused may not get it all off.
         let _ = stream.write_all(&part);
@@ -119,7 +119,9 @@ fn a_declared_length_takes_nothing_until_bytes_come() {
         .map(|_| {
             let mut stream = host.connect();
             stream
-                .write_all(b"POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
+                .write_all(
+                    b"POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n{",
+                )
                 .unwrap();
             stream
         })
@@ -191,7 +193,7 @@ fn an_address_can_not_take_more_than_its_part_of_the_connections() {
     let refused = r#"modalkit_connections_refused_total{reason="address"}"#;
     wait_until("there is room again", || {
         let mut stream = host.connect();
-        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n");
+        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n");
         rest(&mut stream).starts_with(b"HTTP/1.1 200")
     });
     assert!(host.metric(refused) >= 1.0);
@@ -210,7 +212,8 @@ fn probes_are_answered_while_every_connection_is_taken() {
         let mut stream = host.connect();
         stream
             .write_all(
-                format!("GET {path} HTTP/{version}\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes(),
+                format!("GET {path} HTTP/{version}\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+                    .as_bytes(),
             )
             .unwrap();
         let answer = String::from_utf8(rest(&mut stream)).unwrap();
@@ -229,7 +232,7 @@ fn probes_are_answered_while_every_connection_is_taken() {
     let silent: Vec<_> = (0..64).map(|_| host.connect()).collect();
     wait_until("a place is kept again", || {
         let mut stream = host.connect();
-        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n");
+        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n");
         rest(&mut stream).starts_with(b"HTTP/1.1 200")
     });
     drop(silent);

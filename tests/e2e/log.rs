@@ -74,7 +74,7 @@ fn a_second_signal_ends_a_host_whose_log_nobody_reads() {
             let length = body.len();
             write!(
                 stream,
-                "POST /predict_sync HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}"
+                "POST /predict_sync HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n{body}"
             )
             .unwrap();
             // It is cut off, with an error or without.

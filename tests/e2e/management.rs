@@ -260,7 +260,7 @@ fn names_of_models_are_for_callers_with_a_key_where_there_are_keys() {
         assert_eq!(host.get_with("/health", headers), (200, json!({"status": "ok"})));
         assert_eq!(host.get_with("/readyz", headers), (200, json!({"ready": true})));
     }
-    let named = json!({"status": "ok", "models": {"echo": {"state": "ready"}}});
+    let named = json!({"status": "ok", "models": {"echo": {"state": "ready", "configured": false}}});
     assert_eq!(host.get_with("/health", &[("x-api-key", KEY)]), (200, named));
     // One that can't be loaded.
     std::fs::write(host.volume().join("broken.so"), "this is no library").unwrap();
@@ -279,5 +279,8 @@ fn names_of_models_are_for_callers_with_a_key_where_there_are_keys() {
 
     // Without keys everybody sees names, and nobody reasons.
     let host = Setup::new().plugin("echo").ready();
-    assert_eq!(host.get_with("/health", &[]).1["models"]["echo"], json!({"state": "ready"}));
+    assert_eq!(
+        host.get_with("/health", &[]).1["models"]["echo"],
+        json!({"state": "ready", "configured": false})
+    );
 }

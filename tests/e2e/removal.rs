@@ -27,7 +27,7 @@ fn echo(host: &Host, path: &str) -> u16 {
 fn modalkit(host: &Host, args: &[&str]) -> (ExitStatus, String) {
     let Output { status, stdout, stderr } = Command::new(built().join("modalkit"))
         .args(args)
-        .env("MODALKIT_URL", format!("http://{}", host.address))
+        .env("MODALKIT_SOCKET", host.socket.as_deref().unwrap())
         .output()
         .unwrap();
     (status, String::from_utf8(stdout).unwrap() + &String::from_utf8(stderr).unwrap())

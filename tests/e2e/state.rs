@@ -54,7 +54,9 @@ fn a_copied_state_folder_belongs_to_a_host_of_another_name() {
     let copy = Setup::new().plugin("echo");
     let copied = copy.folder().join("state");
     fs::create_dir(&copied).unwrap();
-    for entry in fs::read_dir(&state).unwrap().map(Result::unwrap) {
+    // All but the management socket, which is no file to be copied.
+    let files = fs::read_dir(&state).unwrap().map(Result::unwrap);
+    for entry in files.filter(|entry| entry.file_type().unwrap().is_file()) {
         fs::copy(entry.path(), copied.join(entry.file_name())).unwrap();
     }
     let copy = copy.ready();

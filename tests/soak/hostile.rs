@@ -153,7 +153,8 @@ fn probe(address: SocketAddr, until: Instant) -> Vec<(Duration, Duration)> {
     while next < until {
         thread::sleep(next.saturating_duration_since(Instant::now()));
         // From the moment that it was due: one that waits for the one before waited too.
-        let answered = exchange(address, b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let answered =
+            exchange(address, b"GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         assert!(answered.is_some_and(|answer| answer.starts_with(b"HTTP/1.1 200")), "/livez has no answer");
         took.push((next.elapsed(), begun.elapsed()));
         next = (next + BETWEEN_PROBES).max(Instant::now() - BETWEEN_PROBES);
@@ -180,7 +181,7 @@ fn exchange(address: SocketAddr, request: &[u8]) -> Option<Vec<u8>> {
 
 fn request(path: &str, body: &str) -> Vec<u8> {
     let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}")
+    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}")
         .into_bytes()
 }
 
@@ -228,7 +229,8 @@ fn leave_headers_unfinished(address: SocketAddr, done: &Done) {
 
 fn leave_body_unfinished(address: SocketAddr, done: &Done) {
     let Some(mut stream) = connect(address) else { return };
-    let head = "POST /predict_sync?model_name=echo HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000\r\n\r\n";
+    let head =
+        "POST /predict_sync?model_name=echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 8000000\r\n\r\n";
     let _ = stream.write_all(head.as_bytes());
     let _ = stream.write_all(&vec![b' '; 7 << 20]);
     done.bodies.fetch_add(1, Ordering::Relaxed);
@@ -236,7 +238,7 @@ fn leave_body_unfinished(address: SocketAddr, done: &Done) {
 }
 
 fn list_jobs(address: SocketAddr, done: &Done) {
-    let _ = exchange(address, b"GET /jobs HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let _ = exchange(address, b"GET /jobs HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     done.listed.fetch_add(1, Ordering::Relaxed);
 }
 
