@@ -3,6 +3,7 @@
 use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Instant};
 
 use modalkit_device::Devices;
+use modalkit_journal::FolderLock;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -82,8 +83,12 @@ pub async fn run(
     let store = build::store(&server)?;
     let surroundings =
         modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server, store.clone()) };
-    let queues =
-        Queues::open(&config.queues.named(&identity::host_name(&server.state_folder)?), &surroundings)?;
+    if set_journal_aside {
+        jobs::set_aside_if_damaged(&server.state_folder)?;
+    }
+    // First: a host that is refused it changes nothing in it.
+    let state_folder = FolderLock::take(&server.state_folder).map_err(explain)?;
+    let queues = Queues::open(&config.queues.named(&identity::host_name(&state_folder)?), &surroundings)?;
     let around = jobs::Around {
         models: Arc::clone(&models),
         gate: Arc::clone(&gate),
@@ -91,10 +96,7 @@ pub async fn run(
         metrics: Arc::clone(&metrics),
     };
     tracing::info!(folder = %server.state_folder.display(), "accepted jobs are kept here");
-    if set_journal_aside {
-        jobs::set_aside_if_damaged(&server.state_folder)?;
-    }
-    let jobs = Jobs::open(&server.state_folder, server.jobs, around).map_err(explain)?;
+    let jobs = Jobs::open(state_folder, server.jobs, around).map_err(explain)?;
     // After the journal: whoever holds its lock is the only host of this state folder.
     let socket = server.management_socket.as_deref().map(ManagementSocket::bind).transpose()?;
     let consumed = config.queues.consume.clone();

@@ -2,13 +2,13 @@
 //! copied. It owns the file with the name, and never knows what the name is for.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
-use modalkit_journal::OpenError;
+use modalkit_journal::{FolderLock, OpenError};
 use sha2::{Digest, Sha256};
 
 /// The file: the name, and on a second line what the file itself and its machine are known by.
@@ -22,13 +22,13 @@ const MADE_UP_LETTERS: usize = 12;
 /// Permission bits of others than the owner.
 const OF_OTHERS: u32 = 0o077;
 
-/// This host's name. Makes the folder where it isn't there.
+/// This host's name. The folder is this process's: another host, that would be refused it, gives it no other name.
 ///
 /// # Errors
-/// The folder can't be made or used.
-pub fn host_name(state_folder: &Path) -> Result<String, OpenError> {
+/// The folder can't be used.
+pub fn host_name(folder: &FolderLock) -> Result<String, OpenError> {
+    let state_folder = folder.path();
     let of_folder = |source| OpenError::Folder { folder: state_folder.to_owned(), source };
-    DirBuilder::new().recursive(true).mode(0o700).create(state_folder).map_err(of_folder)?;
     let mode = fs::metadata(state_folder).map_err(of_folder)?.mode() & 0o7777;
     if mode & OF_OTHERS != 0 {
         tracing::warn!(

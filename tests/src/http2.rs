@@ -18,6 +18,9 @@ const ACKNOWLEDGES: u8 = 1;
 /// The largest frame that each side may send without being told.
 const FRAME_BYTES_MAX: usize = 16 << 10;
 
+/// Which host is asked.
+const HOST: &[u8] = b"localhost";
+
 /// A connection.
 pub struct Connection {
     stream: TcpStream,
@@ -44,7 +47,9 @@ impl Connection {
     pub fn post(&mut self, path: &str, body: &str) {
         assert!(path.len() < 127 && body.len() <= FRAME_BYTES_MAX, "one frame holds it");
         // HPACK's static table: POST, http; the authority and the path as they are.
-        let mut head = vec![0x83, 0x86, 0x01, 1, b'x', 0x04, path.len() as u8];
+        let mut head = vec![0x83, 0x86, 0x01, HOST.len() as u8];
+        head.extend_from_slice(HOST);
+        head.extend_from_slice(&[0x04, path.len() as u8]);
         head.extend_from_slice(path.as_bytes());
         let stream = self.next;
         self.next += 2;

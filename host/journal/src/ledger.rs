@@ -33,6 +33,7 @@ pub struct Slot {
     job: JobId,
     attempt: u32,
     alone: AtomicBool,
+    begun: AtomicBool,
 }
 
 /// What a slot says of a job that was being run.
@@ -70,20 +71,36 @@ impl Ledger {
     /// the disk is full.
     pub(crate) fn begin(file: File) -> io::Result<Arc<Self>> {
         file.write_all_at(&vec![0; SLOTS as usize * SLOT_BYTES], 0)?;
-        Ok(Arc::new(Self { file, free: Mutex::new((0..SLOTS).rev().collect()) }))
+        Ok(Self::go_on(file))
+    }
+
+    /// Takes the file into use with what it says: it could not be taken over, and is to be found again.
+    pub(crate) fn go_on(file: File) -> Arc<Self> {
+        Arc::new(Self { file, free: Mutex::new((0..SLOTS).rev().collect()) })
+    }
+
+    /// Says that nothing is being run: the host ends in order, whatever it cuts off.
+    pub fn clear(&self) {
+        // One that can't be written leaves jobs to be run alone at the next start.
+        let _ = self.file.write_all_at(&vec![0; SLOTS as usize * SLOT_BYTES], 0);
     }
 
     /// A slot for an attempt that may begin soon; `alone` where no other job runs beside it.
     #[must_use]
     pub fn slot(self: &Arc<Self>, job: JobId, attempt: u32, alone: bool) -> Slot {
         let number = self.free.lock().pop();
-        Slot { ledger: Arc::clone(self), number, job, attempt, alone: alone.into() }
+        Slot { ledger: Arc::clone(self), number, job, attempt, alone: alone.into(), begun: false.into() }
     }
 }
 
 impl Slot {
     /// Says that the attempt begins.
     pub fn begins(&self) {
+        self.begun.store(true, Ordering::SeqCst);
+        self.note();
+    }
+
+    fn note(&self) {
         let mut slot = [0; SLOT_BYTES];
         slot[..8].copy_from_slice(&self.job.row().to_le_bytes());
         slot[8..12].copy_from_slice(&self.attempt.to_le_bytes());
@@ -94,8 +111,8 @@ impl Slot {
 
     /// Says that other jobs run beside it from now on.
     pub fn joined(&self) {
-        if self.alone.swap(false, Ordering::SeqCst) {
-            self.begins();
+        if self.alone.swap(false, Ordering::SeqCst) && self.begun.load(Ordering::SeqCst) {
+            self.note();
         }
     }
 

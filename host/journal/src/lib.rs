@@ -18,6 +18,7 @@ mod tests;
 mod writer;
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
@@ -96,6 +97,9 @@ pub enum AcceptError {
     /// Jobs that aren't done with take all the room there may be.
     #[error("the journal is full of jobs that are not done with")]
     Full,
+    /// Names that are remembered take all the room there may be for them.
+    #[error("the journal is full of names that are remembered")]
+    FullOfNames,
     /// It is larger than the journal's format takes.
     #[error("the job can't be kept: {0}")]
     Unfit(Unfit),
@@ -124,17 +128,40 @@ pub struct Journal {
     ledger: Arc<Ledger>,
     writer: Option<JoinHandle<()>>,
     /// Keeps other processes out; released last.
-    _lock: File,
+    _lock: FolderLock,
+}
+
+/// A folder that is this process's, for its journal and for what else a host keeps there.
+#[derive(Debug)]
+pub struct FolderLock {
+    folder: PathBuf,
+    _file: File,
+}
+
+impl FolderLock {
+    /// Makes the folder where it isn't there, and takes it for this process.
+    ///
+    /// # Errors
+    /// [`OpenError::Folder`], or [`OpenError::InUse`] where another process has it.
+    pub fn take(folder: &Path) -> Result<Self, OpenError> {
+        Ok(Self { folder: folder.to_owned(), _file: lock(folder)? })
+    }
+
+    /// Which it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
 }
 
 impl Journal {
-    /// Opens the journal in a folder, which is made where it isn't there. `on_commit` hears of every group. Returns the jobs that
+    /// Opens the journal in a folder that is this process's. `on_commit` hears of every group. Returns the jobs that
     /// aren't done with, in the order in which they came.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(
-        folder: &Path,
+        folder: FolderLock,
         retention: Retention,
         on_commit: OnCommit,
     ) -> Result<(Self, Vec<OpenJob>), OpenError> {
@@ -142,13 +169,13 @@ impl Journal {
     }
 
     fn open_prepared(
-        folder: &Path,
+        lock: FolderLock,
         retention: Retention,
         on_commit: OnCommit,
         prepare: impl FnOnce(&Store),
     ) -> Result<(Self, Vec<OpenJob>), OpenError> {
-        let of_folder = |source| OpenError::Folder { folder: folder.to_owned(), source };
-        let lock = lock(folder)?;
+        let folder = lock.path().to_owned();
+        let of_folder = |source| OpenError::Folder { folder: folder.clone(), source };
         let path = folder.join(FILE);
         // What SQLite puts beside it has its mode from the first moment.
         private(&path).map_err(of_folder)?;
@@ -162,8 +189,9 @@ impl Journal {
         let unusable = |error: rusqlite::Error| OpenError::Unusable { file: file(), why: error.to_string() };
         let clock = Clock::resume(clock, unix_ms());
         let (ledger, running) = Ledger::open(&folder.join(LEDGER)).map_err(of_folder)?;
-        take_over(&mut store, &mut open_jobs, &running, clock.now()).map_err(unusable)?;
-        let ledger = Ledger::begin(ledger).map_err(of_folder)?;
+        let is_written = take_over(&mut store, &mut open_jobs, &running, clock.now()).map_err(unusable)?;
+        let ledger =
+            if is_written { Ledger::begin(ledger).map_err(of_folder)? } else { Ledger::go_on(ledger) };
         let reader = || Reader::open(&path).map(Mutex::new).map_err(unusable);
         let (reader, asked, lists) = (reader()?, reader()?, reader()?);
         let shared = Shared::new(retention, clock);
@@ -218,14 +246,14 @@ impl Journal {
         self.shared.push(Change::Finish(finish, Box::new(done)));
     }
 
-    /// Writes that a queue has a job's message.
-    pub fn delivered(&self, id: JobId) {
-        self.shared.push(Change::Delivered(id, unix_ms(), None));
+    /// Writes that a queue has a job's message. `done` is called once that is on disk.
+    pub fn delivered(&self, id: JobId, done: impl FnOnce() + Send + 'static) {
+        self.shared.push(Change::Delivered(id, unix_ms(), None, Box::new(done)));
     }
 
     /// Writes that a job's message was given up.
     pub fn dead(&self, id: JobId, why: String) {
-        self.shared.push(Change::Delivered(id, unix_ms(), Some(why)));
+        self.shared.push(Change::Delivered(id, unix_ms(), Some(why), Box::new(|| ())));
     }
 
     /// Has a message delivered again that was delivered or given up. `done` gets the job once that is on disk, and `None` where
@@ -258,12 +286,26 @@ impl Journal {
         Ok(self.reader.lock().body(id, true)?)
     }
 
+    /// Bytes of a job's message; 0 where there is none. Reads the disk.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn result_bytes(&self, id: JobId) -> Result<usize, ReadError> {
+        Ok(self.asked.lock().result_bytes(id)?)
+    }
+
     /// Jobs, the youngest first. Reads the disk.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn list(&self, filter: &Filter) -> Result<Page, ReadError> {
         Ok(self.lists.lock().list(filter)?)
+    }
+
+    /// How SQLite finds what a list is made of.
+    #[cfg(test)]
+    fn plan(&self, filter: &Filter) -> String {
+        self.lists.lock().plan(filter).expect("a plan")
     }
 
     /// Looks through the whole file: what is wrong with it, if anything is. Takes as long as reading it.
@@ -364,34 +406,33 @@ fn private(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Counts a crash for each job that was being run when the host died; the one that ran alone is to blame. On disk before the ledger
-/// is emptied, so that none is missed; a host that dies between the two counts these once more.
+/// Counts a crash for each job that was being run when the host died, and suspects it; the one that ran alone is the cause. On disk
+/// before the ledger is emptied, so that none is missed; a host that dies between the two counts these once more. `false` where the disk
+/// is full: the host starts all the same, and the next start finds them again.
 fn take_over(
     store: &mut Store,
     open_jobs: &mut [OpenJob],
     running: &[Noted],
     now: u64,
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<bool> {
     let mut group = store.begin(now)?;
-    let mut any = false;
+    let mut seen = HashSet::new();
     for noted in running {
         let Ok(index) = open_jobs.binary_search_by_key(&noted.row, |job| job.id.row()) else { continue };
         let job = &mut open_jobs[index];
         // An attempt that has ended is known by its number.
-        if job.state == State::Queued && noted.attempt > job.attempts && !job.was_running {
-            job.was_running = true;
+        if job.state == State::Queued && noted.attempt > job.attempts && seen.insert(noted.row) {
+            job.suspect = true;
             job.crashes += 1;
             job.crashes_alone += u32::from(noted.alone);
             group.crashed(job)?;
-            any = true;
         }
     }
-    if !any {
-        return Ok(());
+    if seen.is_empty() {
+        return Ok(true);
     }
     match group.commit() {
-        // A host starts on a full disk as well: it knows, and writes it with what becomes of the job.
-        Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => Ok(()),
-        committed => committed,
+        Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => Ok(false),
+        committed => committed.map(|()| true),
     }
 }

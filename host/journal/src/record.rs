@@ -170,8 +170,8 @@ pub struct OpenJob {
     pub state: State,
     /// Attempts that have ended so far.
     pub attempts: u32,
-    /// Whether it was running when its host died last.
-    pub was_running: bool,
+    /// Whether it was running when its host died, and no attempt of it has ended since.
+    pub suspect: bool,
     /// How often a host died while it was running.
     pub crashes: u32,
     /// How often it was the only job that was running then.

@@ -26,10 +26,13 @@ const WAL_BYTES_KEPT: u64 = 8 << 20;
 const ROWS_LOOKED_AT: usize = 10_000;
 /// Jobs that one transaction forgets.
 pub(crate) const FORGOTTEN_AT_ONCE: usize = 1024;
+/// Bytes of a name's rows beside the name, about.
+const NAME_ROW_BYTES: u64 = 128;
 /// Bytes of a row without its bodies, about.
 const ROW_BYTES: i64 = 128;
 
-const TABLES: &str = "
+/// Small columns come before the bodies, whose pages are not read for them.
+const JOBS: &str = "
     CREATE TABLE jobs (
         row INTEGER PRIMARY KEY,
         tail INTEGER NOT NULL,
@@ -40,6 +43,7 @@ const TABLES: &str = "
         attempts INTEGER NOT NULL,
         crashes INTEGER NOT NULL DEFAULT 0,
         crashes_alone INTEGER NOT NULL DEFAULT 0,
+        suspect INTEGER NOT NULL DEFAULT 0,
         accepted INTEGER NOT NULL,
         started INTEGER,
         finished INTEGER,
@@ -58,6 +62,8 @@ const TABLES: &str = "
         result BLOB
     ) STRICT;
     CREATE INDEX open_jobs ON jobs (row) WHERE open = 1;
+";
+const TABLES: &str = "
     CREATE TABLE once (
         name TEXT PRIMARY KEY,
         row INTEGER NOT NULL,
@@ -75,19 +81,24 @@ const TABLES: &str = "
 ";
 
 /// What makes the tables of format 1 those of format 2. Ages were told by the system's clock there; they begin anew.
+const BEFORE_FORMAT_2: &str = "
+    DROP INDEX open_jobs;
+    ALTER TABLE jobs RENAME TO jobs_1;
+";
 const FROM_FORMAT_1: &str = "
-    ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN crashes_alone INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE jobs ADD COLUMN closed INTEGER NOT NULL DEFAULT 0;
+    INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, started, finished, next, deadline, cancelled, delivery,
+                      pending, delivered, queue, trace, error, delivery_error, envelope, result)
+    SELECT row, tail, model, key, state, open, attempts, accepted, started, finished, next, deadline, cancelled, delivery,
+           iif(delivery = 1, 0, pending), delivered, queue, trace, error, delivery_error, envelope, result FROM jobs_1;
+    DROP TABLE jobs_1;
     ALTER TABLE once ADD COLUMN at INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE totals ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;
-    UPDATE jobs SET pending = 0 WHERE delivery = 1;
 ";
 
 /// Finds jobs that are done with by when that was, those that have ended by whose they are and how they ended, and names by their age.
 const INDEXES: &str = "
     CREATE INDEX closed_jobs ON jobs (closed) WHERE open = 0;
-    CREATE INDEX ended_jobs ON jobs (key, state, row) WHERE state > 0;
+    CREATE INDEX ended_jobs ON jobs (key, state, row) WHERE finished IS NOT NULL;
     CREATE INDEX once_by_age ON once (at);
 ";
 
@@ -147,6 +158,22 @@ pub(crate) fn is_of_one_change(error: &rusqlite::Error) -> bool {
 pub(crate) struct Store {
     connection: Connection,
     pub(crate) totals: Totals,
+    /// Bytes that names take up, about.
+    pub(crate) names_bytes: u64,
+}
+
+/// What there is room for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// There is none for jobs.
+    pub(crate) is_full: bool,
+    /// Bytes of names.
+    pub(crate) names_bytes_max: u64,
+}
+
+/// Bytes that a name takes up, about: it stands in two trees.
+fn name_bytes(length: usize) -> u64 {
+    2 * length as u64 + NAME_ROW_BYTES
 }
 
 /// A file, opened, and what was found in it.
@@ -169,8 +196,8 @@ impl Store {
         }
         let mut connection = Connection::open(path).map_err(StoreError::of_open)?;
         let opened = Self::prepare(&mut connection).and_then(|()| Self::look(&connection));
-        let Found { totals, open_jobs, last_row, clock } = opened?;
-        Ok(Opened { store: Self { connection, totals }, open_jobs, last_row, clock })
+        let Found { totals, names_bytes, open_jobs, last_row, clock } = opened?;
+        Ok(Opened { store: Self { connection, totals, names_bytes }, open_jobs, last_row, clock })
     }
 
     fn prepare(connection: &mut Connection) -> Result<(), StoreError> {
@@ -195,8 +222,14 @@ impl Store {
         set("journal_size_limit", &WAL_BYTES_KEPT)?;
         if is_new || version < SCHEMA {
             let transaction = connection.transaction().map_err(StoreError::of_open)?;
-            transaction.execute_batch(if is_new { TABLES } else { FROM_FORMAT_1 })?;
-            transaction.execute_batch(INDEXES)?;
+            let steps: &[&str] = if is_new {
+                &[JOBS, TABLES, INDEXES]
+            } else {
+                &[BEFORE_FORMAT_2, JOBS, FROM_FORMAT_1, INDEXES]
+            };
+            for step in steps {
+                transaction.execute_batch(step).map_err(StoreError::of_open)?;
+            }
             transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
             transaction.pragma_update(None, "user_version", SCHEMA)?;
             transaction.commit()?;
@@ -216,21 +249,32 @@ impl Store {
             })?;
             let last: Option<i64> =
                 connection.query_row("SELECT max(row) FROM jobs", [], |row| row.get(0))?;
+            let names_bytes = connection.query_row(
+                "SELECT coalesce(sum(2 * length(name)), 0) + ?1 * count(*) FROM once",
+                [NAME_ROW_BYTES],
+                |row| row.get(0),
+            )?;
             let text =
                 format!("SELECT {OPEN_COLUMNS} FROM jobs INDEXED BY open_jobs WHERE open = 1 ORDER BY row");
             let mut statement = connection.prepare(&text)?;
             let open_jobs = statement.query_map([], open_job)?.collect::<rusqlite::Result<Vec<_>>>()?;
-            Ok(Found { totals, open_jobs, last_row: last.unwrap_or_default(), clock })
+            Ok(Found { totals, names_bytes, open_jobs, last_row: last.unwrap_or_default(), clock })
         };
         read().map_err(StoreError::of_open)
     }
 
     /// A transaction at this moment of the journal's time. What it does to the totals counts when it is committed.
     pub(crate) fn begin(&mut self, now: u64) -> rusqlite::Result<Group<'_>> {
-        let totals = self.totals;
+        let (totals, names_bytes) = (self.totals, self.names_bytes);
         // A write at its end would otherwise find that another had come between.
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        Ok(Group { transaction, now, totals, counted: &mut self.totals })
+        Ok(Group {
+            transaction,
+            now,
+            totals,
+            names_bytes,
+            counted: (&mut self.totals, &mut self.names_bytes),
+        })
     }
 
     /// Takes no text or blob of more bytes than this, as SQLite itself doesn't beyond its own limit.
@@ -245,6 +289,11 @@ impl Store {
         Ok((number("page_count")? - number("freelist_count")?) * number("page_size")?)
     }
 
+    /// Writes the journal's time.
+    pub(crate) fn write_clock(&self, now: u64) -> rusqlite::Result<()> {
+        self.connection.prepare_cached("UPDATE totals SET clock = ?1")?.execute([now as i64]).map(drop)
+    }
+
     /// Works the write-ahead log into the file.
     pub(crate) fn checkpoint(&self) -> rusqlite::Result<()> {
         self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
@@ -254,12 +303,13 @@ impl Store {
 /// What a file holds when it is opened.
 struct Found {
     totals: Totals,
+    names_bytes: u64,
     open_jobs: Vec<OpenJob>,
     last_row: i64,
     clock: u64,
 }
 
-const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone";
+const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone, suspect";
 
 fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
     Ok(OpenJob {
@@ -268,7 +318,6 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         key: row.get_ref(3)?.as_str_or_null()?.map(Arc::from),
         state: State::of(row.get(4)?),
         attempts: row.get(5)?,
-        was_running: false,
         accepted: row.get(6)?,
         next: row.get(7)?,
         deadline: row.get(8)?,
@@ -278,6 +327,7 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         cancelled: row.get(12)?,
         crashes: row.get(13)?,
         crashes_alone: row.get(14)?,
+        suspect: row.get(15)?,
     })
 }
 
@@ -286,7 +336,8 @@ pub(crate) struct Group<'s> {
     transaction: Transaction<'s>,
     now: u64,
     totals: Totals,
-    counted: &'s mut Totals,
+    names_bytes: u64,
+    counted: (&'s mut Totals, &'s mut u64),
 }
 
 /// Which jobs are forgotten.
@@ -305,6 +356,8 @@ pub(crate) enum Refusal {
     Conflict(JobId),
     /// There is no room.
     Full,
+    /// There is no room for its name.
+    FullOfNames,
     /// The group fails.
     Store(rusqlite::Error),
 }
@@ -317,7 +370,7 @@ impl From<rusqlite::Error> for Refusal {
 
 impl Group<'_> {
     /// Writes a job, where it hasn't come before under its name and there is room.
-    pub(crate) fn accept(&mut self, job: &NewJob, is_full: bool) -> Result<Accepted, Refusal> {
+    pub(crate) fn accept(&mut self, job: &NewJob, room: Room) -> Result<Accepted, Refusal> {
         if let Some(once) = &job.once {
             let mut statement =
                 self.transaction.prepare_cached("SELECT row, tail, digest FROM once WHERE name = ?1")?;
@@ -335,10 +388,15 @@ impl Group<'_> {
                 None => {}
             }
         }
-        if is_full {
+        if room.is_full {
             return Err(Refusal::Full);
         }
         if let Some(once) = &job.once {
+            self.names_bytes += name_bytes(once.name.len());
+            if self.names_bytes > room.names_bytes_max {
+                self.names_bytes -= name_bytes(once.name.len());
+                return Err(Refusal::FullOfNames);
+            }
             self.transaction
                 .prepare_cached("INSERT INTO once (name, row, tail, digest, at) VALUES (?1, ?2, ?3, ?4, ?5)")?
                 .execute(params![once.name, job.id.row(), job.id.tail(), once.digest, self.now])?;
@@ -365,13 +423,13 @@ impl Group<'_> {
     pub(crate) fn crashed(&mut self, job: &OpenJob) -> rusqlite::Result<()> {
         let mut update = self
             .transaction
-            .prepare_cached("UPDATE jobs SET crashes = ?2, crashes_alone = ?3 WHERE row = ?1")?;
+            .prepare_cached("UPDATE jobs SET crashes = ?2, crashes_alone = ?3, suspect = 1 WHERE row = ?1")?;
         update.execute(params![job.id.row(), job.crashes, job.crashes_alone]).map(drop)
     }
 
     pub(crate) fn retry(&mut self, retry: &Retry) -> rusqlite::Result<()> {
         let mut update = self.transaction.prepare_cached(
-            "UPDATE jobs SET attempts = ?2, started = ?3, next = ?4, error = ?5 WHERE row = ?1 AND state = 0",
+            "UPDATE jobs SET attempts = ?2, started = ?3, next = ?4, error = ?5, suspect = 0 WHERE row = ?1 AND state = 0",
         )?;
         let Retry { id, attempts, started, next, error } = retry;
         update.execute(params![id.row(), attempts, started, next, error]).map(drop)
@@ -491,14 +549,21 @@ impl Group<'_> {
             "DELETE FROM once WHERE name IN (
                  SELECT name FROM once WHERE at < ?1
                  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.row = once.row AND jobs.open = 1)
-                 ORDER BY at LIMIT ?2)",
+                 ORDER BY at LIMIT ?2)
+             RETURNING length(name)",
         )?;
-        delete.execute(params![before, FORGOTTEN_AT_ONCE])
+        let lengths = delete.query_map(params![before, FORGOTTEN_AT_ONCE], |row| row.get::<_, usize>(0))?;
+        let mut forgotten = 0;
+        for length in lengths {
+            self.names_bytes = self.names_bytes.saturating_sub(name_bytes(length?));
+            forgotten += 1;
+        }
+        Ok(forgotten)
     }
 
     pub(crate) fn commit(self) -> rusqlite::Result<()> {
-        let Self { transaction, now, totals, counted } = self;
-        if totals != *counted {
+        let Self { transaction, now, totals, names_bytes, counted } = self;
+        if totals != *counted.0 {
             let ([s0, s1, s2, s3], [d0, d1, d2, d3]) = (totals.states, totals.deliveries);
             transaction
                 .prepare_cached(
@@ -507,7 +572,7 @@ impl Group<'_> {
                 .execute([s0, s1, s2, s3, d0, d1, d2, d3, now as i64])?;
         }
         transaction.commit()?;
-        *counted = totals;
+        (*counted.0, *counted.1) = (totals, names_bytes);
         Ok(())
     }
 }
@@ -542,6 +607,12 @@ impl Reader {
             .optional()
     }
 
+    pub(crate) fn result_bytes(&self, id: JobId) -> rusqlite::Result<usize> {
+        let text = "SELECT coalesce(length(result), 0) FROM jobs WHERE row = ?1";
+        let bytes = self.0.prepare_cached(text)?.query_row([id.row()], |row| row.get(0)).optional()?;
+        Ok(bytes.unwrap_or_default())
+    }
+
     /// One of the two bodies of a job.
     pub(crate) fn body(&self, id: JobId, result: bool) -> rusqlite::Result<Option<Bytes>> {
         let text = if result {
@@ -552,6 +623,15 @@ impl Reader {
         let mut statement = self.0.prepare_cached(text)?;
         let body = statement.query_row([id.row()], |row| row.get::<_, Option<Vec<u8>>>(0)).optional()?;
         Ok(body.flatten().map(Bytes::from))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn plan(&self, filter: &Filter) -> rusqlite::Result<String> {
+        let mut statement = self.0.prepare(&format!("EXPLAIN QUERY PLAN {}", list_text(filter)))?;
+        let parameters = statement.parameter_count();
+        let nulls = std::iter::repeat_n(rusqlite::types::Null, parameters);
+        let steps = statement.query_map(rusqlite::params_from_iter(nulls), |row| row.get::<_, String>(3))?;
+        Ok(steps.collect::<rusqlite::Result<Vec<_>>>()?.join("; "))
     }
 
     pub(crate) fn list(&self, filter: &Filter) -> rusqlite::Result<Page> {
@@ -595,7 +675,10 @@ fn list_text(filter: &Filter) -> String {
         (Some(_), state) => {
             // Each of these comes ordered, and SQLite merges them as they are read.
             let ended = |state: State| {
-                of_key(&format!("INDEXED BY ended_jobs WHERE state > 0 AND state = {} AND", state.code()))
+                of_key(&format!(
+                    "INDEXED BY ended_jobs WHERE finished IS NOT NULL AND state = {} AND",
+                    state.code()
+                ))
             };
             let one = |wanted: State| match wanted {
                 State::Queued => of_key(&format!("{open} state = {} AND", State::Queued.code())),

@@ -12,15 +12,19 @@ use bytes::Bytes;
 use tempfile::tempdir;
 
 use crate::{
-    AcceptError, Accepted, Delivery, Filter, Finish, Journal, NewJob, Once, OpenError, OpenJob, Retention,
-    Retry, State, set_aside,
+    AcceptError, Accepted, Delivery, Filter, Finish, FolderLock, Journal, NewJob, Once, OpenError, OpenJob,
+    Retention, Retry, State, set_aside,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
 const KEEP: Retention = Retention { time: HOUR, bytes_max: 1 << 30, names: HOUR };
 
 fn open(folder: &Path, retention: Retention) -> (Journal, Vec<OpenJob>) {
-    Journal::open(folder, retention, Box::new(|_| ())).unwrap()
+    try_open(folder, retention).unwrap()
+}
+
+fn try_open(folder: &Path, retention: Retention) -> Result<(Journal, Vec<OpenJob>), OpenError> {
+    Journal::open(FolderLock::take(folder)?, retention, Box::new(|_| ()))
 }
 
 fn job(journal: &Journal, envelope: &str) -> NewJob {
@@ -93,7 +97,7 @@ fn what_was_accepted_is_there_again_as_it_stood() {
     assert!(journal.next_id() > ids[3]);
 
     // Delivered, it is done with; delivered again, it is open again.
-    journal.delivered(ids[2]);
+    journal.delivered(ids[2], || ());
     let (done, again) = mpsc::sync_channel(1);
     journal.redeliver(ids[2], move |job| done.send(job).unwrap());
     assert_eq!(again.recv().unwrap().unwrap().id, ids[2]);
@@ -160,6 +164,14 @@ fn a_crash_is_counted_for_all_that_ran_and_blamed_on_the_one_that_ran_alone() {
     drop(journal);
     let (journal, found) = open(folder.path(), KEEP);
     assert_eq!(counts(&found), [(0, 2, 1), (0, 0, 0), (1, 0, 0), (0, 2, 0)]);
+    drop(journal);
+    // Who is suspected stays so until an attempt has ended, however often a host starts.
+    let (journal, found) = open(folder.path(), KEEP);
+    assert_eq!(found.iter().map(|job| job.suspect).collect::<Vec<_>>(), [true, false, false, true]);
+    journal.retry(Retry { id: ids[3], attempts: 1, started: None, next: 0, error: String::new() });
+    drop(journal);
+    let (journal, found) = open(folder.path(), KEEP);
+    assert_eq!(found.iter().map(|job| job.suspect).collect::<Vec<_>>(), [true, false, false, false]);
     assert_eq!(journal.job(ids[0]).unwrap().unwrap().crashes, 2);
 }
 
@@ -167,7 +179,9 @@ fn a_crash_is_counted_for_all_that_ran_and_blamed_on_the_one_that_ran_alone() {
 fn one_change_that_cannot_be_written_is_told_and_the_others_of_its_group_are_written() {
     let folder = tempdir().unwrap();
     let limit = |store: &crate::store::Store| store.limit_bytes(10_000);
-    let (journal, _) = Journal::open_prepared(folder.path(), KEEP, Box::new(|_| ()), limit).unwrap();
+    let (journal, _) =
+        Journal::open_prepared(FolderLock::take(folder.path()).unwrap(), KEEP, Box::new(|_| ()), limit)
+            .unwrap();
     let jobs: Vec<NewJob> = (0..3).map(|_| job(&journal, "{}")).collect();
     let ids: Vec<_> = jobs.iter().map(|job| job.id).collect();
     for job in jobs {
@@ -218,7 +232,7 @@ fn ages_count_from_when_a_job_was_done_with_and_names_outlive_what_is_removed_fo
     // It was accepted and ended long ago by the system's clock (1 and 3 ms after 1970), and is done with only now.
     journal.set_retention(KEEP);
     finish(&journal, id, Some("results"));
-    journal.delivered(id);
+    journal.delivered(id, || ());
     wait_until(|| journal.job(id).unwrap().unwrap().delivery == Delivery::Delivered);
     std::thread::sleep(Duration::from_millis(1500));
     assert!(journal.job(id).unwrap().is_some(), "no clock makes it an hour old");
@@ -249,7 +263,7 @@ fn a_journal_of_format_1_is_taken_over() {
     let file = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
     file.execute_batch(
         "DROP INDEX closed_jobs; DROP INDEX ended_jobs; DROP INDEX once_by_age;
-         ALTER TABLE jobs DROP COLUMN crashes; ALTER TABLE jobs DROP COLUMN crashes_alone; ALTER TABLE jobs DROP COLUMN closed;
+         ALTER TABLE jobs DROP COLUMN suspect; ALTER TABLE jobs DROP COLUMN crashes; ALTER TABLE jobs DROP COLUMN crashes_alone; ALTER TABLE jobs DROP COLUMN closed;
          ALTER TABLE jobs ADD COLUMN once TEXT; ALTER TABLE once DROP COLUMN at; ALTER TABLE totals DROP COLUMN clock;
          UPDATE jobs SET pending = 1760000000000 WHERE delivery = 1; PRAGMA user_version = 1;",
     )
@@ -261,7 +275,8 @@ fn a_journal_of_format_1_is_taken_over() {
         [(ids[0], None), (ids[1], Some(0))]
     );
     assert_eq!(journal.envelope(ids[0]).unwrap().unwrap(), "{\"n\":1}");
-    journal.delivered(ids[1]);
+    assert_eq!(journal.result(ids[1]).unwrap().unwrap(), "{\"a\":1}");
+    journal.delivered(ids[1], || ());
     finish(&journal, ids[0], None);
     drop(journal);
     assert!(open(folder.path(), KEEP).1.is_empty());
@@ -367,7 +382,7 @@ fn damage_behind_a_whole_beginning_is_found() {
     let from = bytes.len() / 2;
     bytes[from..from + 8192].fill(9);
     fs::write(&file, &bytes).unwrap();
-    let found = Journal::open(folder.path(), KEEP, Box::new(|_| ()));
+    let found = try_open(folder.path(), KEEP);
     let damaged = match &found {
         Ok((journal, _)) => journal.damage().unwrap().is_some(),
         Err(error) => matches!(error, OpenError::Damaged { .. }),
@@ -423,7 +438,7 @@ fn a_folder_has_one_host_and_a_damaged_journal_is_kept() {
     let (journal, _) = open(folder.path(), KEEP);
     let accepted = job(&journal, "{}");
     accept(&journal, accepted).unwrap();
-    let second = Journal::open(folder.path(), KEEP, Box::new(|_| ())).err().unwrap();
+    let second = try_open(folder.path(), KEEP).err().unwrap();
     assert!(matches!(second, OpenError::InUse(_)), "{second}");
     drop(journal);
 
@@ -434,17 +449,14 @@ fn a_folder_has_one_host_and_a_damaged_journal_is_kept() {
     bytes[half..].fill(9);
     fs::write(&file, &bytes).unwrap();
     for _ in 0..2 {
-        let error = Journal::open(folder.path(), KEEP, Box::new(|_| ())).err().unwrap();
+        let error = try_open(folder.path(), KEEP).err().unwrap();
         assert!(matches!(&error, OpenError::Damaged { .. }), "{error}");
         assert!(error.to_string().contains("jobs.sqlite"), "{error}");
     }
     // One that was cut short is no new one.
     for cut in [1, 40, 99] {
         fs::write(&file, &b"SQLite format 4 and what else there may be in such a file, or in one that was cut off at some point"[..cut]).unwrap();
-        assert!(matches!(
-            Journal::open(folder.path(), KEEP, Box::new(|_| ())),
-            Err(OpenError::Damaged { .. })
-        ));
+        assert!(matches!(try_open(folder.path(), KEEP), Err(OpenError::Damaged { .. })));
     }
     fs::write(&file, &bytes).unwrap();
     let aside = set_aside(folder.path()).unwrap();
@@ -484,6 +496,59 @@ fn nobody_else_reads_what_callers_sent() {
     let made = folder.path().join("deep/state");
     drop(open(&made, KEEP));
     assert_eq!(fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+}
+
+#[test]
+fn lists_and_cleanings_go_along_an_index_and_sort_nothing() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let of_key = |state, delivery| Filter { key: Some(None), state, delivery, limit: 9, ..Filter::default() };
+    for filter in [
+        of_key(None, None),
+        of_key(Some(State::Succeeded), None),
+        of_key(Some(State::Queued), None),
+        of_key(None, Some(Delivery::Pending)),
+        Filter { state: Some(State::Queued), limit: 9, ..Filter::default() },
+        Filter { limit: 9, ..Filter::default() },
+    ] {
+        let plan = journal.plan(&filter);
+        assert!(!plan.contains("TEMP B-TREE"), "{filter:?}: {plan}");
+        if filter.key.is_some() && filter.state == Some(State::Succeeded) {
+            assert!(plan.contains("ended_jobs (key=? AND state=? AND row<?)"), "{plan}");
+        }
+    }
+}
+
+#[test]
+fn names_have_a_bound_of_their_own_and_take_no_jobs_room() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), Retention { bytes_max: 400_000, ..KEEP });
+    let named = |number: usize| {
+        let once = Once { name: format!("{number:0200}"), digest: [1; 32] };
+        NewJob { once: Some(once), ..job(&journal, "{}") }
+    };
+    // A quarter of the bytes: some 190 names of 528 bytes.
+    let refused = (0..1000).find(|number| {
+        let named = named(*number);
+        let id = named.id;
+        let accepted = accept(&journal, named);
+        if accepted.is_ok() {
+            finish(&journal, id, None);
+        }
+        accepted == Err(AcceptError::FullOfNames)
+    });
+    assert!(refused.is_some_and(|refused| (150..250).contains(&refused)), "{refused:?}");
+    // Others are accepted, and what is done with is still there.
+    let plain = job(&journal, "{}");
+    let id = plain.id;
+    assert_eq!(accept(&journal, plain), Ok(Accepted::New));
+    finish(&journal, id, None);
+    assert!(journal.job(id).unwrap().is_some());
+    drop(journal);
+    let (journal, _) = open(folder.path(), Retention { bytes_max: 400_000, ..KEEP });
+    let once = Some(Once { name: "x".repeat(200), digest: [1; 32] });
+    let full = NewJob { once, ..job(&journal, "{}") };
+    assert_eq!(accept(&journal, full), Err(AcceptError::FullOfNames), "also after a restart");
 }
 
 fn wait_until(mut holds: impl FnMut() -> bool) {

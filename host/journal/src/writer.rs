@@ -15,7 +15,7 @@ use crate::{
     AcceptError, JobId,
     clock::Clock,
     record::{Accepted, Finish, NewJob, OpenJob, Retry, Totals},
-    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Store, is_damage, is_of_one_change},
+    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Room, Store, is_damage, is_of_one_change},
 };
 
 /// Changes in one group.
@@ -30,6 +30,10 @@ const GROUP_BYTES_MAX: usize = 16 << 20;
 const BYTES_SPARE: u64 = 64;
 /// Between two tries of what couldn't be written.
 const BETWEEN_TRIES: Duration = Duration::from_millis(250);
+/// Between two looks for names that are to be forgotten: those of jobs that aren't done with are looked at each time.
+const BETWEEN_NAME_CLEANINGS: Duration = Duration::from_secs(10);
+/// The part of the bytes that jobs may take up which names may take up beside them.
+const NAMES_PART: u64 = 4;
 /// Between two looks for jobs that are to be forgotten.
 const BETWEEN_CLEANINGS: Duration = Duration::from_secs(1);
 
@@ -50,7 +54,7 @@ pub(crate) enum Change {
     Cancel(JobId, Done),
     Retry(Retry),
     Finish(Finish, FinishDone),
-    Delivered(JobId, u64, Option<String>),
+    Delivered(JobId, u64, Option<String>, Done),
     Redeliver(JobId, RedeliverDone),
 }
 
@@ -247,6 +251,7 @@ pub(crate) struct Writer {
     /// Changes that couldn't be written: they say what has become of accepted jobs, and are tried until they are.
     kept: VecDeque<Change>,
     cleaned: Instant,
+    names_cleaned: Instant,
     bytes: u64,
     /// All that is kept is of jobs that aren't done with, and more than there may be.
     full: bool,
@@ -260,7 +265,16 @@ impl Writer {
     ) -> std::io::Result<JoinHandle<()>> {
         let bytes = store.bytes().unwrap_or_default();
         let cleaned = Instant::now();
-        let writer = Self { store, shared, on_commit, kept: VecDeque::new(), cleaned, bytes, full: false };
+        let writer = Self {
+            store,
+            shared,
+            on_commit,
+            kept: VecDeque::new(),
+            cleaned,
+            names_cleaned: cleaned,
+            bytes,
+            full: false,
+        };
         writer.tell(0, Duration::ZERO);
         thread::Builder::new().name("journal".to_owned()).spawn(move || writer.run())
     }
@@ -290,7 +304,8 @@ impl Writer {
                 thread::sleep(BETWEEN_TRIES / 4);
             }
         }
-        // Where that fails, the next start does it.
+        // Where these fail, the next start goes on from the clock that was written last, and works the log into the file.
+        let _ = self.store.write_clock(self.shared.clock.now());
         let _ = self.store.checkpoint();
     }
 
@@ -344,7 +359,9 @@ impl Writer {
     }
 
     fn commit(&mut self, changes: VecDeque<Change>) -> Result<Vec<Told>, Unwritten> {
-        let (full, now) = (self.full, self.shared.clock.now());
+        let now = self.shared.clock.now();
+        let names_bytes_max = self.shared.retention.load().bytes_max / NAMES_PART;
+        let room = Room { is_full: self.full, names_bytes_max };
         let mut at = None;
         let mut answers: Vec<Option<Result<Accepted, AcceptError>>> = Vec::with_capacity(changes.len());
         let mut redelivered = VecDeque::new();
@@ -354,9 +371,9 @@ impl Writer {
                 at = Some(index);
                 let mut answer = None;
                 match change {
-                    Change::Accept(job, _) => answer = Some(said(group.accept(job, full))?),
+                    Change::Accept(job, _) => answer = Some(said(group.accept(job, room))?),
                     Change::Refuse(job, finish, _) => {
-                        let accepted = said(group.accept(job, full))?;
+                        let accepted = said(group.accept(job, room))?;
                         if accepted == Ok(Accepted::New) {
                             group.finish(finish)?;
                         }
@@ -365,7 +382,7 @@ impl Writer {
                     Change::Cancel(id, _) => group.cancel(*id)?,
                     Change::Retry(retry) => group.retry(retry)?,
                     Change::Finish(finish, _) => group.finish(finish)?,
-                    Change::Delivered(id, at, dead) => group.delivered(*id, *at, dead.as_deref())?,
+                    Change::Delivered(id, at, dead, _) => group.delivered(*id, *at, dead.as_deref())?,
                     Change::Redeliver(id, _) => redelivered.push_back(group.redeliver(*id)?),
                 }
                 answers.push(answer);
@@ -383,10 +400,10 @@ impl Writer {
             Change::Accept(_, done) | Change::Refuse(_, _, done) => {
                 answer.map(|answer| Told::Accepted(done, answer))
             }
-            Change::Cancel(_, done) => Some(Told::Done(done)),
+            Change::Cancel(_, done) | Change::Delivered(_, _, _, done) => Some(Told::Done(done)),
             Change::Finish(_, done) => Some(Told::Finished(done)),
             Change::Redeliver(_, done) => Some(Told::Redelivered(done, redelivered.pop_front().flatten())),
-            Change::Retry(_) | Change::Delivered(..) => None,
+            Change::Retry(_) => None,
         });
         Ok(told.collect())
     }
@@ -395,7 +412,8 @@ impl Writer {
     fn clean(&mut self) {
         let retention = **self.shared.retention.load();
         self.bytes = self.store.bytes().unwrap_or(self.bytes);
-        let excess = self.bytes.saturating_sub(retention.bytes_max);
+        // Names are bounded by themselves, and take no job's room.
+        let excess = self.bytes.saturating_sub(self.store.names_bytes).saturating_sub(retention.bytes_max);
         if excess == 0 {
             self.full = false;
         }
@@ -406,6 +424,7 @@ impl Writer {
         }
         self.tell_of_jump();
         let now = self.shared.clock.now();
+        let names_are_due = self.names_cleaned.elapsed() >= BETWEEN_NAME_CLEANINGS.min(retention.names);
         let before = |time: Duration| now.saturating_sub(time.as_millis() as u64);
         let which = if excess > 0 {
             // A little more than must be, so that the next group needs none.
@@ -415,12 +434,17 @@ impl Writer {
         };
         let forgotten = self.store.begin(now).and_then(|mut group| {
             let jobs = group.forget(which)?;
-            let names = group.forget_names(before(retention.names))?;
+            let names = if names_are_due { group.forget_names(before(retention.names))? } else { 0 };
             if jobs + names > 0 { group.commit().map(|()| (jobs, names)) } else { Ok((0, 0)) }
         });
         // What can't be written is said by the next group.
         let (jobs, names) = forgotten.unwrap_or_default();
-        self.full = excess > 0 && jobs + names == 0;
+        if names_are_due && names < FORGOTTEN_AT_ONCE {
+            self.names_cleaned = Instant::now();
+            // Also where nothing happens: a host that is idle gets older as well.
+            let _ = self.store.write_clock(now);
+        }
+        self.full = excess > 0 && jobs == 0;
         if excess == 0 && jobs.max(names) < FORGOTTEN_AT_ONCE || self.full {
             self.cleaned = Instant::now();
         }
@@ -458,6 +482,7 @@ fn said(accepted: Result<Accepted, Refusal>) -> rusqlite::Result<Result<Accepted
         Ok(accepted) => Ok(Ok(accepted)),
         Err(Refusal::Conflict(id)) => Ok(Err(AcceptError::Conflict(id))),
         Err(Refusal::Full) => Ok(Err(AcceptError::Full)),
+        Err(Refusal::FullOfNames) => Ok(Err(AcceptError::FullOfNames)),
         Err(Refusal::Store(error)) => Err(error),
     }
 }

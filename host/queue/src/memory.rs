@@ -28,6 +28,7 @@ struct Queues {
     by_name: BTreeMap<String, Queue>,
     /// What was taken and not acknowledged, by receipt.
     leased: BTreeMap<String, Leased>,
+    leases_ever: u64,
     bytes: usize,
 }
 
@@ -39,6 +40,8 @@ struct Queue {
 }
 
 struct Leased {
+    /// Grows from lease to lease.
+    number: u64,
     queue: String,
     messages: Vec<Message>,
     until: Instant,
@@ -99,7 +102,9 @@ impl Memory {
             return (taken, None);
         }
         let receipt = format!("{:032x}", fastrand::u128(..));
-        let leased = Leased { queue: queue.to_owned(), messages, until: now + time };
+        queues.leases_ever += 1;
+        let number = queues.leases_ever;
+        let leased = Leased { number, queue: queue.to_owned(), messages, until: now + time };
         queues.leased.insert(receipt.clone(), leased);
         (taken, Some(Lease { receipt, time }))
     }
@@ -125,7 +130,7 @@ impl Memory {
         let length = queues.by_name.get(queue).map_or(0, |queue| queue.waiting.len() + queue.leased);
         if length >= self.messages_max || queues.bytes + message.body.len() > self.bytes_max {
             return Err(QueueError::Unavailable(format!(
-                "the queue {queue:?} in memory is full ({length} messages): take some with DELETE /queues/{queue}, or configure a broker"
+                "the queue {queue:?} in memory is full ({length} messages): take some with DELETE /queues/{queue} and acknowledge them by their receipt, or configure a broker"
             )));
         }
         queues.bytes += message.body.len();
@@ -149,8 +154,10 @@ impl Queue {
 impl Queues {
     /// Puts messages back whose takers have not acknowledged them in time, in front, as they were.
     fn bring_back(&mut self, now: Instant) {
-        let over: Vec<Leased> =
+        let mut over: Vec<Leased> =
             self.leased.extract_if(.., |_, leased| leased.until <= now).map(|(_, leased)| leased).collect();
+        // What was taken first comes to stand in front.
+        over.sort_by_key(|leased| std::cmp::Reverse(leased.number));
         for Leased { queue, messages, .. } in over {
             let held = self.by_name.entry(queue).or_default();
             held.leased -= messages.len();
@@ -236,7 +243,8 @@ mod tests {
         for body in ["1", "2", "3"] {
             memory.put("a", &message(body)).unwrap();
         }
-        let (_, lease) = memory.take("a", 2, MINUTE, now);
+        let (_, lease) = memory.take("a", 1, MINUTE, now);
+        let _ = memory.take("a", 1, MINUTE, now);
         assert_eq!(memory.look("a", 9, now).length, 1);
         let later = now + MINUTE;
         let bodies: Vec<Bytes> =

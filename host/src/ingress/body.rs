@@ -66,6 +66,9 @@ pub(super) async fn read(mut body: Incoming, exchange: &Exchange) -> Result<Byte
         && body.is_end_stream()
         && whole.len() <= limit
     {
+        if whole.len() > BYTES_FREE {
+            exchange.take_bytes(whole.len()).map_err(BodyError::NoRoom)?;
+        }
         return Ok(whole.clone());
     }
     Box::pin(read_on(body, first.flatten(), declared, exchange)).await

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     Context,
+    exchange::Exchange,
     request::{Headers, parameter, percent_decoded},
     routes::{refuse, wrong_method},
 };
@@ -92,13 +93,25 @@ impl<'p> Asked<'p> {
         }
     }
 
-    pub(super) async fn answer(self, context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
-        let response = self.respond(context, from, head).await;
+    pub(super) async fn answer(
+        self,
+        context: &Context,
+        from: &Origin,
+        exchange: Option<&Exchange>,
+        head: &Parts,
+    ) -> HttpResponse {
+        let response = self.respond(context, from, exchange, head).await;
         context.metrics.requests("", self.endpoint(), response.status().as_u16()).inc();
         response
     }
 
-    async fn respond(self, context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
+    async fn respond(
+        self,
+        context: &Context,
+        from: &Origin,
+        exchange: Option<&Exchange>,
+        head: &Parts,
+    ) -> HttpResponse {
         let methods = self.methods();
         if !methods.split(", ").any(|method| method == head.method.as_str()) {
             return wrong_method(methods);
@@ -122,10 +135,14 @@ impl<'p> Asked<'p> {
         let underway = Audit::begin(action, &caller, from);
         let answered = match self {
             Self::Queues => Ok(queues(context)),
-            Self::Queue(_) if action.changes => take(context, &name, head.uri.query()),
+            Self::Queue(_) if action.changes => take(context, &name, head.uri.query()).await,
             Self::Queue(_) => number(head.uri.query(), "limit", LIMIT, LIMIT_MAX)
                 .and_then(|limit| look(context, &name, limit)),
-            _ => self.of_jobs(context, &caller, head.uri.query(), action.changes).await,
+            _ => {
+                // Who looks after a host isn't kept out by its load.
+                let exchange = exchange.filter(|_| !caller.manages);
+                self.of_jobs(context, &caller, exchange, head.uri.query(), action.changes).await
+            }
         };
         let response = answered.unwrap_or_else(|error| egress::error(&error));
         underway.answered(response.status().as_u16());
@@ -136,6 +153,7 @@ impl<'p> Asked<'p> {
         self,
         context: &Context,
         caller: &Caller,
+        exchange: Option<&Exchange>,
         query: Option<&str>,
         deletes: bool,
     ) -> Result<HttpResponse, JobError> {
@@ -149,10 +167,10 @@ impl<'p> Asked<'p> {
             },
             _ => {
                 let (filter, running) = filter(query, whose)?;
-                let _permit = context.gate.enter()?;
                 let listed = tokio::time::timeout(context.server.request_timeout, jobs.list(filter, running))
                     .await
                     .unwrap_or(Err(JobError::DeadlinePassed))?;
+                enter(exchange)?;
                 return Ok(object_response(StatusCode::OK, &listed));
             }
         };
@@ -172,12 +190,26 @@ impl<'p> Asked<'p> {
             _ => {
                 let wait_max = context.server.request_timeout_max.as_millis() as usize;
                 let wait = number(query, "wait_ms", 0, wait_max)?;
-                match jobs.report(id, whose, Duration::from_millis(wait as u64)).await? {
+                jobs.wait(id, Duration::from_millis(wait as u64)).await;
+                enter(exchange)?;
+                if let Some(exchange) = exchange {
+                    exchange.take_bytes(jobs.result_bytes(id).await?)?;
+                }
+                match jobs.report(id, whose).await? {
                     Some(report) => object_response(StatusCode::OK, &report),
                     None => unknown(&id.to_string()),
                 }
             }
         })
+    }
+}
+
+/// Takes a place among the requests in flight for what is read and written now; who only waits for a job's end needs none. A host that
+/// shuts down says what became of jobs to the end.
+fn enter(exchange: Option<&Exchange>) -> Result<(), JobError> {
+    match exchange.map_or(Ok(()), Exchange::enter) {
+        Err(JobError::Unavailable(_)) => Ok(()),
+        entered => entered,
     }
 }
 
@@ -304,7 +336,7 @@ fn look(context: &Context, name: &str, limit: usize) -> Result<HttpResponse, Job
 
 /// Acknowledges what was taken before, where a receipt is said, and takes the oldest messages of a queue in memory; only the one
 /// where a receipt is said and no limit.
-fn take(context: &Context, name: &str, query: Option<&str>) -> Result<HttpResponse, JobError> {
+async fn take(context: &Context, name: &str, query: Option<&str>) -> Result<HttpResponse, JobError> {
     let route = match route(context, name) {
         Ok(route) => route,
         Err(response) => return Ok(*response),
@@ -313,7 +345,7 @@ fn take(context: &Context, name: &str, query: Option<&str>) -> Result<HttpRespon
     let receipt = parameter(query, "receipt");
     let default = if receipt.is_some() { 0 } else { LIMIT };
     let limit = number(query, "limit", default, LIMIT_MAX)?;
-    let lease = number(query, "lease_seconds", LEASE_SECONDS, LEASE_SECONDS_MAX)?;
+    let lease = number(query, "lease_seconds", LEASE_SECONDS, LEASE_SECONDS_MAX)?.max(1);
     let mut acknowledged = None;
     if let Some(receipt) = receipt {
         let Some(messages) = memory.acknowledge(queue, &receipt, now) else {
@@ -322,7 +354,7 @@ fn take(context: &Context, name: &str, query: Option<&str>) -> Result<HttpRespon
             );
             return Ok(object_response(StatusCode::NOT_FOUND, &json!({"detail": detail})));
         };
-        context.jobs.taken(&route.0.backend, &messages);
+        context.jobs.taken(&route.0.backend, &messages).await?;
         acknowledged = Some(messages.len());
     }
     let (held, lease) = memory.take(queue, limit, Duration::from_secs(lease as u64), now);

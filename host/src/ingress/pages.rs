@@ -12,10 +12,13 @@ use hyper::{
 
 use crate::config::Server;
 
+/// What supervisors ask, who learn nothing else by it.
+const PROBES: [&str; 2] = ["/livez", "/readyz"];
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The rules for every request of a host without keys.
 pub(super) struct PageRules {
+    on_loopback: bool,
     /// Whether Host is looked at. Elsewhere than on loopback a host doesn't know its names unless they are configured.
     names_hosts: bool,
     /// `server.allowed_hosts`.
@@ -46,11 +49,13 @@ pub(super) enum Foreign {
 
 impl PageRules {
     pub(super) fn new(server: &Server) -> Self {
-        let names_hosts = server.listen.ip().to_canonical().is_loopback() || !server.allowed_hosts.is_empty();
-        Self { names_hosts, allowed_hosts: server.allowed_hosts.clone() }
+        let on_loopback = server.listen.ip().to_canonical().is_loopback();
+        let names_hosts = on_loopback || !server.allowed_hosts.is_empty();
+        Self { on_loopback, names_hosts, allowed_hosts: server.allowed_hosts.clone() }
     }
 
-    /// Looks at a request. One without Host, as in HTTP/1.0, is no browser's.
+    /// Looks at a request. One without Host, as in HTTP/1.0, is no browser's. Elsewhere than on loopback, supervisors ask after a host by an
+    /// address that nobody has configured.
     pub(super) fn check(&self, head: &Parts) -> Result<(), Foreign> {
         let headers = &head.headers;
         // HTTP/2 has it in the path.
@@ -59,6 +64,7 @@ impl PageRules {
             None => headers.get(HOST).map(|host| host.to_str().unwrap_or("(unreadable)")),
         };
         if self.names_hosts
+            && (self.on_loopback || !PROBES.contains(&head.uri.path()))
             && let Some(host) = host
             && !self.is_ours(host)
         {

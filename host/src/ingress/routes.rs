@@ -40,18 +40,23 @@ pub(super) async fn answer(peer: &Exchange, request: Request<Incoming>) -> HttpR
         ("/predict_sync", _) if is_post => predict::sync(peer, &head, body, &id).await,
         ("/predict_batch", _) if is_post => Box::pin(predict::batch(peer, &head, body, &id)).await,
         ("/predict_async", _) if is_post => Box::pin(predict::asynchronous(peer, &head, body, &id)).await,
-        _ => Box::pin(beside_predictions(context, &peer.from, &head)).await,
+        _ => Box::pin(beside_predictions(context, &peer.from, Some(peer), &head)).await,
     };
     put_id(&id, response.headers_mut());
     response
 }
 
-/// Everything but predictions: over the network, and over the management socket.
-pub(super) async fn beside_predictions(context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
+/// Everything but predictions: over the network, where an exchange takes part in the limits, and over the management socket.
+pub(super) async fn beside_predictions(
+    context: &Context,
+    from: &Origin,
+    exchange: Option<&Exchange>,
+    head: &Parts,
+) -> HttpResponse {
     let path = head.uri.path();
     match (Managed::parse(path), Asked::parse(path)) {
         (Some(managed), _) => manage::answer(context, from, head, managed).await,
-        (_, Some(asked)) => asked.answer(context, from, head).await,
+        (_, Some(asked)) => asked.answer(context, from, exchange, head).await,
         (None, None) => elsewhere(context, from, head),
     }
 }
@@ -194,7 +199,12 @@ mod tests {
             queues: Queues::of_nobody(),
             metrics: Arc::clone(&metrics),
         };
-        let jobs = Jobs::open(state.path(), loaded.config.server.jobs, around).unwrap();
+        let jobs = Jobs::open(
+            modalkit_journal::FolderLock::take(state.path()).unwrap(),
+            loaded.config.server.jobs,
+            around,
+        )
+        .unwrap();
         let context = {
             let server = loaded.config.server.clone();
             let configuration = reconfigure::Handle::of_nobody(loaded);
@@ -229,14 +239,14 @@ mod tests {
         ] {
             let (head, ()) = Request::builder().method(method).uri(path).body(()).unwrap().into_parts();
             let status =
-                async |from: &Origin| beside_predictions(&context, from, &head).await.status().as_u16();
+                async |from: &Origin| beside_predictions(&context, from, None, &head).await.status().as_u16();
             for address in &addresses {
                 assert_eq!(status(address).await, 403, "{method} {path} from {address}");
             }
             assert_eq!(status(&socket).await, expected, "{method} {path}");
         }
         let (head, ()) = Request::builder().uri("/livez").body(()).unwrap().into_parts();
-        assert_eq!(beside_predictions(&context, &addresses[3], &head).await.status().as_u16(), 200);
+        assert_eq!(beside_predictions(&context, &addresses[3], None, &head).await.status().as_u16(), 200);
     }
 
     #[test]

@@ -258,7 +258,7 @@ async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, ur
         let detail = format!("expected a request for the host itself: predictions are asked for at {url}");
         object_response(StatusCode::MISDIRECTED_REQUEST, &json!({"detail": detail}))
     } else {
-        routes::beside_predictions(context, from, &head).await
+        routes::beside_predictions(context, from, None, &head).await
     };
     put_id(&id, response.headers_mut());
     response

@@ -198,11 +198,12 @@ impl Deliveries {
                 }
                 Ok(()) => {
                     count("delivered");
-                    journal.delivered(id);
+                    journal.delivered(id, || ());
                     None
                 }
                 Err(QueueError::Rejected(why)) => Some(why),
-                Err(error) if pending.since + deadline <= now => {
+                // One that was in memory before a restart waits for room there, however long.
+                Err(error) if pending.since + deadline <= now && !in_memory => {
                     Some(format!("not delivered within delivery_deadline_seconds: {error}"))
                 }
                 Err(error) => {

@@ -26,8 +26,8 @@ use std::{
 
 use bytes::Bytes;
 use modalkit_journal::{
-    AcceptError, Accepted, Committed, Delivery as Delivered, Filter, Finish, Journal, NewJob, Once,
-    OpenError, OpenJob, Retention, State, unix_ms,
+    AcceptError, Accepted, Committed, Delivery as Delivered, Filter, Finish, FolderLock, Journal, NewJob,
+    Once, OpenError, OpenJob, Retention, State, unix_ms,
 };
 use modalkit_loader::Item;
 use modalkit_queue::Message;
@@ -36,6 +36,7 @@ use sha2::{Digest, Sha256};
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, oneshot},
+    time::timeout,
 };
 
 use crate::{
@@ -64,8 +65,10 @@ const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 const TOO_MANY: &str = "too many asynchronous jobs are not done with (server.jobs_max)";
 /// Pages of the journal that one list looks at: beyond them the caller asks again.
 const PAGES_MAX: usize = 16;
-/// How long whoever takes a job back waits for the journal.
-const CANCEL_TIME_MAX: Duration = Duration::from_secs(5);
+/// Callers who list jobs or wait for their turn to do so; more are told to come back.
+const LISTERS_MAX: usize = 64;
+/// How long whoever takes a job back, or acknowledges its result, waits for the journal.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// The jobs of this host.
 pub struct Jobs {
@@ -77,6 +80,8 @@ pub struct Jobs {
     blocking: Handle,
     /// Whose turn it is to list jobs.
     lists: Semaphore,
+    /// Those who list or wait for their turn.
+    listers: Semaphore,
     draining: AtomicBool,
 }
 
@@ -169,11 +174,11 @@ pub struct Around {
 }
 
 impl Jobs {
-    /// Opens the journal in this folder and goes on where it stopped. Deliveries run on the runtime that this is called on.
+    /// Opens the journal in this folder, which is this process's, and goes on where it stopped. Deliveries run on the runtime that this is called on.
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(folder: &Path, spec: JobSpec, around: Around) -> Result<Arc<Self>, OpenError> {
+    pub fn open(folder: FolderLock, spec: JobSpec, around: Around) -> Result<Arc<Self>, OpenError> {
         let Around { models, gate, queues, metrics } = around;
         let retention = Retention { time: spec.retention, bytes_max: spec.bytes_max, names: spec.names };
         let inbox = Arc::new(Inbox::default());
@@ -184,6 +189,7 @@ impl Jobs {
             // What the group told the runner, it is woken for once.
             inbox.ring();
         });
+        let path = folder.path().to_owned();
         let (journal, open) = Journal::open(folder, retention, on_commit)?;
         let shared = Arc::new(Shared { open: Mutex::default(), spec, metrics });
         let blocking = Handle::current();
@@ -195,19 +201,20 @@ impl Jobs {
             runner: Mutex::default(),
             blocking,
             lists: Semaphore::new(1),
+            listers: Semaphore::new(LISTERS_MAX),
             draining: AtomicBool::new(false),
         });
         jobs.go_on(open);
         let runner = Runner::new(&jobs, models, gate, inbox);
         *jobs.runner.lock() =
-            Some(runner.start().map_err(|source| OpenError::Folder { folder: folder.to_owned(), source })?);
+            Some(runner.start().map_err(|source| OpenError::Folder { folder: path, source })?);
         Ok(jobs)
     }
 
     /// Takes over what the journal holds from before.
     fn go_on(&self, open: Vec<OpenJob>) {
         if !open.is_empty() {
-            let running = open.iter().filter(|job| job.was_running).count();
+            let running = open.iter().filter(|job| job.suspect).count();
             tracing::info!(jobs = open.len(), running, "jobs from before are resumed");
             if running > 0 {
                 tracing::warn!(
@@ -297,7 +304,7 @@ impl Jobs {
             key: key.clone(),
             state: State::Failed,
             attempts: 0,
-            was_running: false,
+            suspect: false,
             crashes: 0,
             crashes_alone: 0,
             cancelled: false,
@@ -357,8 +364,24 @@ impl Jobs {
         }
     }
 
-    /// What is known of a job, after it has ended or this long; where it says whose, only of one that came with that key, or with
-    /// none.
+    /// Waits until a job has ended, or for this long.
+    pub async fn wait(&self, id: JobId, time: Duration) {
+        let entry = self.shared.find(id);
+        if let Some(ended) = entry.as_ref().filter(|_| !time.is_zero()).and_then(|entry| entry.wait()) {
+            // Whether it ended or not, whoever waits asks next.
+            let _ = timeout(time, ended).await;
+        }
+    }
+
+    /// Bytes of a job's result; 0 where there is none.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where the journal can't be read.
+    pub async fn result_bytes(self: &Arc<Self>, id: JobId) -> Result<usize, JobError> {
+        self.read(move |journal| journal.result_bytes(id)).await
+    }
+
+    /// What is known of a job; where it says whose, only of one that came with that key, or with none.
     ///
     /// # Errors
     /// [`JobError::Unavailable`] where the journal can't be read.
@@ -366,13 +389,7 @@ impl Jobs {
         self: &Arc<Self>,
         id: JobId,
         whose: Option<Option<Arc<str>>>,
-        wait: Duration,
     ) -> Result<Option<Report>, JobError> {
-        let entry = self.shared.find(id);
-        if let Some(ended) = entry.as_ref().filter(|_| !wait.is_zero()).and_then(|entry| entry.wait()) {
-            // Whether it ended or not, what there is to say is said below.
-            let _ = tokio::time::timeout(wait, ended).await;
-        }
         let stored = self.read(move |journal| journal.job(id)).await?;
         let of_caller =
             |key: &Option<String>| whose.as_ref().is_none_or(|whose| whose.as_deref() == key.as_deref());
@@ -382,26 +399,44 @@ impl Jobs {
         }))
     }
 
-    /// The queue in memory has given these messages away: they are delivered.
-    pub fn taken(&self, backend: &str, messages: &[Message]) {
-        let journal = self.journal.read();
-        // Once it is closed, the next start puts them into the queue again.
-        let Some(journal) = &*journal else { return };
-        for message in messages {
-            let Ok(id) = message.job_id.parse::<JobId>() else { continue };
-            self.shared.metrics.jobs.delivered(backend, "delivered").inc();
-            journal.delivered(id);
-            if let Some(entry) = self.shared.find(id) {
-                self.shared.done_with(&entry);
+    /// The queue in memory has given these messages away: they are delivered, on disk.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where that could not be written in time: a restart would put them into the queue again.
+    pub async fn taken(&self, backend: &str, messages: &[Message]) -> Result<(), JobError> {
+        let mut written = None;
+        {
+            let journal = self.journal.read();
+            let Some(journal) = &*journal else { return Err(closed()) };
+            for message in messages {
+                let Ok(id) = message.job_id.parse::<JobId>() else { continue };
+                self.shared.metrics.jobs.delivered(backend, "delivered").inc();
+                let (tell, told) = oneshot::channel();
+                // Whoever asked may have left.
+                journal.delivered(id, move || tell.send(()).unwrap_or_default());
+                // They are written in order: the last one speaks for all.
+                written = Some(told);
+                if let Some(entry) = self.shared.find(id) {
+                    self.shared.done_with(&entry);
+                }
             }
         }
+        let Some(written) = written else { return Ok(()) };
+        timeout(WRITE_TIME_MAX, written).await.map(drop).map_err(|_| {
+            let why = "the journal can't be written at the moment: after a restart these messages would be in their queue again";
+            JobError::Unavailable(why.into())
+        })
     }
 
     /// Jobs, the youngest first; of those that haven't ended, only those that run or those that don't, where that is said.
     ///
     /// # Errors
-    /// [`JobError::Unavailable`] where the journal can't be read.
+    /// [`JobError::Busy`] where too many wait for their turn, [`JobError::Unavailable`] where the journal can't be read.
     pub async fn list(self: &Arc<Self>, filter: Filter, running: Option<bool>) -> Result<Listed, JobError> {
+        let _waits = self
+            .listers
+            .try_acquire()
+            .map_err(|_| JobError::Busy("too many callers list jobs at the moment"))?;
         // One after the other: those who list take turns with each other, and keep nobody else waiting.
         let _turn = self.lists.acquire().await.map_err(|_| JobError::Lost)?;
         let (mut jobs, mut next, limit) = (Vec::new(), filter.after, filter.limit);
@@ -450,7 +485,7 @@ impl Jobs {
                 journal.cancel(id, move || tell.send(()).unwrap_or_default());
             }
             entry.cancelled.store(true, Ordering::SeqCst);
-            if tokio::time::timeout(CANCEL_TIME_MAX, told).await.is_err() {
+            if timeout(WRITE_TIME_MAX, told).await.is_err() {
                 return Ok(Cancelled::Unwritten);
             }
             if entry.live.lock().phase == Phase::Running {
@@ -458,7 +493,7 @@ impl Jobs {
             }
             self.inbox.put(Event::Cancel(Arc::clone(&entry)));
         }
-        if tokio::time::timeout(CANCEL_TIME_MAX, ended).await.is_err() {
+        if timeout(WRITE_TIME_MAX, ended).await.is_err() {
             let runs = entry.live.lock().phase == Phase::Running;
             return Ok(if runs { Cancelled::Soon } else { Cancelled::Unwritten });
         }
@@ -545,7 +580,7 @@ impl Jobs {
         let (reply, drained) = oneshot::channel();
         self.inbox.put(Event::Drain(reply));
         // A runner that has ended hands nothing over either, nor does one that waits for the disk.
-        let _ = tokio::time::timeout(DRAIN_TIME_MAX, drained).await;
+        let _ = timeout(DRAIN_TIME_MAX, drained).await;
     }
 
     /// Ends the runner and the journal; what was handed to it is written. Blocking.
@@ -558,6 +593,8 @@ impl Jobs {
         }
         let journal = self.journal.write().take();
         if let Some(mut journal) = journal {
+            // What is cut off now was no crash.
+            journal.ledger().clear();
             journal.close();
         }
     }
@@ -658,7 +695,7 @@ impl Shared {
             live: Mutex::new(Live {
                 attempts: job.attempts,
                 next: job.next,
-                suspect: job.was_running,
+                suspect: job.suspect,
                 crashes: job.crashes,
                 crashes_alone: job.crashes_alone,
                 ..Live::new(phase)
@@ -687,7 +724,7 @@ fn moment_of(unix_ms: u64, now_unix_ms: u64) -> Option<Instant> {
 /// It can't be moved, or it can't be used for another reason.
 pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
     let retention = Retention { time: Duration::MAX, bytes_max: u64::MAX, names: Duration::MAX };
-    match Journal::open(state_folder, retention, Box::new(|_| ())) {
+    match Journal::open(FolderLock::take(state_folder)?, retention, Box::new(|_| ())) {
         Err(OpenError::Damaged { why, .. }) => {
             let aside = modalkit_journal::set_aside(state_folder)?;
             tracing::error!(journal = %aside.display(), why, "the journal was set aside; jobs that it holds are not run");
@@ -721,6 +758,9 @@ pub fn once(key: Option<&str>, model: &str, name: &str, body: &[u8]) -> Once {
 fn explain(error: &AcceptError) -> JobError {
     match error {
         AcceptError::Conflict(_) => JobError::Conflict(error.to_string()),
+        AcceptError::FullOfNames => JobError::Busy(
+            "too many names in Idempotency-Key are remembered (server.idempotency_window_seconds, server.job_store_bytes_max)",
+        ),
         AcceptError::Unfit(_) => JobError::TooLarge(error.to_string()),
         AcceptError::Busy => JobError::Busy("too many jobs wait to be written"),
         AcceptError::Full => {

@@ -110,6 +110,8 @@ pub(super) struct Runner {
     inbox: Arc<Inbox>,
     lines: HashMap<Arc<str>, Line>,
     suspects: Suspects,
+    /// A suspect has the host to itself: nothing else is looked at.
+    held: bool,
     draining: bool,
     stopped: bool,
     waits_for_disk: bool,
@@ -138,6 +140,7 @@ impl Runner {
             inbox,
             lines: HashMap::new(),
             suspects: Suspects::default(),
+            held: false,
             draining: false,
             stopped: false,
             waits_for_disk: false,
@@ -179,7 +182,7 @@ impl Runner {
             let due = line.delayed.first_key_value().map(|((due, _), _)| *due);
             blocked.into_iter().chain(due).min()
         };
-        let of_lines = self.lines.values().filter_map(of_line).min();
+        let of_lines = self.lines.values().filter_map(of_line).min().filter(|_| !self.held);
         let of_suspects = self.suspects.any_wait().then_some(now + BETWEEN_LOOKS);
         let soonest = of_lines.into_iter().chain(of_suspects).chain(self.suspects.next_change()).min();
         soonest.unwrap_or(now + IDLE).min(now + IDLE)
@@ -189,13 +192,15 @@ impl Runner {
         match event {
             Event::Accepted(entry, head) => self.accepted(entry, head),
             Event::Answered { entry, reply, began, permit } => {
-                self.suspects.ended(entry.id);
+                self.suspects.ended(entry.id, Instant::now());
                 self.line(&entry).handed -= 1;
                 self.answered(&entry, reply, began, permit, jobs, journal);
             }
             Event::Cancel(entry) => self.cancel(&entry, jobs, journal),
             Event::Drain(reply) => {
                 self.draining = true;
+                // What is cut off at the end is nobody's crash.
+                self.suspects.release(Instant::now());
                 // Durable jobs that haven't begun are the next start's: nobody waits for their batches to fill, nor for them.
                 for (queue, number) in jobs.shared.handed() {
                     queue.cancel(number, 1);
@@ -266,7 +271,7 @@ impl Runner {
                 live.suspect
             };
             if suspect {
-                return self.suspects.put_back(Arc::clone(entry));
+                return self.suspects.put_back(Arc::clone(entry), Instant::now());
             }
             let line = self.line(entry);
             line.waiting.push_front((Arc::clone(entry), Head::default()));
@@ -321,60 +326,61 @@ impl Runner {
 
     /// Fills the models' queues up to their windows, where no suspect has the host to itself.
     fn hand_over(&mut self, jobs: &Arc<Jobs>, journal: &Journal) {
+        for entry in self.suspects.take_overdue(Instant::now()) {
+            let ending = Ending::failed(&entry, journal, egress::job_failure(&JobError::DeadlinePassed));
+            end(&entry, ending, None, jobs, journal);
+        }
+        self.held = !self.hand_over_suspects(jobs, journal);
+        if !self.held {
+            self.hand_over_lines(jobs, journal);
+        }
+    }
+
+    /// Hands the next suspect over, where it may be alone. `false` where nothing else may be handed over.
+    fn hand_over_suspects(&mut self, jobs: &Arc<Jobs>, journal: &Journal) -> bool {
         while !self.suspects.is_empty() {
             let handed = self.lines.values().map(|line| line.handed).sum();
             let serving =
                 |name: &str| self.models.find(Some(name)).ok().filter(|model| model.serving().is_ok());
             match self.suspects.next(Instant::now(), handed, |name| serving(name).is_some()) {
-                Turn::None => return,
-                Turn::Any => break,
+                Turn::None => return false,
+                Turn::Any => return true,
                 Turn::Beside(entry) => {
                     self.line(&entry).waiting.push_front((entry, Head::default()));
-                    break;
+                    return true;
                 }
-                Turn::Suspect { entry, blamed } => {
-                    let Some(model) = serving(&entry.model) else {
-                        self.suspects.put_back(entry);
-                        return;
-                    };
-                    if !self.hand_over_suspect(entry, blamed, &model, jobs, journal) {
-                        return;
-                    }
-                }
+                Turn::Alone(entry) => match serving(&entry.model) {
+                    Some(model) => self.hand_over_suspect(entry, &model, jobs, journal),
+                    None => self.suspects.put_back(entry, Instant::now()),
+                },
             }
         }
-        self.hand_over_lines(jobs, journal);
+        true
     }
 
-    /// Hands a job over that runs with no other beside it. `false` where there is no sense in going on now.
+    /// Hands a job over that runs with no other beside it.
     fn hand_over_suspect(
         &mut self,
         entry: Arc<Entry>,
-        blamed: bool,
         model: &Arc<Model>,
         jobs: &Arc<Jobs>,
         journal: &Journal,
-    ) -> bool {
+    ) {
         let crashes = entry.live.lock().crashes;
         let line = self.lines.entry(Arc::clone(&entry.model)).or_default();
-        let hand = Hand { model, gate: &self.gate, inbox: &self.inbox, jobs, journal, alone: blamed };
+        let hand = Hand { model, gate: &self.gate, inbox: &self.inbox, jobs, journal, alone: true };
         match line.hand(Arc::clone(&entry), Head::default(), &hand) {
             Handed::Queued { must_wake, slot } => {
                 tracing::info!(model = &*entry.model, job_id = %entry.id, crashes, "a job that was running when the host died runs alone");
-                self.suspects.began(&entry, crashes, &slot, Instant::now());
+                self.suspects.handed(&entry, crashes, model.spec().batch.wait, &slot, Instant::now());
                 if must_wake {
                     model.queue.wake();
                 }
             }
-            Handed::Ended => {}
-            // It comes back with the end of its attempt.
-            Handed::Refused => return false,
-            Handed::Unreadable(..) => {
-                self.suspects.put_back(entry);
-                return false;
-            }
+            // One that the queue didn't take comes back with the end of its attempt.
+            Handed::Ended | Handed::Refused => {}
+            Handed::Unreadable(..) => self.suspects.put_back(entry, Instant::now()),
         }
-        true
     }
 
     fn hand_over_lines(&mut self, jobs: &Arc<Jobs>, journal: &Journal) {

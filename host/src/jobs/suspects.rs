@@ -2,7 +2,6 @@
 //! and those that only ran with it are not blamed. It decides whose turn that is, and never runs one; time and chance are arguments.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -14,23 +13,32 @@ use super::entry::Entry;
 /// How long the other jobs wait at most for one that runs alone; twice as long with each crash in which it ran, so that one that
 /// needs long to take the host down is alone in the end.
 const ALONE_TIME: Duration = Duration::from_secs(10);
-const DOUBLINGS_MAX: u32 = 12;
+const DOUBLINGS_MAX: u32 = 6;
 /// How long nothing more is handed over until what runs has ended and a suspect can be alone.
 const HOLD_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long the other jobs wait for suspects in all, after one start.
+const ALL_HOLDS_TIME_MAX: Duration = Duration::from_secs(900);
+/// After a suspect was not taken by its model's queue, the wait until the next try.
+const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 
 /// Suspects that wait, and those that run.
 #[derive(Default)]
 pub(super) struct Suspects {
-    waiting: VecDeque<Arc<Entry>>,
+    waiting: Vec<Arc<Entry>>,
     alone: Option<Alone>,
     /// Ran alone for as long as it may; others run beside it now.
     joined: Vec<JobId>,
     held_since: Option<Instant>,
+    /// How long others have waited for those that were alone.
+    held: Duration,
+    /// A model's queue took none: others go on until then.
+    blocked_until: Option<Instant>,
 }
 
 /// The one that runs alone.
 struct Alone {
     id: JobId,
+    since: Instant,
     until: Instant,
     slot: Weak<Slot>,
 }
@@ -41,8 +49,8 @@ pub(super) enum Turn {
     Any,
     /// None.
     None,
-    /// This one; `blamed` where no other job runs, not even a suspect that takes long.
-    Suspect { entry: Arc<Entry>, blamed: bool },
+    /// This one, and no other beside it.
+    Alone(Arc<Entry>),
     /// Any job and this one, which could not be alone.
     Beside(Arc<Entry>),
 }
@@ -55,9 +63,16 @@ impl Suspects {
     }
 
     /// Takes one back that nobody ran.
-    pub(super) fn put_back(&mut self, entry: Arc<Entry>) {
-        self.ended(entry.id);
-        self.waiting.push_front(entry);
+    pub(super) fn put_back(&mut self, entry: Arc<Entry>, now: Instant) {
+        self.ended(entry.id, now);
+        self.waiting.push(entry);
+        self.blocked_until = Some(now + BETWEEN_TRIES);
+    }
+
+    /// Those that wait and whose time has passed.
+    pub(super) fn take_overdue(&mut self, now: Instant) -> Vec<Arc<Entry>> {
+        let overdue = |entry: &mut Arc<Entry>| entry.deadline.is_some_and(|deadline| deadline <= now);
+        self.waiting.extract_if(.., overdue).collect()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -68,50 +83,66 @@ impl Suspects {
     pub(super) fn remove(&mut self, id: JobId) -> bool {
         let before = self.waiting.len();
         self.waiting.retain(|entry| entry.id != id);
+        if self.waiting.is_empty() {
+            self.held_since = None;
+        }
         self.waiting.len() < before
     }
 
-    /// One was handed over alone.
-    pub(super) fn began(&mut self, entry: &Entry, crashes: u32, slot: &Arc<Slot>, now: Instant) {
-        let time = ALONE_TIME * 2u32.pow(crashes.saturating_sub(1).min(DOUBLINGS_MAX));
-        self.alone = Some(Alone { id: entry.id, until: now + time, slot: Arc::downgrade(slot) });
+    /// One was handed over alone, to a model whose batches wait so long to be filled.
+    pub(super) fn handed(
+        &mut self,
+        entry: &Entry,
+        crashes: u32,
+        batch_wait: Duration,
+        slot: &Arc<Slot>,
+        now: Instant,
+    ) {
+        let time = ALONE_TIME * 2u32.pow(crashes.saturating_sub(1).min(DOUBLINGS_MAX)) + batch_wait;
+        self.alone = Some(Alone { id: entry.id, since: now, until: now + time, slot: Arc::downgrade(slot) });
     }
 
     /// A job has ended, or came back.
-    pub(super) fn ended(&mut self, id: JobId) {
-        if self.alone.as_ref().is_some_and(|alone| alone.id == id) {
-            self.alone = None;
+    pub(super) fn ended(&mut self, id: JobId, now: Instant) {
+        if let Some(alone) = self.alone.take_if(|alone| alone.id == id) {
+            self.held += now.saturating_duration_since(alone.since);
         }
         self.joined.retain(|joined| *joined != id);
     }
 
-    /// What may be handed over while this many jobs are in models' queues or running. Suspects of models that don't serve wait.
-    pub(super) fn next(&mut self, now: Instant, handed: usize, serves: impl Fn(&str) -> bool) -> Turn {
-        if let Some(alone) = &self.alone {
-            if now < alone.until {
-                return Turn::None;
-            }
+    /// Others may run beside the one that is alone, and the host may end while it runs: it is not to blame for what happens.
+    pub(super) fn release(&mut self, now: Instant) {
+        if let Some(alone) = self.alone.take() {
             if let Some(slot) = alone.slot.upgrade() {
                 slot.joined();
             }
+            self.held += now.saturating_duration_since(alone.since);
             self.joined.push(alone.id);
-            self.alone = None;
         }
-        let Some(at) = self.waiting.iter().position(|entry| serves(&entry.model)) else {
+    }
+
+    /// What may be handed over while this many jobs are in models' queues or running. Suspects of models that don't serve wait.
+    pub(super) fn next(&mut self, now: Instant, handed: usize, serves: impl Fn(&str) -> bool) -> Turn {
+        if self.alone.as_ref().is_some_and(|alone| now < alone.until) {
+            return Turn::None;
+        }
+        self.release(now);
+        let is_blocked = self.blocked_until.is_some_and(|until| now < until);
+        let Some(at) = self.waiting.iter().position(|entry| !is_blocked && serves(&entry.model)) else {
             self.held_since = None;
             return Turn::Any;
         };
-        let others = handed.saturating_sub(self.joined.len());
+        // Beside one that takes long nobody is alone, and others have waited long enough.
+        if !self.joined.is_empty() || self.held >= ALL_HOLDS_TIME_MAX {
+            return Turn::Beside(self.waiting.remove(at));
+        }
         let held_since = *self.held_since.get_or_insert(now);
-        if others > 0 && now.saturating_duration_since(held_since) < HOLD_TIME_MAX {
+        if handed > 0 && now.saturating_duration_since(held_since) < HOLD_TIME_MAX {
             return Turn::None;
         }
         self.held_since = None;
-        let entry = self.waiting.remove(at).expect("it was found there");
-        if others > 0 {
-            return Turn::Beside(entry);
-        }
-        Turn::Suspect { entry, blamed: self.joined.is_empty() }
+        let entry = self.waiting.remove(at);
+        if handed > 0 { Turn::Beside(entry) } else { Turn::Alone(entry) }
     }
 
     /// When that changes by itself; `None` where it doesn't.
@@ -130,25 +161,39 @@ impl Suspects {
 mod tests {
     use super::*;
 
-    fn entries(count: usize) -> Vec<Arc<Entry>> {
+    fn journal() -> (tempfile::TempDir, modalkit_journal::Journal) {
         let folder = tempfile::tempdir().unwrap();
         let retention =
             modalkit_journal::Retention { time: Duration::ZERO, bytes_max: u64::MAX, names: Duration::ZERO };
-        let (journal, _) =
-            modalkit_journal::Journal::open(folder.path(), retention, Box::new(|_| ())).unwrap();
+        let (journal, _) = modalkit_journal::Journal::open(
+            modalkit_journal::FolderLock::take(folder.path()).unwrap(),
+            retention,
+            Box::new(|_| ()),
+        )
+        .unwrap();
+        (folder, journal)
+    }
+
+    fn entries(count: usize) -> Vec<Arc<Entry>> {
+        let (_folder, journal) = journal();
         (0..count).map(|_| Arc::new(Entry::of_tests(journal.next_id(), "m"))).collect()
     }
 
-    fn suspect(turn: Turn) -> (Arc<Entry>, bool) {
+    fn slot() -> Arc<Slot> {
+        let (_folder, journal) = journal();
+        Arc::new(journal.ledger().slot(journal.next_id(), 1, true))
+    }
+
+    fn alone(turn: Turn) -> Arc<Entry> {
         match turn {
-            Turn::Suspect { entry, blamed } => (entry, blamed),
+            Turn::Alone(entry) => entry,
             _ => panic!("expected a suspect's turn"),
         }
     }
 
     #[test]
     fn suspects_run_one_by_one_and_everybody_else_waits_for_them_and_for_a_named_time_only() {
-        let (all, mut suspects, begun) = (entries(3), Suspects::default(), Instant::now());
+        let (all, mut suspects, begun) = (entries(4), Suspects::default(), Instant::now());
         let now = |seconds| begun + Duration::from_secs(seconds);
         let serves = |_: &str| true;
         for entry in &all {
@@ -158,24 +203,53 @@ mod tests {
         assert!(matches!(suspects.next(now(0), 5, |_| false), Turn::Any));
         // What was handed over before ends first.
         assert!(matches!(suspects.next(now(0), 5, serves), Turn::None));
-        let (first, blamed) = suspect(suspects.next(now(1), 0, serves));
-        assert!(blamed && first.id == all[2].id);
-        suspects.alone = Some(Alone { id: first.id, until: now(11), slot: Weak::new() });
+        let first = alone(suspects.next(now(1), 0, serves));
+        assert_eq!(first.id, all[3].id);
+        let hand = |suspects: &mut Suspects, entry: &Entry, at: Instant| {
+            suspects.handed(entry, 1, Duration::ZERO, &slot(), at);
+        };
+        hand(&mut suspects, &first, now(1));
         assert!(matches!(suspects.next(now(10), 1, serves), Turn::None));
-        suspects.ended(first.id);
-        let (second, _) = suspect(suspects.next(now(10), 0, serves));
-        assert_eq!(second.id, all[1].id);
-        suspects.alone = Some(Alone { id: second.id, until: now(20), slot: Weak::new() });
-        // It takes long: the next one runs beside it alone, and neither is blamed.
-        let (third, blamed) = suspect(suspects.next(now(20), 1, serves));
-        assert!(!blamed && third.id == all[0].id);
-        assert!(matches!(suspects.next(now(21), 2, serves), Turn::Any));
-        suspects.ended(second.id);
-        suspects.put_back(third);
+        suspects.ended(first.id, now(10));
+        let second = alone(suspects.next(now(10), 0, serves));
+        hand(&mut suspects, &second, now(10));
+        // It takes long: nobody is alone beside it, and others go on.
+        assert!(matches!(suspects.next(now(20), 1, serves), Turn::Beside(_)));
+        suspects.ended(second.id, now(21));
         // Others run, and take long.
         assert!(matches!(suspects.next(now(22), 4, serves), Turn::None));
         assert_eq!(suspects.next_change(), Some(now(32)));
         assert!(matches!(suspects.next(now(32), 4, serves), Turn::Beside(_)));
-        assert!(suspects.is_empty());
+        assert!(suspects.is_empty() && suspects.next_change().is_none());
+    }
+
+    #[test]
+    fn one_that_is_not_taken_keeps_nobody_waiting_and_one_that_is_taken_back_leaves_no_hold() {
+        let (all, mut suspects, begun) = (entries(1), Suspects::default(), Instant::now());
+        let now = |millis| begun + Duration::from_millis(millis);
+        suspects.add(Arc::clone(&all[0]), 0);
+        let entry = alone(suspects.next(now(0), 0, |_| true));
+        suspects.put_back(entry, now(0));
+        assert!(matches!(suspects.next(now(1), 0, |_| true), Turn::Any), "its queue is full: others go on");
+        assert!(matches!(suspects.next(now(60), 1, |_| true), Turn::None));
+        assert!(suspects.remove(all[0].id));
+        assert_eq!(suspects.next_change(), None, "nobody is held for one that is gone");
+    }
+
+    #[test]
+    fn all_holds_together_have_an_end() {
+        let (all, mut suspects, begun) = (entries(200), Suspects::default(), Instant::now());
+        for entry in &all {
+            suspects.add(Arc::clone(entry), 0);
+        }
+        let (mut now, mut turns) = (begun, 0);
+        while let Turn::Alone(entry) = suspects.next(now, 0, |_| true) {
+            suspects.handed(&entry, 1, Duration::ZERO, &slot(), now);
+            now += Duration::from_secs(9);
+            suspects.ended(entry.id, now);
+            turns += 1;
+        }
+        assert_eq!(turns, 100, "15 minutes of 9 seconds");
+        assert!(matches!(suspects.next(now, 5, |_| true), Turn::Beside(_)));
     }
 }
