@@ -47,7 +47,7 @@ layer! {
         io_threads: Count<1, MAX_THREADS>, or "as many as there are cores";
         /// Open connections. Of further ones a few are answered: `/livez` and `/readyz`, anything else with 503; the rest are closed.
         connections_max: Count<1, 1_048_576> = Count(4096);
-        /// Open connections of one address (of IPv6: one /64); further ones are closed.
+        /// Open connections of one address (of IPv6: one /64). Of further ones a few are answered like those beyond connections_max.
         connections_per_address_max: Count<1, 1_048_576>, or "half of connections_max, at least 1";
         /// Milliseconds until a connection's first bytes, then until the end of each request's headers.
         header_timeout_ms: Milliseconds = Count(30_000);

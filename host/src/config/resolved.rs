@@ -277,7 +277,7 @@ pub struct Server {
     pub io_threads: usize,
     /// Open connections; of further ones a few are answered, the rest are closed.
     pub connections_max: usize,
-    /// Open connections of one address.
+    /// Open connections of one address; of further ones a few are answered, the rest are closed.
     pub connections_per_address_max: usize,
     /// From the first byte a connection could send to the end of its request's headers.
     pub header_timeout: Duration,

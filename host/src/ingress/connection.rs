@@ -192,8 +192,10 @@ async fn answer_probe(exchange: &Exchange, request: Request<Incoming>) -> HttpRe
     if request.method() == Method::GET && ["/livez", "/readyz"].contains(&request.uri().path()) {
         return and_close(routes::answer(exchange, request).await);
     }
-    exchange.context.metrics.connections_refused.with_label_values(&["full"]).inc();
-    let full = JobError::Unavailable("too many connections are open (server.connections_max)".into());
+    exchange.context.metrics.connections_refused.with_label_values(&["unavailable"]).inc();
+    let full = JobError::Unavailable(
+        "too many connections are open (server.connections_max, server.connections_per_address_max)".into(),
+    );
     and_close(egress::error(&full))
 }
 

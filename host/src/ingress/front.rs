@@ -1,4 +1,4 @@
-//! The door: accepts connections on a thread that never runs plugin code, looks at their first bytes, answers those that ask
+//! The listener: accepts connections on a thread that never runs plugin code, looks at their first bytes, answers those that ask
 //! whether the host lives, and gives all others to the threads that serve them. It never knows what else is asked.
 
 use std::{

@@ -15,6 +15,8 @@ use crate::{config::Server, telemetry::Metrics};
 
 /// Connections beyond the limit that get an answer, to the probes or that there is no room.
 const KEPT_PLACES: usize = 64;
+/// How many of them one address may have: it can't keep others' probes out.
+const KEPT_PER_ADDRESS_MAX: usize = 8;
 /// Between two lines of the log that say the same.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Of an IPv6 address, what one customer of a provider has at least.
@@ -26,9 +28,16 @@ pub(super) struct Places {
     kept: Arc<Semaphore>,
     connections_max: usize,
     per_address_max: usize,
-    addresses: Mutex<HashMap<IpAddr, usize>>,
+    addresses: Mutex<HashMap<IpAddr, Taken>>,
     metrics: Arc<Metrics>,
     told: Mutex<Told>,
+}
+
+/// The places that one address has.
+#[derive(Default)]
+struct Taken {
+    open: usize,
+    kept: usize,
 }
 
 /// What the log was told.
@@ -70,30 +79,40 @@ impl Places {
         })
     }
 
-    /// A place for a connection from this address; `None` where it is to be closed.
+    /// A place for a connection from this address: one of the kept ones where the address has as many as it may, or there are no others;
+    /// `None` where it is to be closed.
     pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
         let address = network(address);
-        if !self.enter(address) {
-            self.refuse("address");
+        let mut addresses = self.addresses.lock();
+        let taken = addresses.entry(address).or_default();
+        let within = taken.open < self.per_address_max;
+        let open = if within { Arc::clone(&self.open).try_acquire_owned().ok() } else { None };
+        let kept = open.is_none();
+        let permit = open.or_else(|| {
+            let may = taken.kept < KEPT_PER_ADDRESS_MAX;
+            may.then(|| Arc::clone(&self.kept).try_acquire_owned().ok()).flatten()
+        });
+        match (&permit, kept) {
+            (Some(_), false) => taken.open += 1,
+            (Some(_), true) => taken.kept += 1,
+            (None, _) if taken.open + taken.kept == 0 => drop(addresses.remove(&address)),
+            (None, _) => {}
+        }
+        drop(addresses);
+        if within {
+            self.tell_of_room(kept, permit.is_none());
+        } else {
             self.tell_of_address(address);
+        }
+        let Some(permit) = permit else {
+            self.metrics
+                .connections_refused
+                .with_label_values(&[if within { "full" } else { "address" }])
+                .inc();
             return None;
-        }
-        let (permit, kept) = match Arc::clone(&self.open).try_acquire_owned() {
-            Ok(permit) => (Ok(permit), false),
-            Err(_) => (Arc::clone(&self.kept).try_acquire_owned(), true),
         };
-        self.tell_of_room(kept, permit.is_err());
-        match permit {
-            Ok(permit) => {
-                self.metrics.connections.inc();
-                Some(Place { places: Arc::clone(self), address, kept, _permit: permit })
-            }
-            Err(_) => {
-                self.leave(address);
-                self.refuse("full");
-                None
-            }
-        }
+        self.metrics.connections.inc();
+        Some(Place { places: Arc::clone(self), address, kept, _permit: permit })
     }
 
     /// Waits until every place is free.
@@ -104,26 +123,14 @@ impl Places {
         let _ = self.kept.acquire_many(KEPT_PLACES as u32).await;
     }
 
-    fn enter(&self, address: IpAddr) -> bool {
+    fn leave(&self, address: IpAddr, kept: bool) {
         let mut addresses = self.addresses.lock();
-        let connections = addresses.entry(address).or_default();
-        let enters = *connections < self.per_address_max;
-        *connections += usize::from(enters);
-        enters
-    }
-
-    fn leave(&self, address: IpAddr) {
-        let mut addresses = self.addresses.lock();
-        if let Some(connections) = addresses.get_mut(&address) {
-            *connections -= 1;
-            if *connections == 0 {
+        if let Some(taken) = addresses.get_mut(&address) {
+            *(if kept { &mut taken.kept } else { &mut taken.open }) -= 1;
+            if taken.open + taken.kept == 0 {
                 addresses.remove(&address);
             }
         }
-    }
-
-    fn refuse(&self, reason: &str) {
-        self.metrics.connections_refused.with_label_values(&[reason]).inc();
     }
 
     fn tell_of_address(&self, address: IpAddr) {
@@ -131,7 +138,7 @@ impl Places {
         if told.address_said.is_none_or(|said| said.elapsed() >= LOG_INTERVAL) {
             told.address_said = Some(Instant::now());
             let limit = self.per_address_max;
-            tracing::warn!(%address, limit, "an address has too many connections open, further ones are closed (server.connections_per_address_max)");
+            tracing::warn!(%address, limit, "an address has too many connections open: of further ones only /livez and /readyz are answered (server.connections_per_address_max)");
         }
     }
 
@@ -162,7 +169,7 @@ impl Places {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.leave(self.address);
+        self.places.leave(self.address, self.kept);
         self.places.metrics.connections.dec();
     }
 }
@@ -201,11 +208,14 @@ mod tests {
         let places = places(100, 2);
         let first = places.take(at("192.0.2.1")).unwrap();
         let _second = places.take(at("::ffff:192.0.2.1")).unwrap();
+        let kept: Vec<_> = (0..KEPT_PER_ADDRESS_MAX).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
+        assert!(kept.iter().all(Place::is_kept), "it may ask whether the host lives");
         assert!(places.take(at("192.0.2.1")).is_none());
-        assert!(places.take(at("192.0.2.2")).is_some());
+        assert!(places.take(at("192.0.2.2")).is_some_and(|place| !place.is_kept()));
         drop(first);
-        assert!(places.take(at("192.0.2.1")).is_some());
+        assert!(places.take(at("192.0.2.1")).is_some_and(|place| !place.is_kept()));
         assert_eq!(places.metrics.connections_refused.with_label_values(&["address"]).get(), 1);
+        drop(kept);
         assert_eq!(places.metrics.connections.get(), 1);
         assert_eq!(places.addresses.lock().len(), 1, "addresses without connections are forgotten");
     }
@@ -214,20 +224,24 @@ mod tests {
     fn a_network_of_ipv6_counts_as_one_address() {
         let places = places(100, 1);
         let _first = places.take(at("2001:db8:1:2::1")).unwrap();
-        assert!(places.take(at("2001:db8:1:2:ffff::2")).is_none());
-        assert!(places.take(at("2001:db8:1:3::1")).is_some());
+        assert!(places.take(at("2001:db8:1:2:ffff::2")).is_some_and(|place| place.is_kept()));
+        assert!(places.take(at("2001:db8:1:3::1")).is_some_and(|place| !place.is_kept()));
     }
 
     #[tokio::test]
-    async fn a_full_listener_keeps_places_for_probes_and_closes_the_rest() {
+    async fn a_full_listener_keeps_places_for_probes_that_no_single_address_can_take() {
         let places = places(1, 1000);
         let open = places.take(at("192.0.2.1")).unwrap();
         assert!(!open.is_kept());
-        let kept: Vec<_> = (0..KEPT_PLACES).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
-        assert!(kept.iter().all(Place::is_kept));
+        let one: Vec<_> = (0..KEPT_PER_ADDRESS_MAX).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
+        assert!(one.iter().all(Place::is_kept));
         assert!(places.take(at("192.0.2.1")).is_none());
         assert_eq!(places.metrics.connections_refused.with_label_values(&["full"]).get(), 1);
-        drop((open, kept));
+        let others: Vec<_> = (0..KEPT_PLACES - KEPT_PER_ADDRESS_MAX)
+            .map(|number| places.take(at(&format!("198.51.100.{number}"))).unwrap())
+            .collect();
+        assert!(others.iter().all(Place::is_kept) && places.take(at("203.0.113.1")).is_none());
+        drop((open, one, others));
         places.emptied().await;
     }
 }
