@@ -2,11 +2,14 @@
 //! is asked here, of the very file that is copied and of all folders above it.
 
 use std::{
+    ffi::OsString,
     fs::{File, Metadata},
     io,
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Component, Path, PathBuf},
 };
+
+use rustix::io::Errno;
 
 use crate::LoadError;
 
@@ -25,18 +28,20 @@ const OTHERS_WRITE: u32 = 0o002;
 /// In a folder with it, only its owner and theirs may rename or remove entries.
 const STICKY: u32 = 0o1000;
 const ROOT: u32 = 0;
+/// Symbolic links that one path may lead through, as the kernel counts.
+const LINKS_MAX: usize = 40;
 
 const FILE: &str = "the file";
 const FOLDER: &str = "the folder";
 
 impl Trust {
-    /// Asks the open file, which nobody can exchange any more, and the folders that lead to it, by its name and to where it
-    /// really lies: who may write to one of these may put another file there.
+    /// Asks the open file, which nobody can exchange any more, and all folders in which something is looked up on the way to it,
+    /// by its name, by each link and to where it really lies: who may write to one of these may put another file there.
     pub(crate) fn check_file(self, file: &Path, open: &File) -> Result<(), LoadError> {
         let unreadable = |source| LoadError::Io { doing: "look at", path: file.to_owned(), source };
         let metadata = open.metadata().map_err(unreadable)?;
         self.check(FILE, file, &metadata)?;
-        let real = file.canonicalize().map_err(unreadable)?;
+        let (lookups, real) = lookups(file).map_err(unreadable)?;
         let found = real.metadata().map_err(unreadable)?;
         if (found.dev(), found.ino()) != (metadata.dev(), metadata.ino()) {
             // Replaced between the two looks: the next one finds the new one.
@@ -46,18 +51,19 @@ impl Trust {
         for path in [&written, &real] {
             let Some(folder) = path.parent() else { continue };
             self.check(FOLDER, folder, &folder.metadata().map_err(unreadable)?)?;
-            for (below, above) in folder.ancestors().zip(folder.ancestors().skip(1)) {
-                self.check_above(above, below).map_err(unreadable)??;
-            }
+        }
+        // The nearest is told first.
+        for lookup in lookups.iter().rev() {
+            self.check_lookup(lookup).map_err(unreadable)??;
         }
         Ok(())
     }
 
-    /// A folder further up. Others may write to it, as to `/tmp`, where they can't put anything else in the place of what leads to
+    /// A folder on the way. Others may write to it, as to `/tmp`, where they can't put anything else in the place of what leads to
     /// the file.
-    fn check_above(self, folder: &Path, below: &Path) -> io::Result<Result<(), LoadError>> {
+    fn check_lookup(self, Lookup { folder, entry }: &Lookup) -> io::Result<Result<(), LoadError>> {
         let metadata = folder.metadata()?;
-        let guarded = metadata.mode() & STICKY != 0 && self.has_owner(&below.symlink_metadata()?);
+        let guarded = metadata.mode() & STICKY != 0 && self.has_owner(&entry.symlink_metadata()?);
         Ok(Self { any_mode: self.any_mode || guarded, ..self }.check(FOLDER, folder, &metadata))
     }
 
@@ -89,6 +95,51 @@ impl Trust {
         }
         Ok(())
     }
+}
+
+/// An entry of a folder that leads to a file: a folder, a link, or at last the file itself.
+struct Lookup {
+    /// The folder, by a path without links.
+    folder: PathBuf,
+    /// The entry.
+    entry: PathBuf,
+}
+
+/// Every entry that the kernel looks up for a path, through all links, in its order; and the path without links.
+fn lookups(path: &Path) -> io::Result<(Vec<Lookup>, PathBuf)> {
+    let mut found = Vec::new();
+    let mut links = 0;
+    let mut real = PathBuf::from("/");
+    // What is yet to be looked up: the next is last.
+    let mut names = names_from_last(&std::path::absolute(path)?);
+    while let Some(name) = names.pop() {
+        match Path::new(&name).components().next() {
+            Some(Component::RootDir) => real = PathBuf::from("/"),
+            Some(Component::ParentDir) => {
+                real.pop();
+            }
+            Some(Component::Normal(name)) => {
+                let entry = real.join(name);
+                let is_link = entry.symlink_metadata()?.is_symlink();
+                found.push(Lookup { folder: real.clone(), entry: entry.clone() });
+                if !is_link {
+                    real = entry;
+                    continue;
+                }
+                links += 1;
+                if links > LINKS_MAX {
+                    return Err(Errno::LOOP.into());
+                }
+                names.extend(names_from_last(&entry.read_link()?));
+            }
+            Some(Component::CurDir | Component::Prefix(_)) | None => {}
+        }
+    }
+    Ok((found, real))
+}
+
+fn names_from_last(path: &Path) -> Vec<OsString> {
+    path.components().rev().map(|name| name.as_os_str().to_owned()).collect()
 }
 
 #[cfg(test)]
@@ -168,6 +219,48 @@ mod tests {
         let (_, direct, _) = nested(&folder.path().join("safe"));
         symlink(&direct, above.join("link")).unwrap();
         assert!(ask(STRICT, &above.join("link/echo.so")).is_err());
+    }
+
+    #[test]
+    fn each_link_of_a_chain_lies_where_nobody_else_may_put_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let [safe, between, end] = ["safe", "between", "end"].map(|name| folder.path().join(name));
+        for path in [&safe, &between, &end] {
+            fs::create_dir(path).unwrap();
+            set_mode(path, 0o755);
+        }
+        let (file, middle) = (end.join("echo.so"), between.join("link"));
+        put(&file, b"x", 0o644);
+        symlink("../end/echo.so", &middle).unwrap();
+        symlink(&middle, safe.join("echo.so")).unwrap();
+        // The same with a link to a folder.
+        symlink(&end, between.join("folder")).unwrap();
+        symlink("../between/folder", safe.join("folder")).unwrap();
+        for link in ["echo.so", "folder/echo.so"].map(|name| safe.join(name)) {
+            set_mode(&between, 0o755);
+            assert_eq!(ask(STRICT, &link), Ok(()));
+            set_mode(&between, 0o777);
+            let text = ask(STRICT, &link).unwrap_err();
+            assert!(text.contains("between may be written by everybody (mode 0777)"), "{text}");
+            assert_eq!(ask(Trust { any_mode: true, ..STRICT }, &link), Ok(()));
+            // As in /tmp: others can't exchange a link that isn't theirs.
+            set_mode(&between, 0o1777);
+            assert_eq!(ask(STRICT, &link), Ok(()));
+        }
+    }
+
+    #[test]
+    fn as_many_links_are_followed_as_the_kernel_follows() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("echo.so");
+        put(&file, b"x", 0o644);
+        let mut last = file;
+        for number in 0..=LINKS_MAX {
+            let link = folder.path().join(number.to_string());
+            symlink(&last, &link).unwrap();
+            last = link;
+            assert_eq!(lookups(&last).is_ok(), number < LINKS_MAX, "{number}");
+        }
     }
 
     #[test]
