@@ -101,12 +101,14 @@ impl Store {
         }
         let sha256 = hex(&hasher.finalize());
         let path = folder.join(format!("{sha256}.so"));
+        // Goes after the lock: its other holders may leave meanwhile, and the last one to drop it takes the lock.
+        let known;
         let mut all = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        // Somebody may have taken the file away, alone or with the folder.
-        let known = all.get(&sha256).and_then(Weak::upgrade).filter(|copy| copy.path.exists());
-        let copy = match known {
-            Some(copy) => copy,
-            None => {
+        known = all.get(&sha256).and_then(Weak::upgrade);
+        let copy = match &known {
+            Some(copy) if copy.path.exists() => Arc::clone(copy),
+            // Somebody may have taken the file away, alone or with the folder.
+            _ => {
                 copy.persist(&path).map_err(|error| unwritable(error.error))?;
                 let copy = Arc::new(Copy { path, sha256: sha256.clone(), all: Arc::clone(&self.copies) });
                 all.insert(sha256, Arc::downgrade(&copy));
@@ -264,6 +266,32 @@ mod tests {
         assert!(!path.exists());
         assert!(store.stage(&file).is_err(), "a host that ends leaves nothing");
     }
+
+    #[test]
+    fn a_copy_may_lose_its_file_and_its_last_holder_while_it_is_asked_for() {
+        let (store, folder) = (Store::new(STRICT).unwrap(), tempfile::tempdir().unwrap());
+        let file = folder.path().join("one.so");
+        put(&file, b"content", 0o644);
+        let (done, all_done) = std::sync::mpsc::channel();
+        for _ in 0..STAGING_THREADS {
+            let (store, file, done) = (store.clone(), file.clone(), done.clone());
+            std::thread::spawn(move || {
+                for _ in 0..STAGES_OF_A_THREAD {
+                    let staged = store.stage(&file).unwrap();
+                    // As a cleaner of temporary files; another thread may have been quicker.
+                    let _ = fs::remove_file(staged.path());
+                }
+                done.send(()).unwrap();
+            });
+        }
+        for _ in 0..STAGING_THREADS {
+            all_done.recv_timeout(STAGES_TIME_MAX).expect("a thread waits for a lock that it holds itself");
+        }
+    }
+
+    const STAGING_THREADS: usize = 4;
+    const STAGES_OF_A_THREAD: usize = 1_000;
+    const STAGES_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
     #[test]
     fn a_missing_file_is_named() {
