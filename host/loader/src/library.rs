@@ -15,6 +15,7 @@ use modalkit_abi::{
         std_types::{ROption, RResult},
     },
 };
+use rustix::fs::StatVfsMountFlags;
 
 use crate::{Failure, Instance, Item, OpenError, Rejection, Staged, elf};
 
@@ -304,13 +305,17 @@ unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, Open
 /// The linker's words without the private path, which means nothing to anyone.
 fn unloadable(path: &Path, error: &libloading::Error) -> OpenError {
     let text = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
-    in_words(path, &text)
+    let folder = path.parent().unwrap_or(path);
+    // Where the system doesn't say it, the linker's words are all that there is.
+    let mount = rustix::fs::statvfs(folder).map_or(StatVfsMountFlags::empty(), |about| about.f_flag);
+    in_words(folder, mount, &text)
 }
 
-fn in_words(path: &Path, text: &str) -> OpenError {
-    // glibc's words where the system doesn't let it map code from this place.
-    if text.contains("failed to map segment") && text.contains("not permitted") {
-        return OpenError::NoExec { folder: path.parent().unwrap_or(path).to_owned() };
+fn in_words(folder: &Path, mount: StatVfsMountFlags, text: &str) -> OpenError {
+    // A security policy is no flag of a mount; glibc's words for what that does.
+    let forbidden = || text.contains("failed to map segment") && text.contains("not permitted");
+    if mount.contains(StatVfsMountFlags::NOEXEC) || forbidden() {
+        return OpenError::NoExec { folder: folder.to_owned() };
     }
     // glibc's words for a library that another one needs; a file that we named ourselves is there.
     if let Some((name, _)) = text.split_once(": cannot open shared object file") {
@@ -461,11 +466,20 @@ mod tests {
 
     #[test]
     fn a_place_without_permission_to_run_code_is_told_from_a_broken_file() {
-        let copy = Path::new("/tmp/modalkit-plugins-x/0a.so");
+        let folder = Path::new("/tmp/modalkit-plugins-x");
         let said = "/tmp/modalkit-plugins-x/0a.so: failed to map segment from shared object";
-        let text = in_words(copy, &format!("{said}: Operation not permitted")).to_string();
-        assert!(text.contains("/tmp/modalkit-plugins-x") && text.contains("noexec"), "{text}");
-        assert!(text.contains("TMPDIR"), "{text}");
-        assert!(matches!(in_words(copy, said), OpenError::Unloadable { .. }));
+        let none = StatVfsMountFlags::empty();
+        // The mount's flag decides, in whatever words and language the linker says it.
+        for (mount, said) in [
+            (none, format!("{said}: Operation not permitted")),
+            (StatVfsMountFlags::NOEXEC | StatVfsMountFlags::NOSUID, "im anderen Wortlaut".to_owned()),
+        ] {
+            let text = in_words(folder, mount, &said).to_string();
+            assert!(text.contains("/tmp/modalkit-plugins-x") && text.contains("noexec"), "{text}");
+            assert!(text.contains("TMPDIR"), "{text}");
+        }
+        for mount in [none, StatVfsMountFlags::NOSUID] {
+            assert!(matches!(in_words(folder, mount, said), OpenError::Unloadable { .. }));
+        }
     }
 }
