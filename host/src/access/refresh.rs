@@ -4,7 +4,11 @@
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
-use tokio::{sync::watch, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::watch,
+    task::{JoinError, JoinHandle},
+    time::timeout,
+};
 
 use super::{Access, Fetched, ssm};
 use crate::config::{AuthSpec, KeySource, KeySpec, SecretText, read_secret};
@@ -16,6 +20,35 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Between the two looks at a file that has another value: both must find the same.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+
+/// Why no value comes from where a key lies, or the one there isn't taken yet.
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    /// SSM didn't give it.
+    #[error(transparent)]
+    Ssm(#[from] ssm::SsmError),
+    /// SSM took too long.
+    #[error("it did not come within {FETCH_TIMEOUT:?}")]
+    SsmTimeout,
+    /// Its file can't be read.
+    #[error("its file can't be read")]
+    Unreadable(#[from] io::Error),
+    /// The thread that read its file ended before that was done.
+    #[error("its file can't be read")]
+    Interrupted(#[from] JoinError),
+    /// Its file is still being read.
+    #[error("its file was not read within {FETCH_TIMEOUT:?}")]
+    ReadTimeout,
+    /// Its file holds nothing: whoever writes it has just begun.
+    #[error("its file is empty")]
+    Empty,
+    /// Two looks found different values.
+    #[error("its file is being written")]
+    BeingWritten,
+    /// Somebody may be writing the same value again.
+    #[error("its file holds the beginning of that value")]
+    Shortened,
+}
 
 /// A file of a secret that is being read.
 type Read = JoinHandle<io::Result<Option<String>>>;
@@ -74,8 +107,8 @@ async fn fetch_all(access: &Access, spec: &AuthSpec, files: &mut Files) -> Vec<S
     for (key, fetched) in join_all(from_ssm).await {
         let fetched = match fetched {
             Ok(Ok(value)) => Ok(Some(value)),
-            Ok(Err(error)) => Err(format!("{:#}", anyhow::Error::new(error))),
-            Err(_) => Err(format!("it did not come within {FETCH_TIMEOUT:?}")),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(FetchError::SsmTimeout),
         };
         faults.extend(note(access, key, fetched));
     }
@@ -104,7 +137,7 @@ impl Files {
         name: &str,
         spec: &AuthSpec,
         known: Option<&str>,
-    ) -> Result<Option<String>, String> {
+    ) -> Result<Option<String>, FetchError> {
         let found = self.read(name, spec).await?;
         let before = self.shortened.remove(name);
         let Some(value) = found else { return Ok(None) };
@@ -112,22 +145,22 @@ impl Files {
             return Ok(Some(value));
         }
         if value.is_empty() {
-            return Err("its file is empty".to_owned());
+            return Err(FetchError::Empty);
         }
         let Some(known) = known else { return Ok(Some(value)) };
         tokio::time::sleep(BETWEEN_LOOKS).await;
         if self.read(name, spec).await?.as_ref() != Some(&value) {
-            return Err("its file is being written".to_owned());
+            return Err(FetchError::BeingWritten);
         }
         if known.starts_with(&value) && before.as_ref() != Some(&value) {
             self.shortened.insert(name.to_owned(), value);
-            return Err("its file holds the beginning of that value".to_owned());
+            return Err(FetchError::Shortened);
         }
         Ok(Some(value))
     }
 
     /// A file of some bytes, read on another thread. On a mount that hangs, the one read that hangs is waited for by no second one.
-    async fn read(&mut self, name: &str, spec: &AuthSpec) -> Result<Option<String>, String> {
+    async fn read(&mut self, name: &str, spec: &AuthSpec) -> Result<Option<String>, FetchError> {
         let (wanted, folder) = (name.to_owned(), spec.secrets_folder.clone());
         let read = self
             .reads
@@ -136,16 +169,16 @@ impl Files {
         match timeout(FETCH_TIMEOUT, read).await {
             Ok(done) => {
                 self.reads.remove(name);
-                let read = done.map_err(|error| error.to_string())?;
-                read.map_err(|error| format!("its file can't be read: {error}"))
+                Ok(done??)
             }
-            Err(_) => Err(format!("its file was not read within {FETCH_TIMEOUT:?}")),
+            Err(_) => Err(FetchError::ReadTimeout),
         }
     }
 }
 
 /// Notes what was fetched; says why a known value stays.
-fn note(access: &Access, key: &KeySpec, fetched: Result<Option<String>, String>) -> Option<String> {
+fn note(access: &Access, key: &KeySpec, fetched: Result<Option<String>, FetchError>) -> Option<String> {
+    let fetched = fetched.map_err(|error| format!("{:#}", anyhow::Error::new(error)));
     let mut values = access.values.lock();
     let known = values.get(&key.source);
     let noted = match (fetched, known) {
