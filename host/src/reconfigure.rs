@@ -23,6 +23,7 @@ use crate::{
     mounts,
     pipeline::check_settings,
     reload::{Control, ModelChanges},
+    transient::Outage,
 };
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same; where a file looks cut short, when all
@@ -120,6 +121,14 @@ pub struct Reconfigure {
     start: Arc<Loaded>,
 }
 
+/// Who wants the configuration to be read again.
+enum Asked {
+    /// Its files have changed, or could not be read before.
+    Nobody,
+    HangUp,
+    Caller(oneshot::Sender<Change>),
+}
+
 impl Handle {
     /// Reads the configuration now; waits for what becomes of it.
     pub async fn reload(&self) -> Change {
@@ -162,33 +171,43 @@ impl Reconfigure {
         // As they were when they were read, which is a while ago.
         let mut known = Some(self.now.load().loaded.snapshot.clone());
         let mut seen = Looks::new(known.clone().unwrap_or_default());
+        let mut outage = Outage::new("the configuration");
         loop {
-            let (snapshot, reply) = tokio::select! {
+            let (snapshot, asked) = tokio::select! {
                 _ = looks.tick() => {
                     let found = self.look().await;
                     // What nobody can read now may be as it was.
-                    if found.is_unknown() {
+                    if let Some(reason) = found.unknown() {
+                        outage.note(Some(&reason));
                         continue;
                     }
                     let Some(still) = seen.note(found) else { continue };
-                    let is_cut = seen.seen().looks_cut(&self.now.load().loaded.snapshot);
-                    if known.as_ref() == Some(seen.seen()) || (is_cut && still < CUT_STILL_TIME) {
+                    if known.as_ref() == Some(seen.seen()) {
+                        outage.note(None);
                         continue;
                     }
-                    (seen.seen().clone(), None)
+                    let is_cut = seen.seen().looks_cut(&self.now.load().loaded.snapshot);
+                    if is_cut && still < CUT_STILL_TIME {
+                        continue;
+                    }
+                    (seen.seen().clone(), Asked::Nobody)
                 }
-                Some(()) = hang_ups.recv() => (self.look().await, None),
-                Some(reply) = self.asked.recv() => (self.look().await, Some(reply)),
+                Some(()) = hang_ups.recv() => (self.look().await, Asked::HangUp),
+                Some(reply) = self.asked.recv() => (self.look().await, Asked::Caller(reply)),
             };
             // What was seen is what is read: what is written meanwhile is another change.
             let loaded = load(snapshot.clone()).await;
             // Where a file could not be read for a reason that may pass, it is read again.
-            let is_known = !loaded.as_ref().is_err_and(|faults| faults.iter().any(|fault| fault.transient));
-            known = is_known.then_some(snapshot);
+            let reason = loaded.as_ref().err().and_then(Faults::transient);
+            outage.note(reason.as_deref());
+            known = reason.is_none().then_some(snapshot);
             let change = self.apply(loaded).await;
-            tell(&change);
+            // One that is tried again at every look is told by `outage`.
+            if reason.is_none() || !matches!(asked, Asked::Nobody) {
+                tell(&change);
+            }
             self.remember(&change);
-            if let Some(reply) = reply {
+            if let Asked::Caller(reply) = asked {
                 // Whoever asked may have left.
                 let _ = reply.send(change);
             }

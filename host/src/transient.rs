@@ -1,4 +1,5 @@
-//! Which errors of reading a file say nothing about the file: it may be as it was, and is to be read again later. It never reads.
+//! Which errors of reading a file say nothing about the file: it may be as it was, and is to be read again later; and how that is
+//! logged. It never reads.
 
 use std::io;
 
@@ -24,9 +25,51 @@ pub fn is_transient(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| of_the_moment.contains(&errno))
 }
 
+/// Tells of files that can't be read now: once when that begins, and once when it is over.
+#[derive(Debug)]
+pub struct Outage {
+    of: &'static str,
+    is_told: bool,
+}
+
+impl Outage {
+    /// There is none yet; `of` names what the files are, for the log.
+    #[must_use]
+    pub fn new(of: &'static str) -> Self {
+        Self { of, is_told: false }
+    }
+
+    /// Notes a try: why it failed, for a reason that may pass, or `None` where everything was read. Says whether that was told.
+    pub fn note(&mut self, reason: Option<&str>) -> bool {
+        if reason.is_some() == self.is_told {
+            return false;
+        }
+        self.is_told = reason.is_some();
+        match reason {
+            Some(reason) => {
+                tracing::warn!(
+                    reason,
+                    "{} can't be read now: it stays as it was, and is tried again",
+                    self.of
+                );
+            }
+            None => tracing::info!("{} can be read again", self.of),
+        }
+        true
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_outage_is_told_when_it_begins_and_when_it_is_over() {
+        let mut outage = Outage::new("the configuration");
+        let tries = [None, Some("EIO"), Some("EIO"), Some("ESTALE"), None, None, Some("EIO")];
+        let told = tries.map(|reason| outage.note(reason));
+        assert_eq!(told, [false, true, false, false, true, false, true]);
+    }
 
     #[test]
     fn a_table_of_descriptors_that_is_full_says_nothing_about_a_file() {

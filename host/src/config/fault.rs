@@ -159,6 +159,14 @@ impl Faults {
     pub fn iter(&self) -> std::slice::Iter<'_, Fault> {
         self.0.iter()
     }
+
+    /// All of them in one line, where one is of a file that could not be read for a reason that may pass.
+    #[must_use]
+    pub fn transient(&self) -> Option<String> {
+        let line = |fault: &Fault| fault.to_string().replace('\n', ";");
+        let is_transient = self.0.iter().any(|fault| fault.transient);
+        is_transient.then(|| self.0.iter().map(line).collect::<Vec<_>>().join("; "))
+    }
 }
 
 impl From<Vec<Fault>> for Faults {

@@ -79,10 +79,13 @@ impl Snapshot {
         Ok(Loaded { snapshot: self.clone(), ..loaded })
     }
 
-    /// Whether one of them could not be read for a reason that may pass: what they hold can't be told now.
+    /// One that could not be read for a reason that may pass, and that reason: what they hold can't be told now.
     #[must_use]
-    pub fn is_unknown(&self) -> bool {
-        self.dot_env.is_unknown() || self.files.iter().any(|(_, content)| content.is_unknown())
+    pub fn unknown(&self) -> Option<String> {
+        let files = self.files.iter().map(|(path, content)| (path.as_path(), content));
+        files
+            .chain([(Path::new(DOT_ENV), &self.dot_env)])
+            .find_map(|(path, content)| Some(format!("{}: {}", path.display(), content.unknown()?)))
     }
 
     /// Whether a file looks as if it were not all there: it is gone, begins like what is in force and ends before that does, or its last
@@ -146,9 +149,14 @@ impl Content {
         }
     }
 
-    /// Whether it could not be read for a reason that may pass: the file may be as it was.
-    fn is_unknown(&self) -> bool {
-        matches!(self, Self::Unreadable(_, Some(number)) if is_transient(&io::Error::from_raw_os_error(*number)))
+    /// Why it could not be read, where that may pass: the file may be as it was.
+    fn unknown(&self) -> Option<&str> {
+        match self {
+            Self::Unreadable(error, Some(number)) => {
+                is_transient(&io::Error::from_raw_os_error(*number)).then_some(error)
+            }
+            _ => None,
+        }
     }
 
     /// Not where there are blanks and comments only. What can't be parsed is no empty file.
@@ -248,9 +256,15 @@ mod tests {
         let look = |file: &PathBuf| {
             let snapshot = Sources::new(vec![file.clone()]).look();
             let faults = snapshot.load().err().expect("it can't be read");
-            (snapshot.is_unknown(), faults.iter().any(|fault| fault.transient))
+            (snapshot.unknown().is_some(), faults.transient().is_some())
         };
         assert_eq!((look(&unreadable), look(&missing)), ((true, true), (false, false)));
+        // It is named, and in one line.
+        let snapshot = Sources::new(vec![missing, unreadable]).look();
+        let faults = snapshot.load().err().expect("it can't be read");
+        for reason in [snapshot.unknown(), faults.transient()].map(Option::unwrap) {
+            assert!(reason.contains("unreadable.toml") && !reason.contains('\n'), "{reason}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
