@@ -13,17 +13,20 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use tokio::{task::JoinError, time::timeout};
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
     config::{CUT_STILL_TIME, Looks, TlsFiles, looks_cut},
-    transient::is_transient,
+    transient::{Outage, is_transient},
 };
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same: certificate and key are two
 /// files, and nobody writes both at once. Where one looks cut short, all looks for [`CUT_STILL_TIME`] must have: a chain that is cut
 /// between two certificates is a chain as well.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long reading both may take until that is told. It is waited for all the same: on a mount that hangs, no second read begins.
+const READ_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -96,44 +99,91 @@ impl Certificate {
 
     /// Reads it again when its files change, until it is dropped. One that can't be used leaves the one before in force.
     pub async fn follow(self: Arc<Self>) -> std::convert::Infallible {
-        let mut in_force = self.contents().unwrap_or_default();
+        let mut outage = Outage::new("the certificate");
+        let mut in_force = self.off_the_loop(&mut outage, Self::contents).await.unwrap_or_default();
         let mut known = Some(in_force.clone());
         let mut seen = Looks::new(in_force.clone());
         loop {
             tokio::time::sleep(LOOK_INTERVAL).await;
-            let Some(found) = self.contents() else { continue };
+            let found = match self.off_the_loop(&mut outage, Self::contents).await {
+                Ok(found) => found,
+                Err(error) => {
+                    outage.note(Some(&chain(error)));
+                    continue;
+                }
+            };
             let Some(still) = seen.note(found) else { continue };
             let found = seen.seen();
             let is_cut = found.iter().zip(&in_force).any(|(now, before)| looks_cut(now, before));
-            if known.as_ref() == Some(found) || (is_cut && still < CUT_STILL_TIME) {
+            if known.as_ref() == Some(found) {
+                outage.note(None);
+                continue;
+            }
+            if is_cut && still < CUT_STILL_TIME {
                 continue;
             }
             known = Some(found.clone());
-            match read(&self.files, &self.provider) {
+            match self.off_the_loop(&mut outage, |this| read(&this.files, &this.provider)).await {
                 Ok(certificate) => {
+                    outage.note(None);
                     self.now.store(Arc::new(certificate));
                     in_force.clone_from(found);
                     tracing::info!(file = %self.files.certificate.display(), "a new certificate is in force");
                 }
+                Err(error) if error.is_transient() => {
+                    known = None;
+                    outage.note(Some(&chain(error)));
+                }
                 Err(error) => {
-                    if matches!(&error, TlsError::Unreadable { source, .. } if is_transient(source)) {
-                        known = None;
-                    }
-                    let error = format!("{:#}", anyhow::Error::new(error));
-                    tracing::error!(error, "the certificate stays as it was");
+                    outage.note(None);
+                    tracing::error!(error = chain(error), "the certificate stays as it was");
                 }
             }
         }
     }
 
-    /// What the files hold; nothing where they can't be read, and `None` where one can't be now, for a reason that may pass.
-    fn contents(&self) -> Option<[Vec<u8>; 2]> {
-        let read = |file: &PathBuf| match fs::read(file) {
-            Err(error) if is_transient(&error) => None,
-            read => Some(read.unwrap_or_default()),
+    /// What the files hold; nothing where they can't be read, and an error where one can't be now, for a reason that may pass.
+    fn contents(&self) -> Result<[Vec<u8>; 2], TlsError> {
+        let read = |path: &PathBuf| match fs::read(path) {
+            Err(source) if is_transient(&source) => Err(TlsError::Unreadable { path: path.clone(), source }),
+            read => Ok(read.unwrap_or_default()),
         };
-        Some([read(&self.files.certificate)?, read(&self.files.private_key)?])
+        Ok([read(&self.files.certificate)?, read(&self.files.private_key)?])
     }
+
+    /// Reads on another thread, for as long as that takes: the task that waits for it also waits for signals.
+    async fn off_the_loop<T: Send + 'static>(
+        self: &Arc<Self>,
+        outage: &mut Outage,
+        read: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> T {
+        let this = Arc::clone(self);
+        let mut reading = tokio::task::spawn_blocking(move || read(&this));
+        let done = match timeout(READ_TIME_MAX, &mut reading).await {
+            Ok(done) => done,
+            Err(_) => {
+                outage.note(Some(&format!("its files were not read within {READ_TIME_MAX:?}")));
+                reading.await
+            }
+        };
+        match done.map_err(JoinError::try_into_panic) {
+            Ok(read) => read,
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The runtime ends, and this task with it.
+            Err(Err(_)) => std::future::pending().await,
+        }
+    }
+}
+
+impl TlsError {
+    /// Whether the same files may be read on another try.
+    fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreadable { source, .. } if is_transient(source))
+    }
+}
+
+fn chain(error: TlsError) -> String {
+    format!("{:#}", anyhow::Error::new(error))
 }
 
 impl fmt::Debug for Certificate {
@@ -167,4 +217,55 @@ fn read(files: &TlsFiles, provider: &CryptoProvider) -> Result<CertifiedKey, Tls
         private_key: files.private_key.clone(),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use futures_util::FutureExt;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use rustls::{
+        SignatureAlgorithm, SignatureScheme,
+        sign::{Signer, SigningKey},
+    };
+
+    use super::*;
+
+    /// Where there is nobody to greet.
+    #[derive(Debug)]
+    struct NoKey;
+
+    impl SigningKey for NoKey {
+        fn choose_scheme(&self, _: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+            None
+        }
+
+        fn algorithm(&self) -> SignatureAlgorithm {
+            SignatureAlgorithm::ED25519
+        }
+    }
+
+    #[test]
+    fn a_read_that_hangs_stops_no_other_task() {
+        let folder = tempfile::tempdir().unwrap();
+        let [certificate, private_key] = ["certificate", "key"].map(|name| folder.path().join(name));
+        fs::write(&certificate, "").unwrap();
+        // Opening a pipe takes until somebody opens its other end.
+        mknodat(CWD, &private_key, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let certificate = Arc::new(Certificate {
+            files: TlsFiles { certificate, private_key },
+            provider: Arc::new(rustls::crypto::ring::default_provider()),
+            now: ArcSwap::from_pointee(CertifiedKey::new(Vec::new(), Arc::new(NoKey))),
+        });
+        let (done, is_done) = mpsc::sync_channel(1);
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let ended = runtime.block_on(async { certificate.follow().now_or_never() });
+            runtime.shutdown_background();
+            done.send(ended).unwrap();
+        });
+        let ended = is_done.recv_timeout(READ_TIME_MAX).expect("the task's thread waits for the file");
+        assert!(ended.is_none(), "it goes on with the certificate as it is");
+    }
 }
