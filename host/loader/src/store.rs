@@ -272,7 +272,7 @@ mod tests {
         let (store, folder) = (Store::new(STRICT).unwrap(), tempfile::tempdir().unwrap());
         let file = folder.path().join("one.so");
         put(&file, b"content", 0o644);
-        let (done, all_done) = std::sync::mpsc::channel();
+        let (done, all_done) = std::sync::mpsc::sync_channel(STAGING_THREADS);
         for _ in 0..STAGING_THREADS {
             let (store, file, done) = (store.clone(), file.clone(), done.clone());
             std::thread::spawn(move || {
