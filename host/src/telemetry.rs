@@ -13,7 +13,7 @@ use std::{
 };
 
 use modalkit_device::Standing;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -35,6 +35,8 @@ pub struct Metrics {
     /// All that have the label `model`.
     by_model: Vec<Box<dyn Forget>>,
     known: Known,
+    /// Held while a model's series come or go, so that nobody takes those of one that comes for those of its namesake that went.
+    changes: Mutex<()>,
     request: HistogramVec,
     requests: IntCounterVec,
     queue_wait: HistogramVec,
@@ -75,8 +77,8 @@ pub struct Metrics {
     log_lines_counted: AtomicU64,
 }
 
-/// The models that may have series. A counter is looked up by its model's name also for a request or a job that outlives the model:
-/// both happen under this lock, so that nothing brings back a series that was forgotten.
+/// The models that may have series. A counter is looked up by its model's name also for a request, a job or a message that outlives
+/// the model: under this lock, so that nothing brings back a series of a model that has left this list.
 type Known = Arc<RwLock<HashSet<String>>>;
 
 /// A vector of series of any kind.
@@ -191,10 +193,11 @@ impl JobMetrics {
         self.delivered.with_label_values(&[backend, outcome])
     }
 
-    /// The counter of messages that were taken for a model and ended so.
+    /// The counter of messages that were taken for a model and ended so; for one that isn't served, the one of all such models.
     #[must_use]
     pub fn consumed(&self, model: &str, outcome: &str) -> IntCounter {
-        self.consumed.with_label_values(&[model, outcome])
+        let known = self.known.read();
+        self.consumed.with_label_values(&[if known.contains(model) { model } else { "" }, outcome])
     }
 }
 
@@ -522,6 +525,7 @@ impl Metrics {
             catalogue: Vec::new(),
             by_model: Vec::new(),
             known,
+            changes: Mutex::default(),
         };
         let (catalogue, by_model) = (catalogue.into_inner(), by_model.into_inner());
         Arc::new(Self { catalogue, by_model, ..metrics })
@@ -536,6 +540,7 @@ impl Metrics {
     /// The metrics of one model, which has series from now on.
     #[must_use]
     pub fn model(&self, name: &str) -> ModelMetrics {
+        let _nobody_forgets = self.changes.lock();
         self.known.write().insert(name.to_owned());
         let model = &[name];
         ModelMetrics {
@@ -580,8 +585,10 @@ impl Metrics {
     /// Removes every series of a model that is gone. Until there is a model of this name again, what is counted by name counts as if
     /// none had been named; who looked its metrics up before counts for nobody.
     pub fn forget(&self, model: &str) {
-        let mut known = self.known.write();
-        known.remove(model);
+        let _no_namesake = self.changes.lock();
+        // Only this under its lock, on which callers wait. Nobody brings a series of this name back from here on, so that the walk
+        // over all series finds every one that there is.
+        self.known.write().remove(model);
         self.by_model.iter().for_each(|series| series.forget(model));
     }
 
@@ -641,7 +648,9 @@ mod tests {
         reloads.generation.set(3);
         metrics.requests("gone", "/predict_sync", 503).inc();
         metrics.jobs.ended("gone", "failed").inc();
+        metrics.jobs.consumed("gone", "accepted").inc();
         assert_eq!(lines_of(&metrics, "gone"), 0);
+        assert_eq!(metrics.jobs.consumed("", "accepted").get(), 1);
         assert_eq!(metrics.requests("", "/predict_sync", 503).get(), 1);
         // One of that name again counts from the start, whatever the one before still counts.
         let again = metrics.model("gone");
@@ -653,5 +662,29 @@ mod tests {
         assert_eq!(metrics.requests("gone", "/predict_sync", 503).get(), 1);
         kept.ok_sync.inc();
         assert_eq!(metrics.model("kept").ok_sync.get(), 1);
+    }
+    /// Stands among the vectors of series, and counts for the model while it is forgotten.
+    struct Late {
+        known: Known,
+        requests: IntCounterVec,
+    }
+
+    impl Forget for Late {
+        fn forget(&self, model: &str) {
+            let known = self.known.try_read().expect("no lock that callers wait on is held");
+            let model = if known.contains(model) { model } else { "" };
+            self.requests.with_label_values(&[model, "/predict_sync", "503"]).inc();
+        }
+    }
+
+    #[test]
+    fn callers_do_not_wait_while_a_model_is_forgotten_and_bring_nothing_back() {
+        let mut metrics = Metrics::new(Traces::default());
+        let late = Late { known: Arc::clone(&metrics.known), requests: metrics.requests.clone() };
+        Arc::get_mut(&mut metrics).unwrap().by_model.push(Box::new(late));
+        let _gone = metrics.model("gone");
+        metrics.forget("gone");
+        assert_eq!(lines_of(&metrics, "gone"), 0);
+        assert_eq!(metrics.requests("", "/predict_sync", 503).get(), 1);
     }
 }
