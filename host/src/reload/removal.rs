@@ -14,9 +14,14 @@ use super::{
     ControlError, Loop, Reply,
     machine::{Event, Order, PluginFile, What},
 };
+use crate::pipeline::Status;
 
 /// How long a plugin's file must have been gone before anything follows from that: its other name is told after it.
 const GONE_AFTER: Duration = Duration::from_secs(1);
+/// How long a model that served without its file must not have served before it is forgotten: a replica that hangs may come back.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+/// How often a model is looked at that serves without its file.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What came of unloading a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -31,7 +36,7 @@ pub struct Unloaded {
 /// What the loop knows of models that go, or have gone.
 #[derive(Default)]
 pub(super) struct Removal {
-    /// Plugins whose last file is gone.
+    /// Plugins whose last file is gone; after the first look only those whose model has no entry and is still there.
     gone: HashMap<String, Gone>,
     /// Plugins whose model somebody unloaded: the content that isn't taken again, `None` for what could not be copied.
     unloaded: HashMap<String, Option<String>>,
@@ -43,8 +48,51 @@ struct Gone {
     since: Instant,
     /// When it is looked at.
     due: Instant,
-    /// It was looked at before, and its model is unloaded next time.
-    told: bool,
+    /// It was looked at before, and its model served then.
+    looked: bool,
+    /// Since when its model doesn't serve, as far as looks tell.
+    idle: Option<Instant>,
+}
+
+/// What follows for a model without an entry whose plugin's file is gone.
+#[derive(Debug, PartialEq, Eq)]
+enum Follows {
+    /// Nothing yet.
+    Nothing,
+    /// It serves on, which is told.
+    ServesOn,
+    /// It goes, for this reason.
+    Goes(&'static str),
+}
+
+impl Gone {
+    fn new(since: Instant) -> Self {
+        Self { since, due: since + GONE_AFTER, looked: false, idle: None }
+    }
+
+    /// Looks at the model. `limit` is how long it may serve without its file.
+    fn look(&mut self, now: Instant, status: &Status, limit: Option<Duration>) -> Follows {
+        let end = limit.map(|limit| self.since + limit);
+        let next = now + LOOK_INTERVAL;
+        self.due = end.map_or(next, |end| end.max(now).min(next));
+        let idle = (*status != Status::Ready).then(|| *self.idle.get_or_insert(now));
+        self.idle = idle;
+        if !std::mem::replace(&mut self.looked, true) {
+            return match idle {
+                Some(_) => Follows::Goes("its plugin's file is gone, and it doesn't serve"),
+                None => Follows::ServesOn,
+            };
+        }
+        if end.is_some_and(|end| now >= end) {
+            return Follows::Goes("its plugin's file is gone");
+        }
+        let is_over = idle.is_some_and(|idle| now - idle >= FORGOTTEN_AFTER);
+        // What is being loaded has its own limit; where it fails, the next look finds that.
+        if is_over && *status != Status::Loading {
+            return Follows::Goes("its plugin's file is gone, and it doesn't serve any more");
+        }
+        Follows::Nothing
+    }
 }
 
 struct Leaving {
@@ -53,7 +101,7 @@ struct Leaving {
 }
 
 impl Removal {
-    /// Waits until a file has been gone for long enough; says whose.
+    /// Waits until a plugin whose file is gone is to be looked at; says which.
     pub(super) async fn due(&self) -> String {
         match self.gone.iter().min_by_key(|(_, gone)| gone.due) {
             Some((plugin, gone)) => {
@@ -103,51 +151,51 @@ impl Loop {
             self.tell(&model.name, Event::Gone(path.clone())).await;
         }
         if !self.files.contains_key(&plugin) {
-            let since = Instant::now();
-            self.removal.gone.insert(plugin, Gone { since, due: since + GONE_AFTER, told: false });
+            self.removal.gone.insert(plugin, Gone::new(Instant::now()));
         }
     }
 
-    /// A plugin's file has been gone for a while. A model without an entry goes with it: at once where it doesn't serve, and where it
-    /// does after `removed_plugin_seconds`, if that is set.
+    /// A plugin's file has been gone for a while. A model without an entry goes with it: at once where it doesn't serve; where it does,
+    /// after `removed_plugin_seconds`, if that is set, or when it hasn't served for [`FORGOTTEN_AFTER`].
     pub(super) async fn on_gone_due(&mut self, plugin: &str) {
-        let Some(gone) = self.removal.gone.remove(plugin) else { return };
+        let Some(mut gone) = self.removal.gone.remove(plugin) else { return };
         // Its file may be dropped in again.
         self.removal.unloaded.remove(plugin);
-        let limit = self.config.server.removed_plugin;
+        let (now, limit) = (Instant::now(), self.config.server.removed_plugin);
+        let mut stays = false;
         for model in self.users_of(plugin) {
-            let (name, serves) = (model.name.as_str(), model.serving().is_ok());
-            match limit {
-                _ if model.spec().configured => {
-                    if serves {
-                        tracing::warn!(
-                            model = name,
-                            plugin,
-                            "the plugin's file is gone; what is loaded serves on while the model has an entry in the configuration"
-                        );
-                    }
-                }
-                _ if !serves => {
-                    self.remove(name, "its plugin's file is gone, and it doesn't serve", None).await;
-                }
-                Some(_) if gone.told => self.remove(name, "its plugin's file is gone", None).await,
-                Some(limit) => {
+            let name = model.name.as_str();
+            if model.spec().configured {
+                if model.serving().is_ok() {
                     tracing::warn!(
                         model = name,
-                        after = ?limit,
-                        "the plugin's file is gone; the model is unloaded where it isn't back by then (server.removed_plugin_seconds)"
-                    );
-                    let due = (gone.since + limit).max(Instant::now());
-                    let gone = Gone { since: gone.since, due, told: true };
-                    self.removal.gone.insert(plugin.to_owned(), gone);
-                }
-                None => {
-                    tracing::warn!(
-                        model = name,
-                        "the plugin's file is gone; what is loaded serves on until `modalkit unload {name}`, or until the host ends"
+                        plugin,
+                        "the plugin's file is gone; what is loaded serves on while the model has an entry in the configuration"
                     );
                 }
+                continue;
             }
+            let status = model.status();
+            match (gone.look(now, &status, limit), limit) {
+                (Follows::Goes(why), _) => {
+                    self.remove(name, why, None).await;
+                    continue;
+                }
+                (Follows::Nothing, _) => {}
+                (Follows::ServesOn, Some(limit)) => tracing::warn!(
+                    model = name,
+                    after = ?limit,
+                    "the plugin's file is gone; the model is unloaded where it isn't back by then (server.removed_plugin_seconds)"
+                ),
+                (Follows::ServesOn, None) => tracing::warn!(
+                    model = name,
+                    "the plugin's file is gone; what is loaded serves on until `modalkit unload {name}`, or until the host ends, or until it hasn't served for {FORGOTTEN_AFTER:?}"
+                ),
+            }
+            stays = true;
+        }
+        if stays {
+            self.removal.gone.insert(plugin.to_owned(), gone);
         }
     }
 
@@ -235,4 +283,71 @@ impl Loop {
 /// What tells a file's content from another's.
 fn content_of((_, staged): &PluginFile) -> Option<String> {
     staged.as_ref().ok().map(|staged| staged.sha256().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn failed() -> Status {
+        Status::Failed { reason: String::new() }
+    }
+
+    /// One whose model served at the first look, and that look's time.
+    fn served(limit: Option<Duration>) -> (Gone, Instant) {
+        let mut gone = Gone::new(Instant::now());
+        let looked = gone.due;
+        assert_eq!(gone.look(looked, &Status::Ready, limit), Follows::ServesOn);
+        (gone, looked)
+    }
+
+    #[test]
+    fn a_model_without_its_file_that_does_not_serve_goes_at_the_first_look() {
+        for status in [failed(), Status::Loading, Status::Waiting { expected: String::new() }] {
+            let mut gone = Gone::new(Instant::now());
+            let follows = gone.look(gone.due, &status, None);
+            assert!(matches!(follows, Follows::Goes(_)), "{status:?}: {follows:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_served_without_its_file_is_forgotten_when_it_has_failed_for_long() {
+        for status in [failed(), Status::Stuck { reason: String::new() }] {
+            let (mut gone, start) = served(None);
+            // However long it serves.
+            let fails = start + 1000 * FORGOTTEN_AFTER;
+            assert_eq!(gone.look(fails - SECOND, &Status::Ready, None), Follows::Nothing);
+            assert_eq!(gone.look(fails, &status, None), Follows::Nothing);
+            assert_eq!(gone.due, fails + LOOK_INTERVAL, "it is looked at again");
+            assert_eq!(gone.look(fails + FORGOTTEN_AFTER - SECOND, &status, None), Follows::Nothing);
+            let follows = gone.look(fails + FORGOTTEN_AFTER, &status, None);
+            assert!(matches!(follows, Follows::Goes(_)), "{status:?}: {follows:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_recovers_in_time_or_is_being_loaded_is_not_forgotten() {
+        let (mut gone, start) = served(None);
+        let late = FORGOTTEN_AFTER - SECOND;
+        assert_eq!(gone.look(start + SECOND, &failed(), None), Follows::Nothing);
+        assert_eq!(gone.look(start + late, &Status::Ready, None), Follows::Nothing);
+        assert_eq!(gone.look(start + 2 * late, &failed(), None), Follows::Nothing);
+        assert_eq!(gone.look(start + 4 * late, &Status::Loading, None), Follows::Nothing);
+        assert!(matches!(gone.look(start + 5 * late, &failed(), None), Follows::Goes(_)));
+    }
+
+    #[test]
+    fn the_time_that_is_set_ends_what_serves_and_what_fails_alike() {
+        let limit = 8 * SECOND;
+        for status in [Status::Ready, failed()] {
+            let (mut gone, start) = served(Some(limit));
+            let end = start - GONE_AFTER + limit;
+            assert_eq!(gone.due, start + LOOK_INTERVAL);
+            assert_eq!(gone.look(gone.due, &status, Some(limit)), Follows::Nothing);
+            assert_eq!(gone.due, end);
+            assert_eq!(gone.look(end, &status, Some(limit)), Follows::Goes("its plugin's file is gone"));
+        }
+    }
 }
