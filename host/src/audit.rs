@@ -1,5 +1,5 @@
-//! The audit log: who managed the host, and who was refused. It owns the limit on lines about refusals, and never knows why a caller
-//! was refused, nor any key's value.
+//! The audit log: who managed the host, and who was refused. It owns the limits on lines that anybody can cause, and never knows why
+//! a caller was refused, nor any key's value.
 
 use std::{
     convert::Infallible,
@@ -14,21 +14,44 @@ use crate::access::{Caller, Origin};
 
 /// What these lines are logged under.
 const TARGET: &str = "modalkit::audit";
-/// Lines about refused requests in each interval; further ones are counted.
+/// Lines about refused requests in each interval, over the network and over the management socket each; further ones are counted.
 const REFUSED_LINES_MAX: u32 = 10;
 /// The interval.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(10);
+/// Lines about what callers who don't manage changed of their own in each interval; further ones are counted.
+const OWN_CHANGES_LINES_MAX: u32 = 10;
+/// The interval.
+const OWN_CHANGES_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of a name in a line: callers choose them.
 const NAME_BYTES_MAX: usize = 256;
 /// What stands in the place of a key's name for callers over the management socket.
 const SOCKET: &str = "socket";
 
 /// Writes the audit log.
-#[derive(Default)]
 pub struct Audit {
-    refused: Mutex<Refused>,
-    /// Some were counted and not told of.
-    untold: Notify,
+    /// Who was refused over the network.
+    network: Share,
+    /// Who was refused over the management socket: nobody out there takes these lines away.
+    socket: Share,
+    /// What callers who don't manage changed.
+    own_changes: Share,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        let refused = |untold| Share::new(REFUSED_LINES_MAX, REFUSED_INTERVAL, untold);
+        Self {
+            network: refused(|count, interval| {
+                tracing::warn!(target: TARGET, count, ?interval, over = "network", "further requests were refused");
+            }),
+            socket: refused(|count, interval| {
+                tracing::warn!(target: TARGET, count, ?interval, over = SOCKET, "further requests were refused");
+            }),
+            own_changes: Share::new(OWN_CHANGES_LINES_MAX, OWN_CHANGES_INTERVAL, |count, interval| {
+                tracing::info!(target: TARGET, count, ?interval, "further jobs were changed by their callers");
+            }),
+        }
+    }
 }
 
 /// What a request asks for.
@@ -40,8 +63,19 @@ pub struct Action<'a> {
     pub endpoint: &'a str,
     /// What stands in the placeholder.
     pub name: &'a str,
-    /// Whether it changes something.
-    pub changes: bool,
+    /// What it does.
+    pub does: Does,
+}
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Does {
+    /// It looks at how the host is.
+    Look,
+    /// It reads settings, or results of others.
+    Read,
+    /// It changes something.
+    Change,
 }
 
 impl fmt::Display for Action<'_> {
@@ -52,58 +86,74 @@ impl fmt::Display for Action<'_> {
 
 /// A request that is being answered. Where its caller leaves first, the line says so: what it asked for may happen all the same.
 pub struct Underway<'a> {
+    audit: &'a Audit,
     action: Action<'a>,
+    manages: bool,
     key: Option<&'a str>,
     from: &'a Origin,
     status: Option<u16>,
 }
 
+/// Whether a request that was let in has a line.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    None,
+    Debug,
+    Info,
+    /// Anybody can cause it.
+    InfoWithinLimit,
+}
+
+impl Line {
+    fn of(does: Does, manages: bool, status: Option<u16>) -> Self {
+        match (does, manages) {
+            (Does::Change | Does::Read, true) => Self::Info,
+            (Does::Change, false) if status.is_some_and(|status| (400..500).contains(&status)) => Self::None,
+            (Does::Change, false) => Self::InfoWithinLimit,
+            (Does::Look, _) | (Does::Read, false) => Self::Debug,
+        }
+    }
+}
+
 impl Audit {
     /// A request of a caller who was let in; its line is written at its end.
     #[must_use]
-    pub fn begin<'a>(action: Action<'a>, caller: &'a Caller, from: &'a Origin) -> Underway<'a> {
+    pub fn begin<'a>(&'a self, action: Action<'a>, caller: &'a Caller, from: &'a Origin) -> Underway<'a> {
         let key = match from {
             Origin::Socket { .. } => Some(SOCKET),
             Origin::Network(_) => caller.key.as_deref(),
         };
-        Underway { action, key, from, status: None }
+        Underway { audit: self, action, manages: caller.manages, key, from, status: None }
     }
 
     /// A request that was refused for the key that it showed, or for showing none.
     pub fn refused(&self, action: Action<'_>, key: Option<&str>, from: &Origin, status: u16) {
-        let verdict = self.refused.lock().another(Instant::now());
-        if let Some(untold) = verdict.untold {
-            tell_untold(untold);
-        }
-        if verdict.tell {
+        if self.refusals(from).has_a_line() {
             let name = shortened(action.name);
             tracing::warn!(target: TARGET, action = %action, name, key, address = %from, status, "request refused");
-        } else {
-            self.untold.notify_one();
+        }
+    }
+
+    fn refusals(&self, from: &Origin) -> &Share {
+        match from {
+            Origin::Network(_) => &self.network,
+            Origin::Socket { .. } => &self.socket,
         }
     }
 
     /// Tells of those that had no line of their own, also when nobody calls any more.
     pub async fn run(&self) -> Infallible {
-        loop {
-            self.untold.notified().await;
-            let end = self.refused.lock().end();
-            tokio::time::sleep_until(end.into()).await;
-            self.flush();
+        tokio::select! {
+            never = self.network.run() => never,
+            never = self.socket.run() => never,
+            never = self.own_changes.run() => never,
         }
     }
 
     /// Tells of those that had no line of their own so far.
     pub fn flush(&self) {
-        let untold = std::mem::take(&mut self.refused.lock().untold);
-        if untold > 0 {
-            tell_untold(untold);
-        }
+        [&self.network, &self.socket, &self.own_changes].into_iter().for_each(Share::flush);
     }
-}
-
-fn tell_untold(count: u64) {
-    tracing::warn!(target: TARGET, count, interval = ?REFUSED_INTERVAL, "further requests were refused");
 }
 
 fn shortened(name: &str) -> &str {
@@ -119,20 +169,37 @@ impl Underway<'_> {
 
 impl Drop for Underway<'_> {
     fn drop(&mut self) {
-        let Self { action, key, from, status } = self;
+        let Self { audit, action, manages, key, from, status } = self;
+        let line = Line::of(action.does, *manages, *status);
         let name = shortened(action.name);
         let message = if status.is_some() { "management" } else { "management, whose caller left" };
-        if action.changes {
-            tracing::info!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
-        } else {
-            tracing::debug!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
+        match line {
+            Line::None => {}
+            Line::Debug => {
+                tracing::debug!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
+            }
+            Line::InfoWithinLimit if !audit.own_changes.has_a_line() => {}
+            Line::Info | Line::InfoWithinLimit => {
+                tracing::info!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
+            }
         }
     }
 }
 
-/// Refused requests in the interval that runs.
+/// Lines of one kind, up to a limit.
+struct Share {
+    lines_max: u32,
+    interval: Duration,
+    /// Tells how many in an interval had no line.
+    tell_untold: fn(u64, Duration),
+    counted: Mutex<Counted>,
+    /// Some were counted and not told of.
+    untold: Notify,
+}
+
+/// Those in the interval that runs.
 #[derive(Default)]
-struct Refused {
+struct Counted {
     begun: Option<Instant>,
     told: u32,
     untold: u64,
@@ -147,24 +214,57 @@ struct Verdict {
     tell: bool,
 }
 
-impl Refused {
-    fn another(&mut self, now: Instant) -> Verdict {
-        let mut untold = None;
-        if self.begun.is_none_or(|begun| now.duration_since(begun) >= REFUSED_INTERVAL) {
-            untold = (self.untold > 0).then_some(self.untold);
-            *self = Self { begun: Some(now), told: 0, untold: 0 };
+impl Share {
+    fn new(lines_max: u32, interval: Duration, tell_untold: fn(u64, Duration)) -> Self {
+        Self { lines_max, interval, tell_untold, counted: Mutex::default(), untold: Notify::new() }
+    }
+
+    /// Whether one more has a line of its own; else it is counted.
+    fn has_a_line(&self) -> bool {
+        let verdict = self.another(Instant::now());
+        if let Some(untold) = verdict.untold {
+            (self.tell_untold)(untold, self.interval);
         }
-        let tell = self.told < REFUSED_LINES_MAX;
+        if !verdict.tell {
+            self.untold.notify_one();
+        }
+        verdict.tell
+    }
+
+    fn another(&self, now: Instant) -> Verdict {
+        let mut counted = self.counted.lock();
+        let mut untold = None;
+        if counted.begun.is_none_or(|begun| now.duration_since(begun) >= self.interval) {
+            untold = (counted.untold > 0).then_some(counted.untold);
+            *counted = Counted { begun: Some(now), told: 0, untold: 0 };
+        }
+        let tell = counted.told < self.lines_max;
         if tell {
-            self.told += 1;
+            counted.told += 1;
         } else {
-            self.untold += 1;
+            counted.untold += 1;
         }
         Verdict { untold, tell }
     }
 
+    /// When the interval ends that runs.
     fn end(&self) -> Instant {
-        self.begun.unwrap_or_else(Instant::now) + REFUSED_INTERVAL
+        self.counted.lock().begun.unwrap_or_else(Instant::now) + self.interval
+    }
+
+    async fn run(&self) -> Infallible {
+        loop {
+            self.untold.notified().await;
+            tokio::time::sleep_until(self.end().into()).await;
+            self.flush();
+        }
+    }
+
+    fn flush(&self) {
+        let untold = std::mem::take(&mut self.counted.lock().untold);
+        if untold > 0 {
+            (self.tell_untold)(untold, self.interval);
+        }
     }
 }
 
@@ -175,7 +275,8 @@ mod tests {
     #[test]
     fn refusals_beyond_the_limit_are_counted_and_told_once() {
         let start = Instant::now();
-        let mut refused = Refused::default();
+        let audit = Audit::default();
+        let refused = audit.refusals(&Origin::Network("192.0.2.7:1".parse().unwrap()));
         for _ in 0..REFUSED_LINES_MAX {
             assert_eq!(refused.another(start), Verdict { untold: None, tell: true });
         }
@@ -187,6 +288,57 @@ mod tests {
         assert_eq!(refused.end(), next);
         assert_eq!(refused.another(next), Verdict { untold: Some(40), tell: true });
         assert_eq!(refused.another(next), Verdict { untold: None, tell: true });
+    }
+
+    #[test]
+    fn refusals_over_the_network_hide_none_at_the_management_socket() {
+        let audit = Audit::default();
+        let action = Action { method: "GET", endpoint: "/config", name: "", does: Does::Read };
+        let network = Origin::Network("192.0.2.7:1".parse().unwrap());
+        for _ in 0..=REFUSED_LINES_MAX {
+            audit.refused(action, None, &network, 401);
+        }
+        assert!(!audit.refusals(&network).has_a_line());
+        assert!(audit.refusals(&Origin::Socket { uid: 1000 }).has_a_line());
+    }
+
+    #[test]
+    fn callers_who_do_not_manage_leave_few_lines_and_none_where_nothing_changed() {
+        let audit = Audit::default();
+        let from = Origin::Network("192.0.2.7:1".parse().unwrap());
+        let action = Action { method: "DELETE", endpoint: "/jobs/{id}", name: "x", does: Does::Change };
+        let told = || audit.own_changes.counted.lock().told;
+        let caller = Caller::default();
+        for status in [400, 404, 409, 429] {
+            audit.begin(action, &caller, &from).answered(status);
+        }
+        assert_eq!(told(), 0);
+        for _ in 0..2 * OWN_CHANGES_LINES_MAX {
+            audit.begin(action, &caller, &from).answered(200);
+        }
+        drop(audit.begin(action, &caller, &from));
+        assert_eq!(told(), OWN_CHANGES_LINES_MAX);
+        assert_eq!(audit.own_changes.counted.lock().untold, u64::from(OWN_CHANGES_LINES_MAX) + 1);
+        // Nor do they take lines from those who are refused, or who manage.
+        assert!(audit.refusals(&from).has_a_line());
+        assert_eq!(Line::of(Does::Change, true, Some(404)), Line::Info);
+    }
+
+    #[test]
+    fn who_manages_leaves_a_line_for_changes_settings_and_results() {
+        for (does, manages, status, expected) in [
+            (Does::Change, true, Some(200), Line::Info),
+            (Does::Change, true, None, Line::Info),
+            (Does::Read, true, Some(200), Line::Info),
+            (Does::Look, true, Some(200), Line::Debug),
+            (Does::Look, false, Some(200), Line::Debug),
+            (Does::Change, false, Some(202), Line::InfoWithinLimit),
+            (Does::Change, false, Some(503), Line::InfoWithinLimit),
+            (Does::Change, false, None, Line::InfoWithinLimit),
+            (Does::Change, false, Some(404), Line::None),
+        ] {
+            assert_eq!(Line::of(does, manages, status), expected, "{does:?} {manages} {status:?}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     access::{Caller, Origin},
-    audit::{Action, Audit},
+    audit::{Action, Does},
     egress::{self, HttpResponse, object_response},
     job::{Detail, JobError},
     jobs::Cancelled,
@@ -93,6 +93,15 @@ impl<'p> Asked<'p> {
         }
     }
 
+    /// What a request with this method does.
+    fn does(self, method: &Method) -> Does {
+        match self {
+            _ if method != Method::GET => Does::Change,
+            Self::Queue(_) => Does::Read,
+            _ => Does::Look,
+        }
+    }
+
     pub(super) async fn answer(
         self,
         context: &Context,
@@ -121,8 +130,9 @@ impl<'p> Asked<'p> {
             method: head.method.as_str(),
             endpoint: self.endpoint(),
             name: &name,
-            changes: head.method != Method::GET,
+            does: self.does(&head.method),
         };
+        let changes = action.does == Does::Change;
         let headers = Headers(&head.headers);
         let admitted = match self {
             Self::Queues | Self::Queue(_) => context.access.manage(from, &headers),
@@ -132,16 +142,16 @@ impl<'p> Asked<'p> {
             Ok(caller) => caller,
             Err(denied) => return refuse(context, from, action, &denied),
         };
-        let underway = Audit::begin(action, &caller, from);
+        let underway = context.audit.begin(action, &caller, from);
         let answered = match self {
             Self::Queues => Ok(queues(context)),
-            Self::Queue(_) if action.changes => take(context, &name, head.uri.query()).await,
+            Self::Queue(_) if changes => take(context, &name, head.uri.query()).await,
             Self::Queue(_) => number(head.uri.query(), "limit", LIMIT, LIMIT_MAX)
                 .and_then(|limit| look(context, &name, limit)),
             _ => {
                 // Who looks after a host isn't kept out by its load.
                 let exchange = exchange.filter(|_| !caller.manages);
-                self.of_jobs(context, &caller, exchange, head.uri.query(), action.changes).await
+                self.of_jobs(context, &caller, exchange, head.uri.query(), changes).await
             }
         };
         let response = answered.unwrap_or_else(|error| egress::error(&error));
@@ -394,6 +404,21 @@ mod tests {
         assert_eq!(Asked::parse("/queues/q"), Some(Asked::Queue("q")));
         for path in ["/jobs/", "/jobs/a/b", "/queues/", "/queues/a/b", "/job", "jobs"] {
             assert_eq!(Asked::parse(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn messages_of_a_queue_are_read_and_jobs_are_looked_at() {
+        for (method, path, does) in [
+            (Method::GET, "/queues/q", Does::Read),
+            (Method::GET, "/queues", Does::Look),
+            (Method::GET, "/jobs", Does::Look),
+            (Method::GET, "/jobs/a", Does::Look),
+            (Method::DELETE, "/queues/q", Does::Change),
+            (Method::DELETE, "/jobs/a", Does::Change),
+            (Method::POST, "/jobs/a/redeliver", Does::Change),
+        ] {
+            assert_eq!(Asked::parse(path).unwrap().does(&method), does, "{method} {path}");
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     access::Origin,
     admin,
-    audit::{Action, Audit},
+    audit::{Action, Does},
     egress::{self, HttpResponse},
     reload::ControlError,
 };
@@ -27,14 +27,18 @@ pub(super) async fn answer(
 ) -> HttpResponse {
     let is_get = managed.method() == Method::GET;
     let name = percent_decoded(managed.name());
-    let action =
-        Action { method: head.method.as_str(), endpoint: managed.endpoint(), name: &name, changes: !is_get };
+    let action = Action {
+        method: head.method.as_str(),
+        endpoint: managed.endpoint(),
+        name: &name,
+        does: managed.does(),
+    };
     let response = if head.method != managed.method() {
         wrong_method(if is_get { "GET" } else { "POST" })
     } else {
         match context.access.manage(from, &Headers(&head.headers)) {
             Ok(caller) => {
-                let underway = Audit::begin(action, &caller, from);
+                let underway = context.audit.begin(action, &caller, from);
                 let response = managed.answer(context).await;
                 underway.answered(response.status().as_u16());
                 response
@@ -121,6 +125,15 @@ impl<'p> Managed<'p> {
         }
     }
 
+    /// What it does.
+    fn does(self) -> Does {
+        match self {
+            Self::Model(_) => Does::Look,
+            Self::Config => Does::Read,
+            _ => Does::Change,
+        }
+    }
+
     /// Asks, and waits for what comes of it.
     pub(super) async fn answer(self, context: &Context) -> HttpResponse {
         let control = &context.control;
@@ -169,6 +182,21 @@ mod tests {
             ["/models", "/models/", "/models/a/b", "/models/a/reload/c", "/volumes/a", "/jobs/a", "models/a"]
         {
             assert_eq!(parsed(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn settings_are_read_and_how_a_model_stands_is_looked_at() {
+        for (path, does) in [
+            ("/config", Does::Read),
+            ("/models/a", Does::Look),
+            ("/models/a/reload", Does::Change),
+            ("/models/a/rollback", Does::Change),
+            ("/models/a/unload", Does::Change),
+            ("/volumes/a/reload", Does::Change),
+            ("/config/reload", Does::Change),
+        ] {
+            assert_eq!(Managed::parse(path).unwrap().does(), does, "{path}");
         }
     }
 }

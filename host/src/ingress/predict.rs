@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     access::Caller,
-    audit::Action,
+    audit::{Action, Does},
     dispatch::Queued,
     egress::{self, HttpResponse},
     job::{Deadline, Detail, Job, JobError, Location, RequestId, reply},
@@ -172,7 +172,7 @@ async fn run(
     let caller = match context.access.admit(&peer.from, &request::Headers(&head.headers)) {
         Ok(caller) => caller,
         Err(denied) => {
-            let action = Action { method: head.method.as_str(), endpoint, name: "", changes: false };
+            let action = Action { method: head.method.as_str(), endpoint, name: "", does: Does::Look };
             return (None, refuse(context, &peer.from, action, &denied));
         }
     };

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     access::{AccessError, Origin, Sight},
     admin,
-    audit::{Action, Audit},
+    audit::{Action, Does},
     egress::{self, HttpResponse, object_response},
 };
 
@@ -80,7 +80,7 @@ fn refuse_page(context: &Context, from: &Origin, head: &Parts, foreign: &Foreign
         context.metrics.requests("", endpoint, status.as_u16()).inc();
     }
     let (endpoint, name) = known.unwrap_or(("another path", ""));
-    let action = Action { method: head.method.as_str(), endpoint, name, changes: false };
+    let action = Action { method: head.method.as_str(), endpoint, name, does: Does::Look };
     context.audit.refused(action, None, from, status.as_u16());
     object_response(status, &json!({"detail": foreign.to_string()}))
 }
@@ -106,7 +106,7 @@ pub(super) fn refuse(
 fn elsewhere(context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
     let endpoint = head.uri.path();
     let is_get = head.method == Method::GET;
-    let action = Action { method: head.method.as_str(), endpoint, name: "", changes: false };
+    let action = Action { method: head.method.as_str(), endpoint, name: "", does: Does::Look };
     let sight = || {
         let seen = context.access.sight(from, &Headers(&head.headers));
         seen.unwrap_or_else(|wrong| {
@@ -126,7 +126,7 @@ fn elsewhere(context: &Context, from: &Origin, head: &Parts) -> HttpResponse {
             match context.access.manage(from, &Headers(&head.headers)) {
                 Err(denied) => refuse(context, from, action, &denied),
                 Ok(caller) => {
-                    let underway = Audit::begin(action, &caller, from);
+                    let underway = context.audit.begin(action, &caller, from);
                     let response = look(context, endpoint);
                     underway.answered(response.status().as_u16());
                     response

@@ -32,7 +32,7 @@ use tokio::{
 use super::{Context, request::put_id, routes};
 use crate::{
     access::Origin,
-    audit::Action,
+    audit::{Action, Does},
     egress::{HttpResponse, and_close, object_response},
     unix_path::ShortPath,
 };
@@ -233,7 +233,7 @@ fn admitted(context: &Context, stream: &tokio::net::UnixStream) -> Option<Origin
     if may_connect(uid, geteuid().as_raw()) {
         return Some(from);
     }
-    let action = Action { method: "", endpoint: "the management socket", name: "", changes: false };
+    let action = Action { method: "", endpoint: "the management socket", name: "", does: Does::Look };
     context.audit.refused(action, None, &from, StatusCode::FORBIDDEN.as_u16());
     None
 }
