@@ -184,15 +184,15 @@ fn a_slow_reader_gets_everything_however_long_that_takes() {
 
 #[test]
 fn an_address_can_not_take_more_than_its_part_of_the_connections() {
-    let host = Setup::new().config("[server]\nconnections_per_address_max = 3").start();
+    let host = Setup::new().plugin("echo").config("[server]\nconnections_per_address_max = 3").ready();
     let ask = |path: &str| {
         let mut stream = host.connect();
-        let _ = write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        let _ = write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         String::from_utf8(rest(&mut stream)).unwrap()
     };
     let held: Vec<_> = (0..3).map(|_| host.connect()).collect();
-    wait_until("it has all that it may", || ask("/models").starts_with("HTTP/1.1 503"));
-    let refused = ask("/models");
+    wait_until("it has all that it may", || ask("/health").starts_with("HTTP/1.1 503"));
+    let refused = ask("/health");
     assert!(refused.contains("server.connections_per_address_max"), "{refused}");
     assert!(ask("/livez").starts_with("HTTP/1.1 200"), "a monitor with the same address is answered");
     let mut further: Vec<_> = (0..9).map(|_| host.connect()).collect();
@@ -200,8 +200,7 @@ fn an_address_can_not_take_more_than_its_part_of_the_connections() {
     assert!(rest(further.last_mut().unwrap()).is_empty(), "it is closed");
     assert!(begun.elapsed() < AT_ONCE, "at once");
     drop((held, further));
-    let connection = [("connection", "close")];
-    wait_until("there is room again", || host.get_with("/models", &connection).0 == 200);
+    wait_until("there is room again", || ask("/health").starts_with("HTTP/1.1 200"));
     assert!(host.metric(r#"modalkit_connections_refused_total{reason="address"}"#) >= 1.0);
     assert!(host.metric(r#"modalkit_connections_refused_total{reason="unavailable"}"#) >= 2.0);
     let _ = host.log_line("an address has too many connections open");

@@ -26,6 +26,12 @@ pub struct ModelChanges {
 }
 
 impl ModelChanges {
+    fn sort(&mut self) {
+        for names in [&mut self.added, &mut self.removed, &mut self.changed, &mut self.reloading] {
+            names.sort_unstable();
+        }
+    }
+
     /// Whether nothing has changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -76,6 +82,7 @@ impl Loop {
                 self.tell_file(&plugin).await;
             }
         }
+        changes.sort();
         changes
     }
 
