@@ -430,7 +430,7 @@ impl Metrics {
             connections: gauge("modalkit_connections", "open connections"),
             connections_refused: counter(
                 "modalkit_connections_refused_total",
-                "connections beyond a limit, by which one",
+                "connections beyond a limit: closed at once (full, address), or answered with 503 (unavailable)",
                 &["reason"],
             ),
             jobs: JobMetrics {
@@ -450,7 +450,7 @@ impl Metrics {
                 ),
                 delivered: counter(
                     "modalkit_deliveries_total",
-                    "tries to deliver a result",
+                    "tries to deliver a result: delivered, held in memory until it is taken, failed and tried again, or dead",
                     &["backend", "outcome"],
                 ),
                 consumed: counter(
