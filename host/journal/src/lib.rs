@@ -11,6 +11,7 @@
 mod clock;
 mod id;
 mod ledger;
+mod reader;
 mod record;
 mod store;
 #[cfg(test)]
@@ -40,7 +41,8 @@ pub use writer::{Committed, OnCommit, Retention, Unfit, unix_ms};
 
 use id::Ids;
 use ledger::Noted;
-use store::{Opened, Reader, Store, StoreError};
+use reader::Reader;
+use store::{Opened, Store, StoreError};
 use writer::{Change, Shared, Writer};
 
 const FILE: &str = "jobs.sqlite";
