@@ -72,7 +72,7 @@ pub struct Action<'a> {
 pub enum Does {
     /// It looks at how the host is.
     Look,
-    /// It reads settings, or results of others.
+    /// It reads settings, or a queue's messages.
     Read,
     /// It changes something.
     Change,

@@ -25,26 +25,27 @@ pub fn is_transient(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| of_the_moment.contains(&errno))
 }
 
-/// Tells of files that can't be read now: once when that begins, and once when it is over.
+/// Tells of files that can't be read now: when that begins, when the reason is another, and when it is over.
 #[derive(Debug)]
 pub struct Outage {
     of: &'static str,
-    is_told: bool,
+    /// The reason that was told.
+    told: Option<String>,
 }
 
 impl Outage {
     /// There is none yet; `of` names what the files are, for the log.
     #[must_use]
     pub fn new(of: &'static str) -> Self {
-        Self { of, is_told: false }
+        Self { of, told: None }
     }
 
     /// Notes a try: why it failed, for a reason that may pass, or `None` where everything was read. Says whether that was told.
     pub fn note(&mut self, reason: Option<&str>) -> bool {
-        if reason.is_some() == self.is_told {
+        if reason == self.told.as_deref() {
             return false;
         }
-        self.is_told = reason.is_some();
+        self.told = reason.map(str::to_owned);
         match reason {
             Some(reason) => {
                 tracing::warn!(
@@ -66,9 +67,9 @@ mod tests {
     #[test]
     fn an_outage_is_told_when_it_begins_and_when_it_is_over() {
         let mut outage = Outage::new("the configuration");
-        let tries = [None, Some("EIO"), Some("EIO"), Some("ESTALE"), None, None, Some("EIO")];
+        let tries = [None, Some("EIO"), Some("EIO"), Some("ESTALE"), Some("ESTALE"), None, None, Some("EIO")];
         let told = tries.map(|reason| outage.note(reason));
-        assert_eq!(told, [false, true, false, false, true, false, true]);
+        assert_eq!(told, [false, true, false, true, false, true, false, true]);
     }
 
     #[test]

@@ -235,7 +235,7 @@ fn probes_are_answered_while_every_connection_is_taken() {
     assert!(full.contains("retry-after: 1") && full.contains("server.connections_max"), "{full}");
     let _ = host.log_line("the listener is full");
     // Whoever says nothing holds a kept place for a second only.
-    let silent: Vec<_> = (0..9).map(|_| host.connect()).collect();
+    let silent: Vec<_> = (0..64).map(|_| host.connect()).collect();
     wait_until("a place is kept again", || {
         let mut stream = host.connect();
         let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n");

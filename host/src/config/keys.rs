@@ -79,7 +79,7 @@ layer! {
         /// Milliseconds between two looks at a volume that is polled.
         poll_interval_ms: Milliseconds = Count(2_000);
         /// Seconds after which a model without an entry in the configuration is unloaded, once its plugin's file has gone.
-        removed_plugin_seconds: Count<1, 31_536_000>, or "never: it serves on until `modalkit unload NAME`, the end of the host, or until it has failed for a minute";
+        removed_plugin_seconds: Count<1, 31_536_000>, or "never: it serves on until `modalkit unload NAME`, the end of the host, or until it has failed for a minute and `load_timeout_seconds`";
         /// Plugin libraries that the process opens in its life.
         generations_max: Count<1, MAX_GENERATIONS> = Count(256);
         /// Takes plugins of any owner; otherwise files and folders of others than root and the host's user are refused.

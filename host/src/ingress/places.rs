@@ -15,8 +15,9 @@ use crate::{config::Server, telemetry::Metrics};
 
 /// Connections beyond the limit that get an answer, to the probes or that there is no room.
 const KEPT_PLACES: usize = 64;
-/// How many of them one address may have: it can't keep others' probes out.
-const KEPT_PER_ADDRESS_MAX: usize = 8;
+/// The fewest of them that one address may have; else its part is the same as of all connections, so that it can't keep others'
+/// probes out.
+const KEPT_PER_ADDRESS_MIN: usize = 8;
 /// Between two lines of the log that say the same.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Of an IPv6 address, what one customer of a provider has at least.
@@ -28,6 +29,7 @@ pub(super) struct Places {
     kept: Arc<Semaphore>,
     connections_max: usize,
     per_address_max: usize,
+    kept_per_address_max: usize,
     addresses: Mutex<HashMap<IpAddr, Taken>>,
     metrics: Arc<Metrics>,
     told: Mutex<Told>,
@@ -68,11 +70,13 @@ impl Place {
 
 impl Places {
     pub(super) fn new(server: &Server, metrics: Arc<Metrics>) -> Arc<Self> {
+        let kept_part = KEPT_PLACES * server.connections_per_address_max / server.connections_max;
         Arc::new(Self {
             open: Arc::new(Semaphore::new(server.connections_max)),
             kept: Arc::new(Semaphore::new(KEPT_PLACES)),
             connections_max: server.connections_max,
             per_address_max: server.connections_per_address_max,
+            kept_per_address_max: kept_part.clamp(KEPT_PER_ADDRESS_MIN, KEPT_PLACES),
             addresses: Mutex::default(),
             metrics,
             told: Mutex::default(),
@@ -89,7 +93,7 @@ impl Places {
         let open = if within { Arc::clone(&self.open).try_acquire_owned().ok() } else { None };
         let kept = open.is_none();
         let permit = open.or_else(|| {
-            let may = taken.kept < KEPT_PER_ADDRESS_MAX;
+            let may = taken.kept < self.kept_per_address_max;
             may.then(|| Arc::clone(&self.kept).try_acquire_owned().ok()).flatten()
         });
         match (&permit, kept) {
@@ -208,7 +212,7 @@ mod tests {
         let places = places(100, 2);
         let first = places.take(at("192.0.2.1")).unwrap();
         let _second = places.take(at("::ffff:192.0.2.1")).unwrap();
-        let kept: Vec<_> = (0..KEPT_PER_ADDRESS_MAX).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
+        let kept: Vec<_> = (0..KEPT_PER_ADDRESS_MIN).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
         assert!(kept.iter().all(Place::is_kept), "it may ask whether the host lives");
         assert!(places.take(at("192.0.2.1")).is_none());
         assert!(places.take(at("192.0.2.2")).is_some_and(|place| !place.is_kept()));
@@ -230,14 +234,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_listener_keeps_places_for_probes_that_no_single_address_can_take() {
-        let places = places(1, 1000);
-        let open = places.take(at("192.0.2.1")).unwrap();
-        assert!(!open.is_kept());
-        let one: Vec<_> = (0..KEPT_PER_ADDRESS_MAX).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
+        let places = places(4, 2);
+        let open: Vec<_> = ["192.0.2.8", "192.0.2.8", "192.0.2.9", "192.0.2.9"]
+            .map(|from| places.take(at(from)).unwrap())
+            .into();
+        assert!(!open.iter().any(Place::is_kept));
+        let part = KEPT_PLACES / 2;
+        let one: Vec<_> = (0..part).map(|_| places.take(at("192.0.2.1")).unwrap()).collect();
         assert!(one.iter().all(Place::is_kept));
         assert!(places.take(at("192.0.2.1")).is_none());
         assert_eq!(places.metrics.connections_refused.with_label_values(&["full"]).get(), 1);
-        let others: Vec<_> = (0..KEPT_PLACES - KEPT_PER_ADDRESS_MAX)
+        let others: Vec<_> = (0..KEPT_PLACES - part)
             .map(|number| places.take(at(&format!("198.51.100.{number}"))).unwrap())
             .collect();
         assert!(others.iter().all(Place::is_kept) && places.take(at("203.0.113.1")).is_none());

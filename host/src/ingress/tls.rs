@@ -69,6 +69,8 @@ pub struct Certificate {
     files: TlsFiles,
     provider: Arc<CryptoProvider>,
     now: ArcSwap<CertifiedKey>,
+    /// What the files held just before they were first read.
+    first: [Vec<u8>; 2],
 }
 
 impl Certificate {
@@ -78,8 +80,9 @@ impl Certificate {
     /// [`TlsError`].
     pub fn read(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let first = contents(&files)?;
         let now = ArcSwap::from_pointee(read(&files, &provider)?);
-        Ok(Arc::new(Self { files, provider, now }))
+        Ok(Arc::new(Self { files, provider, now, first }))
     }
 
     /// What greets connections with it.
@@ -100,12 +103,12 @@ impl Certificate {
     /// Reads it again when its files change, until it is dropped. One that can't be used leaves the one before in force.
     pub async fn follow(self: Arc<Self>) -> std::convert::Infallible {
         let mut outage = Outage::new("the certificate");
-        let mut in_force = self.off_the_loop(&mut outage, Self::contents).await.unwrap_or_default();
+        let mut in_force = self.first.clone();
         let mut known = Some(in_force.clone());
         let mut seen = Looks::new(in_force.clone());
         loop {
             tokio::time::sleep(LOOK_INTERVAL).await;
-            let found = match self.off_the_loop(&mut outage, Self::contents).await {
+            let found = match self.look(&mut outage).await {
                 Ok(found) => found,
                 Err(error) => {
                     outage.note(Some(&chain(error)));
@@ -142,13 +145,8 @@ impl Certificate {
         }
     }
 
-    /// What the files hold; nothing where they can't be read, and an error where one can't be now, for a reason that may pass.
-    fn contents(&self) -> Result<[Vec<u8>; 2], TlsError> {
-        let read = |path: &PathBuf| match fs::read(path) {
-            Err(source) if is_transient(&source) => Err(TlsError::Unreadable { path: path.clone(), source }),
-            read => Ok(read.unwrap_or_default()),
-        };
-        Ok([read(&self.files.certificate)?, read(&self.files.private_key)?])
+    async fn look(self: &Arc<Self>, outage: &mut Outage) -> Result<[Vec<u8>; 2], TlsError> {
+        self.off_the_loop(outage, |this| contents(&this.files)).await
     }
 
     /// Reads on another thread, for as long as that takes: the task that waits for it also waits for signals.
@@ -196,6 +194,15 @@ impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.now.load_full())
     }
+}
+
+/// What the files hold; nothing where they can't be read, and an error where one can't be now, for a reason that may pass.
+fn contents(files: &TlsFiles) -> Result<[Vec<u8>; 2], TlsError> {
+    let read = |path: &PathBuf| match fs::read(path) {
+        Err(source) if is_transient(&source) => Err(TlsError::Unreadable { path: path.clone(), source }),
+        read => Ok(read.unwrap_or_default()),
+    };
+    Ok([read(&files.certificate)?, read(&files.private_key)?])
 }
 
 fn read(files: &TlsFiles, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
@@ -257,15 +264,17 @@ mod tests {
             files: TlsFiles { certificate, private_key },
             provider: Arc::new(rustls::crypto::ring::default_provider()),
             now: ArcSwap::from_pointee(CertifiedKey::new(Vec::new(), Arc::new(NoKey))),
+            first: Default::default(),
         });
         let (done, is_done) = mpsc::sync_channel(1);
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-            let ended = runtime.block_on(async { certificate.follow().now_or_never() });
+            let mut outage = Outage::new("the certificate");
+            let read = runtime.block_on(async { certificate.look(&mut outage).now_or_never() });
             runtime.shutdown_background();
-            done.send(ended).unwrap();
+            done.send(read.is_some()).unwrap();
         });
-        let ended = is_done.recv_timeout(READ_TIME_MAX).expect("the task's thread waits for the file");
-        assert!(ended.is_none(), "it goes on with the certificate as it is");
+        let is_read = is_done.recv_timeout(READ_TIME_MAX).expect("the task's thread waits for the file");
+        assert!(!is_read, "it goes on with the certificate as it is");
     }
 }

@@ -18,7 +18,8 @@ use crate::pipeline::Status;
 
 /// How long a plugin's file must have been gone before anything follows from that: its other name is told after it.
 const GONE_AFTER: Duration = Duration::from_secs(1);
-/// How long a model that served without its file must not have served before it is forgotten: a replica that hangs may come back.
+/// How long a model that served without its file must not have served before it is forgotten, beside the time that a load may take: a
+/// replica that hangs may come back, or another may load.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// How often a model is looked at that serves without its file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -48,8 +49,8 @@ struct Gone {
     since: Instant,
     /// When it is looked at.
     due: Instant,
-    /// It was looked at before, and its model served then.
-    looked: bool,
+    /// It was looked at before, and its model served then; this limit was told.
+    told: Option<Option<Duration>>,
     /// Since when its model doesn't serve, as far as looks tell.
     idle: Option<Instant>,
 }
@@ -67,31 +68,33 @@ enum Follows {
 
 impl Gone {
     fn new(since: Instant) -> Self {
-        Self { since, due: since + GONE_AFTER, looked: false, idle: None }
+        Self { since, due: since + GONE_AFTER, told: None, idle: None }
     }
 
-    /// Looks at the model. `limit` is how long it may serve without its file.
-    fn look(&mut self, now: Instant, status: &Status, limit: Option<Duration>) -> Follows {
+    /// Looks at the model. `limit` is how long it may serve without its file, and `load` how long a load of it may take.
+    fn look(&mut self, now: Instant, status: &Status, limit: Option<Duration>, load: Duration) -> Follows {
+        if self.told.is_some_and(|told| told != limit) {
+            // Another limit counts from now: nobody was told of it before.
+            self.since = now;
+        }
         let end = limit.map(|limit| self.since + limit);
         let next = now + LOOK_INTERVAL;
         self.due = end.map_or(next, |end| end.max(now).min(next));
         let idle = (*status != Status::Ready).then(|| *self.idle.get_or_insert(now));
         self.idle = idle;
-        if !std::mem::replace(&mut self.looked, true) {
-            return match idle {
-                Some(_) => Follows::Goes("its plugin's file is gone, and it doesn't serve"),
-                None => Follows::ServesOn,
-            };
+        let told = self.told.replace(limit);
+        if told.is_none() && idle.is_some() {
+            return Follows::Goes("its plugin's file is gone, and it doesn't serve");
         }
         if end.is_some_and(|end| now >= end) {
             return Follows::Goes("its plugin's file is gone");
         }
-        let is_over = idle.is_some_and(|idle| now - idle >= FORGOTTEN_AFTER);
-        // What is being loaded has its own limit; where it fails, the next look finds that.
+        let is_over = idle.is_some_and(|idle| now - idle >= FORGOTTEN_AFTER + load);
+        // A first load has its own limit; where it fails, the next look finds that.
         if is_over && *status != Status::Loading {
             return Follows::Goes("its plugin's file is gone, and it doesn't serve any more");
         }
-        Follows::Nothing
+        if told == Some(limit) { Follows::Nothing } else { Follows::ServesOn }
     }
 }
 
@@ -156,7 +159,8 @@ impl Loop {
     }
 
     /// A plugin's file has been gone for a while. A model without an entry goes with it: at once where it doesn't serve; where it does,
-    /// after `removed_plugin_seconds`, if that is set, or when it hasn't served for [`FORGOTTEN_AFTER`].
+    /// after `removed_plugin_seconds`, if that is set, or when it hasn't served for [`FORGOTTEN_AFTER`] and
+    /// the time of a load.
     pub(super) async fn on_gone_due(&mut self, plugin: &str) {
         let Some(mut gone) = self.removal.gone.remove(plugin) else { return };
         // Its file may be dropped in again.
@@ -176,7 +180,8 @@ impl Loop {
                 continue;
             }
             let status = model.status();
-            match (gone.look(now, &status, limit), limit) {
+            let load = model.spec().replicas.load_timeout;
+            match (gone.look(now, &status, limit, load), limit) {
                 (Follows::Goes(why), _) => {
                     self.remove(name, why, None).await;
                     continue;
@@ -189,7 +194,8 @@ impl Loop {
                 ),
                 (Follows::ServesOn, None) => tracing::warn!(
                     model = name,
-                    "the plugin's file is gone; what is loaded serves on until `modalkit unload {name}`, or until the host ends, or until it hasn't served for {FORGOTTEN_AFTER:?}"
+                    "the plugin's file is gone; what is loaded serves on until `modalkit unload {name}`, or until the host ends, or until it hasn't served for {:?}",
+                    FORGOTTEN_AFTER + load
                 ),
             }
             stays = true;
@@ -290,6 +296,8 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const LOAD: Duration = Duration::from_secs(300);
+    const FORGOTTEN: Duration = FORGOTTEN_AFTER.saturating_add(LOAD);
 
     fn failed() -> Status {
         Status::Failed { reason: String::new() }
@@ -299,7 +307,7 @@ mod tests {
     fn served(limit: Option<Duration>) -> (Gone, Instant) {
         let mut gone = Gone::new(Instant::now());
         let looked = gone.due;
-        assert_eq!(gone.look(looked, &Status::Ready, limit), Follows::ServesOn);
+        assert_eq!(gone.look(looked, &Status::Ready, limit, LOAD), Follows::ServesOn);
         (gone, looked)
     }
 
@@ -307,7 +315,7 @@ mod tests {
     fn a_model_without_its_file_that_does_not_serve_goes_at_the_first_look() {
         for status in [failed(), Status::Loading, Status::Waiting { expected: String::new() }] {
             let mut gone = Gone::new(Instant::now());
-            let follows = gone.look(gone.due, &status, None);
+            let follows = gone.look(gone.due, &status, None, LOAD);
             assert!(matches!(follows, Follows::Goes(_)), "{status:?}: {follows:?}");
         }
     }
@@ -317,12 +325,12 @@ mod tests {
         for status in [failed(), Status::Stuck { reason: String::new() }] {
             let (mut gone, start) = served(None);
             // However long it serves.
-            let fails = start + 1000 * FORGOTTEN_AFTER;
-            assert_eq!(gone.look(fails - SECOND, &Status::Ready, None), Follows::Nothing);
-            assert_eq!(gone.look(fails, &status, None), Follows::Nothing);
+            let fails = start + 1000 * FORGOTTEN;
+            assert_eq!(gone.look(fails - SECOND, &Status::Ready, None, LOAD), Follows::Nothing);
+            assert_eq!(gone.look(fails, &status, None, LOAD), Follows::Nothing);
             assert_eq!(gone.due, fails + LOOK_INTERVAL, "it is looked at again");
-            assert_eq!(gone.look(fails + FORGOTTEN_AFTER - SECOND, &status, None), Follows::Nothing);
-            let follows = gone.look(fails + FORGOTTEN_AFTER, &status, None);
+            assert_eq!(gone.look(fails + FORGOTTEN - SECOND, &status, None, LOAD), Follows::Nothing);
+            let follows = gone.look(fails + FORGOTTEN, &status, None, LOAD);
             assert!(matches!(follows, Follows::Goes(_)), "{status:?}: {follows:?}");
         }
     }
@@ -330,12 +338,12 @@ mod tests {
     #[test]
     fn a_model_that_recovers_in_time_or_is_being_loaded_is_not_forgotten() {
         let (mut gone, start) = served(None);
-        let late = FORGOTTEN_AFTER - SECOND;
-        assert_eq!(gone.look(start + SECOND, &failed(), None), Follows::Nothing);
-        assert_eq!(gone.look(start + late, &Status::Ready, None), Follows::Nothing);
-        assert_eq!(gone.look(start + 2 * late, &failed(), None), Follows::Nothing);
-        assert_eq!(gone.look(start + 4 * late, &Status::Loading, None), Follows::Nothing);
-        assert!(matches!(gone.look(start + 5 * late, &failed(), None), Follows::Goes(_)));
+        let late = FORGOTTEN - SECOND;
+        assert_eq!(gone.look(start + SECOND, &failed(), None, LOAD), Follows::Nothing);
+        assert_eq!(gone.look(start + late, &Status::Ready, None, LOAD), Follows::Nothing);
+        assert_eq!(gone.look(start + 2 * late, &failed(), None, LOAD), Follows::Nothing);
+        assert_eq!(gone.look(start + 4 * late, &Status::Loading, None, LOAD), Follows::Nothing);
+        assert!(matches!(gone.look(start + 5 * late, &failed(), None, LOAD), Follows::Goes(_)));
     }
 
     #[test]
@@ -345,9 +353,22 @@ mod tests {
             let (mut gone, start) = served(Some(limit));
             let end = start - GONE_AFTER + limit;
             assert_eq!(gone.due, start + LOOK_INTERVAL);
-            assert_eq!(gone.look(gone.due, &status, Some(limit)), Follows::Nothing);
+            assert_eq!(gone.look(gone.due, &status, Some(limit), LOAD), Follows::Nothing);
             assert_eq!(gone.due, end);
-            assert_eq!(gone.look(end, &status, Some(limit)), Follows::Goes("its plugin's file is gone"));
+            assert_eq!(
+                gone.look(end, &status, Some(limit), LOAD),
+                Follows::Goes("its plugin's file is gone")
+            );
         }
+    }
+
+    #[test]
+    fn a_limit_that_is_set_later_is_told_and_counts_from_then() {
+        let (mut gone, start) = served(None);
+        let (limit, set) = (8 * SECOND, start + 1000 * SECOND);
+        assert_eq!(gone.look(set, &Status::Ready, Some(limit), LOAD), Follows::ServesOn);
+        assert_eq!(gone.look(set + limit - SECOND, &Status::Ready, Some(limit), LOAD), Follows::Nothing);
+        let follows = gone.look(set + limit, &Status::Ready, Some(limit), LOAD);
+        assert_eq!(follows, Follows::Goes("its plugin's file is gone"));
     }
 }
