@@ -127,7 +127,7 @@ fn what_is_taken_and_not_acknowledged_comes_back_and_is_delivered_only_then() {
 #[test]
 fn a_job_that_kills_hosts_is_found_and_those_that_ran_with_it_are_not_charged() {
     let config = "[model_settings.model_entries.together]\nplugin = \"puppet\"\n\
-         batch_config = { max_batch_size = 8, wait_ms = 5000 }\ndeployment_config = { retries = 0 }\n\
+         batch_config = { max_batch_size = 8, wait_ms = 2000 }\ndeployment_config = { retries = 0 }\n\
          [model_settings.model_entries.other]\nplugin = \"puppet\"\ndeployment_config = { retries = 0 }\n\
          [server]\njob_crashes_max = 2\n";
     let mut host = Setup::new().plugin("puppet").config(config).ready();
@@ -136,8 +136,9 @@ fn a_job_that_kills_hosts_is_found_and_those_that_ran_with_it_are_not_charged() 
     let good: Vec<String> = (0..7)
         .map(|value| host.job("together", &json!({"message": {"value": value}, "success_queue": "q"})))
         .collect();
-    let poison =
-        host.job("together", &json!({"message": {"do": "take the host down"}, "failure_queue": "bad"}));
+    // Not before its acceptance is told.
+    let message = json!({"do": "take the host down", "ms": 500});
+    let poison = host.job("together", &json!({"message": message, "failure_queue": "bad"}));
     let mut deaths = 0;
     loop {
         let mut report = Value::Null;
