@@ -272,7 +272,7 @@ fn a_validator_that_sleeps_stops_neither_probes_nor_other_models_nor_the_shutdow
     let limit = [("x-request-timeout-ms", "200")];
     let slow = json!({"do": "sleep in validate", "ms": 60_000});
     assert_eq!(host.post_with("/predict_sync?model_name=puppet", &slow, &limit).0, 504);
-    assert!(begun.elapsed() < 2 * AT_ONCE, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < 4 * AT_ONCE, "{:?}", begun.elapsed());
     let begun = Instant::now();
     host.signal("TERM");
     let _ = host.wait();
