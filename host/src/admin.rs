@@ -11,28 +11,28 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    access::{Access, Sight},
-    admission::Gate,
+    access::{Access, Visibility},
     config::ModelSpec,
-    dispatch::{self, Models},
-    egress::{HttpResponse, object_response, text_response},
+    egress::{HttpResponse, RETRY_AFTER_TIME, object_response, text_response},
+    insight::metrics::{METRICS_CONTENT_TYPE, Metrics},
     jobs::Jobs,
+    models::Models,
     pipeline::{Generation, Model, Status},
     reconfigure,
     reload::Report,
-    telemetry::{METRICS_CONTENT_TYPE, Metrics},
+    work::Gate,
 };
 
 /// `GET /health`: the process answers, and how its models are.
 #[must_use]
-pub fn health(models: &Models, sight: Sight) -> HttpResponse {
+pub fn health(models: &Models, visibility: Visibility) -> HttpResponse {
     let all = models.all();
     let healthy = all.values().all(|model| is_ready(model));
     let status = if healthy { "ok" } else { "degraded" };
-    if sight == Sight::Status {
+    if visibility == Visibility::Status {
         return object_response(StatusCode::OK, &json!({"status": status}));
     }
-    let reasons = sight == Sight::Reasons;
+    let reasons = visibility == Visibility::Reasons;
     let models: BTreeMap<&String, Value> =
         all.iter().map(|(name, model)| (name, shown(model, reasons))).collect();
     object_response(StatusCode::OK, &json!({"status": status, "models": models}))
@@ -44,56 +44,91 @@ pub fn live() -> HttpResponse {
     object_response(StatusCode::OK, &json!({"live": true}))
 }
 
-/// `GET /readyz`: the volumes have been looked through, every model serves, new requests are taken, no device is lost, and no broker
-/// refuses this host. One that is away is told of and no reason to send callers elsewhere: results wait in the journal.
-#[must_use]
-pub fn ready(
-    models: &Models,
-    gate: &Gate,
-    access: &Access,
-    jobs: &Jobs,
-    devices: &Devices,
-    sight: Sight,
-) -> HttpResponse {
-    let reasons = sight == Sight::Reasons;
-    let all = models.all();
-    let waiting: BTreeMap<&String, Value> = all
-        .iter()
-        .filter(|(_, model)| !is_ready(model))
-        .map(|(name, model)| (name, shown(model, reasons)))
-        .collect();
-    let keys = access.missing();
-    let faults = jobs.queues().faults();
-    let journal = jobs.failing();
-    let denied = faults.values().any(|fault| fault.denied);
-    let lost = devices.lost().borrow().clone();
-    let queues = if reasons { json!(faults) } else { json!(faults.keys().collect::<Vec<_>>()) };
-    if waiting.is_empty()
-        && keys.is_empty()
-        && models.are_complete()
-        && !gate.is_closed()
-        && !denied
-        && lost.is_none()
-    {
-        let mut body = json!({"ready": true});
-        if sight == Sight::Status {
-            return object_response(StatusCode::OK, &body);
+/// What `/readyz` looks at.
+pub struct Readiness<'a> {
+    /// The models.
+    pub models: &'a Models,
+    /// Whether requests are let in.
+    pub gate: &'a Gate,
+    /// Whether all keys are there.
+    pub access: &'a Access,
+    /// The journal and the queues.
+    pub jobs: &'a Jobs,
+    /// Whether a device is lost.
+    pub devices: &'a Devices,
+}
+
+impl Readiness<'_> {
+    /// `GET /readyz`: the volumes have been scanned and what lay in them has been loaded or refused, every required model serves
+    /// and at least one does where there are any, new requests are taken, and no device is lost. A model that isn't required, a broker
+    /// that is away or refuses this host, and a journal that can't be written are told of, and no reason to send all callers elsewhere.
+    #[must_use]
+    pub fn of_host(&self, visibility: Visibility) -> HttpResponse {
+        let Self { models, gate, access, jobs, devices } = self;
+        let reasons = visibility == Visibility::Reasons;
+        let all = models.all();
+        let waiting: BTreeMap<&String, Value> = all
+            .iter()
+            .filter(|(_, model)| !is_ready(model))
+            .map(|(name, model)| (name, shown(model, reasons)))
+            .collect();
+        let keys = access.missing();
+        let faults = jobs.queues().faults();
+        let journal = jobs.failing();
+        let lost = devices.lost().borrow().clone();
+        let none_serves = !all.is_empty() && waiting.len() == all.len();
+        let one_is_required = all.values().any(|model| model.spec().required && !is_ready(model));
+        let ready = models.have_settled()
+            && !none_serves
+            && !one_is_required
+            && keys.is_empty()
+            && !gate.is_leaving()
+            && lost.is_none();
+        let mut body = json!({"ready": ready});
+        if visibility != Visibility::Status {
+            let mut tell = |name: &str, value: Value, is_news: bool| {
+                if is_news || !ready {
+                    body[name] = value;
+                }
+            };
+            tell("looking_through_volumes", json!(!models.are_complete()), false);
+            tell("shutting_down", json!(gate.is_leaving()), false);
+            tell("not_ready", json!(waiting), !waiting.is_empty());
+            tell("keys_missing", if reasons { json!(keys) } else { json!(keys.len()) }, false);
+            let queues = if reasons { json!(faults) } else { json!(faults.keys().collect::<Vec<_>>()) };
+            tell("queues_not_usable", queues, !faults.is_empty());
+            let why = journal.as_deref().filter(|_| reasons);
+            let journal = why.map_or(json!(journal.is_some()), |why| json!(why));
+            tell("journal_not_writable", journal.clone(), journal != json!(false));
+            tell("device_lost", if reasons { json!(lost) } else { json!(lost.is_some()) }, false);
         }
-        if !faults.is_empty() {
-            body["queues_not_usable"] = queues;
-        }
-        if let Some(why) = journal {
-            // Other requests are served as before.
-            body["journal_not_writable"] = if reasons { json!(*why) } else { json!(true) };
-        }
-        return object_response(StatusCode::OK, &body);
+        ready_or_not(ready, &body)
     }
-    let looking = !models.are_complete();
-    let keys = if reasons { json!(keys) } else { json!(keys.len()) };
-    let whole = json!({"ready": false, "looking_through_volumes": looking, "shutting_down": gate.is_closed(), "not_ready": waiting, "keys_missing": keys, "queues_not_usable": queues, "journal_not_writable": journal.is_some(), "device_lost": if reasons { json!(lost) } else { json!(lost.is_some()) }});
-    let body = if sight == Sight::Status { json!({"ready": false}) } else { whole };
-    let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &body);
-    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
+
+    /// `GET /readyz?model=NAME`: new requests for this model are taken.
+    #[must_use]
+    pub fn of_model(&self, name: &str, visibility: Visibility) -> HttpResponse {
+        let all = self.models.all();
+        let Some(model) = all.get(name) else {
+            let known: Vec<&String> = all.keys().collect();
+            let detail = format!("no model named {name:?}; expected one of {known:?}");
+            return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
+        };
+        let lost = self.devices.lost().borrow().is_some();
+        let ready = is_ready(model) && self.access.missing().is_empty() && !self.gate.is_leaving() && !lost;
+        let mut body = shown(model, visibility == Visibility::Reasons);
+        body["ready"] = json!(ready);
+        body["shutting_down"] = json!(self.gate.is_leaving());
+        ready_or_not(ready, &body)
+    }
+}
+
+fn ready_or_not(ready: bool, body: &Value) -> HttpResponse {
+    if ready {
+        return object_response(StatusCode::OK, body);
+    }
+    let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, body);
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
     response
 }
 
@@ -132,6 +167,7 @@ struct ModelReport<'a> {
     #[serde(flatten)]
     status: &'a Status,
     configured: bool,
+    required: bool,
     plugin: &'a str,
     replicas: i64,
     replicas_stuck: i64,
@@ -156,8 +192,8 @@ struct GenerationReport<'a> {
 #[must_use]
 pub fn models(models: &Models) -> HttpResponse {
     let all = models.all();
-    let seen: Vec<_> = all.values().map(Seen::of).collect();
-    let reports: Vec<ModelReport<'_>> = seen.iter().map(Seen::report).collect();
+    let snapshot: Vec<_> = all.values().map(ModelSnapshot::of).collect();
+    let reports: Vec<ModelReport<'_>> = snapshot.iter().map(ModelSnapshot::report).collect();
     object_response(StatusCode::OK, &json!({"models": reports}))
 }
 
@@ -165,8 +201,8 @@ pub fn models(models: &Models) -> HttpResponse {
 #[must_use]
 pub fn model(models: &Models, name: &str, reloads: &Report) -> HttpResponse {
     let model = models.all().get(name).cloned();
-    let seen = model.as_ref().map(Seen::of);
-    let whole = WholeReport { model: seen.as_ref().map(Seen::report), reloads };
+    let snapshot = model.as_ref().map(ModelSnapshot::of);
+    let whole = WholeReport { model: snapshot.as_ref().map(ModelSnapshot::report), reloads };
     object_response(StatusCode::OK, &whole)
 }
 
@@ -178,15 +214,15 @@ struct WholeReport<'a> {
     reloads: &'a Report,
 }
 
-/// A model, and what was seen of it at one moment.
-struct Seen<'a> {
+/// A model, and its state at one moment.
+struct ModelSnapshot<'a> {
     model: &'a Model,
     spec: Arc<ModelSpec>,
     status: Arc<Status>,
     serving: Option<Arc<Generation>>,
 }
 
-impl<'a> Seen<'a> {
+impl<'a> ModelSnapshot<'a> {
     fn of(model: &'a Arc<Model>) -> Self {
         Self { model, spec: model.spec(), status: model.status(), serving: model.serving().ok() }
     }
@@ -197,6 +233,7 @@ impl<'a> Seen<'a> {
             name: &model.name,
             status,
             configured: spec.configured,
+            required: spec.required,
             plugin: &spec.plugin,
             replicas: model.metrics.replicas.get(),
             replicas_stuck: model.metrics.replicas_stuck.get(),
@@ -215,13 +252,15 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// Where a model stands, and whether it has an entry in the configuration; for those who may not look inside, without the reason.
+/// Where a model stands, and whether it has an entry in the configuration and is required; for those who may not look inside, without the reason.
 fn shown(model: &Model, reasons: bool) -> Value {
     let mut whole = json!(*model.status());
     if let Some(members) = whole.as_object_mut().filter(|_| !reasons) {
         members.retain(|key, _| key == "state");
     }
-    whole["configured"] = json!(model.spec().configured);
+    let spec = model.spec();
+    whole["configured"] = json!(spec.configured);
+    whole["required"] = json!(spec.required);
     whole
 }
 

@@ -12,20 +12,18 @@ use tokio::{
 
 use crate::{
     access::{self, Access, Keys},
-    admission::Gate,
     audit::Audit,
     config::{Loaded, Sources},
-    dispatch::Models,
     identity,
     ingress::{self, Certificate, Context, ManagementSocket},
+    insight::{log::LogLevels, metrics::Metrics, traces::Traces},
     jobs::{self, Jobs},
-    log::LogLevels,
+    models::Models,
     mounts,
     queues::Queues,
     reconfigure,
     reload::{Reload, build},
-    telemetry::Metrics,
-    traces::Traces,
+    work::Gate,
 };
 
 /// How long threads get to leave after the last answer: plugins close files and devices meanwhile.
@@ -64,6 +62,9 @@ pub async fn run(
 ) -> anyhow::Result<Ended> {
     let loaded = Arc::new(loaded);
     let config = loaded.config.clone();
+    let files = loaded.snapshot.names();
+    let files = if files.is_empty() { "none".to_owned() } else { files.join(", ") };
+    tracing::info!(files, "the configuration was read");
     loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     mounts::put_in_place(&config.mounts).await;
     let server = config.server.clone();
@@ -81,22 +82,21 @@ pub async fn run(
     let all_models = Arc::clone(&models);
     let gate = Gate::new(config.requests_max);
     let store = build::store(&server)?;
-    let surroundings =
-        modalkit_queue::Surroundings { open_plugin: build::queue_opener(&server, store.clone()) };
+    let context = modalkit_queue::BackendContext { open_plugin: build::queue_opener(&server, store.clone()) };
     if set_journal_aside {
         jobs::set_aside_if_damaged(&server.state_folder)?;
     }
     // First: a host that is refused it changes nothing in it.
-    let state_folder = FolderLock::take(&server.state_folder).map_err(explain)?;
-    let queues = Queues::open(&config.queues.named(&identity::host_name(&state_folder)?), &surroundings)?;
-    let around = jobs::Around {
+    let state_folder = FolderLock::take(&server.state_folder).map_err(journal_error)?;
+    let queues = Queues::open(&config.queues.named(&identity::host_name(&state_folder)?), &context)?;
+    let context = jobs::JobsContext {
         models: Arc::clone(&models),
         gate: Arc::clone(&gate),
         queues: Arc::clone(&queues),
         metrics: Arc::clone(&metrics),
     };
     tracing::info!(folder = %server.state_folder.display(), "accepted jobs are kept here");
-    let jobs = Jobs::open(state_folder, server.jobs, around).map_err(explain)?;
+    let jobs = Jobs::open(state_folder, server.jobs, context).map_err(journal_error)?;
     // After the journal: whoever holds its lock is the only host of this state folder.
     let socket = server.management_socket.as_deref().map(ManagementSocket::bind).transpose()?;
     let consumed = config.queues.consume.clone();
@@ -133,7 +133,7 @@ pub async fn run(
     let (finish, finished) = watch::channel(false);
     let mut consumers = JoinSet::new();
     for spec in consumed {
-        consumers.spawn(ingress::consume::run(
+        consumers.spawn(ingress::queue_consumer::run(
             spec,
             Arc::clone(&jobs),
             Arc::clone(&of_consumers),
@@ -157,6 +157,15 @@ pub async fn run(
     tracing::info!(%address, url, management_socket, "listening");
 
     let mut lost = devices.lost();
+    // Everything else goes on meanwhile.
+    let stop_after_delay = async {
+        stop.await;
+        if !server.drain_delay.is_zero() {
+            tracing::info!(delay = ?server.drain_delay, "not ready any more; the drain begins after server.drain_delay_seconds");
+            gate.leave_soon();
+            tokio::time::sleep(server.drain_delay).await;
+        }
+    };
     tokio::select! {
         never = reconfigure.run(hang_ups) => match never {},
         never = follow => match never {},
@@ -164,7 +173,7 @@ pub async fn run(
         never = queues.watch() => match never {},
         never = watch_devices(&devices) => match never {},
         never = audit.run() => match never {},
-        () = stop => {}
+        () = stop_after_delay => {}
         _ = lost.wait_for(Option::is_some) => {
             tracing::error!("a device is lost: this host drains and ends, to be started again by its supervisor");
         }
@@ -260,7 +269,7 @@ pub fn install_cryptography() {
 }
 
 /// A journal that can't be read may hold jobs that were accepted: going on without it is for people to decide.
-fn explain(error: modalkit_journal::OpenError) -> anyhow::Error {
+fn journal_error(error: modalkit_journal::OpenError) -> anyhow::Error {
     let hint = match &error {
         modalkit_journal::OpenError::Damaged { .. } => Some(
             "it may hold jobs that were accepted; `modalkit serve --set-journal-aside` renames it and begins an empty one",

@@ -30,16 +30,16 @@ const SOCKET: &str = "socket";
 /// Writes the audit log.
 pub struct Audit {
     /// Who was refused over the network.
-    network: Share,
+    network: LineLimit,
     /// Who was refused over the management socket: nobody out there takes these lines away.
-    socket: Share,
+    socket: LineLimit,
     /// What callers who don't manage changed.
-    own_changes: Share,
+    own_changes: LineLimit,
 }
 
 impl Default for Audit {
     fn default() -> Self {
-        let refused = |untold| Share::new(REFUSED_LINES_MAX, REFUSED_INTERVAL, untold);
+        let refused = |untold| LineLimit::new(REFUSED_LINES_MAX, REFUSED_INTERVAL, untold);
         Self {
             network: refused(|count, interval| {
                 tracing::warn!(target: TARGET, count, ?interval, over = "network", "further requests were refused");
@@ -47,7 +47,7 @@ impl Default for Audit {
             socket: refused(|count, interval| {
                 tracing::warn!(target: TARGET, count, ?interval, over = SOCKET, "further requests were refused");
             }),
-            own_changes: Share::new(OWN_CHANGES_LINES_MAX, OWN_CHANGES_INTERVAL, |count, interval| {
+            own_changes: LineLimit::new(OWN_CHANGES_LINES_MAX, OWN_CHANGES_INTERVAL, |count, interval| {
                 tracing::info!(target: TARGET, count, ?interval, "further jobs were changed by their callers");
             }),
         }
@@ -64,12 +64,12 @@ pub struct Action<'a> {
     /// What stands in the placeholder.
     pub name: &'a str,
     /// What it does.
-    pub does: Does,
+    pub effect: Effect,
 }
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Does {
+pub enum Effect {
     /// It looks at how the host is.
     Look,
     /// It reads settings, or a queue's messages.
@@ -85,7 +85,7 @@ impl fmt::Display for Action<'_> {
 }
 
 /// A request that is being answered. Where its caller leaves first, the line says so: what it asked for may happen all the same.
-pub struct Underway<'a> {
+pub struct OpenAction<'a> {
     audit: &'a Audit,
     action: Action<'a>,
     manages: bool,
@@ -96,7 +96,7 @@ pub struct Underway<'a> {
 
 /// Whether a request that was let in has a line.
 #[derive(Debug, PartialEq, Eq)]
-enum Line {
+enum LogAs {
     None,
     Debug,
     Info,
@@ -104,13 +104,15 @@ enum Line {
     InfoWithinLimit,
 }
 
-impl Line {
-    fn of(does: Does, manages: bool, status: Option<u16>) -> Self {
-        match (does, manages) {
-            (Does::Change | Does::Read, true) => Self::Info,
-            (Does::Change, false) if status.is_some_and(|status| (400..500).contains(&status)) => Self::None,
-            (Does::Change, false) => Self::InfoWithinLimit,
-            (Does::Look, _) | (Does::Read, false) => Self::Debug,
+impl LogAs {
+    fn of(effect: Effect, manages: bool, status: Option<u16>) -> Self {
+        match (effect, manages) {
+            (Effect::Change | Effect::Read, true) => Self::Info,
+            (Effect::Change, false) if status.is_some_and(|status| (400..500).contains(&status)) => {
+                Self::None
+            }
+            (Effect::Change, false) => Self::InfoWithinLimit,
+            (Effect::Look, _) | (Effect::Read, false) => Self::Debug,
         }
     }
 }
@@ -118,12 +120,12 @@ impl Line {
 impl Audit {
     /// A request of a caller who was let in; its line is written at its end.
     #[must_use]
-    pub fn begin<'a>(&'a self, action: Action<'a>, caller: &'a Caller, from: &'a Origin) -> Underway<'a> {
+    pub fn begin<'a>(&'a self, action: Action<'a>, caller: &'a Caller, from: &'a Origin) -> OpenAction<'a> {
         let key = match from {
             Origin::Socket { .. } => Some(SOCKET),
             Origin::Network(_) => caller.key.as_deref(),
         };
-        Underway { audit: self, action, manages: caller.manages, key, from, status: None }
+        OpenAction { audit: self, action, manages: caller.manages, key, from, status: None }
     }
 
     /// A request that was refused for the key that it showed, or for showing none.
@@ -134,7 +136,7 @@ impl Audit {
         }
     }
 
-    fn refusals(&self, from: &Origin) -> &Share {
+    fn refusals(&self, from: &Origin) -> &LineLimit {
         match from {
             Origin::Network(_) => &self.network,
             Origin::Socket { .. } => &self.socket,
@@ -152,7 +154,7 @@ impl Audit {
 
     /// Tells of those that had no line of their own so far.
     pub fn flush(&self) {
-        [&self.network, &self.socket, &self.own_changes].into_iter().for_each(Share::flush);
+        [&self.network, &self.socket, &self.own_changes].into_iter().for_each(LineLimit::flush);
     }
 }
 
@@ -160,26 +162,26 @@ fn shortened(name: &str) -> &str {
     &name[..name.floor_char_boundary(NAME_BYTES_MAX)]
 }
 
-impl Underway<'_> {
+impl OpenAction<'_> {
     /// It was answered with this status.
     pub fn answered(mut self, status: u16) {
         self.status = Some(status);
     }
 }
 
-impl Drop for Underway<'_> {
+impl Drop for OpenAction<'_> {
     fn drop(&mut self) {
         let Self { audit, action, manages, key, from, status } = self;
-        let line = Line::of(action.does, *manages, *status);
+        let line = LogAs::of(action.effect, *manages, *status);
         let name = shortened(action.name);
         let message = if status.is_some() { "management" } else { "management, whose caller left" };
         match line {
-            Line::None => {}
-            Line::Debug => {
+            LogAs::None => {}
+            LogAs::Debug => {
                 tracing::debug!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
             }
-            Line::InfoWithinLimit if !audit.own_changes.has_a_line() => {}
-            Line::Info | Line::InfoWithinLimit => {
+            LogAs::InfoWithinLimit if !audit.own_changes.has_a_line() => {}
+            LogAs::Info | LogAs::InfoWithinLimit => {
                 tracing::info!(target: TARGET, action = %action, name, key, address = %from, status, "{message}");
             }
         }
@@ -187,7 +189,7 @@ impl Drop for Underway<'_> {
 }
 
 /// Lines of one kind, up to a limit.
-struct Share {
+struct LineLimit {
     lines_max: u32,
     interval: Duration,
     /// Tells how many in an interval had no line.
@@ -214,7 +216,7 @@ struct Verdict {
     tell: bool,
 }
 
-impl Share {
+impl LineLimit {
     fn new(lines_max: u32, interval: Duration, tell_untold: fn(u64, Duration)) -> Self {
         Self { lines_max, interval, tell_untold, counted: Mutex::default(), untold: Notify::new() }
     }
@@ -293,7 +295,7 @@ mod tests {
     #[test]
     fn refusals_over_the_network_hide_none_at_the_management_socket() {
         let audit = Audit::default();
-        let action = Action { method: "GET", endpoint: "/config", name: "", does: Does::Read };
+        let action = Action { method: "GET", endpoint: "/config", name: "", effect: Effect::Read };
         let network = Origin::Network("192.0.2.7:1".parse().unwrap());
         for _ in 0..=REFUSED_LINES_MAX {
             audit.refused(action, None, &network, 401);
@@ -306,7 +308,7 @@ mod tests {
     fn callers_who_do_not_manage_leave_few_lines_and_none_where_nothing_changed() {
         let audit = Audit::default();
         let from = Origin::Network("192.0.2.7:1".parse().unwrap());
-        let action = Action { method: "DELETE", endpoint: "/jobs/{id}", name: "x", does: Does::Change };
+        let action = Action { method: "DELETE", endpoint: "/jobs/{id}", name: "x", effect: Effect::Change };
         let told = || audit.own_changes.counted.lock().told;
         let caller = Caller::default();
         for status in [400, 404, 409, 429] {
@@ -321,23 +323,23 @@ mod tests {
         assert_eq!(audit.own_changes.counted.lock().untold, u64::from(OWN_CHANGES_LINES_MAX) + 1);
         // Nor do they take lines from those who are refused, or who manage.
         assert!(audit.refusals(&from).has_a_line());
-        assert_eq!(Line::of(Does::Change, true, Some(404)), Line::Info);
+        assert_eq!(LogAs::of(Effect::Change, true, Some(404)), LogAs::Info);
     }
 
     #[test]
     fn who_manages_leaves_a_line_for_changes_settings_and_results() {
-        for (does, manages, status, expected) in [
-            (Does::Change, true, Some(200), Line::Info),
-            (Does::Change, true, None, Line::Info),
-            (Does::Read, true, Some(200), Line::Info),
-            (Does::Look, true, Some(200), Line::Debug),
-            (Does::Look, false, Some(200), Line::Debug),
-            (Does::Change, false, Some(202), Line::InfoWithinLimit),
-            (Does::Change, false, Some(503), Line::InfoWithinLimit),
-            (Does::Change, false, None, Line::InfoWithinLimit),
-            (Does::Change, false, Some(404), Line::None),
+        for (effect, manages, status, expected) in [
+            (Effect::Change, true, Some(200), LogAs::Info),
+            (Effect::Change, true, None, LogAs::Info),
+            (Effect::Read, true, Some(200), LogAs::Info),
+            (Effect::Look, true, Some(200), LogAs::Debug),
+            (Effect::Look, false, Some(200), LogAs::Debug),
+            (Effect::Change, false, Some(202), LogAs::InfoWithinLimit),
+            (Effect::Change, false, Some(503), LogAs::InfoWithinLimit),
+            (Effect::Change, false, None, LogAs::InfoWithinLimit),
+            (Effect::Change, false, Some(404), LogAs::None),
         ] {
-            assert_eq!(Line::of(does, manages, status), expected, "{does:?} {manages} {status:?}");
+            assert_eq!(LogAs::of(effect, manages, status), expected, "{effect:?} {manages} {status:?}");
         }
     }
 

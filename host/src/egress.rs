@@ -1,32 +1,33 @@
 //! Turns replies and job errors into HTTP. The one place where a job's error becomes a status; it never knows how it came
 //! about.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     Response, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
+    body::Body as _,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
 };
-use modalkit_loader::{Failure, FailureKind};
+use modalkit_loader::FailureKind;
 use modalkit_queue::{Held, Lease};
 use serde::Serialize;
-use serde_json::{
-    json,
-    value::{RawValue, to_raw_value},
-};
+use serde_json::{json, value::RawValue};
 
 use crate::{
     access::AccessError,
-    dispatch,
-    job::{Detail, JobError, Location, Reply},
+    protocol::{describe, failed_item, internal, invalid_item, object, raw_json},
     reconfigure::Change,
-    reload::{ControlError, Entry, Outcome, Unloaded, VolumeModel, VolumeReport},
+    reload::{ControlError, Outcome, ReloadRecord, Unloaded, VolumeModel, VolumeReport},
+    work::{Detail, JobError, Reply},
 };
 
 /// What this host sends.
 pub type HttpResponse = Response<Full<Bytes>>;
+
+/// How long a caller that finds the host busy, or not ready, should wait before it comes back.
+pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -39,10 +40,10 @@ pub fn reply(reply: Reply) -> HttpResponse {
     }
 }
 
-/// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place;
-/// any other error is the whole request's.
+/// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place, and with
+/// `partial` what isn't an input of it too; any other error is the whole request's.
 #[must_use]
-pub fn replies(replies: Vec<Reply>) -> HttpResponse {
+pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
     let mut body =
         Vec::with_capacity(replies.iter().flatten().map(Bytes::len).sum::<usize>() + replies.len() + 1);
     body.push(b'[');
@@ -53,35 +54,12 @@ pub fn replies(replies: Vec<Reply>) -> HttpResponse {
         match reply {
             Ok(item) => body.extend_from_slice(&item),
             Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
+            Err(JobError::Invalid(details)) if partial => body.extend_from_slice(&invalid_item(details)),
             Err(job_error) => return error(&job_error),
         }
     }
     body.push(b']');
     json_bytes(StatusCode::OK, body.into())
-}
-
-/// Why an asynchronous job failed, in words.
-#[must_use]
-pub fn job_failure(job_error: &JobError) -> String {
-    match job_error {
-        JobError::Failed(failure) => internal(failure),
-        other => explain(other),
-    }
-}
-
-/// What a failed asynchronous job leaves: the reference's message for failures, with what came in. What isn't JSON is told as a text.
-#[must_use]
-pub fn failed_job(error: String, envelope: &[u8]) -> Bytes {
-    object(&FailedJob { status: "error", error, original_message: raw_json(envelope) })
-}
-
-/// Bytes as a part of a JSON text, as they stand; those that aren't JSON as a text.
-#[must_use]
-pub fn raw_json(bytes: &[u8]) -> Cow<'_, RawValue> {
-    match serde_json::from_slice::<&RawValue>(bytes) {
-        Ok(json) => Cow::Borrowed(json),
-        Err(_) => Cow::Owned(to_raw_value(&String::from_utf8_lossy(bytes)).expect("a text is JSON")),
-    }
 }
 
 /// What a queue in memory holds, or gave away under a receipt.
@@ -120,32 +98,6 @@ struct QueuedMessage<'a> {
     body: Cow<'a, RawValue>,
 }
 
-/// Written as it stands: turned into a `Value`, the envelope would be parsed again, and what JSON allows and `Value` doesn't
-/// hold (`1e999`) would fail here.
-#[derive(Serialize)]
-struct FailedJob<'a> {
-    status: &'static str,
-    error: String,
-    original_message: Cow<'a, RawValue>,
-}
-
-/// An item's error in the place of its answer.
-fn failed_item(failure: &Failure) -> Bytes {
-    object(&json!({"status": "error", "error": failure.message.as_str()}))
-}
-
-/// The answer with the caller's `meta` attached.
-#[must_use]
-pub fn with_meta(answer: &[u8], meta: &[u8]) -> Bytes {
-    let open = answer.strip_suffix(b"}").unwrap_or(answer);
-    let mut body = Vec::with_capacity(open.len() + meta.len() + 10);
-    body.extend_from_slice(open);
-    body.extend_from_slice(b",\"meta\":");
-    body.extend_from_slice(meta);
-    body.push(b'}');
-    body.into()
-}
-
 /// Why a caller was not let in.
 #[must_use]
 pub fn denied(access: &AccessError) -> HttpResponse {
@@ -162,7 +114,7 @@ pub fn denied(access: &AccessError) -> HttpResponse {
     }
     let wait = match access {
         AccessError::TooOften(wait) => Some(wait.as_secs() + 1),
-        AccessError::TooMany | AccessError::Unknown => Some(dispatch::RETRY_AFTER.as_secs()),
+        AccessError::TooMany | AccessError::Unknown => Some(RETRY_AFTER_TIME.as_secs()),
         _ => None,
     };
     if let Some(seconds) = wait {
@@ -182,7 +134,11 @@ pub fn reconfigured(change: &Change) -> HttpResponse {
     object_response(status, change)
 }
 
-/// Status and body of an error.
+/// Why a request failed, beside the answer that says so: for the log.
+#[derive(Clone)]
+pub struct Why(pub String);
+
+/// Status and body of an error; one of the server's (5xx) has a [`Why`] among its extensions.
 #[must_use]
 pub fn error(job_error: &JobError) -> HttpResponse {
     let status = match job_error {
@@ -208,57 +164,20 @@ pub fn error(job_error: &JobError) -> HttpResponse {
             object_response(status, &json!({"detail": [detail]}))
         }
         JobError::Failed(failure) => object_response(status, &json!({"detail": internal(failure)})),
-        other => object_response(status, &json!({"detail": explain(other)})),
+        other => object_response(status, &json!({"detail": describe(other)})),
     };
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
+    }
+    if status.is_server_error() {
+        response.extensions_mut().insert(Why(describe(job_error)));
     }
     response
 }
 
-fn internal(failure: &Failure) -> String {
-    format!("Internal Server Error. Error log: {}", failure.message)
-}
-
-fn explain(job_error: &JobError) -> String {
-    match job_error {
-        JobError::Invalid(details) => details.first().map(placed).unwrap_or_default(),
-        JobError::UnknownModel { name: Some(name), known } => {
-            format!("no model named {name:?}; expected one of {known:?}")
-        }
-        JobError::UnknownModel { name: None, known } if known.is_empty() => {
-            "no model is served yet: put a plugin into the volume".to_owned()
-        }
-        JobError::UnknownModel { name: None, known } => {
-            format!("several models are served: say ?model_name=, one of {known:?}")
-        }
-        JobError::TooLarge(reason) | JobError::Conflict(reason) | JobError::Unavailable(reason) => {
-            reason.clone()
-        }
-        JobError::Busy(reason) => (*reason).to_owned(),
-        JobError::DeadlinePassed => "the deadline passed before there was an answer".to_owned(),
-        JobError::BatchTimedOut(limit) => {
-            format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
-        }
-        JobError::Failed(failure) => failure.message.to_string(),
-        JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
-    }
-}
-
-/// What is wrong with an input, with its place.
-fn placed(detail: &Detail) -> String {
-    let step = |step: &Location| match step {
-        Location::Key(key) => key.clone(),
-        Location::Index(index) => index.to_string(),
-    };
-    // The first step says that it is the body.
-    let place: Vec<String> = detail.loc.iter().skip(1).map(step).collect();
-    if place.is_empty() { detail.msg.clone() } else { format!("{}: {}", place.join("."), detail.msg) }
-}
-
 /// What became of a reload or rollback: 409 where what serves stayed.
 #[must_use]
-pub fn reloaded(entry: &Entry) -> HttpResponse {
+pub fn reloaded(entry: &ReloadRecord) -> HttpResponse {
     let status = match entry.outcome {
         Outcome::Swapped | Outcome::RolledBack { .. } => StatusCode::OK,
         Outcome::Refused { .. } | Outcome::Superseded => StatusCode::CONFLICT,
@@ -267,7 +186,7 @@ pub fn reloaded(entry: &Entry) -> HttpResponse {
     object_response(status, entry)
 }
 
-/// What became of a look through a volume: 409 where a plugin in it was refused or a hook failed.
+/// What became of a scan of a volume: 409 where a plugin in it was refused or a hook failed.
 #[must_use]
 pub fn volume_reloaded(report: &VolumeReport) -> HttpResponse {
     let good = |model: &VolumeModel| {
@@ -305,7 +224,7 @@ pub fn control_error(error: &ControlError) -> HttpResponse {
 
 fn unavailable(detail: &str) -> HttpResponse {
     let mut response = object_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"detail": detail}));
-    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(dispatch::RETRY_AFTER.as_secs()));
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
     response
 }
 
@@ -330,6 +249,15 @@ pub fn and_close(mut response: HttpResponse) -> HttpResponse {
     response
 }
 
+/// The same without its body, whose length its headers say: what HEAD asks for.
+#[must_use]
+pub fn without_body(response: HttpResponse) -> HttpResponse {
+    let (mut head, body) = response.into_parts();
+    let length = body.size_hint().exact().unwrap_or_default();
+    head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    Response::from_parts(head, Full::default())
+}
+
 fn json_bytes(status: StatusCode, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
@@ -337,12 +265,10 @@ fn json_bytes(status: StatusCode, body: Bytes) -> HttpResponse {
     response
 }
 
-fn object(value: &impl Serialize) -> Bytes {
-    serde_json::to_vec(value).expect("what this host writes are JSON values").into()
-}
-
 #[cfg(test)]
 mod tests {
+    use modalkit_loader::Failure;
+
     use super::*;
 
     fn failure(kind: FailureKind) -> JobError {
@@ -360,7 +286,7 @@ mod tests {
             (JobError::Busy(""), 429),
             (JobError::Unavailable(String::new()), 503),
             (JobError::DeadlinePassed, 504),
-            (JobError::BatchTimedOut(std::time::Duration::from_secs(1)), 504),
+            (JobError::BatchTimedOut(Duration::from_secs(1)), 504),
             (failure(FailureKind::Permanent), 500),
             (failure(FailureKind::Panicked), 500),
             (failure(FailureKind::Transient), 500),
@@ -373,22 +299,5 @@ mod tests {
             assert_eq!(response.status().as_u16(), status, "{job_error:?}");
             assert_eq!(response.headers().contains_key(RETRY_AFTER), status == 429 || status == 503);
         }
-    }
-
-    #[test]
-    fn a_failed_job_carries_its_envelope_to_the_letter() {
-        let message =
-            failed_job(job_failure(&JobError::Lost), br#"{"message": 1e999, "meta": {"s": "\ud800"}}"#);
-        let text = String::from_utf8_lossy(&message);
-        assert!(
-            text.ends_with(r#""original_message":{"message": 1e999, "meta": {"s": "\ud800"}}}"#),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn meta_is_attached_to_an_answer_of_any_size() {
-        let answer = with_meta(br#"{"status":"success"}"#, br#"{"k":1}"#);
-        assert_eq!(answer, br#"{"status":"success","meta":{"k":1}}"#.as_slice());
     }
 }

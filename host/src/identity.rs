@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 const NAME_FILE: &str = "host";
 /// What a machine is known by, or else by its name.
 const MACHINE_FILES: [&str; 2] = ["/etc/machine-id", "/proc/sys/kernel/hostname"];
-/// Bytes of that file's digest: it is nobody's business which machine it is.
+/// Bytes of that file's digest: the file doesn't disclose which machine it is.
 const MACHINE_BYTES: usize = 8;
 /// Letters of the name of a container that was given none.
 const MADE_UP_LETTERS: usize = 12;

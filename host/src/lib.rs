@@ -1,29 +1,27 @@
 //! The modalkit host: loads pipelines, batches requests for them and serves them over HTTP.
 //!
-//! Modules stand in the order in which a request meets them; `ARCHITECTURE.md` walks through them.
+//! `ARCHITECTURE.md` describes the modules in the order in which a request meets them, `docs/glossary.md` the terms.
 
 #![forbid(unsafe_code)]
 
 pub mod access;
 pub mod admin;
-pub mod admission;
 pub mod app;
 pub mod audit;
 pub mod config;
-pub mod dispatch;
 pub mod egress;
+mod fence;
 pub mod identity;
 pub mod ingress;
-pub mod job;
+pub mod insight;
 pub mod jobs;
-pub mod log;
+pub mod models;
 pub mod mounts;
 pub mod pipeline;
+pub mod protocol;
 pub mod queues;
 pub mod reconfigure;
 pub mod reload;
-pub mod telemetry;
-pub mod traces;
-pub mod trail;
 pub mod transient;
 pub mod unix_path;
+pub mod work;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::join_all};
-use modalkit_queue::{Backend, Memory, Message, QueueError, Surroundings, open};
+use modalkit_queue::{Backend, BackendContext, Memory, Message, QueueError, open};
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::time::timeout;
@@ -63,9 +63,9 @@ impl Queues {
     ///
     /// # Errors
     /// One can't ever be used as it is configured.
-    pub fn open(spec: &QueueSpec, around: &Surroundings) -> anyhow::Result<Arc<Self>> {
+    pub fn open(spec: &QueueSpec, context: &BackendContext) -> anyhow::Result<Arc<Self>> {
         let backend = |(name, backend)| {
-            let adapter = open(backend, around)
+            let adapter = open(backend, context)
                 .map_err(|error| anyhow::Error::new(error).context(format!("the queue backend {name:?}")))?;
             Ok((String::clone(name), Broker { adapter, faults: Mutex::default() }))
         };

@@ -16,14 +16,14 @@ use tokio::{
 
 use crate::{
     access::Keys,
-    admission::Gate,
     config::{CUT_STILL_TIME, Fault, Faults, Loaded, Looks, ModelSpec, Snapshot, Sources},
-    dispatch::Models,
-    log::LogLevels,
+    insight::log::LogLevels,
+    models::Models,
     mounts,
     pipeline::check_settings,
     reload::{Control, ModelChanges},
     transient::Outage,
+    work::Gate,
 };
 
 /// How often the files are looked at. A change counts when two looks in a row have seen the same; where a file looks cut short, when all

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::{Device, PipelineError};
+use crate::{Device, PipelineError, strict::Strict};
 
 /// What [`crate::InferencePipeline::load`] gets.
 ///
@@ -226,10 +226,12 @@ impl VolumeReload {
 pub(crate) fn parse_settings<S: DeserializeOwned>(json: &str) -> Result<S, PipelineError> {
     let mut unknown = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_str(json);
-    let settings = serde_ignored::deserialize(&mut deserializer, |path| unknown.push(format!("`{path}`")))
-        .map_err(|error| {
-            PipelineError::permanent(error).context("the model's entry doesn't fit the pipeline's settings")
-        })?;
+    let settings =
+        serde_ignored::deserialize(Strict(&mut deserializer), |path| unknown.push(format!("`{path}`")))
+            .map_err(|error| {
+                PipelineError::permanent(error)
+                    .context("the model's entry doesn't fit the pipeline's settings")
+            })?;
     if unknown.is_empty() {
         return Ok(settings);
     }

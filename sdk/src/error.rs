@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt};
 
-use modalkit_abi::{Failure, FailureKind, PathSegment};
+use modalkit_abi::{Failure, FailureKind, InputFault, PathSegment, abi_stable::std_types::RVec};
 
 use crate::device::{kind_of_code, kind_of_text};
 
@@ -195,35 +195,92 @@ fn cuda_code(_: &(dyn Error + 'static)) -> Option<u32> {
     None
 }
 
-/// Why `validate` turned an input down, and where in it: becomes the `loc` and `msg` of a 422.
+/// Why `validate` turned an input down, and where in it: each fault becomes a `loc` and a `msg` in the list of a 422, of which callers get
+/// the first 16.
 ///
 /// ```
 /// use modalkit_sdk::Invalid;
 ///
 /// let invalid = Invalid::new("expected at most 512 tokens, found 1024").at("prompt").at(3);
 /// assert_eq!(invalid.to_string(), "prompt.3: expected at most 512 tokens, found 1024");
+///
+/// let both = invalid.and(Invalid::new("expected at least 1, found 0").at("top_k"));
+/// assert_eq!(both.to_string(), "prompt.3: expected at most 512 tokens, found 1024; top_k: expected at least 1, found 0");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
-    pub(crate) path: Vec<PathStep>,
-    pub(crate) message: String,
+    first: Fault,
+    more: Vec<Fault>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fault {
+    path: Vec<PathStep>,
+    message: String,
 }
 
 impl Invalid {
     /// Says what is wrong with the whole input; [`Invalid::at`] narrows it down.
     pub fn new(message: impl fmt::Display) -> Self {
-        Self { path: Vec::new(), message: message.to_string() }
+        Self { first: Fault { path: Vec::new(), message: message.to_string() }, more: Vec::new() }
     }
 
-    /// Goes one step further into the input: a member's name or an element's index.
+    /// Goes one step further into the input: a member's name or an element's index. Of several faults, this is the last one's step.
     #[must_use]
     pub fn at(mut self, step: impl Into<PathStep>) -> Self {
-        self.path.push(step.into());
+        self.more.last_mut().unwrap_or(&mut self.first).path.push(step.into());
         self
+    }
+
+    /// Says that something else is wrong as well.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.more.push(other.first);
+        self.more.extend(other.more);
+        self
+    }
+
+    /// All of these at once; nothing is wrong where there are none.
+    ///
+    /// ```
+    /// use modalkit_sdk::Invalid;
+    ///
+    /// fn check(values: &[f64]) -> Result<(), Invalid> {
+    ///     let negative = values.iter().enumerate().filter(|(_, value)| **value < 0.0);
+    ///     Invalid::all(negative.map(|(index, value)| {
+    ///         Invalid::new(format!("expected no negative number, found {value}")).at("values").at(index)
+    ///     }))
+    /// }
+    ///
+    /// assert!(check(&[1.0]).is_ok());
+    /// assert!(check(&[1.0, -2.0, -3.0]).unwrap_err().to_string().contains("values.2: "));
+    /// ```
+    ///
+    /// # Errors
+    /// Where there are some.
+    pub fn all(faults: impl IntoIterator<Item = Self>) -> Result<(), Self> {
+        faults.into_iter().reduce(Self::and).map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn into_faults(self) -> RVec<InputFault> {
+        std::iter::once(self.first).chain(self.more).map(Into::into).collect()
+    }
+}
+
+impl From<Fault> for InputFault {
+    fn from(fault: Fault) -> Self {
+        Self { path: fault.path.into_iter().map(Into::into).collect(), message: fault.message.into() }
     }
 }
 
 impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.first)?;
+        self.more.iter().try_for_each(|fault| write!(f, "; {fault}"))
+    }
+}
+
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (position, step) in self.path.iter().enumerate() {
             let dot = if position == 0 { "" } else { "." };

@@ -64,6 +64,10 @@ macro_rules! export_pipeline {
             #[unsafe(no_mangle)]
             static modalkit_plugin_handshake: private::Handshake =
                 private::handshake_of(&HEADER, cfg!(panic = "abort"));
+
+            // Beside the handshake, whose fields are frozen.
+            #[unsafe(no_mangle)]
+            static modalkit_plugin_debug_assertions: u8 = cfg!(debug_assertions) as u8;
         };
     };
 }
@@ -287,10 +291,7 @@ fn examined<T>(run: impl FnOnce() -> Result<T, Refusal>) -> RResult<T, Rejection
         Ok(Err(Refusal::Malformed(error))) => {
             RErr(Rejection::Malformed { message: error.to_string().into() })
         }
-        Ok(Err(Refusal::Invalid(invalid))) => RErr(Rejection::Invalid {
-            path: invalid.path.into_iter().map(Into::into).collect(),
-            message: invalid.message.into(),
-        }),
+        Ok(Err(Refusal::Invalid(invalid))) => RErr(Rejection::Invalid { faults: invalid.into_faults() }),
         Ok(Err(Refusal::Busy)) => RErr(Rejection::Busy),
         Err(panic) => RErr(Rejection::Failed(panicked(panic))),
     }

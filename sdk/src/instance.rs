@@ -8,7 +8,7 @@ use parking_lot::{ArcRwLockReadGuard, RawRwLock, RwLock};
 use crate::{
     Device, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload,
     context::{Secrets, parse_settings},
-    object,
+    object, strict,
 };
 
 /// One `load()`. The lock gives `on_volume_reload` the pipeline to itself, between batches. It knows no poisoning: a
@@ -73,7 +73,7 @@ impl<P: InferencePipeline> Instance<P> {
 
 /// Parses one input.
 pub(crate) fn parse<P: InferencePipeline>(json: &[u8]) -> Result<P::Input, Refusal> {
-    serde_json::from_slice(json).map_err(Refusal::Malformed)
+    strict::from_slice(json).map_err(Refusal::Malformed)
 }
 
 /// The inputs of one batch, what the last finished stage left, and the hold that keeps the pipeline as it is.

@@ -54,12 +54,14 @@ mod context;
 mod device;
 mod error;
 mod export;
+mod finite;
 mod forward;
 mod instance;
 mod object;
 mod pipeline;
 mod queue;
 mod schema;
+mod strict;
 pub mod testkit;
 
 pub use context::{LoadContext, NoSettings, VolumeReload};

@@ -1,12 +1,14 @@
 //! Writes an output as a JSON object that begins with `{"status":"success"`, and refuses what is no object or has a
 //! member of the host's.
 
+use std::io;
+
 use serde::{
     Serialize,
     ser::{self, Impossible, SerializeMap, SerializeStruct, Serializer},
 };
 
-use crate::PipelineError;
+use crate::{PipelineError, finite::Finite};
 
 /// Members that the host adds; an output may not have them.
 pub(crate) const RESERVED: [&str; 3] = ["status", "error", "meta"];
@@ -17,10 +19,22 @@ const TYPICAL_OUTPUT_BYTES: usize = 128;
 /// The output's JSON.
 pub(crate) fn to_json<T: Serialize>(output: &T) -> Result<Vec<u8>, PipelineError> {
     let mut json = Vec::with_capacity(TYPICAL_OUTPUT_BYTES);
-    output
-        .serialize(Object { json: &mut json })
-        .map_err(|Refused(reason)| PipelineError::permanent(reason))?;
-    Ok(json)
+    // Whatever is nested in it is written by serde_json, which would make `null` of what is no number.
+    match Finite(output).serialize(Object { json: &mut json }) {
+        Ok(()) => Ok(json),
+        Err(Refused(reason)) => Err(PipelineError::permanent(match faulty_member(output) {
+            Some(path) => format!("{reason} in `{path}`"),
+            None => reason,
+        })),
+    }
+}
+
+/// The path of the value that can't be written, such as `scores[3]`: the output is written once more, to nowhere.
+fn faulty_member<T: Serialize>(output: &T) -> Option<String> {
+    let mut nowhere = serde_json::Serializer::new(io::sink());
+    let error = serde_path_to_error::serialize(output, Finite(&mut nowhere)).err()?;
+    // A path without a step is the output itself.
+    error.path().iter().next().is_some().then(|| error.path().to_string())
 }
 
 struct Object<'a> {
@@ -314,6 +328,13 @@ mod tests {
             meta: u8,
         }
         assert!(text(to_json(&Owns { meta: 1 })).contains("`meta`"));
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused() {
+        let said = text(to_json(&BTreeMap::from([("a", vec![1.0, f64::NAN])])));
+        assert!(said.ends_with("expected a finite number, found NaN in `a[1]`"), "{said}");
+        assert_eq!(text(to_json(&BTreeMap::from([("a", 1.0)]))), r#"{"status":"success","a":1.0}"#);
     }
 
     #[test]

@@ -105,7 +105,8 @@ pub type Outcome<T> = Result<T, PipelineError>;
 /// ```
 pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// The pipeline's own keys of the model's entry in the configuration; [`crate::NoSettings`] where it has none.
-    /// A key that it doesn't know is an error before load; its JSON Schema lets the host name the line and the nearest key.
+    /// A key that it doesn't know is an error before load; its JSON Schema lets the host name the line and the nearest key. One that names a
+    /// file in the data folder says so with `#[schemars(extend("x-modalkit-file" = true))]`: `modalkit check` looks whether it is there.
     type Settings: DeserializeOwned + JsonSchema;
     /// One request. Its JSON Schema explains to callers what was wrong with theirs.
     type Input: DeserializeOwned + JsonSchema + Send + Sync + 'static;
@@ -124,7 +125,8 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
 
     /// Looks at one parsed input before it is queued; what it refuses gets a 422 and never takes a slot in a batch.
     ///
-    /// It may run on the host's network threads: check shapes and ranges here, and leave real work to `preprocess`.
+    /// It may run on the host's network threads: check shapes and ranges here, and leave real work to `preprocess`. What only the schema
+    /// says, as `#[schemars(length(min = 1))]` does, is not checked unless the model's entry says `enforce_schema = true`.
     ///
     /// # Errors
     /// What is wrong with the input, and where.

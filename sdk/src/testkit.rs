@@ -1,5 +1,6 @@
 //! Runs a whole pipeline in an ordinary `#[test]`, with no host: the same parsing, validation, stages, counting and
-//! writing of answers that the host's calls go through.
+//! writing of answers that the host's calls go through. A panic of the pipeline fails the test, with its own message and
+//! backtrace; in the host it fails the batch.
 
 use std::path::PathBuf;
 

@@ -113,7 +113,7 @@ fn a_thousand_wrong_keys_let_nobody_in_and_no_key_is_ever_seen() {
     // To callers it says how its models are and not why, and to others that it is well.
     assert_eq!(
         host.get_with("/health", &[("x-api-key", KEY)]).1["models"]["echo"],
-        json!({"state": "ready", "configured": false})
+        json!({"state": "ready", "configured": false, "required": false})
     );
     assert_eq!(host.get_with("/health", &[]).1, json!({"status": "ok"}));
 }

@@ -2,7 +2,7 @@
 //! every file says what it is for, and that the README and the reference configuration are true.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -87,7 +87,7 @@ fn each_library_is_known_where_it_belongs_only() {
     only_in(
         "prometheus::",
         &[
-            "host/src/telemetry.rs",
+            "host/src/insight/metrics/",
             "host/src/access/",
             "host/src/ingress/connection.rs",
             "host/src/reload/build.rs",
@@ -103,7 +103,7 @@ fn each_library_is_known_where_it_belongs_only() {
     );
     only_in("nvml_wrapper", &["host/device/src/monitor.rs", itself]);
     only_in("redis::", &["host/queue/", "tests/", itself]);
-    only_in("opentelemetry", &["host/src/traces.rs", "host/src/ingress/follow.rs", itself]);
+    only_in("opentelemetry", &["host/src/insight/", "host/src/ingress/request_timings.rs", itself]);
     only_in("rustls::", &["host/src/ingress/", "host/src/app.rs", "tests/e2e/https.rs", itself]);
     only_in("governor::", &["host/src/access/", itself]);
     only_in("serde_saphyr", &["host/src/config/", itself]);
@@ -266,9 +266,43 @@ fn the_reference_configuration_has_every_key_with_its_default() {
             "app_settings.queue_config.backends.*.settings",
             "app_settings.queue_config.consume",
             "model_settings.common",
+            // The demonstrations aren't.
+            "model_settings.model_entries.*.required",
         ];
         if let Some(default) = default.filter(|_| !is_example.contains(&path.as_str())) {
             assert_eq!(shown, default, "{path}: the default in config/modalkit.toml");
+        }
+    }
+}
+
+#[test]
+fn the_glossary_names_what_there_is() {
+    let glossary = fs::read_to_string(workspace().join("docs/glossary.md")).unwrap();
+    let code: String = sources().into_iter().map(|(_, text)| text).collect();
+    let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+    let words: BTreeSet<&str> = code.split(|letter| !is_word(letter)).collect();
+    let mut names = 0;
+    for row in glossary.lines().filter(|line| line.starts_with("| ") && line.matches('|').count() == 5) {
+        let cell = row.rsplit('|').nth(1).unwrap();
+        for name in cell.split('`').skip(1).step_by(2).filter(|name| !name.contains('/')) {
+            let last = name.rsplit("::").next().unwrap();
+            assert!(words.contains(last), "the glossary has `{name}`, the code hasn't");
+            names += 1;
+        }
+    }
+    assert!(names > 80, "{names} names were found");
+}
+
+#[test]
+fn jobs_know_nothing_of_http() {
+    for (file, text) in sources() {
+        if ["host/src/jobs/", "host/src/work/", "host/src/protocol/", "host/src/pipeline/"]
+            .iter()
+            .any(|room| file.starts_with(room))
+        {
+            let found = code(&text)
+                .find(|line| ["egress", "ingress", "hyper"].iter().any(|word| line.contains(word)));
+            assert_eq!(found, None, "{file}");
         }
     }
 }

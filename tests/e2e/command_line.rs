@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -38,7 +38,7 @@ fn a_plugin_is_inspected_without_being_served() {
     let (code, said, _) = modalkit(&["inspect", path_of(&echo)], &[]);
     assert_eq!(code, 0, "{said}");
     for part in
-        ["echo 0.1.0, this host would take it", "abi     4", "text  string  required", "translated_text"]
+        ["echo 0.1.0, this host would take it", "abi     5", "text  string  required", "translated_text"]
     {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }
@@ -81,6 +81,30 @@ fn ask(host: &Host, args: &[&str], more: &[(&str, &str)]) -> (i32, String, Strin
     let mut variables = vec![("MODALKIT_URL", url.as_str()), ("MODALKIT_SOCKET", socket)];
     variables.extend_from_slice(more);
     modalkit(args, &variables)
+}
+
+/// Where a host's own user asks it from: with its configuration file, and no word of where it is.
+struct Home {
+    files: PathBuf,
+    state: PathBuf,
+    address: String,
+}
+
+impl Home {
+    fn of(host: &Host) -> Self {
+        let folder = host.folder();
+        let (files, state) = (folder.join("modalkit.toml"), folder.join("state"));
+        Self { files, state, address: host.address.to_string() }
+    }
+
+    fn ask(&self, args: &[&str], more: &[(&str, &str)]) -> (i32, String, String) {
+        let mut variables = vec![
+            ("MODALKIT_SERVER__STATE_FOLDER", path_of(&self.state)),
+            ("MODALKIT_SERVER__LISTEN", self.address.as_str()),
+        ];
+        variables.extend_from_slice(more);
+        modalkit(&[args, &["--config", path_of(&self.files)]].concat(), &variables)
+    }
 }
 
 /// As anybody could, over the network.
@@ -131,20 +155,42 @@ fn a_running_host_is_asked_from_the_command_line() {
 }
 
 #[test]
+fn a_running_host_is_asked_whatever_became_of_its_files_and_whatever_proxy_is_set() {
+    let key = "[app_settings.auth_config.keys.caller]\nvariable = \"THE_KEY\"\n";
+    let mut host = Setup::new().plugin("echo").config(key).variable("THE_KEY", KEY).ready();
+    let home = Home::of(&host);
+    let at_home = |args: &[&str], more: &[(&str, &str)]| home.ask(args, more);
+    for wrong in ["", "[server]\nno_such_key = 1\n", "[app_settings.batch_config]\nwait_ms = 5 ms\n"] {
+        host.configure(&format!("{key}{wrong}"));
+        let (code, said, error) = at_home(&["models"], &[]);
+        assert!(code == 0 && said.contains("echo   ready"), "{wrong}: {code} {said}{error}");
+        // A proxy would look for 127.0.0.1 on its own machine; here is none.
+        let predict = ["predict", "--input", r#"{"text": "a"}"#];
+        let proxy = "http://127.0.0.1:9";
+        let proxies =
+            [("http_proxy", proxy), ("HTTP_PROXY", proxy), ("ALL_PROXY", proxy), ("MODALKIT_KEY", KEY)];
+        let (code, said, error) = at_home(&predict, &proxies);
+        assert!(code == 0 && said.contains("\"A\""), "{code} {said}{error}");
+    }
+}
+
+#[test]
+fn a_file_in_the_current_folder_is_inspected_by_its_bare_name() {
+    let folder = tempfile::tempdir().unwrap();
+    install(&library("echo"), &folder.path().join("echo.so"));
+    let mut command = Command::new(built().join("modalkit"));
+    let output = command.args(["inspect", "echo.so"]).current_dir(folder.path()).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && said.contains("this host would take it"), "{said}");
+}
+
+#[test]
 fn the_command_line_finds_the_hosts_socket_and_needs_no_key_there() {
     for auth in ["", &format!("[app_settings.auth_config]\napi_key = {KEY:?}\n")] {
         let mut host = Setup::new().plugin("echo").config(auth).ready();
-        let files = host.folder().join("modalkit.toml");
-        let state = host.folder().join("state");
         let address = host.address.to_string();
-        let at_home = |args: &[&str], more: &[(&str, &str)]| {
-            let mut variables = vec![
-                ("MODALKIT_SERVER__STATE_FOLDER", path_of(&state)),
-                ("MODALKIT_SERVER__LISTEN", address.as_str()),
-            ];
-            variables.extend_from_slice(more);
-            modalkit(&[args, &["--config", path_of(&files)]].concat(), &variables)
-        };
+        let home = Home::of(&host);
+        let at_home = |args: &[&str], more: &[(&str, &str)]| home.ask(args, more);
         let (code, said, _) = at_home(&["models"], &[]);
         assert!(code == 0 && said.contains("echo   ready"), "{code} {said}");
         let (code, said, _) = at_home(&["reload", "echo"], &[]);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use modalkit::config::{self, Environment, Faults, Loaded};
-use modalkit_tests::{Host, Setup, built, wait_until, workspace};
+use modalkit_tests::{Host, Setup, built, install, library, wait_until, workspace};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -182,9 +182,114 @@ fn a_dot_env_file_is_read_and_the_environment_beats_it() {
         "$MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE"
     );
     assert_eq!(json["$app_name"], "modalkit-test");
-    files.put(".env", "SECRET is no line of this kind\n");
-    let (code, said, _) = modalkit(files.0.path(), &["check"], &[]);
-    assert!(code == 1 && said.contains(".env:1:1") && !said.contains("SECRET"), "{code} {said}");
+    // Other programs' lines are theirs.
+    files.put(".env", "A=1\nSECRET is no line of this kind\nMODALKIT_APP_POSTFIX=-test\n");
+    let (code, told, said) = modalkit(files.0.path(), &["check"], &[]);
+    let told = told + &said;
+    assert!(code == 0 && told.contains(".env:2:1") && told.contains("passed over"), "{code} {told}");
+    assert!(!told.contains("SECRET"), "{told}");
+    let (_, json, _) = modalkit(files.0.path(), &["check", "--json"], &[]);
+    assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["$app_name"], "modalkit-test");
+    // One of ours that can't be read stops the start: it may be a key.
+    for lines in
+        ["\nMODALKIT_X__Y is SECRET\n", "\nA=\"SECRET\nMODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY=b\n"]
+    {
+        files.put(".env", lines);
+        let (code, told, said) = modalkit(files.0.path(), &["check"], &[]);
+        assert!(code == 1 && told.contains(".env:2:1") && !told.contains("SECRET"), "{code} {told}{said}");
+    }
+}
+
+#[test]
+fn what_was_probably_meant_and_has_no_effect_is_told() {
+    let files = Files::new();
+    files.put(".env", "MODALKIT_app_settings_X=1\n");
+    let (code, said, _) = modalkit(files.0.path(), &["check"], &[("MODALKIT_SERVER_LISTEN", "127.0.0.1:9")]);
+    assert_eq!(code, 0, "{said}");
+    for part in [
+        "$MODALKIT_SERVER_LISTEN",
+        "as in MODALKIT_SERVER__LISTEN",
+        ".env:1",
+        "as in MODALKIT_app_settings__X",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    files.put(".env", "");
+    let (_, said, _) =
+        modalkit(files.0.path(), &["check"], &[("MODALKIT_URL", "x"), ("MODALKIT_SERVERS", "x")]);
+    assert!(!said.contains("sets nothing"), "{said}");
+    // As it is between an editor's two steps.
+    files.put("mine.toml", "");
+    let (code, said, _) = modalkit(files.0.path(), &["check"], &[("MODALKIT_CONFIG", "mine.toml")]);
+    assert!(code == 0 && said.contains("mine.toml:1:1") && said.contains("it holds no setting"), "{said}");
+    // The Python library reads it from there.
+    files.put("modalkit.yaml", "app_settings: {}\n");
+    let (_, said, _) = modalkit(files.0.path(), &["check"], &[]);
+    assert!(said.contains("modalkit.yaml") && said.contains("--config"), "{said}");
+    let (_, said, _) = modalkit(files.0.path(), &["check", "--config", "modalkit.yaml"], &[]);
+    assert!(!said.contains("not named") && !said.contains("unless it is named"), "{said}");
+}
+
+#[test]
+fn check_tells_what_a_pipeline_refuses_beside_everything_else_and_is_strict_where_it_is_told_so() {
+    let files = Files::new();
+    let volume = files.0.path().join("volume");
+    fs::create_dir(&volume).unwrap();
+    install(&library("echo"), &volume.join("echo.so"));
+    let volumes = format!(
+        "app_settings:\n  deployment_config:\n    volumes: {{{:?}: main}}\n",
+        volume.display().to_string()
+    );
+    let entry = "model_settings:\n  model_entries:\n    echo: {top_k: 1}\n";
+    files.put("m.yaml", &format!("{volumes}    concurrency_limit: 0\n{entry}"));
+    let check = |more: &[&str]| {
+        let args = [&["check", "--config", "m.yaml"], more].concat();
+        let (code, said, _) = modalkit(files.0.path(), &args, &[]);
+        (code, said)
+    };
+    let (code, said) = check(&[]);
+    assert_eq!(code, 1, "{said}");
+    // A limit out of its range, and a key that the pipeline, which has none, doesn't know.
+    for part in ["has 2 errors", "m.yaml:4:24", "m.yaml:7:12", "unknown key top_k"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    // What means nothing here is a warning in YAML, which files of the Python library come in.
+    files.put("m.yaml", &format!("{volumes}    concurency_limit: 2\n"));
+    let (code, said) = check(&[]);
+    assert!(code == 0 && said.contains("did you mean concurrency_limit?"), "{said}");
+    assert_eq!(check(&["--strict"]).0, 1);
+    assert_eq!(check(&["--strict", "--json"]).0, 1);
+    files.put("m.yaml", &volumes);
+    assert_eq!(check(&["--strict"]).0, 0);
+}
+
+#[test]
+fn check_looks_whether_volumes_and_models_files_are_there() {
+    let files = Files::new();
+    let volume = files.0.path().join("volume");
+    fs::create_dir(&volume).unwrap();
+    install(&library("similarity"), &volume.join("similarity.so"));
+    files.put(
+        "m.toml",
+        &format!(
+            "[app_settings.deployment_config.volumes]\n{:?} = \"main\"\n\"/no/such/folder\" = \"other\"\n\
+         [model_settings]\nlocal_model_repository_folder = {:?}\n\
+         [model_settings.model_entries.similarity]\nmatrix = \"rows.npy\"\nlabels = \"names.txt\"\n",
+            volume.display().to_string(),
+            volume.display().to_string()
+        ),
+    );
+    let check = || modalkit(files.0.path(), &["check", "--config", "m.toml"], &[]);
+    let (code, said, _) = check();
+    assert_eq!(code, 1, "{said}");
+    for part in ["/no/such/folder", "m.toml:7", "rows.npy", "m.toml:8", "names.txt"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    for name in ["rows.npy", "names.txt"] {
+        fs::write(volume.join(name), "").unwrap();
+    }
+    let (code, said, _) = check();
+    assert_eq!(code, 0, "{said}");
 }
 
 #[test]
@@ -316,7 +421,7 @@ fn what_check_prints_in_json_is_the_same_configuration_again() {
 fn keys_of_a_pipeline_are_told_in_the_same_form() {
     let files = Files::new();
     fs::create_dir(files.0.path().join("volume")).unwrap();
-    modalkit_tests::install(&modalkit_tests::library("puppet"), &files.0.path().join("volume/puppet.so"));
+    install(&library("puppet"), &files.0.path().join("volume/puppet.so"));
     files.put(
         "a.toml",
         "[app_settings.deployment_config.volumes]\nvolume = \"v\"\n[model_settings.model_entries.puppet]\nlaod = \"error\"\nneeds = 3\nbatch_confg = {}\n",

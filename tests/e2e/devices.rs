@@ -378,8 +378,7 @@ fn what_a_pipeline_makes_of_a_lost_device_doesnt_matter() {
         let (status, answer) = host.post("/predict_sync?model_name=one", &json!({"text": "a", "do": how}));
         assert_eq!(status, 503, "{how}: {answer}");
         let host = ends_with(host, DEVICE_LOST);
-        let line =
-            host.log().into_iter().find(|line| line["why"].is_string() && line["device"] == 0).unwrap();
+        let line = host.logged("why", |line| line["why"].is_string() && line["device"] == 0);
         assert!(line["why"].as_str().unwrap().contains("ILLEGAL_ADDRESS"), "{how}: {line}");
     }
 }

@@ -1,8 +1,13 @@
 //! What a plugin can do wrong at run time, and who pays for it.
 
-use std::{thread, time::Duration};
+use std::{
+    fs,
+    io::Write,
+    thread,
+    time::{Duration, Instant},
+};
 
-use modalkit_tests::{Host, Setup, wait_until};
+use modalkit_tests::{Host, Setup, Version, put, wait_until};
 use serde_json::{Value, json};
 
 fn batching_puppet(more: &str) -> Host {
@@ -12,6 +17,83 @@ fn batching_puppet(more: &str) -> Host {
 
 fn ask(host: &Host, body: &Value) -> (u16, Value) {
     host.post("/predict_sync?model_name=puppet", body)
+}
+
+/// What a plugin does that ends the process, and how that ends.
+const ENDS: [(&str, &str, Option<i32>); 2] = [("exits", "exit()", Some(70)), ("faults", "SIGSEGV", None)];
+
+#[test]
+fn a_plugin_that_ends_the_process_is_named_and_its_end_is_never_taken_for_a_planned_one() {
+    for (behaviour, how, code) in ENDS {
+        let setup = Setup::new().plugin("echo");
+        Version::bad(1, behaviour).install(&setup.volume());
+        let mut host = setup.start();
+        wait_until("both serve", || host.models() == 2 && host.get("/readyz").0 == 200);
+        let mut stream = host.connect();
+        let body = r#"{"text": "a"}"#;
+        write!(
+            stream,
+            "POST /predict_sync?model_name=versioned HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
+        let ended = host.wait();
+        assert_eq!(ended.code(), code, "{behaviour}: {ended:?}");
+        assert!(!ended.success());
+        let line = host.log_line("the process is ended by");
+        assert_eq!(line["message"], format!("the process is ended by {how} in a plugin's predict"));
+        assert_eq!((&line["model"], &line["stage"]), (&json!("versioned"), &json!("predict")), "{line}");
+    }
+}
+
+#[test]
+fn content_that_ends_the_host_in_its_load_is_not_loaded_again_and_the_version_before_serves() {
+    for (behaviour, how) in [("load-exit", "exit()"), ("load-fault", "SIGSEGV")] {
+        let setup = Setup::new().plugin("echo");
+        Version::good(1).install(&setup.volume());
+        let mut host = setup.start();
+        let version = |host: &Host| host.post("/predict_sync?model_name=versioned", &json!({"text": "a"}));
+        wait_until("it serves", || version(&host).0 == 200);
+        wait_until("a copy of it is kept", || {
+            fs::read_dir(host.folder().join("state/served")).unwrap().flatten().any(|file| {
+                file.path().extension().is_some_and(|kind| kind == "so")
+                    && fs::read(file.path()).unwrap() == Version::good(1).bytes()
+            })
+        });
+        Version::bad(2, behaviour).install(&host.volume());
+        assert!(!host.wait().success());
+        host.start_again();
+        wait_until("the version before serves", || version(&host).0 == 200);
+        assert_eq!(version(&host).1["version"], 1);
+        wait_until("the other model serves", || {
+            host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0 == 200
+        });
+        let line = host.log_line("content is fenced");
+        assert_eq!(
+            (&line["model"], &line["why"]),
+            (
+                &json!("versioned"),
+                &json!(format!("this content ended the host while it was loaded: {how} in load"))
+            )
+        );
+        let report = host.report("versioned");
+        let history = report["history"].as_array().unwrap();
+        assert!(
+            history.iter().any(|entry| entry["reason"].to_string().contains("modalkit reload versioned")),
+            "{report}"
+        );
+        assert_eq!(report["last"]["cause"], "fence", "{report}");
+        // Another version is taken as ever, and somebody may ask for the fenced one.
+        Version::good(3).install(&host.volume());
+        wait_until("the new one serves", || version(&host).1["version"] == 3);
+        Version::bad(2, behaviour).install(&host.volume());
+        wait_until("it was refused", || {
+            host.report("versioned")["last"]["reason"].to_string().contains("ended the host")
+        });
+        assert_eq!(version(&host).1["version"], 3);
+        host.signal("TERM");
+        assert_eq!(host.wait().code(), Some(0));
+    }
 }
 
 #[test]
@@ -98,6 +180,22 @@ fn a_batch_that_overruns_fails_with_504_and_its_replica_is_replaced() {
 }
 
 #[test]
+fn a_thread_of_an_earlier_generation_is_stuck_until_it_comes_back() {
+    let host = batching_puppet("[app_settings.deployment_config]\nbatch_timeout_seconds = 0.2\n");
+    let stuck = || host.metric(r#"modalkit_replicas_stuck{model="puppet"}"#);
+    let sleeper = Instant::now();
+    assert_eq!(ask(&host, &json!({"do": "sleep", "ms": 4000})).0, 504);
+    // Bytes behind the library's own make other content that does the same.
+    let file = host.volume().join("puppet.so");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes.push(b'\n');
+    put(&bytes, &file);
+    wait_until("the next generation serves", || host.report("puppet")["generation"]["number"] == 2);
+    wait_until("it came back", || stuck() == 0.0);
+    assert!(sleeper.elapsed() >= Duration::from_secs(4), "it was forgotten while it slept");
+}
+
+#[test]
 fn a_model_whose_replicas_hang_is_given_up_and_comes_back_with_its_threads() {
     let host = batching_puppet(
         "[app_settings.deployment_config]\nbatch_timeout_seconds = 0.1\nstuck_replicas_max = 0\n",
@@ -106,7 +204,8 @@ fn a_model_whose_replicas_hang_is_given_up_and_comes_back_with_its_threads() {
     wait_until("it is given up", || host.model("puppet")["state"] == "stuck");
     let (status, body) = ask(&host, &json!({"value": 1}));
     assert_eq!(status, 503, "{body}");
-    assert_eq!(host.get("/readyz").0, 503);
+    assert_eq!(host.get("/readyz?model=puppet").0, 503);
+    assert_eq!(host.get("/readyz").0, 200, "it has no entry, and another one serves");
     assert_eq!(host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0, 200, "others serve on");
     wait_until("it serves again", || ask(&host, &json!({"value": 1})).0 == 200);
 }
@@ -182,7 +281,7 @@ fn a_pipeline_that_does_not_load_says_why_and_is_tried_again() {
     let (status, body) = ask(&host, &json!({}));
     assert_eq!(status, 503, "{body}");
     wait_until("echo serves", || host.post("/predict_sync?model_name=echo", &json!({"text": "a"})).0 == 200);
-    std::fs::write(host.volume().join("weights.bin"), "weights").unwrap();
+    fs::write(host.volume().join("weights.bin"), "weights").unwrap();
     for name in ["puppet", "asleep"] {
         let path = format!("/predict_sync?model_name={name}");
         wait_until("it is tried again", || host.post(&path, &json!({"value": 3})).0 == 200);

@@ -170,8 +170,9 @@ fn left_behind(host: &Host) {
     assert_eq!(host.metric(r#"modalkit_queued_jobs{model="puppet"}"#), 0.0);
 }
 
-fn no_panic_in_the_log(host: &Host) {
-    let panics: Vec<_> = host.log().into_iter().filter(|line| line.to_string().contains("panic")).collect();
+fn no_panic_in_the_log(host: Host) {
+    let panics: Vec<_> =
+        host.whole_log().into_iter().filter(|line| line.to_string().contains("panic")).collect();
     assert!(panics.is_empty(), "{panics:#?}");
 }
 
@@ -212,7 +213,7 @@ fn ten_thousand_malformed_requests_are_answered_or_cut_off_while_others_are_serv
         assert!(good.join().expect("the good caller is always served") > 0);
     });
     left_behind(&host);
-    no_panic_in_the_log(&host);
+    no_panic_in_the_log(host);
 }
 
 /// How long callers hang up at random; `MODALKIT_TEST_HANG_UP_SECONDS` makes it longer than CI has time for.
@@ -275,12 +276,12 @@ fn callers_that_hang_up_at_random_leave_nothing_behind() {
         assert!(second < REST_DIFFERENCE_BYTES, "memory grew by {first} bytes, and by {second} again");
     }
     assert!(host.metric(r#"modalkit_jobs_skipped_total{model="puppet",reason="cancelled"}"#) > 0.0);
-    no_panic_in_the_log(&host);
+    no_panic_in_the_log(host);
 }
 
 #[test]
 fn an_http2_connection_that_asks_for_nothing_any_more_is_ended() {
-    let host = Setup::new().config("[server]\nheader_timeout_ms = 200").start();
+    let host = Setup::new().config("[server]\nkeep_alive_timeout_ms = 200").start();
     let mut stream = host.connect();
     // The preface with empty settings, then a whole request: GET / in HPACK's static table.
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, env, fs, thread};
 
 use mock_collector::{MockServer, Protocol, ServerHandle};
-use modalkit::{telemetry::Metrics, traces::Traces};
+use modalkit::insight::{metrics::Metrics, traces::Traces};
 use modalkit_tests::{Host, KEY, SECRET_OF_COLLECTOR, Setup, assert_no_secret, workspace};
 use serde_json::{Value, json};
 
@@ -301,6 +301,14 @@ fn a_collector_that_is_away_harms_nobody() {
     for _ in 0..200 {
         assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 200);
     }
+    let line = host.log_line("traces can't be exported");
+    assert_eq!(line["endpoint"], "http://127.0.0.1:1/v1/traces");
+    let error = line["error"].as_str().unwrap();
+    assert!(error.contains("Connection refused"), "{error}");
     host.signal("TERM");
     assert_eq!(host.wait().code(), Some(0));
+    let log = host.log();
+    let told = |text: &str| log.iter().filter(|line| line.to_string().contains(text)).count();
+    // The last ones have a line of their own.
+    assert_eq!((told("traces can't be exported"), told("last spans"), told("export")), (1, 1, 2));
 }

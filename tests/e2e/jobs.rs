@@ -62,7 +62,16 @@ fn results_go_to_the_queue_for_answers_or_the_one_for_failures() {
     let (status, answer) = host.post(&format!("/jobs/{good}/redeliver"), &json!({}));
     assert_eq!(status, 202, "{answer}");
     wait_until("it is there again", || messages(&host, "good").len() == 1);
-    assert_eq!(host.post(&format!("/jobs/{quiet}/redeliver"), &json!({})).0, 409);
+    let (status, answer) = host.post(&format!("/jobs/{good}/redeliver"), &json!({}));
+    assert_eq!(
+        (status, answer["detail"].as_str()),
+        (409, Some("its result is on its way to the queue \"good\""))
+    );
+    let (status, answer) = host.post(&format!("/jobs/{quiet}/redeliver"), &json!({}));
+    assert!(
+        status == 409 && answer["detail"].as_str().unwrap().starts_with("no queue was named"),
+        "{answer}"
+    );
 }
 
 #[test]
@@ -345,7 +354,7 @@ mod with_redis {
             ready = host.get("/readyz").1;
             ready["queues_not_usable"]["main"]["denied"] == true
         });
-        assert_eq!(host.get("/readyz").0, 503);
+        assert_eq!(host.get("/readyz").0, 200, "synchronous callers need no broker");
         let line = host.log_line("does not let this host in");
         assert_eq!(line["level"], "ERROR", "{line}");
         wait_until("it serves all the same", || host.post("/predict_sync", &json!({"value": 1})).0 == 200);
@@ -376,6 +385,9 @@ mod with_redis {
         add("no JSON at all");
         add(r#"{"message": {"ms": "x"}, "failure_queue": "bad"}"#);
         add(r#"{"massage": {}, "failure_queue": "bad"}"#);
+        // Nobody asks what became of these: they name no failure queue.
+        add(r#"{"message": {"ms": "y"}}"#);
+        add(r#"[{"ms": 1}]"#);
         wait_until("some are taken", || !brokers::redis_stream(redis.port, "results").is_empty());
         assert!(
             host.get("/jobs?state=queued").1["jobs"].as_array().unwrap().len() <= 4,
@@ -405,9 +417,13 @@ mod with_redis {
                 .collect()
         };
         wait_until("those that are no requests are told", || {
-            bodies("dead").len() == 1 && bodies("bad").len() == 2
+            bodies("dead").len() == 3 && bodies("bad").len() == 2
         });
-        assert_eq!(bodies("dead")[0]["original_message"], "no JSON at all");
+        let dead: Vec<Value> = bodies("dead").iter().map(|body| body["original_message"].clone()).collect();
+        for original in [json!("no JSON at all"), json!({"message": {"ms": "y"}}), json!([{"ms": 1}])] {
+            assert!(dead.contains(&original), "{original} is not among {dead:?}");
+        }
+        assert_eq!(host.log_line("a request from a queue failed and names no failure queue")["to"], "dead");
         let errors: Vec<String> =
             bodies("bad").iter().map(|body| body["error"].as_str().unwrap().to_owned()).collect();
         assert!(errors.iter().any(|error| error.contains("massage")), "{errors:?}");

@@ -45,6 +45,19 @@ fn a_shutdown_answers_what_was_admitted_and_exits_0() {
 }
 
 #[test]
+fn a_host_that_is_about_to_drain_says_so_and_goes_on_for_the_time_that_is_set() {
+    let mut host = Setup::new().plugin("echo").config("[server]\ndrain_delay_seconds = 3").ready();
+    host.signal("TERM");
+    wait_until("balancers see it", || host.get("/readyz").0 == 503);
+    assert_eq!(host.get("/readyz").1["shutting_down"], true);
+    assert_eq!(host.get("/readyz?model=echo").0, 503);
+    // Who hasn't heard of it yet is served, on connections old and new.
+    assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 200);
+    assert_eq!(host.get("/livez").0, 200);
+    assert_eq!(host.wait().code(), Some(0));
+}
+
+#[test]
 fn a_shutdown_takes_no_new_requests_and_says_so_on_open_connections() {
     let mut host = Setup::new().plugin("puppet").ready();
     let mut stream = host.connect();

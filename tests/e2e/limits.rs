@@ -157,7 +157,7 @@ fn a_caller_that_never_reads_is_in_flight_until_it_is_ended() {
 #[test]
 fn a_slow_reader_gets_everything_however_long_that_takes() {
     // Both limits are far shorter than the reading.
-    let config = "[server]\nwrite_timeout_ms = 1000\nheader_timeout_ms = 300";
+    let config = "[server]\nwrite_timeout_ms = 1000\nheader_timeout_ms = 300\nkeep_alive_timeout_ms = 300";
     let host = Setup::new().plugin("puppet").config(config).ready();
     thread::scope(|scope| {
         scope.spawn(|| {

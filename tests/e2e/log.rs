@@ -56,6 +56,11 @@ fn a_host_whose_log_nobody_reads_serves_and_says_later_how_many_lines_are_missin
     // What comes later is written again.
     assert_eq!(host.post("/predict_sync", &json!({"do": "log"})).0, 200);
     assert_eq!(host.log_line("a line through tracing")["level"], "WARN");
+    let printed = host.log_line("a line through println");
+    assert_eq!(
+        (&printed["level"], &printed["from"]),
+        (&serde_json::json!("INFO"), &serde_json::json!("stdout"))
+    );
     // It ends as ever while nobody reads.
     fill_the_log(&host);
     host.signal("TERM");

@@ -5,6 +5,7 @@
 mod access;
 mod architecture;
 mod batching;
+mod clients;
 mod command_line;
 mod configuration;
 mod copies;
@@ -15,6 +16,7 @@ mod durability;
 mod failures;
 mod hostile;
 mod https;
+mod imports;
 mod insight;
 mod jobs;
 mod lifecycle;

@@ -66,6 +66,15 @@ fn ask(port: u16, model: &str) -> Option<Value> {
     serde_json::from_str(&response.body_mut().read_to_string().ok()?).ok()
 }
 
+/// Processes whose working folder is in this one, by their names.
+fn processes_in(folder: &Path) -> Vec<String> {
+    let ids = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let inside = ids.filter(|process| {
+        fs::read_link(process.join("cwd")).is_ok_and(|working| working.starts_with(folder))
+    });
+    inside.map(|process| fs::read_to_string(process.join("comm")).unwrap_or_default()).collect()
+}
+
 /// A small plugin, in release, on a machine that has other things to do.
 const BUILD_TIME_MAX: Duration = Duration::from_secs(600);
 
@@ -78,7 +87,7 @@ fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
     let volume = volume.to_str().unwrap();
 
     assert!(newcomer.does(&["xtask", "new-plugin", "sentiment"]).contains("plugins/sentiment"));
-    assert!(newcomer.does(&["test", "--package", "sentiment"]).contains("2 passed"));
+    assert!(newcomer.does(&["test", "--package", "sentiment"]).contains("3 passed"));
 
     let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
     let mut run = newcomer.cargo(&["xtask", "run", "--volume", volume, "--watch"]);
@@ -111,4 +120,5 @@ fn the_readmes_commands_make_test_install_and_serve_a_new_pipeline() {
 
     signal(run.0.id(), "TERM");
     assert_eq!(run.0.wait().unwrap().code(), Some(0), "{}", said());
+    wait_until("what it was building is ended too", || processes_in(&newcomer.tree).is_empty());
 }

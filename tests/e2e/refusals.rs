@@ -86,7 +86,7 @@ fn libraries_that_are_no_plugin_for_this_host() {
     says(&refused(&host, "crashes"), &["it crashes when it is opened (signal 6", "nothing else was harmed"]);
     says(&refused(&host, "bad_output"), &["`Output` has a member `meta`"]);
     let reason = refused(&host, "other_layout");
-    says(&reason, &["its layout differs from this host's although both say ABI 4", "rebuild it", "expected"]);
+    says(&reason, &["its layout differs from this host's although both say ABI 5", "rebuild it", "expected"]);
     assert!(reason.len() < 900, "the first difference only, and not the whole report: {reason}");
     neighbour.stop().assert_faultless();
 }
@@ -107,7 +107,7 @@ fn another_abi_number_is_named_with_who_built_it() {
     let reason = refused(&host, "newer");
     says(
         &reason,
-        &["built for plugin ABI 999 (SDK 9.9.9, rustc 9.0.0)", "this host has ABI 4", "rebuild it"],
+        &["built for plugin ABI 999 (SDK 9.9.9, rustc 9.0.0)", "this host has ABI 5", "rebuild it"],
     );
     neighbour.stop().assert_faultless();
 }

@@ -143,6 +143,8 @@ fn a_first_generation_that_hangs_is_replaced_by_a_fit_one() {
     wait_until("it serves", || {
         host.post("/predict_sync?model_name=versioned", &json!({"text": "a"})).1["version"] == 2
     });
+    let stuck = host.metric(r#"modalkit_replicas_stuck{model="versioned"}"#);
+    assert!(stuck >= 1.0, "the thread of the one before hangs for an hour: {stuck}");
 }
 
 #[test]
@@ -506,7 +508,10 @@ fn people_see_and_steer_it_from_the_command_line() {
         (1, "versioned: refused: there is no generation to go back to\n".into())
     );
     assert_eq!(modalkit(&["reload", "versioned"]), (0, "versioned: swapped, generation 2 serves\n".into()));
-    assert_eq!(modalkit(&["rollback", "versioned"]), (0, "versioned: rolled back: asked for\n".into()));
+    assert_eq!(
+        modalkit(&["rollback", "versioned"]),
+        (0, "versioned: rolled back to generation 1: it was asked for\n".into())
+    );
     let (code, said) = modalkit(&["reload", "--volume", "test"]);
     assert!(code == 0 && said.contains("versioned: its plugin is as it was"), "{said}");
     let (code, said) = modalkit(&["models", "versioned"]);

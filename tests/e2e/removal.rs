@@ -47,22 +47,32 @@ fn a_bad_file_that_is_removed_leaves_a_ready_host() {
     wait_until("it was refused", || host.model("garbage")["state"] == "failed");
     wait_until("the other one serves", || host.model("echo")["state"] == "ready");
     let (status, body) = host.get("/readyz");
-    assert_eq!(status, 503);
+    assert_eq!(status, 503, "a configured model is required");
     // What an operator has configured is told from what lies about.
     assert_eq!(body["not_ready"]["garbage"]["configured"], false, "{body}");
     assert_eq!(
         body["not_ready"]["late"],
-        json!({"state": "waiting", "expected": "puppet.so", "configured": true})
+        json!({"state": "waiting", "expected": "puppet.so", "configured": true, "required": true})
     );
     let (_, body) = host.get("/health");
-    assert_eq!(body["models"]["echo"], json!({"state": "ready", "configured": false}));
+    assert_eq!(body["models"]["echo"], json!({"state": "ready", "configured": false, "required": false}));
     assert_eq!(host.model("late")["configured"], true);
     assert_eq!(host.report("garbage")["configured"], false);
     install(&library("puppet"), &host.volume().join("puppet.so"));
     wait_until("it serves", || host.model("late")["state"] == "ready");
-    assert_eq!(host.get("/readyz").0, 503);
+    let (status, body) = host.get("/readyz");
+    assert_eq!(
+        (status, &body["not_ready"]["garbage"]["state"]),
+        (200, &json!("failed")),
+        "it keeps nobody out"
+    );
+    assert_eq!(host.get("/readyz?model=late").0, 200);
+    let (status, body) = host.get("/readyz?model=garbage");
+    assert_eq!((status, &body["ready"], &body["state"]), (503, &json!(false), &json!("failed")));
+    let (status, body) = host.get("/readyz?model=none");
+    assert!(status == 404 && body["detail"].as_str().unwrap().contains("garbage"), "{body}");
     fs::remove_file(garbage).unwrap();
-    wait_until("the host is ready", || host.get("/readyz").0 == 200);
+    wait_until("nothing is told of it", || host.get("/readyz") == (200, json!({"ready": true})));
     assert_eq!(host.post("/predict_sync?model_name=garbage", &json!({})).0, 404);
     wait_until("nothing is left of it", || lines_with(&host, "garbage") == 0);
 }
@@ -333,7 +343,7 @@ fn what_could_not_be_read_for_a_moment_is_soon_looked_at_again_and_is_not_gone()
     let begun = Instant::now();
     wait_until("the change is told", || hooks() == 1);
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-    let gone =
-        host.log().iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains("gone")));
-    assert!(!gone, "{:#?}", host.log());
+    let log = host.whole_log();
+    let gone = log.iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains("gone")));
+    assert!(!gone, "{log:#?}");
 }

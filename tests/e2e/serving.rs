@@ -49,9 +49,55 @@ fn an_invalid_item_fails_a_batch_whole_with_its_index_before_anything_runs() {
     assert_eq!(body["detail"][0]["type"], "int_type");
     let (status, body) = host.post("/predict_batch", &json!([{"ms": 60_001}]));
     assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body", 0, "ms"])));
+    let (_, body) = host.post("/predict_batch", &json!([{"ms": 60_001, "padding_bytes": (1 << 30) + 1}]));
+    assert_eq!(body["detail"][0]["loc"], json!(["body", 0, "ms"]));
+    assert_eq!(
+        body["detail"][1],
+        json!({
+            "loc": ["body", 0, "padding_bytes"],
+            "msg": "expected at most 1073741824, found 1073741825",
+            "type": "value_error"
+        })
+    );
     let (status, body) = host.post("/predict_batch", &json!({"value": 1}));
     assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body"])));
     assert_eq!(host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#), 0.0);
+}
+
+#[test]
+fn invalid_items_stand_in_their_places_where_the_caller_asks_for_that() {
+    let host = puppet();
+    let items =
+        json!([{"value": 1}, {"value": "x"}, {"ms": 60_001}, {"value": 3, "do": "refuse"}, {"value": 4}]);
+    let (status, answers) = host.post("/predict_batch?partial=true", &items);
+    assert_eq!((status, answers.as_array().map(Vec::len)), (200, Some(5)), "{answers}");
+    assert_eq!((&answers[0]["value"], &answers[4]["value"]), (&json!(1), &json!(4)));
+    assert_eq!(answers[1]["status"], "error");
+    assert_eq!(answers[1]["detail"][0]["loc"], json!(["body", 1, "value"]));
+    assert!(answers[1]["error"].as_str().unwrap().contains("expected integer"), "{answers}");
+    assert_eq!(answers[2]["detail"][0]["loc"], json!(["body", 2, "ms"]));
+    assert_eq!(answers[3], json!({"status": "error", "error": "told to refuse this item"}));
+    // All of them, and none.
+    assert_eq!(host.post("/predict_batch?partial=true", &json!([{"value": "x"}])).1[0]["status"], "error");
+    assert_eq!(host.post("/predict_batch?partial=true", &json!([])), (200, json!([])));
+    assert_eq!(host.post("/predict_batch?partial=false", &items).0, 422);
+    assert_eq!(host.post("/predict_batch?partial=yes", &items).0, 422);
+    assert_eq!(host.post("/predict_batch?partial=true", &json!({"value": 1})).0, 422, "no list at all");
+}
+
+#[test]
+fn what_only_the_schema_says_is_enforced_where_a_model_asks_for_it() {
+    let config = "[model_settings.model_entries.strict]\nplugin = \"puppet\"\nenforce_schema = true\n\
+                  [model_settings.model_entries.puppet]\n";
+    let host = Setup::new().plugin("puppet").config(config).ready();
+    let long = json!({"do": "x".repeat(101)});
+    assert_eq!(host.post("/predict_sync?model_name=puppet", &long).0, 200);
+    let (status, body) = host.post("/predict_sync?model_name=strict", &long);
+    assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body", "do"])), "{body}");
+    assert_eq!(body["detail"][0]["type"], "too_long");
+    let (status, body) = host.post("/predict_batch?model_name=strict", &json!([{}, long]));
+    assert_eq!((status, &body["detail"][0]["loc"]), (422, &json!(["body", 1, "do"])), "{body}");
+    assert_eq!(host.post("/predict_sync?model_name=strict", &json!({"value": 1})).1["value"], 1);
 }
 
 #[test]
@@ -201,6 +247,7 @@ fn a_failed_request_is_logged_with_its_id() {
     assert_eq!(status, 500);
     let line = host.log_line("request failed");
     assert_eq!((line["request_id"].as_str(), line["model"].as_str()), (Some("find-me"), Some("puppet")));
+    assert!(line["error"].as_str().unwrap().contains("told to fail this item"), "{line}");
 }
 
 #[test]
@@ -237,7 +284,10 @@ fn health_and_metrics_tell_what_happened() {
     let host = echo();
     assert_eq!(host.get("/livez").0, 200);
     let (_, health) = host.get("/health");
-    assert_eq!(health, json!({"status": "ok", "models": {"echo": {"state": "ready", "configured": false}}}));
+    assert_eq!(
+        health,
+        json!({"status": "ok", "models": {"echo": {"state": "ready", "configured": false, "required": false}}})
+    );
     for _ in 0..3 {
         assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 200);
     }

@@ -5,8 +5,7 @@ use std::{fs, hint::black_box, time::Instant};
 use modalkit::{
     access::{Access, AccessError, Origin, Shown},
     config::{self, Environment},
-    telemetry::Metrics,
-    traces::Traces,
+    insight::{metrics::Metrics, traces::Traces},
 };
 
 const KEY: &str = "0123456789abcdef0123456789abcdef";

@@ -2,7 +2,7 @@
 
 use std::{hint::black_box, time::Instant};
 
-use modalkit::{telemetry::Metrics, traces::Traces};
+use modalkit::insight::{metrics::Metrics, traces::Traces};
 
 const ROUNDS: usize = 50;
 const REQUESTS: u32 = 100_000;

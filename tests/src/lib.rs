@@ -112,7 +112,10 @@ impl Setup {
         fs::create_dir(folder.path().join("tmp")).expect("a folder in it");
         fs::set_permissions(folder.path().join("volume"), fs::Permissions::from_mode(0o755))
             .expect("it is ours");
-        Self { folder, config: String::new(), environment: Vec::new() }
+        // Hosts of tests speak to this machine alone, and no proxy is asked for that. Here is none.
+        let proxies = ["http_proxy", "https_proxy", "all_proxy"];
+        let environment = proxies.map(|name| (name.to_owned(), "http://127.0.0.1:9".to_owned())).into();
+        Self { folder, config: String::new(), environment }
     }
 
     /// Puts a built library into the volume under its own name.
@@ -602,18 +605,37 @@ impl Host {
     /// Where none comes.
     #[must_use]
     pub fn log_line(&self, message: &str) -> Value {
+        self.logged(&format!("{message:?}"), |line| {
+            line["message"].as_str().is_some_and(|text| text.contains(message))
+        })
+    }
+
+    /// Waits for a line of the log that is as wanted; lines are written after the answers they belong to.
+    ///
+    /// # Panics
+    /// Where none comes.
+    #[must_use]
+    pub fn logged(&self, what: &str, mut is_wanted: impl FnMut(&Value) -> bool) -> Value {
         let mut found = None;
-        wait_until(&format!("the log says {message:?}; it says {:#?}", self.log()), || {
-            found = self
-                .log()
-                .into_iter()
-                .find(|line| line["message"].as_str().is_some_and(|text| text.contains(message)));
+        wait_until(&format!("the log says {what}"), || {
+            found = self.log().into_iter().find(&mut is_wanted);
             found.is_some()
         });
         found.expect("it was waited for")
     }
 
-    /// The log so far; a line that isn't JSON is a string.
+    /// The whole log, for what must not stand in it: the host is told to end, and ends.
+    ///
+    /// # Panics
+    /// Where it doesn't end.
+    #[must_use]
+    pub fn whole_log(mut self) -> Vec<Value> {
+        self.signal("TERM");
+        let _ = self.wait();
+        self.log()
+    }
+
+    /// The log so far, which other lines may be on their way to; a line that isn't JSON is a string.
     #[must_use]
     pub fn log(&self) -> Vec<Value> {
         let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);

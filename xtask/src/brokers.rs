@@ -79,17 +79,19 @@ impl Broker {
 
     /// Redis, whose every write is synced, with its files in this folder.
     pub(crate) fn redis(folder: &Path) -> anyhow::Result<Self> {
-        let port = free_port()?;
-        let mut command = Command::new(fs::canonicalize(".")?.join(REDIS));
+        Self::redis_on(free_port()?, folder)
+    }
+
+    fn redis_on(port: u16, folder: &Path) -> anyhow::Result<Self> {
+        let mut command = with_this_program(fs::canonicalize(".")?.join(REDIS));
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir"]).arg(folder);
         command.args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"]);
         Self::start(command, port, "PING\r\n", "+PONG")
     }
 
     /// moto, which speaks SQS.
-    pub(crate) fn moto() -> anyhow::Result<Self> {
-        let port = free_port()?;
-        let mut command = Command::new(python::tool("moto_server"));
+    fn moto_on(port: u16) -> anyhow::Result<Self> {
+        let mut command = with_this_program(python::tool("moto_server"));
         command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
         Self::start(
             command,
@@ -98,6 +100,25 @@ impl Broker {
             "HTTP/1.1 200",
         )
     }
+}
+
+/// A program that ends when this one does, however that ends: Debian's `setpriv` asks the kernel for it.
+fn with_this_program(program: PathBuf) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
+
+/// The port that was taken the last time, where it is free: what was configured then is right again.
+fn kept_port(name: &str) -> anyhow::Result<u16> {
+    let file = Path::new(FOLDER).join(format!("{name}.port"));
+    let before = fs::read_to_string(&file).ok().and_then(|port| port.trim().parse::<u16>().ok());
+    let port = match before.filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()) {
+        Some(port) => port,
+        None => free_port()?,
+    };
+    fs::write(&file, port.to_string()).with_context(|| format!("can't write {}", file.display()))?;
+    Ok(port)
 }
 
 /// Says something to a port, and returns the beginning of what comes back.
@@ -116,14 +137,18 @@ pub(crate) fn free_port() -> anyhow::Result<u16> {
 
 /// Starts the brokers for a developer, and says how a host reaches them. Ends with Ctrl-C, and the brokers with it.
 pub(crate) fn serve() -> anyhow::Result<()> {
+    println!(
+        "needed, and installed where it isn't there: Redis (Debian's redis-tools, by apt-get, into {REDIS}) and moto (Python tools, by pip, into target/python)"
+    );
     ensure_redis()?;
     python::ensure()?;
     let folder = fs::canonicalize(".")?.join("target/brokers/redis-data");
     fs::create_dir_all(&folder)?;
-    let (mut redis, moto) = (Broker::redis(&folder)?, Broker::moto()?);
+    let mut redis = Broker::redis_on(kept_port("redis")?, &folder)?;
+    let moto = Broker::moto_on(kept_port("moto")?)?;
     println!(
         "
-Redis and SQS (moto, which keeps nothing) run until Ctrl-C. Into a configuration file:
+Redis and SQS (moto, which keeps nothing) run until Ctrl-C, on the ports of the last time where these are free. Into a configuration file:
 
 [app_settings.queue_config]
 allowed_queues = [\"*\"]

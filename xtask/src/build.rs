@@ -60,15 +60,15 @@ pub(crate) fn plugin(name: &str) -> anyhow::Result<()> {
     cargo(&["build", "--release", "--package", name])
 }
 
-/// Installs a built plugin, and the data that lies beside its source in `model/`.
-pub(crate) fn install(name: &str, volume: &Path) -> anyhow::Result<PathBuf> {
+/// Installs a plugin that was built into this folder, and the data that lies beside its source in `model/`.
+pub(crate) fn install(name: &str, built: &Path, volume: &Path) -> anyhow::Result<PathBuf> {
     make_volume(volume)?;
     for model in fs::read_dir(format!("plugins/{name}/model")).into_iter().flatten().flatten() {
         if model.path().extension().is_some_and(|kind| MODEL_DATA.iter().any(|known| kind == *known)) {
             put(&model.path(), &volume.join(model.file_name()))?;
         }
     }
-    let library = release().join(format!("lib{}.so", name.replace('-', "_")));
+    let library = built.join(format!("lib{}.so", name.replace('-', "_")));
     let installed = volume.join(format!("{name}.so"));
     put(&library, &installed)?;
     Ok(installed)
@@ -89,13 +89,18 @@ fn make_volume(volume: &Path) -> anyhow::Result<()> {
 
 /// Where cargo puts what it builds in release.
 pub(crate) fn release() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from).join("release")
+    target().join("release")
 }
 
-/// Copies to a hidden name beside the target, then renames.
+/// Where cargo puts what it builds.
+pub(crate) fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from)
+}
+
+/// Copies to a hidden name of its own beside the target, then renames: another command may install the same at the same time.
 fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
     let name = to.file_name().context("the target has a name")?.to_string_lossy();
-    let part = to.with_file_name(format!(".{name}.part"));
+    let part = to.with_file_name(format!(".{name}.{}.part", std::process::id()));
     fs::copy(from, &part)
         .and_then(|_| fs::set_permissions(&part, fs::Permissions::from_mode(0o644)))
         .with_context(|| format!("can't copy {} to {}", from.display(), part.display()))?;

@@ -1,13 +1,13 @@
 //! `test` and `ci`.
 
-use std::{process::Command, time::Instant};
+use std::time::Instant;
 
 use anyhow::bail;
 
 use crate::{
     brokers,
     build::{cargo, command, run},
-    python,
+    dependencies, python,
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
@@ -51,19 +51,9 @@ pub(crate) fn ci() -> anyhow::Result<()> {
         let mut doc = command(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
         run(doc.env("RUSTDOCFLAGS", "--deny warnings"))
     })?;
-    timed("licences, bans and sources", deny)?;
+    timed("yanked versions", dependencies::yanked)?;
+    timed("licences, bans and sources", dependencies::deny)?;
     timed("tests", || test(&[], &[]))
-}
-
-/// `cargo deny` is no part of a toolchain: it is run where it is installed.
-fn deny() -> anyhow::Result<()> {
-    let installed =
-        Command::new("cargo-deny").arg("--version").output().is_ok_and(|out| out.status.success());
-    if !installed {
-        println!("skipped: `cargo install cargo-deny` puts deny.toml into force here");
-        return Ok(());
-    }
-    cargo(&["deny", "check", "bans", "licenses", "sources"])
 }
 
 fn timed(what: &str, step: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {

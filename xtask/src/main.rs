@@ -7,6 +7,7 @@ mod bench;
 mod brokers;
 mod build;
 mod check;
+mod dependencies;
 mod gpu;
 mod new_plugin;
 mod python;
@@ -21,7 +22,7 @@ use anyhow::{Context, bail};
 const USAGE: &str = "\
 cargo xtask COMMAND
 
-  run [--volume DIR] [--watch]  build everything, start the host on config/modalkit.toml, say how to ask it;
+  run [--volume DIR] [--watch]  build the host, start it on config/modalkit.toml, say how to ask it, build the demonstrations;
                                 --watch: build and install a plugin again when its source changes
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
@@ -29,7 +30,8 @@ cargo xtask COMMAND
                                 every test; ARGS go to `cargo test`. Without a broker (redis, moto, taskiq) or without root's
                                 mount those that need it are left out, and the end says so
   brokers                       start Redis and SQS for a developer, and print configuration for them
-  ci                            formatting, lints, documentation, then every test
+  ci                            formatting, lints, documentation, dependencies, then every test
+  audit                         what is linked in: published advisories, yanked versions, licences, bans and sources
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
                                 (--rounds N, --seconds N, default 5 and 4)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
@@ -61,6 +63,11 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     let command = args.remove(0);
+    // What follows `test` may be meant for cargo.
+    if command != "test" && args.iter().any(|arg| ["--help", "-h"].contains(&arg.as_str())) {
+        println!("{USAGE}");
+        return Ok(ExitCode::SUCCESS);
+    }
     match command.as_str() {
         "run" => {
             let volume = take_volume(&mut args)?;
@@ -76,7 +83,11 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             let volume = take_volume(&mut args)?;
             let [name] = args.as_slice() else { bail!("expected one plugin's name\n\n{USAGE}") };
             build::plugin(name)?;
-            println!("installed {}", build::install(name, &volume)?.display());
+            let installed = build::install(name, &build::release(), &volume)?;
+            println!(
+                "installed {}; a running host serves it within seconds: `modalkit models {name}` says which content does",
+                installed.display()
+            );
         }
         "new-plugin" => {
             let [name] = args.as_slice() else { bail!("expected the new plugin's name\n\n{USAGE}") };
@@ -96,6 +107,10 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
         "ci" => {
             nothing_else(&args)?;
             check::ci()?;
+        }
+        "audit" => {
+            nothing_else(&args)?;
+            dependencies::audit()?;
         }
         "gpu-test" => {
             nothing_else(&args)?;

@@ -1,18 +1,26 @@
-//! `new-plugin`: a pipeline that compiles, passes its own tests and serves at once, made from `plugins/echo`.
+//! `new-plugin`: a pipeline that compiles, passes its own tests and serves at once, made from `xtask/template` and the manifest of
+//! `plugins/echo`.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context, bail};
 
+use crate::run;
+
 const MANIFEST: &str = include_str!("../../plugins/echo/Cargo.toml");
 const LOCK: &str = include_str!("../../Cargo.lock");
-const SOURCE: &str = include_str!("../../plugins/echo/src/lib.rs");
+const SOURCE: &str = include_str!("../template/lib.rs");
+/// Stands for the new plugin's name in the template.
+const NAME: &str = "NAME";
 
 pub(crate) fn create(name: &str) -> anyhow::Result<()> {
-    check(name)?;
     let folder = Path::new("plugins").join(name);
+    if folder.join("Cargo.toml").exists() {
+        bail!("the plugin {name} is there already, in {}: edit it, or choose another name", folder.display());
+    }
+    check(name)?;
     if folder.exists() {
-        bail!("{} is there already; choose another name or edit it", folder.display());
+        bail!("{} is there already and is no plugin; choose another name", folder.display());
     }
     fs::create_dir_all(folder.join("src")).with_context(|| format!("can't make {}", folder.display()))?;
     fs::write(folder.join("Cargo.toml"), manifest(name))?;
@@ -20,9 +28,10 @@ pub(crate) fn create(name: &str) -> anyhow::Result<()> {
     println!(
         "made {folder}\n\n  \
          cargo test --package {name}        runs its tests, with no host\n  \
-         cargo xtask plugin {name}          builds it and puts it into the volume: a running host serves it at once\n  \
-         curl -d '{{\"text\": \"hello\"}}' 'http://127.0.0.1:8000/predict_sync?model_name={name}'",
-        folder = folder.display()
+         cargo xtask plugin {name}          builds it and puts it into the volume: a running host serves it within seconds\n  \
+         curl -d '{{\"text\": \"hello\"}}' 'http://{listen}/predict_sync?model_name={name}'",
+        folder = folder.display(),
+        listen = run::listen(),
     );
     Ok(())
 }
@@ -35,15 +44,20 @@ fn check(name: &str) -> anyhow::Result<()> {
             "expected a name of lowercase letters, digits and inner hyphens, such as `face-detector`, found {name:?}"
         );
     }
-    // A package of that name would be ambiguous, and a keyword is no crate's name.
     let locked = format!("name = \"{name}\"");
     let keyword = [
         "as", "async", "await", "crate", "dyn", "enum", "fn", "if", "impl", "in", "loop", "match", "mod",
         "move", "mut", "pub", "ref", "self", "static", "struct", "super", "trait", "type", "unsafe", "use",
         "where", "while", "test", "core", "std", "alloc",
     ];
-    if keyword.contains(&name) || name.starts_with("lib") || LOCK.lines().any(|line| line == locked) {
-        bail!("{name:?} names something else already; choose another");
+    if keyword.contains(&name) {
+        bail!("{name:?} is a word of Rust's own and can't name a crate; choose another name");
+    }
+    if name.starts_with("lib") {
+        bail!("{name:?}: a plugin's file is lib….so already; choose a name without `lib`");
+    }
+    if LOCK.lines().any(|line| line == locked) {
+        bail!("{name:?} is the name of a crate that this workspace uses; choose another name");
     }
     Ok(())
 }
@@ -58,12 +72,7 @@ fn manifest(name: &str) -> String {
 }
 
 fn source(name: &str) -> String {
-    // The first paragraph speaks of echo; the rest is as good a start as any.
-    let body = SOURCE.split_once("\n\n").map_or(SOURCE, |(_, body)| body);
-    let body = body.trim_start_matches(|letter| letter != 'u');
-    format!(
-        "//! The {name} pipeline. It upper-cases a text: replace input, output and stages by your model's.\n\n{body}"
-    )
+    SOURCE.replace(NAME, name)
 }
 
 #[cfg(test)]
@@ -76,8 +85,7 @@ mod tests {
         assert!(manifest.contains("name = \"face-detector\"") && !manifest.contains("echo"), "{manifest}");
         let source = source("face-detector");
         assert!(source.starts_with("//! The face-detector pipeline."), "{source}");
-        assert!(source.contains("\n\nuse modalkit_sdk::"), "{source}");
-        assert!(source.contains("export_pipeline!(Pipeline);"));
+        assert!(source.contains("[model_settings.model_entries.face-detector]") && !source.contains(NAME));
     }
 
     #[test]

@@ -11,28 +11,25 @@ use anyhow::Context;
 use crate::build::run;
 
 const FOLDER: &str = "target/python";
-/// What is installed, and in which version: written into the environment when it is complete.
-const TOOLS: [&str; 5] =
-    ["ministack==1.5.33", "moto[server]==5.2.5", "boto3==1.43.106", "taskiq==0.13.0", "taskiq-redis==1.2.4"];
+/// What is installed, with the digests of its files. A copy of it is written into the environment when that is complete.
+const TOOLS: &str = "xtask/python-tools.txt";
 
 /// Installs what isn't there.
 pub(crate) fn ensure() -> anyhow::Result<()> {
-    let wanted = TOOLS.join("\n");
+    let wanted = fs::read_to_string(TOOLS).with_context(|| format!("can't read {TOOLS}"))?;
     let stamp = Path::new(FOLDER).join("installed.txt");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
-    println!("installing the tests' Python tools into {FOLDER}: {}", TOOLS.join(", "));
+    println!("installing the tests' Python tools into {FOLDER}, as {TOOLS} has them");
     // One that was begun and not ended is begun again.
     let _ = fs::remove_dir_all(FOLDER);
     make()
         .context("the tests need Python 3 with its venv module: `apt-get install python3-venv`, as root")?;
     run(Command::new(Path::new(FOLDER).join("bin/pip"))
-        .args(["install", "--quiet", "--disable-pip-version-check"])
-        .args(TOOLS))
+        .args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--requirement", TOOLS]))
     .with_context(|| {
-        let tools = TOOLS.join(" ");
-        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install {tools}`, or leave them out with `--without moto --without taskiq`")
+        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install --require-hashes --requirement {TOOLS}`, or leave them out with `--without moto --without taskiq`")
     })?;
     Ok(fs::write(stamp, wanted)?)
 }

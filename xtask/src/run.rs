@@ -15,9 +15,14 @@ use std::{
 };
 
 use anyhow::Context;
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::{build, watch::Sources};
 
+/// This very program, also when another `cargo xtask` has built it anew meanwhile and its file is another one.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+/// Where the child builds: a `cargo` of the user's, which builds in the usual folder, doesn't wait for it.
+const BACKGROUND: &str = "background";
 /// The command of the child.
 pub(crate) const FINISH: &str = "run-finish";
 /// The flag for building again what changes.
@@ -36,11 +41,12 @@ const BETWEEN_SOURCES: Duration = Duration::from_millis(300);
 pub(crate) fn run(volume: &Path, watch: bool) -> anyhow::Result<()> {
     println!("building the host and its first plugin");
     build::cargo(&["build", "--release", "--package", "modalkit", "--package", "echo"])?;
-    build::install("echo", volume)?;
+    build::install("echo", &build::release(), volume)?;
 
-    let this = env::current_exe().context("can't find this program")?;
     let volume = std::path::absolute(volume)?;
-    Command::new(this)
+    Command::new(THIS_PROGRAM)
+        // A group of its own: the terminal's Ctrl-C is for the host, and who follows it ends its compiler.
+        .process_group(0)
         .arg(FINISH)
         .arg("--volume")
         .arg(&volume)
@@ -63,7 +69,7 @@ pub(crate) fn run(volume: &Path, watch: bool) -> anyhow::Result<()> {
 /// when the host does.
 pub(crate) fn finish(volume: &Path, watch: bool) -> anyhow::Result<()> {
     let host = parent_id();
-    let listen = env::var("MODALKIT_SERVER__LISTEN").unwrap_or_else(|_| DEFAULT_LISTEN.into());
+    let listen = listen();
     for _ in 0..HOST_LOOKS {
         if parent_id() != host {
             return Ok(());
@@ -127,7 +133,11 @@ fn build_and_install(
     host: u32,
     mut watched: Option<&mut Sources>,
 ) -> anyhow::Result<Built> {
-    let mut cargo = build::command(&["build", "--release", "--package", name]).spawn()?;
+    let target = build::target().join(BACKGROUND);
+    let mut cargo = build::command(&["build", "--release", "--package", name])
+        .env("CARGO_TARGET_DIR", &target)
+        .process_group(0)
+        .spawn()?;
     while cargo.try_wait()?.is_none() {
         if parent_id() != host {
             end(&mut cargo)?;
@@ -144,19 +154,26 @@ fn build_and_install(
         }
     }
     if cargo.wait()?.success() {
-        println!("installed {}", build::install(name, volume)?.display());
+        println!("installed {}", build::install(name, &target.join("release"), volume)?.display());
     } else {
         println!("the plugin {name} did not build; what serves goes on serving");
     }
     Ok(Built::Done)
 }
 
-/// Ends cargo. A compiler that it has started ends with the crate that it is at; cargo begins no other.
+/// Ends cargo and the compilers that it has started: its process group.
 fn end(cargo: &mut Child) -> anyhow::Result<()> {
-    // It may have ended by itself.
-    let _ = cargo.kill();
+    if let Some(group) = i32::try_from(cargo.id()).ok().and_then(Pid::from_raw) {
+        // It may have ended by itself.
+        let _ = kill_process_group(group, Signal::TERM);
+    }
     cargo.wait()?;
     Ok(())
+}
+
+/// Where the host listens, as far as the environment says.
+pub(crate) fn listen() -> String {
+    env::var("MODALKIT_SERVER__LISTEN").unwrap_or_else(|_| DEFAULT_LISTEN.into())
 }
 
 fn answers(listen: &str) -> bool {

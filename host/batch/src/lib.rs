@@ -29,7 +29,7 @@ mod queue;
 
 use std::time::{Duration, Instant};
 
-pub use queue::JobId;
+pub use queue::ArrivalId;
 use queue::Queue;
 
 /// The limits of one model's queue and batches.
@@ -60,7 +60,7 @@ pub struct Waiting<J> {
     /// The caller's job.
     pub job: J,
     /// Its id in this batcher.
-    pub id: JobId,
+    pub id: ArrivalId,
     /// When it came.
     pub arrived: Instant,
 }
@@ -136,7 +136,7 @@ impl<J> Batcher<J> {
         now: Instant,
         jobs: I,
         deadline: Option<Instant>,
-    ) -> Result<JobId, Full<I::IntoIter>>
+    ) -> Result<ArrivalId, Full<I::IntoIter>>
     where
         I::IntoIter: ExactSizeIterator,
     {
@@ -152,7 +152,7 @@ impl<J> Batcher<J> {
     }
 
     /// Takes a job out whose caller has left. `None` where it was taken before.
-    pub fn cancel(&mut self, id: JobId) -> Option<J> {
+    pub fn cancel(&mut self, id: ArrivalId) -> Option<J> {
         self.queue.remove(id)
     }
 

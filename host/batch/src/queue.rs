@@ -6,9 +6,9 @@ use crate::Waiting;
 
 /// Names a job in the batcher it was pushed to. Ids grow by one with each job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct JobId(u64);
+pub struct ArrivalId(u64);
 
-impl JobId {
+impl ArrivalId {
     /// The id of the job that was pushed `offset` places after this one in the same push.
     #[must_use]
     pub fn plus(self, offset: usize) -> Self {
@@ -29,7 +29,7 @@ pub(crate) struct Queue<J> {
 
 #[derive(Debug)]
 struct Slot<J> {
-    id: JobId,
+    id: ArrivalId,
     arrived: Instant,
     deadline: Option<Instant>,
     job: Option<J>,
@@ -47,12 +47,12 @@ impl<J> Queue<J> {
         self.live
     }
 
-    pub(crate) fn next_id(&self) -> JobId {
-        JobId(self.next)
+    pub(crate) fn next_id(&self) -> ArrivalId {
+        ArrivalId(self.next)
     }
 
     pub(crate) fn push(&mut self, job: J, arrived: Instant, deadline: Option<Instant>) {
-        self.slots.push_back(Slot { id: JobId(self.next), arrived, deadline, job: Some(job) });
+        self.slots.push_back(Slot { id: ArrivalId(self.next), arrived, deadline, job: Some(job) });
         self.next += 1;
         self.live += 1;
         if let Some(deadline) = deadline {
@@ -66,7 +66,7 @@ impl<J> Queue<J> {
         self.slots.front().map(|slot| slot.arrived)
     }
 
-    pub(crate) fn remove(&mut self, id: JobId) -> Option<J> {
+    pub(crate) fn remove(&mut self, id: ArrivalId) -> Option<J> {
         let position = self.slots.binary_search_by_key(&id, |slot| slot.id).ok()?;
         let job = self.slots[position].job.take()?;
         self.live -= 1;

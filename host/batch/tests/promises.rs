@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_batch::{Batcher, Closed, JobId, Next, Policy};
+use modalkit_batch::{ArrivalId, Batcher, Closed, Next, Policy};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ struct World {
     policy: Policy,
     now: Instant,
     fates: Vec<Fate>,
-    ids: BTreeMap<usize, (JobId, Instant, Option<Instant>)>,
+    ids: BTreeMap<usize, (ArrivalId, Instant, Option<Instant>)>,
     /// Since when each free replica has been free.
     free: VecDeque<Instant>,
     running: Vec<Vec<usize>>,
@@ -213,7 +213,7 @@ proptest! {
         let policy = Policy { max_batch_size: 4, wait: Duration::from_secs(1), queue_max: usize::MAX };
         let mut batcher = Batcher::new(policy);
         let now = Instant::now();
-        let ids: Vec<JobId> = (0..cancelled.len()).map(|job| batcher.push(now, [job], None).unwrap()).collect();
+        let ids: Vec<ArrivalId> = (0..cancelled.len()).map(|job| batcher.push(now, [job], None).unwrap()).collect();
         for (job, gone) in cancelled.iter().enumerate() {
             if *gone {
                 prop_assert_eq!(batcher.cancel(ids[job]), Some(job));

@@ -8,11 +8,13 @@
 
 #![forbid(unsafe_code)]
 
+mod change;
 mod clock;
 mod id;
 mod ledger;
 mod reader;
 mod record;
+mod schema;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -31,19 +33,22 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+pub use change::Unfit;
 pub use clock::Clock;
 pub use id::{JobId, NotAnId};
 pub use ledger::{Ledger, SLOTS, Slot};
 pub use record::{
-    Accepted, Delivery, Filter, Finish, NewJob, Once, OpenJob, Page, Retry, State, Stored, Totals,
+    Accepted, Delivery, Filter, Finish, IdempotencyKey, NewJob, OpenJob, Page, Retry, State, Stored, Totals,
 };
-pub use writer::{Committed, OnCommit, Retention, Unfit, unix_ms};
+pub use writer::{Committed, OnCommit, Retention, unix_ms};
 
+use change::Change;
 use id::Ids;
 use ledger::Noted;
 use reader::Reader;
-use store::{Opened, Store, StoreError};
-use writer::{Change, Shared, Writer};
+use schema::StoreError;
+use store::{Opened, Store};
+use writer::{Shared, Writer};
 
 const FILE: &str = "jobs.sqlite";
 const LEDGER: &str = "running";
@@ -69,7 +74,7 @@ pub enum OpenError {
     /// Another process has it.
     #[error("another host uses the journal in {0}: give each a folder of its own")]
     InUse(PathBuf),
-    /// It isn't what was written: it may still hold accepted jobs.
+    /// Its content is damaged; it may still hold accepted jobs.
     #[error("the journal {file} can't be read: {why}")]
     Damaged {
         /// The file.

@@ -16,6 +16,7 @@ const ROWS_LOOKED_AT: usize = 10_000;
 /// A connection that reads beside the one that writes.
 pub(crate) struct Reader(Connection);
 
+const ENDED: &str = "INDEXED BY ended_jobs WHERE finished IS NOT NULL";
 const COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, started, finished, next, error, queue, delivery, delivered, delivery_error, crashes";
 
 impl Reader {
@@ -73,10 +74,9 @@ impl Reader {
     pub(crate) fn list(&self, filter: &Filter) -> rusqlite::Result<Page> {
         let mut statement = self.0.prepare_cached(&list_text(filter))?;
         let before = filter.after.map_or(i64::MAX, JobId::row);
-        let key = filter.key.as_ref().and_then(Option::as_deref);
-        let mut rows = match filter.key {
-            Some(_) => statement.query(params![before, ROWS_LOOKED_AT, key])?,
-            None => statement.query(params![before, ROWS_LOOKED_AT])?,
+        let mut rows = match &filter.key {
+            Some(Some(key)) => statement.query(params![before, ROWS_LOOKED_AT, key])?,
+            Some(None) | None => statement.query(params![before, ROWS_LOOKED_AT])?,
         };
         let (mut jobs, mut looked_at, mut last) = (Vec::new(), 0, None);
         while jobs.len() < filter.limit
@@ -103,26 +103,26 @@ fn list_text(filter: &Filter) -> String {
     // What isn't done with is found without looking at all that is.
     let open = "INDEXED BY open_jobs WHERE open = 1 AND";
     let is_open = filter.state == Some(State::Queued) || filter.delivery == Some(Delivery::Pending);
-    let of_key = |places: &str| format!("SELECT {COLUMNS} FROM jobs {places} key IS ?3 AND row < ?1");
-    let found = match (&filter.key, filter.state) {
-        (None, _) if is_open => format!("SELECT {COLUMNS} FROM jobs {open} row < ?1"),
-        (None, _) => format!("SELECT {COLUMNS} FROM jobs WHERE row < ?1"),
-        (Some(_), _) if is_open => of_key(open),
-        (Some(_), state) => {
-            // Each of these comes ordered, and SQLite merges them as they are read.
-            let ended = |state: State| {
-                of_key(&format!(
-                    "INDEXED BY ended_jobs WHERE finished IS NOT NULL AND state = {} AND",
-                    state.code()
-                ))
-            };
-            let one = |wanted: State| match wanted {
-                State::Queued => of_key(&format!("{open} state = {} AND", State::Queued.code())),
-                ended_state => ended(ended_state),
-            };
-            let wanted: Vec<State> = state.map_or_else(|| State::ALL.to_vec(), |state| vec![state]);
-            wanted.into_iter().map(one).collect::<Vec<_>>().join(" UNION ALL ")
+    let find = |places: &str, whose: &str| format!("SELECT {COLUMNS} FROM jobs {places}{whose} row < ?1");
+    let whose = match &filter.key {
+        None => "",
+        Some(None) => " key IS NULL AND",
+        Some(Some(_)) => " key = ?3 AND",
+    };
+    let of_state = |state: State| match state {
+        State::Queued => find(&format!("{open} state = {} AND", state.code()), whose),
+        State::Succeeded => find(&format!("{ENDED} AND state = {} AND", state.code()), whose),
+        State::Failed | State::Cancelled => {
+            find(&format!("{ENDED} AND state > 1 AND state = {} AND", state.code()), whose)
         }
+    };
+    let found = match (&filter.key, filter.state) {
+        _ if is_open => find(open, whose),
+        // The index doesn't have all of these; whoever reads the rows filters them, and stops after so many.
+        (None, _) | (Some(None), None | Some(State::Succeeded)) => find("WHERE", ""),
+        (Some(_), Some(state)) => of_state(state),
+        // Each of these comes ordered, and SQLite merges them as they are read.
+        (Some(Some(_)), None) => State::ALL.map(of_state).join(" UNION ALL "),
     };
     format!("{found} ORDER BY row DESC LIMIT ?2")
 }

@@ -98,12 +98,14 @@ pub struct NewJob {
     /// The trace that it belongs to, as a `traceparent`.
     pub trace: Option<String>,
     /// What makes it the same as one that came before.
-    pub once: Option<Once>,
+    pub idempotency: Option<IdempotencyKey>,
+    /// It was taken from a queue: nobody asks what became of it.
+    pub from_queue: bool,
 }
 
-/// The name under which a job comes once, however often it is sent.
+/// The name under which a job is accepted once, however often it is sent, and the SHA-256 of its body. The table is called `once`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Once {
+pub struct IdempotencyKey {
     /// The name.
     pub name: String,
     /// A digest of what was sent: under one name only one thing may be.
@@ -190,6 +192,8 @@ pub struct OpenJob {
     pub queue: Option<String>,
     /// The trace that it belongs to.
     pub trace: Option<String>,
+    /// It was taken from a queue.
+    pub from_queue: bool,
 }
 
 /// A job as it stands in the journal.

@@ -1,4 +1,4 @@
-//! The tables and every statement. It never knows threads, nor who waits for what is written.
+//! Every statement that changes the journal, and its first reading. It never knows threads, nor who waits for what is written.
 
 use std::{io::Read, path::Path, sync::Arc};
 
@@ -7,132 +7,15 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, Trans
 use crate::{
     JobId,
     record::{Accepted, Delivery, Finish, NewJob, OpenJob, Retry, State, Totals},
+    schema::{MAGIC, StoreError, prepare},
 };
 
-/// The shape of the tables; a greater number is a later version's file.
-const SCHEMA: i64 = 2;
-/// The first bytes of each file of SQLite.
-const MAGIC: &[u8; 16] = b"SQLite format 3\0";
-/// Marks a file as ours.
-const APPLICATION_ID: i64 = 0x4d4b_4a31;
-/// Pages in the write-ahead log until it is worked into the file.
-const CHECKPOINT_PAGES: u32 = 1000;
-/// What is left of the write-ahead log's file after it was.
-const WAL_BYTES_KEPT: u64 = 8 << 20;
 /// Jobs that one transaction forgets.
 pub(crate) const FORGOTTEN_AT_ONCE: usize = 1024;
 /// Bytes of a name's rows beside the name, about.
 const NAME_ROW_BYTES: u64 = 128;
 /// Bytes of a row without its bodies, about.
 const ROW_BYTES: i64 = 128;
-
-/// Small columns come before the bodies, whose pages are not read for them.
-const JOBS: &str = "
-    CREATE TABLE jobs (
-        row INTEGER PRIMARY KEY,
-        tail INTEGER NOT NULL,
-        model TEXT NOT NULL,
-        key TEXT,
-        state INTEGER NOT NULL,
-        open INTEGER NOT NULL,
-        attempts INTEGER NOT NULL,
-        crashes INTEGER NOT NULL DEFAULT 0,
-        crashes_alone INTEGER NOT NULL DEFAULT 0,
-        suspect INTEGER NOT NULL DEFAULT 0,
-        accepted INTEGER NOT NULL,
-        started INTEGER,
-        finished INTEGER,
-        next INTEGER,
-        deadline INTEGER,
-        cancelled INTEGER NOT NULL,
-        delivery INTEGER NOT NULL,
-        pending INTEGER,
-        delivered INTEGER,
-        closed INTEGER NOT NULL DEFAULT 0,
-        queue TEXT,
-        trace TEXT,
-        error TEXT,
-        delivery_error TEXT,
-        envelope BLOB,
-        result BLOB
-    ) STRICT;
-    CREATE INDEX open_jobs ON jobs (row) WHERE open = 1;
-";
-const TABLES: &str = "
-    CREATE TABLE once (
-        name TEXT PRIMARY KEY,
-        row INTEGER NOT NULL,
-        tail INTEGER NOT NULL,
-        digest BLOB NOT NULL,
-        at INTEGER NOT NULL DEFAULT 0
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE totals (
-        id INTEGER PRIMARY KEY,
-        s0 INTEGER NOT NULL, s1 INTEGER NOT NULL, s2 INTEGER NOT NULL, s3 INTEGER NOT NULL,
-        d0 INTEGER NOT NULL, d1 INTEGER NOT NULL, d2 INTEGER NOT NULL, d3 INTEGER NOT NULL,
-        clock INTEGER NOT NULL DEFAULT 0
-    ) STRICT;
-    INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-";
-
-/// What makes the tables of format 1 those of format 2. Ages were told by the system's clock there; they begin anew.
-const BEFORE_FORMAT_2: &str = "
-    DROP INDEX open_jobs;
-    ALTER TABLE jobs RENAME TO jobs_1;
-";
-const FROM_FORMAT_1: &str = "
-    INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, started, finished, next, deadline, cancelled, delivery,
-                      pending, delivered, queue, trace, error, delivery_error, envelope, result)
-    SELECT row, tail, model, key, state, open, attempts, accepted, started, finished, next, deadline, cancelled, delivery,
-           iif(delivery = 1, 0, pending), delivered, queue, trace, error, delivery_error, envelope, result FROM jobs_1;
-    DROP TABLE jobs_1;
-    ALTER TABLE once ADD COLUMN at INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE totals ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;
-";
-
-/// Finds jobs that are done with by when that was, those that have ended by whose they are and how they ended, and names by their age.
-const INDEXES: &str = "
-    CREATE INDEX closed_jobs ON jobs (closed) WHERE open = 0;
-    CREATE INDEX ended_jobs ON jobs (key, state, row) WHERE finished IS NOT NULL;
-    CREATE INDEX once_by_age ON once (at);
-";
-
-/// What can happen to the file.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StoreError {
-    /// It isn't what was written.
-    #[error("it is damaged, or no journal at all: {0}")]
-    Damaged(String),
-    /// It was written by a later version.
-    #[error(
-        "expected a journal of format 1 to {SCHEMA}, found format {0}: run the version of modalkit that wrote it"
-    )]
-    Foreign(i64),
-    /// It can't be read or written at the moment.
-    #[error(transparent)]
-    Sqlite(#[from] rusqlite::Error),
-}
-
-impl StoreError {
-    fn of_open(error: rusqlite::Error) -> Self {
-        if is_damage(&error) { Self::Damaged(error.to_string()) } else { Self::Sqlite(error) }
-    }
-}
-
-/// Whether an error says that the file isn't what was written.
-pub(crate) fn is_damage(error: &rusqlite::Error) -> bool {
-    match error {
-        rusqlite::Error::SqliteFailure(failure, _) => {
-            matches!(failure.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
-        }
-        // A value of another kind, or text that is none.
-        rusqlite::Error::FromSqlConversionFailure(..)
-        | rusqlite::Error::InvalidColumnType(..)
-        | rusqlite::Error::IntegralValueOutOfRange(..)
-        | rusqlite::Error::Utf8Error(..) => true,
-        _ => false,
-    }
-}
 
 /// Whether an error lies in what was to be written, and not in the file: the same change fails each time, and others don't.
 pub(crate) fn is_of_one_change(error: &rusqlite::Error) -> bool {
@@ -190,46 +73,9 @@ impl Store {
             return Err(StoreError::Damaged("it doesn't begin as a journal does".to_owned()));
         }
         let mut connection = Connection::open(path).map_err(StoreError::of_open)?;
-        let opened = Self::prepare(&mut connection).and_then(|()| Self::look(&connection));
+        let opened = prepare(&mut connection).and_then(|()| Self::look(&connection));
         let Found { totals, names_bytes, open_jobs, last_row, clock } = opened?;
         Ok(Opened { store: Self { connection, totals, names_bytes }, open_jobs, last_row, clock })
-    }
-
-    fn prepare(connection: &mut Connection) -> Result<(), StoreError> {
-        let number = |name: &str| {
-            connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(StoreError::of_open)
-        };
-        let (application, version) = (number("application_id")?, number("user_version")?);
-        let is_new =
-            number("page_count")? == 0 || application == 0 && version == 0 && number("schema_version")? == 0;
-        if !is_new && application != APPLICATION_ID {
-            return Err(StoreError::Damaged("it says it is something else than a journal".to_owned()));
-        }
-        if !is_new && !(1..=SCHEMA).contains(&version) {
-            return Err(StoreError::Foreign(version));
-        }
-        let set = |name: &str, value: &dyn rusqlite::ToSql| {
-            connection.pragma_update(None, name, value).map_err(StoreError::of_open)
-        };
-        set("journal_mode", &"wal")?;
-        set("synchronous", &"full")?;
-        set("wal_autocheckpoint", &CHECKPOINT_PAGES)?;
-        set("journal_size_limit", &WAL_BYTES_KEPT)?;
-        if is_new || version < SCHEMA {
-            let transaction = connection.transaction().map_err(StoreError::of_open)?;
-            let steps: &[&str] = if is_new {
-                &[JOBS, TABLES, INDEXES]
-            } else {
-                &[BEFORE_FORMAT_2, JOBS, FROM_FORMAT_1, INDEXES]
-            };
-            for step in steps {
-                transaction.execute_batch(step).map_err(StoreError::of_open)?;
-            }
-            transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
-            transaction.pragma_update(None, "user_version", SCHEMA)?;
-            transaction.commit()?;
-        }
-        Ok(())
     }
 
     fn look(connection: &Connection) -> Result<Found, StoreError> {
@@ -304,7 +150,7 @@ struct Found {
     clock: u64,
 }
 
-const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone, suspect";
+const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone, suspect, from_queue";
 
 fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
     Ok(OpenJob {
@@ -323,6 +169,7 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         crashes: row.get(13)?,
         crashes_alone: row.get(14)?,
         suspect: row.get(15)?,
+        from_queue: row.get(16)?,
     })
 }
 
@@ -366,14 +213,14 @@ impl From<rusqlite::Error> for Refusal {
 impl Group<'_> {
     /// Writes a job, where it hasn't come before under its name and there is room.
     pub(crate) fn accept(&mut self, job: &NewJob, room: Room) -> Result<Accepted, Refusal> {
-        if let Some(once) = &job.once {
+        if let Some(idempotency) = &job.idempotency {
             let mut statement =
                 self.transaction.prepare_cached("SELECT row, tail, digest FROM once WHERE name = ?1")?;
             let known = statement
-                .query_row([&once.name], |row| {
+                .query_row([&idempotency.name], |row| {
                     Ok((
                         JobId::from_parts(row.get(0)?, row.get(1)?),
-                        row.get_ref(2)?.as_blob()? == once.digest,
+                        row.get_ref(2)?.as_blob()? == idempotency.digest,
                     ))
                 })
                 .optional()?;
@@ -386,19 +233,25 @@ impl Group<'_> {
         if room.is_full {
             return Err(Refusal::Full);
         }
-        if let Some(once) = &job.once {
-            self.names_bytes += name_bytes(once.name.len());
+        if let Some(idempotency) = &job.idempotency {
+            self.names_bytes += name_bytes(idempotency.name.len());
             if self.names_bytes > room.names_bytes_max {
-                self.names_bytes -= name_bytes(once.name.len());
+                self.names_bytes -= name_bytes(idempotency.name.len());
                 return Err(Refusal::FullOfNames);
             }
             self.transaction
                 .prepare_cached("INSERT INTO once (name, row, tail, digest, at) VALUES (?1, ?2, ?3, ?4, ?5)")?
-                .execute(params![once.name, job.id.row(), job.id.tail(), once.digest, self.now])?;
+                .execute(params![
+                    idempotency.name,
+                    job.id.row(),
+                    job.id.tail(),
+                    idempotency.digest,
+                    self.now
+                ])?;
         }
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, cancelled, delivery, trace, envelope)
-             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, 0, ?7, ?8)",
+            "INSERT INTO jobs (row, tail, model, key, state, open, attempts, accepted, deadline, cancelled, delivery, trace, envelope, from_queue)
+             VALUES (?1, ?2, ?3, ?4, 0, 1, 0, ?5, ?6, 0, 0, ?7, ?8, ?9)",
         )?;
         insert.execute(params![
             job.id.row(),
@@ -409,6 +262,7 @@ impl Group<'_> {
             job.deadline,
             job.trace,
             &*job.envelope,
+            job.from_queue,
         ])?;
         self.totals.add(State::Queued, Delivery::None, 1);
         Ok(Accepted::New)

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use tempfile::tempdir;
 
 use crate::{
-    AcceptError, Accepted, Delivery, Filter, Finish, FolderLock, Journal, NewJob, Once, OpenError, OpenJob,
-    Retention, Retry, State, set_aside,
+    AcceptError, Accepted, Delivery, Filter, Finish, FolderLock, IdempotencyKey, Journal, NewJob, OpenError,
+    OpenJob, Retention, Retry, State, set_aside,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -36,7 +36,8 @@ fn job(journal: &Journal, envelope: &str) -> NewJob {
         accepted: 1,
         deadline: None,
         trace: None,
-        once: None,
+        idempotency: None,
+        from_queue: false,
     }
 }
 
@@ -113,18 +114,24 @@ fn what_was_accepted_is_there_again_as_it_stood() {
 fn a_name_gives_the_same_job_and_refuses_another_body() {
     let folder = tempdir().unwrap();
     let (journal, _) = open(folder.path(), KEEP);
-    let once = |digest: u8| Some(Once { name: "k".into(), digest: [digest; 32] });
-    let first = NewJob { once: once(1), ..job(&journal, "{}") };
+    let idempotency = |digest: u8| Some(IdempotencyKey { name: "k".into(), digest: [digest; 32] });
+    let first = NewJob { idempotency: idempotency(1), ..job(&journal, "{}") };
     let id = first.id;
     assert_eq!(accept(&journal, first), Ok(Accepted::New));
-    assert_eq!(accept(&journal, NewJob { once: once(1), ..job(&journal, "{}") }), Ok(Accepted::Known(id)));
     assert_eq!(
-        accept(&journal, NewJob { once: once(2), ..job(&journal, "{}") }),
+        accept(&journal, NewJob { idempotency: idempotency(1), ..job(&journal, "{}") }),
+        Ok(Accepted::Known(id))
+    );
+    assert_eq!(
+        accept(&journal, NewJob { idempotency: idempotency(2), ..job(&journal, "{}") }),
         Err(AcceptError::Conflict(id))
     );
     drop(journal);
     let (journal, _) = open(folder.path(), KEEP);
-    assert_eq!(accept(&journal, NewJob { once: once(1), ..job(&journal, "{}") }), Ok(Accepted::Known(id)));
+    assert_eq!(
+        accept(&journal, NewJob { idempotency: idempotency(1), ..job(&journal, "{}") }),
+        Ok(Accepted::Known(id))
+    );
 }
 
 #[test]
@@ -219,12 +226,14 @@ fn one_change_that_cannot_be_written_is_told_and_the_others_of_its_group_are_wri
 #[test]
 fn ages_count_from_when_a_job_was_done_with_and_names_outlive_what_is_removed_for_its_size() {
     let folder = tempdir().unwrap();
-    let once = Some(Once { name: "k".into(), digest: [1; 32] });
+    let idempotency = Some(IdempotencyKey { name: "k".into(), digest: [1; 32] });
     let (journal, _) = open(folder.path(), KEEP);
-    let named = NewJob { once: once.clone(), ..job(&journal, "{}") };
+    let named = NewJob { idempotency: idempotency.clone(), ..job(&journal, "{}") };
     let id = named.id;
     accept(&journal, named).unwrap();
-    let again = |journal: &Journal| accept(journal, NewJob { once: once.clone(), ..job(journal, "{}") });
+    let again = |journal: &Journal| {
+        accept(journal, NewJob { idempotency: idempotency.clone(), ..job(journal, "{}") })
+    };
     // Of a job that isn't done with, the name stays, whatever its age.
     journal.set_retention(Retention { names: Duration::ZERO, ..KEEP });
     std::thread::sleep(Duration::from_millis(1500));
@@ -263,7 +272,7 @@ fn a_journal_of_format_1_is_taken_over() {
     let file = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
     file.execute_batch(
         "DROP INDEX closed_jobs; DROP INDEX ended_jobs; DROP INDEX once_by_age;
-         ALTER TABLE jobs DROP COLUMN suspect; ALTER TABLE jobs DROP COLUMN crashes; ALTER TABLE jobs DROP COLUMN crashes_alone; ALTER TABLE jobs DROP COLUMN closed;
+         ALTER TABLE jobs DROP COLUMN suspect; ALTER TABLE jobs DROP COLUMN crashes; ALTER TABLE jobs DROP COLUMN crashes_alone; ALTER TABLE jobs DROP COLUMN closed; ALTER TABLE jobs DROP COLUMN from_queue;
          ALTER TABLE jobs ADD COLUMN once TEXT; ALTER TABLE once DROP COLUMN at; ALTER TABLE totals DROP COLUMN clock;
          UPDATE jobs SET pending = 1760000000000 WHERE delivery = 1; PRAGMA user_version = 1;",
     )
@@ -280,6 +289,28 @@ fn a_journal_of_format_1_is_taken_over() {
     finish(&journal, ids[0], None);
     drop(journal);
     assert!(open(folder.path(), KEEP).1.is_empty());
+}
+
+#[test]
+fn a_journal_of_format_2_is_taken_over() {
+    let folder = tempdir().unwrap();
+    drop(open(folder.path(), KEEP));
+    let file = rusqlite::Connection::open(folder.path().join("jobs.sqlite")).unwrap();
+    file.execute_batch(
+        "DROP INDEX ended_jobs; CREATE INDEX ended_jobs ON jobs (key, state, row) WHERE finished IS NOT NULL;
+         ALTER TABLE jobs DROP COLUMN from_queue; PRAGMA user_version = 2;",
+    )
+    .unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let taken = NewJob { from_queue: true, ..job(&journal, "{}") };
+    accept(&journal, taken).unwrap();
+    drop(journal);
+    assert!(open(folder.path(), KEEP).1[0].from_queue);
+    let index: String = file
+        .query_row("SELECT sql FROM sqlite_schema WHERE name = 'ended_jobs'", [], |row| row.get(0))
+        .unwrap();
+    assert!(index.contains("key IS NOT NULL"), "{index}");
+    assert_eq!(file.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0)).unwrap(), 3);
 }
 
 #[test]
@@ -416,6 +447,7 @@ fn lists_are_filtered_and_go_on_where_they_stopped() {
     assert!(journal.list(&of_none).unwrap().jobs.is_empty());
     // Of one key: queued and ended ones, in the order in which they came, without another's between them.
     let nobodys = job(&journal, "{}");
+    let nobodys_id = nobodys.id;
     accept(&journal, nobodys).unwrap();
     for id in [ids[2], ids[5]] {
         finish(&journal, id, None);
@@ -428,8 +460,12 @@ fn lists_are_filtered_and_go_on_where_they_stopped() {
     assert_eq!(listed(&of_key(None, Some(ids[6]))), [ids[5], ids[4], ids[3], ids[2]]);
     assert_eq!(listed(&of_key(Some(State::Succeeded), None)), [ids[5], ids[2]]);
     assert_eq!(listed(&of_key(Some(State::Queued), None)), [ids[9], ids[8], ids[7], ids[6]]);
-    let of_none = Filter { key: Some(None), limit: 5, ..Filter::default() };
-    assert_eq!(journal.list(&of_none).unwrap().jobs.len(), 1);
+    let of_none = |state| Filter { key: Some(None), state, limit: 5, ..Filter::default() };
+    assert_eq!(listed(&of_none(None)), [nobodys_id]);
+    finish(&journal, nobodys_id, None);
+    assert_eq!(listed(&of_none(Some(State::Succeeded))), [nobodys_id]);
+    assert_eq!(listed(&of_none(None)), [nobodys_id]);
+    assert!(listed(&of_none(Some(State::Failed))).is_empty());
 }
 
 #[test]
@@ -502,9 +538,21 @@ fn nobody_else_reads_what_callers_sent() {
 fn lists_and_cleanings_go_along_an_index_and_sort_nothing() {
     let folder = tempdir().unwrap();
     let (journal, _) = open(folder.path(), KEEP);
-    let of_key = |state, delivery| Filter { key: Some(None), state, delivery, limit: 9, ..Filter::default() };
+    let of_key = |state, delivery| Filter {
+        key: Some(Some("k".into())),
+        state,
+        delivery,
+        limit: 9,
+        ..Filter::default()
+    };
+    let of_none = |state| Filter { key: Some(None), state, limit: 9, ..Filter::default() };
     for filter in [
+        of_none(None),
+        of_none(Some(State::Succeeded)),
+        of_none(Some(State::Failed)),
+        of_none(Some(State::Queued)),
         of_key(None, None),
+        of_key(Some(State::Cancelled), None),
         of_key(Some(State::Succeeded), None),
         of_key(Some(State::Queued), None),
         of_key(None, Some(Delivery::Pending)),
@@ -513,7 +561,14 @@ fn lists_and_cleanings_go_along_an_index_and_sort_nothing() {
     ] {
         let plan = journal.plan(&filter);
         assert!(!plan.contains("TEMP B-TREE"), "{filter:?}: {plan}");
-        if filter.key.is_some() && filter.state == Some(State::Succeeded) {
+        let has_ended = matches!(filter.state, Some(State::Succeeded | State::Failed | State::Cancelled));
+        // Without a key only what did not succeed is in it.
+        let is_indexed = match &filter.key {
+            Some(Some(_)) => has_ended,
+            Some(None) => has_ended && filter.state != Some(State::Succeeded),
+            None => false,
+        };
+        if is_indexed {
             assert!(plan.contains("ended_jobs (key=? AND state=? AND row<?)"), "{plan}");
         }
     }
@@ -524,8 +579,8 @@ fn names_have_a_bound_of_their_own_and_take_no_jobs_room() {
     let folder = tempdir().unwrap();
     let (journal, _) = open(folder.path(), Retention { bytes_max: 400_000, ..KEEP });
     let named = |number: usize| {
-        let once = Once { name: format!("{number:0200}"), digest: [1; 32] };
-        NewJob { once: Some(once), ..job(&journal, "{}") }
+        let idempotency = IdempotencyKey { name: format!("{number:0200}"), digest: [1; 32] };
+        NewJob { idempotency: Some(idempotency), ..job(&journal, "{}") }
     };
     // A quarter of the bytes: some 190 names of 528 bytes.
     let refused = (0..1000).find(|number| {
@@ -546,8 +601,8 @@ fn names_have_a_bound_of_their_own_and_take_no_jobs_room() {
     assert!(journal.job(id).unwrap().is_some());
     drop(journal);
     let (journal, _) = open(folder.path(), Retention { bytes_max: 400_000, ..KEEP });
-    let once = Some(Once { name: "x".repeat(200), digest: [1; 32] });
-    let full = NewJob { once, ..job(&journal, "{}") };
+    let idempotency = Some(IdempotencyKey { name: "x".repeat(200), digest: [1; 32] });
+    let full = NewJob { idempotency, ..job(&journal, "{}") };
     assert_eq!(accept(&journal, full), Err(AcceptError::FullOfNames), "also after a restart");
 }
 

@@ -12,10 +12,12 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    AcceptError, JobId,
+    AcceptError,
+    change::{Change, Notification, Unfit},
     clock::Clock,
-    record::{Accepted, Finish, NewJob, OpenJob, Retry, Totals},
-    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Room, Store, is_damage, is_of_one_change},
+    record::{Accepted, Totals},
+    schema::is_damage,
+    store::{FORGOTTEN_AT_ONCE, Forget, Refusal, Room, Store, is_of_one_change},
 };
 
 /// Changes in one group.
@@ -36,32 +38,6 @@ const BETWEEN_NAME_CLEANINGS: Duration = Duration::from_secs(10);
 const NAMES_PART: u64 = 4;
 /// Between two looks for jobs that are to be forgotten.
 const BETWEEN_CLEANINGS: Duration = Duration::from_secs(1);
-
-/// Tells how an acceptance ended.
-pub(crate) type AcceptDone = Box<dyn FnOnce(Result<Accepted, AcceptError>) + Send>;
-/// Tells that a change is on disk.
-pub(crate) type Done = Box<dyn FnOnce() + Send>;
-/// Tells that a job's end is on disk, or why it can never be written like this.
-pub(crate) type FinishDone = Box<dyn FnOnce(Result<(), Unfit>) + Send>;
-/// Tells which message is on its way again; `None` where there is no such message, or it is on its way.
-pub(crate) type RedeliverDone = Box<dyn FnOnce(Option<OpenJob>) + Send>;
-
-/// One change.
-pub(crate) enum Change {
-    Accept(NewJob, AcceptDone),
-    /// One that is accepted and has failed at once, in the same group.
-    Refuse(NewJob, Finish, AcceptDone),
-    Cancel(JobId, Done),
-    Retry(Retry),
-    Finish(Finish, FinishDone),
-    Delivered(JobId, u64, Option<String>, Done),
-    Redeliver(JobId, RedeliverDone),
-}
-
-/// A change that the disk would take and the journal's format doesn't, however often it is tried.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("one row of the journal holds less ({0})")]
-pub struct Unfit(pub(crate) String);
 
 /// How long jobs that are done with, and names, are kept, by the journal's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +84,7 @@ struct Intake {
     accepts: usize,
     accept_bytes: usize,
     stop: bool,
-    /// Whether the writer sleeps.
+    /// Whether the writer waits.
     asleep: bool,
 }
 
@@ -181,58 +157,6 @@ impl Shared {
             taken.push_back(change);
         }
         Some(taken)
-    }
-}
-
-impl Change {
-    /// The bytes of a job that is to be accepted; `None` for what says what has become of one that was.
-    fn accepted_bytes(&self) -> Option<usize> {
-        match self {
-            Self::Accept(job, _) | Self::Refuse(job, ..) => Some(job.envelope.len()),
-            _ => None,
-        }
-    }
-
-    /// Tells whoever wants a job accepted that it isn't.
-    fn refuse(self, error: AcceptError) {
-        if let Self::Accept(_, done) | Self::Refuse(_, _, done) = self {
-            done(Err(error));
-        }
-    }
-
-    /// Tells whoever waits for it that it can never be written. What it would have said is told again by the job's end.
-    fn reject(self, why: Unfit) {
-        match self {
-            Self::Accept(_, done) | Self::Refuse(_, _, done) => done(Err(AcceptError::Unfit(why))),
-            Self::Finish(_, done) => done(Err(why)),
-            Self::Redeliver(_, done) => done(None),
-            Self::Cancel(id, done) => {
-                tracing::error!(job_id = %id, error = %why, "that the job was taken back can't be written");
-                done();
-            }
-            Self::Retry(Retry { id, .. }) | Self::Delivered(id, ..) => {
-                tracing::error!(job_id = %id, error = %why, "what became of the job can't be written");
-            }
-        }
-    }
-}
-
-/// What those who wait for a change are told once it is on disk.
-enum Told {
-    Accepted(AcceptDone, Result<Accepted, AcceptError>),
-    Done(Done),
-    Finished(FinishDone),
-    Redelivered(RedeliverDone, Option<OpenJob>),
-}
-
-impl Told {
-    fn tell(self) {
-        match self {
-            Self::Accepted(done, accepted) => done(accepted),
-            Self::Done(done) => done(),
-            Self::Finished(done) => done(Ok(())),
-            Self::Redelivered(done, job) => done(job),
-        }
     }
 }
 
@@ -317,7 +241,7 @@ impl Writer {
             let Unwritten { error, culprit, changes: kept } = match self.commit(changes) {
                 Ok(told) => {
                     self.shared.failing.store(None);
-                    told.into_iter().for_each(Told::tell);
+                    told.into_iter().for_each(Notification::send);
                     return self.tell(count, begun.elapsed());
                 }
                 Err(unwritten) => unwritten,
@@ -358,7 +282,7 @@ impl Writer {
         });
     }
 
-    fn commit(&mut self, changes: VecDeque<Change>) -> Result<Vec<Told>, Unwritten> {
+    fn commit(&mut self, changes: VecDeque<Change>) -> Result<Vec<Notification>, Unwritten> {
         let now = self.shared.clock.now();
         let names_bytes_max = self.shared.retention.load().bytes_max / NAMES_PART;
         let room = Room { is_full: self.full, names_bytes_max };
@@ -398,11 +322,13 @@ impl Writer {
         }
         let told = changes.into_iter().zip(answers).filter_map(|(change, answer)| match change {
             Change::Accept(_, done) | Change::Refuse(_, _, done) => {
-                answer.map(|answer| Told::Accepted(done, answer))
+                answer.map(|answer| Notification::Accepted(done, answer))
             }
-            Change::Cancel(_, done) | Change::Delivered(_, _, _, done) => Some(Told::Done(done)),
-            Change::Finish(_, done) => Some(Told::Finished(done)),
-            Change::Redeliver(_, done) => Some(Told::Redelivered(done, redelivered.pop_front().flatten())),
+            Change::Cancel(_, done) | Change::Delivered(_, _, _, done) => Some(Notification::Done(done)),
+            Change::Finish(_, done) => Some(Notification::Finished(done)),
+            Change::Redeliver(_, done) => {
+                Some(Notification::Redelivered(done, redelivered.pop_front().flatten()))
+            }
             Change::Retry(_) => None,
         });
         Ok(told.collect())

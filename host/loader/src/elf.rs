@@ -177,7 +177,7 @@ mod tests {
             assert!(!is_whole, "{length} bytes");
             assert!(checked.is_err(), "{length} bytes");
         }
-        // A few bytes more than it needs are nobody's business.
+        // Bytes behind what it needs are ignored.
         assert!(checked(&[whole, vec![0; 9]].concat()).1);
     }
 

@@ -117,6 +117,9 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    /// It ended the host when it was loaded.
+    #[error("{0}")]
+    Fenced(String),
     /// The child process that opened it first was killed.
     #[error(
         "it crashes when it is opened ({how}, in the preflight process, so nothing else was harmed); look for constructors and static initialisers in it"
@@ -193,6 +196,7 @@ impl LoadError {
             Self::Pinned { .. }
             | Self::TooManyLibraries { .. }
             | Self::Crashed { .. }
+            | Self::Fenced(_)
             | Self::Refused(_)
             | Self::Open(_) => false,
         }

@@ -1,13 +1,13 @@
 //! Safe owners of the plugin's handles: each gives its handle back exactly once, to the library that made it.
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, sync::Arc};
 
 use modalkit_abi::{
     BatchHandle, Failure, InstanceHandle, ItemHandle, Rejection, VolumeChange,
     abi_stable::std_types::{RResult, RSlice, RStr, RVec},
 };
 
-use crate::Plugin;
+use crate::{Plugin, ending::Entered};
 
 /// What became of one item: the answer's JSON, or why there is none.
 pub type Outcome = Result<RVec<u8>, Failure>;
@@ -15,6 +15,7 @@ pub type Outcome = Result<RVec<u8>, Failure>;
 /// A loaded pipeline; dropped, it is gone with its memory and its device.
 pub struct Instance {
     plugin: Plugin,
+    model: Arc<str>,
     handle: InstanceHandle,
 }
 
@@ -38,8 +39,13 @@ pub struct Batch<'i> {
 pub struct Foreign;
 
 impl Instance {
-    pub(crate) fn new(plugin: Plugin, handle: InstanceHandle) -> Self {
-        Self { plugin, handle }
+    pub(crate) fn new(plugin: Plugin, model: Arc<str>, handle: InstanceHandle) -> Self {
+        Self { plugin, model, handle }
+    }
+
+    /// The model that it was loaded for.
+    pub(crate) fn model(&self) -> &str {
+        &self.model
     }
 
     pub(crate) fn handle(&self) -> InstanceHandle {
@@ -57,6 +63,7 @@ impl Instance {
     /// # Errors
     /// What the hook said.
     pub fn warmup(&self) -> Result<(), Failure> {
+        let _code = Entered::new(&self.model, "warmup");
         // SAFETY: the handle is live until `drop`.
         unsafe { self.plugin.module().warmup()(self.handle) }.into_result()
     }
@@ -74,6 +81,7 @@ impl Instance {
             mount_point: mount_point.into(),
             changed: RSlice::from_slice(&changed),
         };
+        let _code = Entered::new(&self.model, "on_volume_reload");
         // SAFETY: the handle is live until `drop`.
         unsafe { self.plugin.module().volume_reload()(self.handle, &change) }.into_result()
     }
@@ -87,6 +95,7 @@ impl Instance {
     /// Where the item is not this library's; ask [`Instance::owns`] first.
     pub fn validate(&self, item: &Item) -> Result<(), Rejection> {
         assert!(self.owns(item), "an item is validated by the library that decoded it");
+        let _code = Entered::new(&self.model, "validate");
         // SAFETY: both handles are live and, by the line before, of the same library.
         unsafe { self.plugin.module().validate()(self.handle, item.handle) }.into_result()
     }
@@ -106,6 +115,7 @@ impl Instance {
             return Err(Foreign);
         }
         let handles: Vec<ItemHandle> = items.into_iter().map(Item::into_handle).collect();
+        let _code = Entered::new(&self.model, "begin");
         // SAFETY: live items of the same library, each given up once by `into_handle`.
         let handle = unsafe { self.plugin.module().begin()(self.handle, RSlice::from_slice(&handles)) };
         Ok(Batch { instance: self, handle, _stays_on_its_thread: PhantomData })
@@ -114,6 +124,7 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        let _code = Entered::new(&self.model, "drop");
         // SAFETY: this is the handle's only owner, and batches borrow `self`.
         unsafe { self.plugin.module().drop_instance()(self.handle) }
     }
@@ -140,6 +151,7 @@ impl Item {
 
 impl Drop for Item {
     fn drop(&mut self) {
+        let _code = Entered::new(self.plugin.name(), "drop");
         // SAFETY: this is the handle's only owner; `into_handle` skips this.
         unsafe { self.plugin.module().drop_item()(self.handle) }
     }
@@ -151,6 +163,7 @@ impl Batch<'_> {
     /// # Errors
     /// What the pipeline said; the batch is over then.
     pub fn preprocess(&mut self) -> Result<(), Failure> {
+        let _code = Entered::new(&self.instance.model, "preprocess");
         // SAFETY: the handle is live until `drop` and used by this thread alone.
         unsafe { self.instance.plugin.module().preprocess()(self.handle) }.into_result()
     }
@@ -160,6 +173,7 @@ impl Batch<'_> {
     /// # Errors
     /// What the pipeline said; the batch is over then.
     pub fn predict(&mut self) -> Result<(), Failure> {
+        let _code = Entered::new(&self.instance.model, "predict");
         // SAFETY: as in `preprocess`.
         unsafe { self.instance.plugin.module().predict()(self.handle) }.into_result()
     }
@@ -169,6 +183,7 @@ impl Batch<'_> {
     /// # Errors
     /// What the pipeline said of the whole batch; it is over then.
     pub fn postprocess(&mut self) -> Result<Vec<Outcome>, Failure> {
+        let _code = Entered::new(&self.instance.model, "postprocess");
         // SAFETY: as in `preprocess`.
         let outcomes = unsafe { self.instance.plugin.module().postprocess()(self.handle) }.into_result()?;
         Ok(outcomes.into_iter().map(RResult::into_result).collect())
@@ -177,6 +192,7 @@ impl Batch<'_> {
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
+        let _code = Entered::new(&self.instance.model, "drop");
         // SAFETY: this is the handle's only owner, on the thread that made it.
         unsafe { self.instance.plugin.module().drop_batch()(self.handle) }
     }

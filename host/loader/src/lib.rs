@@ -10,14 +10,15 @@
 //!    [`Batch`] of items, which runs through the stages.
 
 mod elf;
+pub mod ending;
 mod error;
 mod folder;
 mod handles;
 mod library;
-mod modesty;
 pub mod preflight;
 mod queue;
 mod store;
+mod thread_priority;
 mod trust;
 
 pub use elf::{exports_queue, is_whole};
@@ -25,7 +26,7 @@ pub use error::{LoadError, OpenError};
 pub use handles::{Batch, Foreign, Instance, Item, Outcome};
 pub use library::{Device, Load, LogSink, Plugin, mapped_bytes};
 pub use modalkit_abi::{ABI_VERSION, Failure, FailureKind, LogLevel, PathSegment, Rejection};
-pub use modesty::be_modest;
 pub use queue::{Outgoing, Queue, QueuePlugin};
 pub use store::{Staged, Store};
+pub use thread_priority::lower_thread_priority;
 pub use trust::Trust;

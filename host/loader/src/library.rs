@@ -2,14 +2,15 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fs, io,
     path::Path,
     sync::{Arc, OnceLock},
 };
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
-    ABI_VERSION, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LeasedDevice, LoadArgs, LogLevel,
-    LogRecord, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
+    ABI_VERSION, DEBUG_ASSERTIONS_SYMBOL, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LeasedDevice,
+    LoadArgs, LogLevel, LogRecord, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
     abi_stable::{
         library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
         std_types::{ROption, RResult},
@@ -17,7 +18,10 @@ use modalkit_abi::{
 };
 use rustix::fs::StatVfsMountFlags;
 
-use crate::{Failure, Instance, Item, OpenError, Rejection, Staged, elf};
+use crate::{
+    Failure, Instance, Item, OpenError, Rejection, Staged, elf,
+    ending::{self, Entered},
+};
 
 /// Takes lines that plugins log: level, model (else plugin), target, message, fields.
 pub type LogSink = fn(LogLevel, &str, &str, &str, &str);
@@ -69,6 +73,7 @@ struct Shared {
     staged: Staged,
     rustc: &'static str,
     sdk: &'static str,
+    has_debug_assertions: bool,
 }
 
 impl Plugin {
@@ -77,7 +82,9 @@ impl Plugin {
     /// # Errors
     /// The file isn't a plugin that this host can run; see [`OpenError`].
     pub fn open(staged: &Staged) -> Result<Self, OpenError> {
-        let (module, handshake) = take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
+        let Taken { module, handshake, has_debug_assertions } =
+            take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
+        let _code = Entered::new("", "description");
         let description = match module.describe()() {
             RResult::ROk(description) => description,
             RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),
@@ -91,6 +98,7 @@ impl Plugin {
                 rustc: unsafe { handshake.rustc_version.get() },
                 // SAFETY: as above.
                 sdk: unsafe { handshake.sdk_version.get() },
+                has_debug_assertions,
             }),
         })
     }
@@ -107,6 +115,7 @@ impl Plugin {
     /// # Errors
     /// Why it isn't.
     pub fn check_settings(&self, settings: &str) -> Result<(), Failure> {
+        let _code = Entered::new(self.name(), "check of settings");
         self.module().check_settings()(settings.into()).into_result()
     }
 
@@ -136,7 +145,9 @@ impl Plugin {
             secrets: secrets.as_slice().into(),
             devices: devices.as_slice().into(),
         };
-        self.module().load()(args).into_result().map(|handle| Instance::new(self.clone(), handle))
+        let _code = Entered::new(with.model_name, "load");
+        let loaded = self.module().load()(args).into_result();
+        loaded.map(|handle| Instance::new(self.clone(), with.model_name.into(), handle))
     }
 
     /// Parses one input, and validates it where an instance of this plugin is given.
@@ -146,7 +157,8 @@ impl Plugin {
     pub fn decode(&self, instance: Option<&Instance>, json: &[u8]) -> Result<Item, Rejection> {
         let instance = instance.filter(|instance| instance.plugin().is_same(self));
         let handle = instance.map(Instance::handle);
-        // SAFETY: the handle is of a live instance of this library, checked the line before.
+        let _code = Entered::new(instance.map_or(self.name(), Instance::model), "decode");
+        // SAFETY: the handle is of a live instance of this library, checked before.
         let decoded = unsafe { self.module().decode()(ROption::from(handle), json.into()) };
         decoded.into_result().map(|item| Item::new(self.clone(), item, instance.is_some()))
     }
@@ -175,6 +187,12 @@ impl Plugin {
         self.shared.sdk
     }
 
+    /// Whether it says that it was built for debugging: it is many times slower then.
+    #[must_use]
+    pub fn has_debug_assertions(&self) -> bool {
+        self.shared.has_debug_assertions
+    }
+
     /// JSON Schema of one input.
     #[must_use]
     pub fn input_schema(&self) -> &str {
@@ -199,6 +217,14 @@ impl Plugin {
         self.shared.staged.sha256()
     }
 
+    /// Copies its file.
+    ///
+    /// # Errors
+    /// It was swept away, or can't be written there.
+    pub fn copy_to(&self, path: &Path) -> io::Result<()> {
+        fs::copy(self.shared.staged.path(), path).map(drop)
+    }
+
     pub(crate) fn module(&self) -> PluginModuleRef {
         self.shared.module
     }
@@ -219,7 +245,7 @@ pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
         |plugin: &Plugin| plugin.shared.staged.path().canonicalize().ok()?.to_str().map(ToOwned::to_owned);
     let paths: HashSet<String> = plugins.into_iter().filter_map(path).collect();
     // A file of some milliseconds: for reports, not for every request.
-    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
     let mut counts = false;
     let mut kibibytes = 0;
     for line in maps.lines() {
@@ -235,9 +261,17 @@ pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
     kibibytes * 1024
 }
 
+/// What a library exports.
+pub(crate) struct Taken<M> {
+    pub(crate) module: M,
+    pub(crate) handshake: &'static Handshake,
+    pub(crate) has_debug_assertions: bool,
+}
+
 /// Opens a file and checks all that can be checked before plugin code runs.
-pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'static Handshake), OpenError> {
+pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<Taken<M>, OpenError> {
     elf::check(path)?;
+    let _code = Entered::new("", "constructors");
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
@@ -246,6 +280,10 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
     let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
     // SAFETY: as above.
     let is_queue = unsafe { library.get::<*const Handshake>(QUEUE_HANDSHAKE_SYMBOL) }.is_ok();
+    // SAFETY: only the address is taken; it is one byte, which the SDK exports beside the handshake.
+    let debug = unsafe { library.get::<*const u8>(DEBUG_ASSERTIONS_SYMBOL) }.map(|symbol| *symbol).ok();
+    // Where it can't be, its destructors run first at an `exit`: that is all.
+    let _ = ending::watch_exit();
     // Never closed; see `Plugin`. A refused library stays mapped as well, as its constructors have run.
     std::mem::forget(library);
     let handshake = handshake.ok_or(if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin })?;
@@ -259,7 +297,9 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<(M, &'st
         .upgrade()
         .and_then(|header| header.init_root_module::<M>())
         .map_err(|error| OpenError::Layout { difference: first_difference(&error) })?;
-    Ok((module, handshake))
+    // SAFETY: the library stays mapped, and with the symbol goes a byte.
+    let has_debug_assertions = debug.is_some_and(|byte| unsafe { byte.read() } != 0);
+    Ok(Taken { module, handshake, has_debug_assertions })
 }
 
 /// Takes what a library's symbol points at for a handshake, once its magic, its place and its ABI number say that it is one: only

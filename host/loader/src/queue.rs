@@ -10,7 +10,7 @@ use modalkit_abi::{
 
 use crate::{
     Failure, FailureKind, LogSink, OpenError, Staged,
-    library::{forward, set_log_sink, take},
+    library::{Taken, forward, set_log_sink, take},
 };
 
 /// An opened queue plugin. It stays mapped until the process ends.
@@ -49,7 +49,7 @@ impl QueuePlugin {
     /// # Errors
     /// The file isn't a queue plugin that this host can use; see [`OpenError`].
     pub fn open(staged: &Staged) -> Result<Self, OpenError> {
-        let (module, _) = take::<QueueModuleRef>(staged.path(), QUEUE_HANDSHAKE_SYMBOL)?;
+        let Taken { module, .. } = take::<QueueModuleRef>(staged.path(), QUEUE_HANDSHAKE_SYMBOL)?;
         let description = match module.describe()() {
             RResult::ROk(description) => description,
             RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),

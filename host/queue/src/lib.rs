@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod loopback;
 #[cfg(feature = "memory")]
 mod memory;
 #[cfg(feature = "plugin")]
@@ -13,6 +14,8 @@ mod plugin;
 mod redis;
 #[cfg(feature = "sqs")]
 mod sqs;
+#[cfg(feature = "sqs")]
+mod sqs_protocol;
 #[cfg(feature = "taskiq")]
 mod taskiq;
 
@@ -20,6 +23,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf, pin::Pin, sync::
 
 use bytes::Bytes;
 
+pub use loopback::is_loopback;
 #[cfg(feature = "memory")]
 pub use memory::{Held, Lease, Memory};
 #[cfg(feature = "plugin")]
@@ -262,7 +266,7 @@ impl std::fmt::Debug for PluginSpec {
 pub struct SpecError(pub String);
 
 /// What adapters need from their host.
-pub struct Surroundings {
+pub struct BackendContext {
     /// Opens a plugin's file; blocking.
     #[cfg(feature = "plugin")]
     pub open_plugin: OpenPlugin,
@@ -272,7 +276,7 @@ pub struct Surroundings {
 ///
 /// # Errors
 /// [`SpecError`], where no connection could ever be made like that.
-pub fn open(spec: &Spec, around: &Surroundings) -> Result<Arc<dyn Backend>, SpecError> {
+pub fn open(spec: &Spec, context: &BackendContext) -> Result<Arc<dyn Backend>, SpecError> {
     #[cfg(not(feature = "plugin"))]
     let _ = around;
     match spec {
@@ -285,7 +289,7 @@ pub fn open(spec: &Spec, around: &Surroundings) -> Result<Arc<dyn Backend>, Spec
         #[cfg(feature = "taskiq")]
         Spec::TaskIq(spec) => Ok(Arc::new(taskiq::TaskIq::open(spec)?)),
         #[cfg(feature = "plugin")]
-        Spec::Plugin(spec) => Ok(Arc::new(plugin::PluginQueue::open(spec, &around.open_plugin))),
+        Spec::Plugin(spec) => Ok(Arc::new(plugin::PluginQueue::open(spec, &context.open_plugin))),
         #[allow(unreachable_patterns, reason = "where a feature is off")]
         _ => {
             Err(SpecError("this build has no adapter for it (a cargo feature of modalkit-queue)".to_owned()))

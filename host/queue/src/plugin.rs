@@ -24,12 +24,12 @@ const AFTER_A_FAILURE: Duration = Duration::from_secs(3);
 const WAITING_MAX: usize = 4;
 
 pub(crate) struct PluginQueue {
-    work: mpsc::Sender<Work>,
+    work: mpsc::Sender<Call>,
     batch_max: usize,
 }
 
 /// One call.
-enum Work {
+enum Call {
     Check(oneshot::Sender<Result<(), QueueError>>),
     Send { queue: String, messages: Vec<Message>, reply: oneshot::Sender<Vec<Result<(), QueueError>>> },
 }
@@ -38,14 +38,14 @@ enum Work {
 struct Worker {
     spec: PluginSpec,
     open: OpenPlugin,
-    seen: Option<Seen>,
+    file: Option<FileVersion>,
     looked: Option<Instant>,
     backend: Result<Queue, QueueError>,
 }
 
-/// A file as it was seen.
+/// Tells one content of a file from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
+struct FileVersion {
     path: PathBuf,
     length: u64,
     changed: Option<SystemTime>,
@@ -57,7 +57,7 @@ impl PluginQueue {
         let worker = Worker {
             spec: spec.clone(),
             open: Arc::clone(open),
-            seen: None,
+            file: None,
             looked: None,
             backend: Err(QueueError::Unavailable("its plugin has not been looked for yet".to_owned())),
         };
@@ -70,7 +70,7 @@ impl PluginQueue {
     }
 
     /// Waits for its turn; whoever calls has a limit of its own.
-    async fn ask(&self, work: Work) -> Result<(), QueueError> {
+    async fn ask(&self, work: Call) -> Result<(), QueueError> {
         self.work.send(work).await.map_err(|_| ended())
     }
 }
@@ -83,7 +83,7 @@ impl Backend for PluginQueue {
     fn check(&self) -> Answer<'_, Result<(), QueueError>> {
         Box::pin(async {
             let (reply, told) = oneshot::channel();
-            self.ask(Work::Check(reply)).await?;
+            self.ask(Call::Check(reply)).await?;
             told.await.unwrap_or_else(|_| Err(ended()))
         })
     }
@@ -99,7 +99,7 @@ impl Backend for PluginQueue {
     ) -> Answer<'a, Vec<Result<(), QueueError>>> {
         Box::pin(async move {
             let (reply, told) = oneshot::channel();
-            let work = Work::Send { queue: queue.to_owned(), messages: messages.to_vec(), reply };
+            let work = Call::Send { queue: queue.to_owned(), messages: messages.to_vec(), reply };
             match self.ask(work).await {
                 Ok(()) => told.await.unwrap_or_else(|_| vec![Err(ended()); messages.len()]),
                 Err(error) => vec![Err(error); messages.len()],
@@ -109,13 +109,13 @@ impl Backend for PluginQueue {
 }
 
 impl Worker {
-    fn run(mut self, mut calls: mpsc::Receiver<Work>) {
+    fn run(mut self, mut calls: mpsc::Receiver<Call>) {
         while let Some(work) = calls.blocking_recv() {
             self.look();
             // Whoever asked may have given up.
             match work {
-                Work::Check(reply) => drop(reply.send(self.check())),
-                Work::Send { queue, messages, reply } => {
+                Call::Check(reply) => drop(reply.send(self.check())),
+                Call::Send { queue, messages, reply } => {
                     if !reply.is_closed() {
                         let _ = reply.send(self.send(&queue, &messages));
                     }
@@ -126,7 +126,7 @@ impl Worker {
 
     fn check(&self) -> Result<(), QueueError> {
         let backend = self.backend.as_ref().map_err(Clone::clone)?;
-        backend.check().map_err(|failure| explain(&failure))
+        backend.check().map_err(|failure| queue_error(&failure))
     }
 
     fn send(&self, queue: &str, messages: &[Message]) -> Vec<Result<(), QueueError>> {
@@ -158,7 +158,7 @@ impl Worker {
     fn look(&mut self) {
         // One that can't be taken is tried in a process of its own each time.
         let pause =
-            if self.seen.is_some() && self.backend.is_err() { AFTER_A_FAILURE } else { BETWEEN_LOOKS };
+            if self.file.is_some() && self.backend.is_err() { AFTER_A_FAILURE } else { BETWEEN_LOOKS };
         if self.looked.is_some_and(|looked| looked.elapsed() < pause) {
             return;
         }
@@ -171,13 +171,13 @@ impl Worker {
             }
             return;
         };
-        if self.seen.as_ref() == Some(&found) && self.backend.is_ok() {
+        if self.file.as_ref() == Some(&found) && self.backend.is_ok() {
             return;
         }
         let opened = (self.open)(&found.path, self.spec.sha256.as_deref()).map_err(QueueError::Unavailable);
         let opened = opened.and_then(|plugin| {
             let opened = plugin.backend(&self.spec.name, &self.spec.settings, &self.spec.secrets);
-            let opened = opened.map_err(|failure| explain(&failure))?;
+            let opened = opened.map_err(|failure| queue_error(&failure))?;
             tracing::info!(
                 backend = self.spec.name,
                 sha256 = plugin.sha256(),
@@ -193,21 +193,21 @@ impl Worker {
             }
             (_, opened) => self.backend = opened,
         }
-        self.seen = Some(found);
+        self.file = Some(found);
     }
 
-    fn find(&self) -> Option<Seen> {
+    fn find(&self) -> Option<FileVersion> {
         let names = [format!("{}.so", self.spec.plugin), format!("lib{}.so", self.spec.plugin)];
         let paths = self.spec.folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
         paths.into_iter().find_map(|path| {
             let file = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
-            Some(Seen { path, length: file.len(), changed: file.modified().ok() })
+            Some(FileVersion { path, length: file.len(), changed: file.modified().ok() })
         })
     }
 }
 
 /// An error of the whole backend: a permanent one waits for somebody who changes something.
-fn explain(failure: &Failure) -> QueueError {
+fn queue_error(failure: &Failure) -> QueueError {
     let message = failure.message.to_string();
     match failure.kind {
         FailureKind::Permanent | FailureKind::InvalidInput => QueueError::Denied(message),

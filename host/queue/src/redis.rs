@@ -1,6 +1,7 @@
 //! Redis: a queue is a list or a stream. Streams can also be taken from, by a consumer group that all hosts share.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs,
     time::{Duration, Instant},
@@ -12,6 +13,7 @@ use redis::{
     Client, ErrorKind, IntoConnectionInfo, Pipeline, RedisError, ServerErrorKind, TlsCertificates, Value,
     aio::{ConnectionManager, ConnectionManagerConfig},
 };
+use serde_json::value::RawValue;
 
 use crate::{Answer, Backend, Message, QueueError, Received, RedisShape, RedisSpec, Source, SpecError, fits};
 
@@ -62,7 +64,7 @@ impl Redis {
             .set_response_timeout(Some(response_time_max))
             .set_max_delay(RECONNECT_DELAY_MAX);
         ConnectionManager::new_lazy_with_config(self.client.clone(), config)
-            .map_err(|error| self.explain(&error))
+            .map_err(|error| self.queue_error(&error))
     }
 
     fn connection(&self) -> Result<ConnectionManager, QueueError> {
@@ -93,7 +95,7 @@ impl Redis {
         if !of_the_command {
             *self.connection.lock() = None;
         }
-        self.explain(error)
+        self.queue_error(error)
     }
 
     /// The same for messages of which some are too large.
@@ -130,7 +132,7 @@ impl Redis {
         results
     }
 
-    pub(crate) fn explain(&self, error: &RedisError) -> QueueError {
+    pub(crate) fn queue_error(&self, error: &RedisError) -> QueueError {
         let at = self.client.get_connection_info().addr();
         let text = match error.kind() {
             // It would show what was read.
@@ -175,7 +177,8 @@ impl Redis {
                 .arg("STREAMS")
                 .arg(queue)
                 .arg(own);
-            let reply: Read = read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+            let reply: StreamRead =
+                read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
             let entries = entries_of(reply);
             let seen = entries.last().map(|(id, _)| id.clone());
             if let Some(consuming) = self.consuming.lock().get_mut(queue) {
@@ -196,9 +199,9 @@ impl Redis {
                 let ids: Vec<&String> = left.iter().map(|(id, ..)| id).collect();
                 let mut claim = redis::cmd("XCLAIM");
                 claim.arg(queue).arg(GROUP).arg(consumer).arg(idle).arg(&ids);
-                let claimed: Vec<Option<Entry>> =
+                let claimed: Vec<Option<StreamEntry>> =
                     claim.query_async(&mut connection).await.map_err(|error| failed(&error))?;
-                let entries: Vec<Entry> = claimed.into_iter().flatten().collect();
+                let entries: Vec<StreamEntry> = claimed.into_iter().flatten().collect();
                 if !entries.is_empty() {
                     return self.received(queue, entries).await;
                 }
@@ -210,7 +213,7 @@ impl Redis {
         let mut read = redis::cmd("XREADGROUP");
         read.arg("GROUP").arg(GROUP).arg(consumer).arg("COUNT").arg(max);
         read.arg("BLOCK").arg((wait.as_millis() as u64).max(1)).arg("STREAMS").arg(queue).arg(">");
-        let reply: Read = read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
+        let reply: StreamRead = read.query_async(&mut connection).await.map_err(|error| failed(&error))?;
         self.received(queue, entries_of(reply)).await
     }
 
@@ -231,7 +234,7 @@ impl Redis {
         // From the first entry on: what was sent before the first host came is run as well.
         make.arg("CREATE").arg(queue).arg(GROUP).arg("0").arg("MKSTREAM");
         match make.query_async::<()>(&mut connection).await {
-            Err(error) if error.code() != Some("BUSYGROUP") => return Err(self.explain(&error)),
+            Err(error) if error.code() != Some("BUSYGROUP") => return Err(self.queue_error(&error)),
             _ => {}
         }
         let own = Some("0".to_owned());
@@ -243,10 +246,10 @@ impl Redis {
     /// After an error everything is looked at anew: the group may be gone, and an answer with entries may have been lost.
     fn forget(&self, queue: &str, error: &RedisError) -> QueueError {
         self.consuming.lock().remove(queue);
-        self.explain(error)
+        self.queue_error(error)
     }
 
-    async fn received(&self, queue: &str, entries: Vec<Entry>) -> Result<Vec<Received>, QueueError> {
+    async fn received(&self, queue: &str, entries: Vec<StreamEntry>) -> Result<Vec<Received>, QueueError> {
         let mut received = Vec::with_capacity(entries.len());
         let mut gone = Vec::new();
         for (id, fields) in entries {
@@ -271,12 +274,12 @@ impl Redis {
 }
 
 /// An entry: its id, and its fields and their values in turns; none where it was deleted. Others may have written anything there.
-type Entry = (String, Option<Vec<Vec<u8>>>);
+type StreamEntry = (String, Option<Vec<Vec<u8>>>);
 
 /// What is read from streams: for each its name and entries.
-type Read = Option<Vec<(Vec<u8>, Vec<Entry>)>>;
+type StreamRead = Option<Vec<(Vec<u8>, Vec<StreamEntry>)>>;
 
-fn entries_of(read: Read) -> Vec<Entry> {
+fn entries_of(read: StreamRead) -> Vec<StreamEntry> {
     read.into_iter().flatten().flat_map(|(_, entries)| entries).collect()
 }
 
@@ -329,7 +332,8 @@ impl Backend for Redis {
     ) -> Answer<'a, Vec<Result<(), QueueError>>> {
         Box::pin(self.send_each(messages, move |pipeline, message| match self.spec.shape {
             RedisShape::List => {
-                pipeline.cmd("LPUSH").arg(queue).arg(&*message.body);
+                // A list has nothing but bodies.
+                pipeline.cmd("LPUSH").arg(queue).arg(&*with_job_id(message));
             }
             RedisShape::Stream => {
                 pipeline.cmd("XADD").arg(queue);
@@ -346,6 +350,22 @@ impl Backend for Redis {
 
     fn source(&self) -> Option<&dyn Source> {
         (self.spec.shape == RedisShape::Stream).then_some(self)
+    }
+}
+
+/// A message's body with the job's id as its last member, where it is an object without such a member of its own: by it, those who read
+/// a list tell a message that came twice.
+fn with_job_id(message: &Message) -> Cow<'_, [u8]> {
+    let body = &*message.body;
+    let Some(open) = body.trim_ascii_end().strip_suffix(b"}") else { return Cow::Borrowed(body) };
+    let members: Result<HashMap<Cow<'_, str>, &RawValue>, _> = serde_json::from_slice(body);
+    match members {
+        Ok(members) if !members.contains_key(JOB) => {
+            let comma = if members.is_empty() { "" } else { "," };
+            let end = format!("{comma}\"{JOB}\":\"{}\"}}", message.job_id);
+            Cow::Owned([open, end.as_bytes()].concat())
+        }
+        _ => Cow::Borrowed(body),
     }
 }
 
@@ -389,5 +409,29 @@ impl Source for Redis {
             let mut connection = self.connection()?;
             claim.query_async::<Value>(&mut connection).await.map(drop).map_err(|error| self.reset(&error))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lists_messages_say_which_job_they_are_of() {
+        let of = |body: &'static str| {
+            let message = Message {
+                job_id: "j1".to_owned(),
+                delivery_id: "j1-1".to_owned(),
+                body: body.into(),
+                traceparent: None,
+            };
+            String::from_utf8(with_job_id(&message).into_owned()).unwrap()
+        };
+        assert_eq!(of(r#"{"a": 1e999, "b": "\ud800"}"#), r#"{"a": 1e999, "b": "\ud800","job_id":"j1"}"#);
+        assert_eq!(of("{} "), r#"{"job_id":"j1"}"#);
+        for kept in [r#"{"job_id": 7}"#, "[1]", "", "}", r#"{"a": [{"job_id": 1}}"#] {
+            assert_eq!(of(kept), kept);
+        }
+        assert!(of(r#"{"a": {"job_id": 1}}"#).ends_with(r#","job_id":"j1"}"#));
     }
 }

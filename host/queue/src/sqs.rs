@@ -5,14 +5,20 @@ use std::{collections::HashMap, fs, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use object_store::{
-    Certificate, ClientOptions, RetryConfig,
+    RetryConfig,
     aws::{AmazonS3Builder, AwsAuthorizer, AwsCredential, AwsCredentialProvider},
-    client::{HttpClient, HttpConnector, HttpRequestBody, ReqwestConnector, StaticCredentialProvider},
+    client::{HttpClient, HttpRequestBody, StaticCredentialProvider},
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::{Answer, Backend, Message, QueueError, Received, Source, SpecError, SqsSpec, fits};
+use crate::{
+    Answer, Backend, Message, QueueError, Received, Source, SpecError, SqsSpec, fits, is_loopback,
+    sqs_protocol::{
+        ATTRIBUTE_BYTES, FIFO, TEXT_CHARS, TRACE, allowed, chain, element, entry, is_about_the_message,
+        is_denial, is_missing,
+    },
+};
 
 /// Messages in one request: the service's own limit.
 const BATCH: usize = 10;
@@ -22,16 +28,6 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 const RESPONSE_TIME_MAX: Duration = Duration::from_secs(10);
 /// The longest that the service waits for a message.
 const WAIT_MAX: Duration = Duration::from_secs(20);
-/// The end of the names of queues that keep an order.
-const FIFO: &str = ".fifo";
-/// All messages of one queue are one group: they keep their order.
-const GROUP: &str = "modalkit";
-const JOB: &str = "job_id";
-const TRACE: &str = "traceparent";
-/// Bytes of a message's attributes, which count with its body.
-const ATTRIBUTE_BYTES: usize = 256;
-/// Bytes of one of the service's own texts in an error.
-const TEXT_CHARS: usize = 200;
 
 pub(crate) struct Sqs {
     endpoint: String,
@@ -75,27 +71,27 @@ impl Sqs {
                 Arc::clone(store.build().map_err(|error| refuse(&error))?.credentials())
             }
         };
+        let endpoint =
+            spec.endpoint.clone().unwrap_or_else(|| format!("https://sqs.{}.amazonaws.com/", spec.region));
         let client = |time_max: Duration| {
-            let mut options = ClientOptions::new()
-                .with_allow_http(true)
-                .with_connect_timeout(CONNECT_TIME_MAX)
-                .with_timeout(time_max);
+            let mut client = reqwest::Client::builder().connect_timeout(CONNECT_TIME_MAX).timeout(time_max);
+            if is_loopback(&endpoint) {
+                client = client.no_proxy();
+            }
             if let Some(file) = &spec.ca {
                 let pem = fs::read(file).map_err(|error| refuse(&format!("{}: {error}", file.display())))?;
-                let authority = Certificate::from_pem(&pem).map_err(|error| refuse(&error))?;
-                options = options.with_root_certificate(authority);
+                let authorities =
+                    reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| refuse(&error))?;
+                client = client.tls_certs_merge(authorities);
             }
-            ReqwestConnector::default().connect(&options).map_err(|error| refuse(&error))
+            client.build().map(HttpClient::new).map_err(|error| refuse(&error))
         };
         Ok(Self {
-            endpoint: spec
-                .endpoint
-                .clone()
-                .unwrap_or_else(|| format!("https://sqs.{}.amazonaws.com/", spec.region)),
-            region: spec.region.clone(),
-            credentials,
             client: client(RESPONSE_TIME_MAX)?,
             waiting: client(WAIT_MAX + RESPONSE_TIME_MAX)?,
+            endpoint,
+            region: spec.region.clone(),
+            credentials,
             message_bytes_max: spec.message_bytes_max,
             create_missing: spec.create_missing,
             urls: Mutex::default(),
@@ -329,79 +325,6 @@ impl Sqs {
         let changed: Vec<Result<(), QueueError>> = changed.buffer_unordered(REQUESTS_AT_ONCE).collect().await;
         changed.into_iter().collect()
     }
-}
-
-fn entry(queue: &str, index: usize, message: &Message) -> Value {
-    let text = |text: &str| json!({"DataType": "String", "StringValue": text});
-    let mut entry = json!({
-        "Id": index.to_string(),
-        "MessageBody": String::from_utf8_lossy(&message.body),
-        "MessageAttributes": {JOB: text(&message.job_id)},
-    });
-    if let Some(trace) = &message.traceparent {
-        entry["MessageAttributes"][TRACE] = text(trace);
-    }
-    if queue.ends_with(FIFO) {
-        entry["MessageGroupId"] = json!(GROUP);
-        entry["MessageDeduplicationId"] = json!(message.delivery_id);
-    }
-    entry
-}
-
-/// Two characters that JSON has and SQS refuses are written as escapes, which say the same.
-fn allowed(body: &str) -> String {
-    body.replace('\u{fffe}', "\\ufffe").replace('\u{ffff}', "\\uffff")
-}
-
-/// An element of the XML that is answered before anybody has looked at which protocol is spoken.
-fn element<'x>(xml: &'x str, name: &str) -> Option<&'x str> {
-    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
-    rest.split_once('<').map(|(text, _)| text)
-}
-
-fn is_missing(kind: &str) -> bool {
-    kind.contains("QueueDoesNotExist") || kind.contains("NonExistentQueue")
-}
-
-/// Whether an error says that a message will never be taken.
-fn is_about_the_message(kind: &str) -> bool {
-    const KINDS: [&str; 5] = [
-        "BatchRequestTooLong",
-        "InvalidMessageContents",
-        "InvalidParameterValue",
-        "MessageTooLong",
-        "UnsupportedOperation",
-    ];
-    KINDS.iter().any(|about| kind.contains(about))
-}
-
-/// Whether an error is about who we are, and not about what we ask.
-fn is_denial(kind: &str) -> bool {
-    const KINDS: [&str; 9] = [
-        "AccessDenied",
-        "ExpiredToken",
-        "IncompleteSignature",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "InvalidSecurity",
-        "MissingAuthenticationToken",
-        "SignatureDoesNotMatch",
-        "UnrecognizedClient",
-    ];
-    KINDS.iter().any(|denial| kind.contains(denial))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 impl Backend for Sqs {

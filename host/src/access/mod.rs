@@ -107,7 +107,7 @@ pub struct Caller {
 
 /// What a caller is told of the host's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Sight {
+pub enum Visibility {
     /// Whether it serves.
     Status,
     /// The names and states of its models as well.
@@ -281,22 +281,38 @@ impl Access {
     ///
     /// # Errors
     /// It shows a key that is none of this host's. It is told the status all the same, and the attempt is counted.
-    pub fn sight(&self, from: &Origin, request: &impl Shown) -> Result<Sight, AccessError> {
+    pub fn visibility(&self, from: &Origin, request: &impl Shown) -> Result<Visibility, AccessError> {
         if let Origin::Socket { .. } = from {
-            return Ok(Sight::Reasons);
+            return Ok(Visibility::Reasons);
         }
         let rules = self.now.load();
         if rules.is_keyless() {
-            return Ok(Sight::Names);
+            return Ok(Visibility::Names);
         }
-        match rules.sight(&self.digester, request) {
-            Ok(sight) => Ok(sight),
+        match rules.visibility(&self.digester, request) {
+            Ok(visibility) => Ok(visibility),
             Err(wrong @ AccessError::Wrong { .. }) => {
                 self.refused();
                 Err(wrong)
             }
-            Err(_) => Ok(Sight::Status),
+            Err(_) => Ok(Visibility::Status),
         }
+    }
+
+    /// Whether the value of a key that lies in a file isn't known: it may be there at any moment.
+    fn waits_for_a_file(&self, spec: &AuthSpec) -> bool {
+        let values = self.values.lock();
+        let mut keys = spec.keys.iter().chain(spec.modal.iter().flatten());
+        keys.any(|key| {
+            matches!(key.source, KeySource::Secret(_))
+                && !matches!(values.get(&key.source), Some(Fetched::Value(_)))
+        })
+    }
+
+    /// What a caller is told that shows no key and must.
+    #[must_use]
+    pub fn missing_key(&self) -> AccessError {
+        AccessError::Missing { header: self.now.load().spec.header.clone(), to_manage: false }
     }
 
     /// The queues that callers with this key may name, where it has a list of its own.
@@ -340,16 +356,16 @@ impl Rules {
         self.key_of(digester, request)
     }
 
-    fn sight(&self, digester: &Digester, request: &impl Shown) -> Result<Sight, AccessError> {
+    fn visibility(&self, digester: &Digester, request: &impl Shown) -> Result<Visibility, AccessError> {
         if self.spec.keys.is_empty() {
-            return self.check_modal(digester, request).map(|()| Sight::Names);
+            return self.check_modal(digester, request).map(|()| Visibility::Names);
         }
         // A key that manages does so without those two headers.
         let manages = self.key_of(digester, request)?.manages;
         if manages {
-            return Ok(Sight::Reasons);
+            return Ok(Visibility::Reasons);
         }
-        self.check_modal(digester, request).map(|()| Sight::Names)
+        self.check_modal(digester, request).map(|()| Visibility::Names)
     }
 
     fn key_of(&self, digester: &Digester, request: &impl Shown) -> Result<&Key, AccessError> {

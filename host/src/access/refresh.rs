@@ -1,7 +1,12 @@
 //! Fetches keys that lie elsewhere, again and again: files of secrets and parameters in SSM. A key that can't be fetched, or whose file
 //! looks as if somebody were writing it, keeps the value that it had; one whose file is gone is a key no more.
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::future::join_all;
 use tokio::{
@@ -13,8 +18,12 @@ use tokio::{
 use super::{Access, Fetched, ssm};
 use crate::config::{AuthSpec, KeySource, KeySpec, SecretText, read_secret};
 
-/// How often keys are fetched while one of them is missing.
+/// How often keys are fetched while one of them is missing: that of those that lie in files, and at first of those in SSM, which is asked
+/// half as often after each failure, down to the second.
 const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// After this a reason that comes back is told again.
+const REPORT_AGAIN: Duration = Duration::from_secs(60);
 /// How long one key may take.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -65,7 +74,7 @@ struct Files {
 /// Runs until it is dropped. Which rules are in force is not decided here: only which values keys have.
 pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> std::convert::Infallible {
     let mut files = Files::default();
-    let mut told: Vec<String> = Vec::new();
+    let (mut told, mut failures) = (ReportedErrors::default(), 0);
     loop {
         let spec = specs.borrow_and_update().clone();
         tokio::select! {
@@ -73,19 +82,58 @@ pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> s
                 access.set_again();
                 let mut missing = access.missing();
                 missing.extend(faults);
-                if missing != told {
-                    missing.iter().for_each(|reason| tracing::error!("not all keys are known: {reason}"));
-                    told = missing;
+                // Of values that are known an old one serves.
+                failures = if access.missing().is_empty() { 0 } else { failures + 1 };
+                for reason in told.news(&missing, Instant::now()) {
+                    tracing::error!("not all keys are known: {reason}");
                 }
             }
             // Its sender lives as long as the host.
-            Ok(()) = specs.changed() => continue,
+            Ok(()) = specs.changed() => {
+                failures = 0;
+                continue;
+            }
         }
-        let pause = if access.missing().is_empty() { spec.refresh } else { RETRY };
+        let pause = match access.missing().is_empty() {
+            true => spec.refresh,
+            false if access.waits_for_a_file(&spec) => RETRY,
+            false => RETRY.saturating_mul(1 << (failures.max(1) - 1).min(16)).min(RETRY_MAX),
+        };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            Ok(()) = specs.changed() => {}
+            Ok(()) = specs.changed() => failures = 0,
         }
+    }
+}
+
+/// Why keys aren't known, and what was told of it.
+#[derive(Default)]
+struct ReportedErrors(HashMap<String, KeyErrors>);
+
+#[derive(Default)]
+struct KeyErrors {
+    last: String,
+    told: HashMap<String, Instant>,
+}
+
+impl ReportedErrors {
+    /// Those reasons that are news: others than in the round before, and not told a while ago. Those of a network take turns.
+    fn news<'m>(&mut self, missing: &'m [String], now: Instant) -> Vec<&'m String> {
+        let key = |reason: &str| reason.split(": ").next().unwrap_or_default().to_owned();
+        let still: Vec<String> = missing.iter().map(|reason| key(reason)).collect();
+        self.0.retain(|key, _| still.contains(key));
+        let is_news = |reason: &&String| {
+            let of_key = self.0.entry(key(reason)).or_default();
+            let changed = of_key.last != **reason;
+            of_key.last.clone_from(reason);
+            of_key.told.retain(|_, at| now.duration_since(*at) < REPORT_AGAIN);
+            let is_news = changed && !of_key.told.contains_key(*reason);
+            if is_news {
+                of_key.told.insert((*reason).clone(), now);
+            }
+            is_news
+        };
+        missing.iter().filter(is_news).collect()
     }
 }
 
@@ -196,4 +244,28 @@ fn note(access: &Access, key: &KeySpec, fetched: Result<Option<String>, FetchErr
     };
     values.insert(key.source.clone(), noted);
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_told_once_and_again_only_where_it_comes_back_after_a_while() {
+        let (mut told, begun) = (ReportedErrors::default(), Instant::now());
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let reasons = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let first = reasons(&["the key a: refused", "the key b: timed out"]);
+        assert_eq!(told.news(&first, at(0)).len(), 2);
+        assert!(told.news(&first, at(100)).is_empty(), "it is as it was");
+        let other = reasons(&["the key a: reset", "the key b: timed out"]);
+        assert_eq!(told.news(&other, at(101)), [&other[0]]);
+        assert_eq!(told.news(&first, at(102)), [&first[0]], "it was told long ago");
+        for second in 103..160 {
+            let both = if second % 2 == 0 { &first } else { &other };
+            assert!(told.news(both, at(second)).is_empty(), "they take turns");
+        }
+        assert!(told.news(&[], at(160)).is_empty());
+        assert_eq!(told.news(&first, at(161)).len(), 2, "it was fine in between");
+    }
 }

@@ -1,14 +1,18 @@
 //! Keys from AWS Systems Manager's Parameter Store: one signed request a key. Credentials are found as AWS's own programs find
 //! them: environment, web identity, container or instance metadata.
 
+use std::time::Duration;
+
 use object_store::{
-    ClientOptions,
     aws::{AmazonS3Builder, AwsAuthorizer, AwsCredential},
-    client::{HttpClient, HttpConnector, HttpRequestBody, ReqwestConnector},
+    client::{HttpClient, HttpRequestBody},
 };
 use serde_json::{Value, json};
 
 use crate::config::SsmSpec;
+
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+const RESPONSE_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// Why there is no value.
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +87,11 @@ async fn ask(
         .header("x-amz-target", "AmazonSSM.GetParameter")
         .body(HttpRequestBody::from(body))?;
     AwsAuthorizer::new(&credential, "ssm", &spec.region).try_authorize(&mut request, None)?;
-    let client: HttpClient =
-        ReqwestConnector::default().connect(&ClientOptions::new().with_allow_http(true))?;
+    let mut client = reqwest::Client::builder().connect_timeout(CONNECT_TIME_MAX).timeout(RESPONSE_TIME_MAX);
+    if modalkit_queue::is_loopback(endpoint) {
+        client = client.no_proxy();
+    }
+    let client = HttpClient::new(client.build()?);
     let response = client.execute(request).await?;
     let status = response.status().as_u16();
     let bytes = response.into_body().bytes().await?;

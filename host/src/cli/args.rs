@@ -9,8 +9,10 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0    done; after a signal: everything that was admitted was answered
   1    not done: the host could not start or was cut off, a running host did not do what was asked, `check` found errors,
-       or `inspect` would not take the file
+       (with --strict: or warnings), or `inspect` would not take the file
   2    wrong usage, or a wrong configuration to start with
+  70   a plugin ended the process with `exit`
+  75   a GPU failed for as long as the process lives: start it again
   130  a second signal";
 
 /// Serves machine-learning pipelines: plugins in watched folders, over HTTP.
@@ -39,6 +41,9 @@ pub(crate) enum Command {
         /// Print the settings as a configuration file in JSON, with `$provenance` and `$warnings`, or the errors.
         #[arg(long)]
         json: bool,
+        /// Fail over warnings as well, such as a key of a YAML file that means nothing here.
+        #[arg(long)]
+        strict: bool,
     },
     /// Print what a plugin says of itself, and whether this host would take it.
     Inspect {

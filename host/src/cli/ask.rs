@@ -15,70 +15,9 @@ use super::{
     args::Host,
     client::{self, Answer, ClientError, Place, Sent},
     print::{complain, print},
+    request::{Ask, How},
     show::for_people,
 };
-
-/// What is asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Ask {
-    /// All models, or one with its history.
-    Models(Option<String>),
-    /// A model's plugin, taken from its volume again.
-    Reload(String),
-    /// A volume, looked through.
-    ReloadVolume(String),
-    /// A model's generation before.
-    RollBack(String),
-    /// A model, unloaded.
-    Unload(String),
-    /// The GPUs.
-    Devices,
-    /// What is counted, in Prometheus' text format.
-    Metrics,
-    /// The configuration in force.
-    Config,
-    /// The configuration, read again.
-    ReloadConfig,
-    /// What became of a job.
-    Job(String, Option<u64>),
-    /// A job, taken back.
-    CancelJob(String),
-    /// A job's result, delivered again.
-    Redeliver(String),
-    /// Jobs.
-    Jobs {
-        /// In this state.
-        state: Option<String>,
-        /// Whose results are so.
-        delivery: Option<String>,
-        /// Of this model.
-        model: Option<String>,
-        /// Before this one.
-        after: Option<String>,
-        /// At most so many.
-        limit: usize,
-    },
-    /// An answer.
-    Predict {
-        /// Of which model.
-        model: Option<String>,
-        /// To this JSON.
-        input: String,
-        /// How it is asked for.
-        how: How,
-    },
-}
-
-/// How an answer is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum How {
-    /// And waited for.
-    Now,
-    /// To each input of a list.
-    Batch,
-    /// As an asynchronous job.
-    Later,
-}
 
 /// An input as it is said on the command line: JSON, `@FILE`, or `-` for standard input.
 pub(crate) fn input(said: &str) -> io::Result<String> {
@@ -131,9 +70,9 @@ fn place(what: &Ask, host: &Host, files: &[PathBuf], environment: &Environment) 
     if let Some(place) = said {
         return Ok(place);
     }
-    let server = config::load(files, environment)?.config.server;
-    let own = server.management_socket.filter(|_| host.key.is_none());
-    Ok(socket(own).unwrap_or_else(|| Place::Url(url_of(server.listen, server.tls.is_some()))))
+    let found = config::host_place(files, environment)?;
+    let own = found.management_socket.filter(|_| host.key.is_none());
+    Ok(socket(own).unwrap_or_else(|| Place::Url(url_of(found.listen, found.tls))))
 }
 
 /// A host that listens everywhere is found here too.

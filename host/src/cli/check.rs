@@ -4,11 +4,12 @@
 use std::path::PathBuf;
 
 use modalkit::{
-    config::{self, Environment, Fault, Faults, Loaded},
+    config::{self, Environment, Fault, Faults, Loaded, ModelSpec},
     ingress::Certificate,
     pipeline::check_settings,
     reload::build,
 };
+use modalkit_loader::Plugin;
 use serde_json::{Value, json};
 
 use super::{
@@ -16,32 +17,41 @@ use super::{
     print::{Colour, coloured, print, table},
 };
 
+/// Marks settings that name a file in the data folder, in the schema of a pipeline's settings.
+const FILE_MARK: &str = "x-modalkit-file";
 /// Values that are longer than this are cut in the table.
 const VALUE_CHARS_MAX: usize = 60;
 
-pub(crate) fn run(files: &[PathBuf], environment: &Environment, as_json: bool) -> u8 {
-    let loaded = match config::load(files, environment) {
-        Ok(loaded) => loaded,
-        Err(faults) => {
-            tell_faults(&faults, as_json);
-            return NOT_DONE;
-        }
+pub(crate) fn run(files: &[PathBuf], environment: &Environment, as_json: bool, strict: bool) -> u8 {
+    let (loaded, mut faults) = config::look_through(files, environment);
+    let makes_sense = faults.is_empty();
+    if let Some(loaded) = &loaded {
+        faults.extend(faults_of_plugins(loaded));
+        faults.extend(fault_of_certificate(loaded));
+    }
+    let faults = Faults::from(faults);
+    let Some(loaded) = loaded.filter(|_| makes_sense) else {
+        tell_faults(&faults, as_json);
+        return NOT_DONE;
     };
-    let mut faults = faults_of_plugins(&loaded);
-    if let Some(files) = loaded.config.server.tls.clone()
-        && let Err(error) = Certificate::read(files.clone())
-    {
-        let found = format!("{:#}", anyhow::Error::new(error));
-        faults.push(Fault::of_file(&files.certificate, "a certificate and its private key, in PEM", &found));
+    let warnings = warnings(&loaded);
+    let any = faults.iter().next().is_some();
+    if as_json {
+        print(&in_json(&loaded, &faults));
+    } else {
+        print(&for_people(&loaded, &warnings));
+        if any {
+            tell_faults(&faults, false);
+        }
     }
-    print(&if as_json { in_json(&loaded, &faults) } else { for_people(&loaded) });
-    if faults.is_empty() {
-        return DONE;
-    }
-    if !as_json {
-        tell_faults(&Faults::from(faults), false);
-    }
-    NOT_DONE
+    if any || (strict && !warnings.is_empty()) { NOT_DONE } else { DONE }
+}
+
+fn fault_of_certificate(loaded: &Loaded) -> Option<Fault> {
+    let files = loaded.config.server.tls.clone()?;
+    let error = Certificate::read(files.clone()).err()?;
+    let found = format!("{:#}", anyhow::Error::new(error));
+    Some(Fault::of_file(&files.certificate, "a certificate and its private key, in PEM", &found))
 }
 
 pub(crate) fn tell_faults(faults: &Faults, as_json: bool) {
@@ -65,18 +75,32 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     for spec in loaded.config.models.values() {
         let Some(file) = build::find(&spec.plugin, &loaded.config.volumes) else { continue };
         match build::inspect(&file, &loaded.config.server) {
-            Ok(plugin) => {
-                if let Err(found) = check_settings(&plugin, &spec.settings) {
-                    faults.extend(found.iter().cloned());
-                }
-            }
+            Ok(plugin) => match check_settings(&plugin, &spec.settings) {
+                Err(found) => faults.extend(found.iter().cloned()),
+                Ok(()) => faults.extend(missing_files(spec, &plugin)),
+            },
             Err(error) => faults.push(Fault::of_file(&file, "a plugin that this host takes", &error.chain())),
         }
     }
     faults
 }
 
-fn for_people(loaded: &Loaded) -> String {
+/// Files that a model's own keys name, as its pipeline's settings say of themselves, and that aren't there.
+fn missing_files(spec: &ModelSpec, plugin: &Plugin) -> Vec<Fault> {
+    let schema: Value = serde_json::from_str(plugin.settings_schema()).unwrap_or_default();
+    let settings: Value = serde_json::from_str(&spec.settings.json()).unwrap_or_default();
+    let keys = schema["properties"].as_object().into_iter().flatten();
+    keys.filter(|(_, property)| property[FILE_MARK] == true)
+        .filter_map(|(key, _)| {
+            let file = spec.all_model_data_folder.join(settings[key].as_str()?);
+            let found = format!("no file {}", file.display());
+            (!file.exists())
+                .then(|| spec.settings.fault(&[key], &format!("expected a file, found {found}"), false, &[]))
+        })
+        .collect()
+}
+
+fn for_people(loaded: &Loaded, warnings: &[String]) -> String {
     let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned)];
     for row in loaded.rows() {
         let mut value: String = row.value.chars().take(VALUE_CHARS_MAX).collect();
@@ -86,6 +110,15 @@ fn for_people(loaded: &Loaded) -> String {
         rows.push([row.key, value, row.at.to_string()]);
     }
     let mut text = table(&rows);
+    for (index, line) in warnings.iter().enumerate() {
+        let gap = if index == 0 { "\n" } else { "" };
+        text.push_str(&format!("{gap}{}: {line}\n", coloured("warning", Colour::Yellow)));
+    }
+    text
+}
+
+/// What has no effect, and what isn't there yet.
+fn warnings(loaded: &Loaded) -> Vec<String> {
     let waiting = loaded
         .config
         .models
@@ -99,14 +132,18 @@ fn for_people(loaded: &Loaded) -> String {
     let missing = golden.filter(|(_, golden)| !golden.file.is_file()).map(|(spec, golden)| {
         format!("{}: there is no file of golden requests {}", spec.name, golden.file.display())
     });
-    for (index, line) in warnings.chain(notes).chain(missing).enumerate() {
-        let gap = if index == 0 { "\n" } else { "" };
-        text.push_str(&format!("{gap}{}: {line}\n", coloured("warning", Colour::Yellow)));
-    }
-    text
+    let volumes = loaded.config.volumes.iter().filter(|volume| !volume.mount_point.is_dir());
+    let unmounted = volumes.map(|volume| {
+        format!("the volume {}: there is no folder {}", volume.name, volume.mount_point.display())
+    });
+    let mounts = loaded.config.mounts.iter().filter(|mount| !mount.from.exists());
+    let unmounted = unmounted.chain(mounts.map(|mount| {
+        format!("mounts: there is no {} to be put at {}", mount.from.display(), mount.to.display())
+    }));
+    warnings.chain(notes).chain(missing).chain(unmounted).collect()
 }
 
-fn in_json(loaded: &Loaded, faults: &[Fault]) -> String {
+fn in_json(loaded: &Loaded, faults: &Faults) -> String {
     let mut whole = loaded.json();
     let provenance: serde_json::Map<String, Value> =
         loaded.rows().into_iter().map(|row| (row.key, json!(row.at.to_string()))).collect();

@@ -58,8 +58,8 @@ pub(crate) enum ClientError {
     },
     /// Nobody listens at the socket.
     #[error(
-        "no host answers at the management socket {}; start one with this configuration, or say where its socket is with --socket or MODALKIT_SOCKET, or where it listens with --url and a key that has management = true",
-        path.display()
+        "no host answers at the management socket {}; start one with this configuration, or say where its socket is with --socket or MODALKIT_SOCKET, or where it listens with --url and a key that has management = true{}",
+        path.display(), hint_of_socket(path)
     )]
     NoSocket {
         /// Where it was looked for.
@@ -108,6 +108,16 @@ pub(crate) enum ClientError {
     },
 }
 
+/// The socket of `cargo xtask run`, which its configuration doesn't tell: it keeps its state in the tree.
+const SOCKET_IN_TREE: &str = "target/state/manage.sock";
+
+fn hint_of_socket(path: &Path) -> String {
+    if path == Path::new(SOCKET_IN_TREE) || !Path::new(SOCKET_IN_TREE).exists() {
+        return String::new();
+    }
+    format!("; there is one in this folder: MODALKIT_SOCKET={SOCKET_IN_TREE}")
+}
+
 /// Asks the host there for a path.
 ///
 /// # Errors
@@ -120,7 +130,7 @@ pub(crate) fn send(place: &Place, path: &str, sent: Sent, host: &Host) -> Result
 }
 
 fn over_network(url: &str, path: &str, sent: Sent, host: &Host) -> Result<Answer, ClientError> {
-    let agent = agent(host.ca.as_deref())?;
+    let agent = agent(url, host.ca.as_deref())?;
     let whole = format!("{url}{path}");
     let bearer = host.key.as_ref().map(|key| format!("Bearer {key}"));
     let answered = match sent {
@@ -163,7 +173,8 @@ fn over_socket(socket: &Path, path: &str, sent: Sent) -> Result<Answer, ClientEr
     let broken_off = |source| ClientError::BrokenOff { path: socket.to_owned(), source };
     install_cryptography();
     // However long a reload takes.
-    let client = reqwest::blocking::Client::builder().unix_socket(short.as_ref()).timeout(None).build();
+    let client =
+        reqwest::blocking::Client::builder().unix_socket(short.as_ref()).no_proxy().timeout(None).build();
     let client = client.map_err(broken_off)?;
     let url = format!("http://localhost{path}");
     let request = match sent {
@@ -176,7 +187,7 @@ fn over_socket(socket: &Path, path: &str, sent: Sent) -> Result<Answer, ClientEr
     Ok(Answer { status, body: response.text().map_err(broken_off)? })
 }
 
-fn agent(ca: Option<&Path>) -> Result<ureq::Agent, ClientError> {
+fn agent(url: &str, ca: Option<&Path>) -> Result<ureq::Agent, ClientError> {
     let mut tls = ureq::tls::TlsConfig::builder();
     if let Some(path) = ca {
         let unusable = |source: Box<dyn std::error::Error + Send + Sync>| ClientError::Authority {
@@ -187,9 +198,11 @@ fn agent(ca: Option<&Path>) -> Result<ureq::Agent, ClientError> {
         let certificate = ureq::tls::Certificate::from_pem(&pem).map_err(|error| unusable(error.into()))?;
         tls = tls.root_certs(ureq::tls::RootCerts::new_with_certs(&[certificate]));
     }
-    let config = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT_TIMEOUT))
-        .tls_config(tls.build());
+    let mut config = ureq::Agent::config_builder();
+    if modalkit_queue::is_loopback(url) {
+        config = config.proxy(None);
+    }
+    let config =
+        config.http_status_as_error(false).timeout_connect(Some(CONNECT_TIMEOUT)).tls_config(tls.build());
     Ok(config.build().into())
 }

@@ -23,7 +23,9 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
             return WRONG_USAGE;
         }
     };
-    match build::inspect(file, &loaded.config.server) {
+    // A bare name is a file of the current folder. A folder that can't be told is a matter of the file.
+    let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
+    match build::inspect(&whole, &loaded.config.server) {
         Ok(plugin) => {
             print(&if as_json { in_json(&plugin) } else { for_people(&plugin) });
             DONE

@@ -7,6 +7,7 @@ mod check;
 mod client;
 mod inspect;
 mod print;
+mod request;
 mod serve;
 mod show;
 
@@ -16,8 +17,8 @@ use clap::CommandFactory;
 use modalkit::config::{self, Environment, Faults};
 
 use args::{Cli, Command, ConfigCommand};
-use ask::{Ask, How};
 use print::{complain, print};
+use request::{Ask, How};
 
 /// Drained after a signal, or done.
 pub(crate) const DONE: u8 = 0;
@@ -63,7 +64,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             | Command::Completions { .. }
             | Command::Preflight { .. },
         ) => DONE,
-        Some(Command::Check { json }) => check::run(&files, &environment, json),
+        Some(Command::Check { json, strict }) => check::run(&files, &environment, json, strict),
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
         Some(Command::Devices { host }) => ask::run(&Ask::Devices, &host, &files, &environment),
@@ -112,7 +113,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 }
 
 fn refuse(faults: &Faults, cli: &Cli) -> ExitCode {
-    if let Some(Command::Check { json }) = cli.command {
+    if let Some(Command::Check { json, .. }) = cli.command {
         check::tell_faults(faults, json);
         return ExitCode::from(NOT_DONE);
     }

@@ -84,7 +84,7 @@ pub(crate) fn print(text: &str) {
 
 /// Writes an error and its causes to standard error; a host that serves doesn't wait for its reader.
 pub(crate) fn complain(error: &anyhow::Error) {
-    modalkit::log::say(&format!("error: {error:#}\n"));
+    modalkit::insight::log::say(&format!("error: {error:#}\n"));
 }
 
 #[cfg(test)]

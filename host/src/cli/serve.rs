@@ -7,7 +7,7 @@ use modalkit::{
     app::{self, Ended},
     config::{Loaded, Sources},
     ingress,
-    log::{self, LogLevels},
+    insight::log::{self, Log, LogLevels},
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -28,6 +28,16 @@ pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
             return NOT_DONE;
         }
     };
+    if let Err(error) = modalkit_loader::ending::watch() {
+        complain(&anyhow::Error::new(error).context("can't watch over how the process ends"));
+        return NOT_DONE;
+    }
+    let code = start(files, &log, set_journal_aside);
+    modalkit_loader::ending::planned();
+    code
+}
+
+fn start(files: Vec<PathBuf>, log: &Log, set_journal_aside: bool) -> u8 {
     let sources = Sources::new(files);
     let loaded = match sources.load() {
         Ok(loaded) => loaded,
@@ -43,6 +53,10 @@ pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
             return WRONG_USAGE;
         }
     };
+    if let Err(error) = log.take_standard_output() {
+        complain(&anyhow::Error::new(error).context("can't take what plugins print into the log"));
+        return NOT_DONE;
+    }
     serve(sources, loaded, levels, set_journal_aside)
 }
 

@@ -5,9 +5,12 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use super::{
-    ask::Ask,
     print::{indented, table},
+    request::Ask,
 };
+
+/// Errors that are longer than this are cut in the table of jobs.
+const ERROR_CHARS_MAX: usize = 100;
 
 /// The host's JSON, as people read it. What a pipeline or a caller wrote stays as it was written.
 pub(crate) fn for_people(ask: &Ask, body: &str) -> String {
@@ -89,7 +92,8 @@ fn devices(answer: &Value) -> String {
 
 /// Jobs, the youngest first.
 fn jobs(answer: &Value) -> String {
-    let mut rows = vec![["JOB", "MODEL", "STATE", "ATTEMPTS", "DELIVERY", "ACCEPTED"].map(str::to_owned)];
+    let mut rows =
+        vec![["JOB", "MODEL", "STATE", "ATTEMPTS", "DELIVERY", "ACCEPTED", "ERROR"].map(str::to_owned)];
     for job in answer["jobs"].as_array().into_iter().flatten() {
         let delivery = match job["delivery"]["queue"].as_str() {
             Some(queue) => format!("{} ({queue})", word(&job["delivery"]["state"])),
@@ -97,13 +101,25 @@ fn jobs(answer: &Value) -> String {
         };
         let accepted = format!("{} ago", ago(&job["accepted_unix_ms"]));
         let of = |key: &str| word(&job[key]);
-        rows.push([of("job_id"), of("model"), of("state"), of("attempts"), delivery, accepted]);
+        // One line each; `modalkit jobs ID` has all of it.
+        let error = cut(job["error"].as_str().or(job["delivery"]["error"].as_str()).unwrap_or_default());
+        rows.push([of("job_id"), of("model"), of("state"), of("attempts"), delivery, accepted, error]);
     }
     let mut text = table(&rows);
     if let Some(next) = answer["next"].as_str() {
         let _ = writeln!(text, "there may be more: --after {next}");
     }
     text
+}
+
+/// The beginning of a text, on one line.
+fn cut(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let mut beginning: String = line.chars().take(ERROR_CHARS_MAX).collect();
+    if beginning.len() < text.len() {
+        beginning.push('…');
+    }
+    beginning
 }
 
 /// What became of a changed configuration.
@@ -195,16 +211,24 @@ fn model(answer: &Value) -> String {
             "              it has no entry in the configuration: its plugin was dropped into a volume\n",
         );
     }
-    let mut rows = vec![["AGO", "CAUSE", "GENERATION", "MS", "OUTCOME"].map(str::to_owned)];
+    let mut entries: Vec<(u64, [String; 5])> = Vec::new();
     for entry in answer["history"].as_array().into_iter().flatten() {
-        rows.push([
+        let row = [
             ago(&entry["at_unix_ms"]),
             word(&entry["cause"]),
             word(&entry["generation"]),
             total(entry),
             outcome(entry),
-        ]);
+        ];
+        entries.push((entry["at_unix_ms"].as_u64().unwrap_or_default(), row));
     }
+    for report in answer["data_history"].as_array().into_iter().flatten() {
+        let row = [ago(&report["at_unix_ms"]), "data".into(), "-".into(), "-".into(), data_reload(report)];
+        entries.push((report["at_unix_ms"].as_u64().unwrap_or_default(), row));
+    }
+    entries.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+    let mut rows = vec![["AGO", "CAUSE", "GENERATION", "MS", "OUTCOME"].map(str::to_owned)];
+    rows.extend(entries.into_iter().map(|(_, row)| row));
     text.push('\n');
     text.push_str(&table(&rows));
     text
@@ -240,6 +264,9 @@ fn volume(answer: &Value) -> String {
 fn outcome(entry: &Value) -> String {
     let words = word(&entry["outcome"]).replace('_', " ");
     match (entry["reason"].as_str(), words.as_str()) {
+        (Some(reason), "rolled back") => {
+            format!("rolled back to generation {}: {reason}", word(&entry["generation"]))
+        }
         (Some(reason), _) => format!("{words}: {reason}"),
         (None, "swapped") => format!("swapped, generation {} serves", word(&entry["generation"])),
         (None, "superseded") => "superseded by a newer change".into(),
@@ -247,11 +274,24 @@ fn outcome(entry: &Value) -> String {
     }
 }
 
+/// What became of changed data.
+fn data_reload(report: &Value) -> String {
+    let files: Vec<String> = report["changed"].as_array().into_iter().flatten().map(word).collect();
+    let errors: Vec<&str> =
+        report["errors"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let what = if files.is_empty() { word(&report["volume"]) } else { files.join(", ") };
+    match errors.as_slice() {
+        [] => format!("on_volume_reload: {what}"),
+        errors => format!("on_volume_reload failed: {}: {what}", errors.join("; ")),
+    }
+}
+
 /// What a change took before it ended: all phases but the drain, which comes after.
 fn total(entry: &Value) -> String {
     let phases = entry["phases"].as_object().into_iter().flatten();
-    let sum: f64 = phases.filter(|(name, _)| *name != "drain_ms").filter_map(|(_, took)| took.as_f64()).sum();
-    format!("{sum:.0}")
+    let took: Vec<f64> =
+        phases.filter(|(name, _)| *name != "drain_ms").filter_map(|(_, took)| took.as_f64()).collect();
+    if took.is_empty() { "-".to_owned() } else { format!("{:.0}", took.iter().sum::<f64>()) }
 }
 
 fn ago(at: &Value) -> String {
@@ -297,6 +337,49 @@ mod tests {
     }
 
     #[test]
+    fn changes_of_data_stand_among_the_others_by_their_time() {
+        let answer = json!({
+            "name": "a", "history": [
+                {"at_unix_ms": 9, "cause": "file", "generation": 2, "outcome": "swapped", "phases": {"load_ms": 2.4, "drain_ms": 90.0}},
+                {"at_unix_ms": 1, "cause": "file", "outcome": "refused", "reason": "no", "phases": {}}],
+            "data_history": [
+                {"at_unix_ms": 5, "volume": "v", "changed": ["a.txt"], "errors": [null]},
+                {"at_unix_ms": 3, "volume": "v", "changed": [], "errors": [null, "no luck"]}],
+        });
+        let said = for_people(&Ask::Models(Some("a".into())), &answer.to_string());
+        let rows: Vec<Vec<&str>> = said
+            .lines()
+            .skip_while(|line| !line.starts_with("AGO"))
+            .map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect())
+            .collect();
+        let outcomes: Vec<(&str, &str)> = rows[1..].iter().map(|row| (row[3], row[4])).collect();
+        assert_eq!(
+            outcomes,
+            [
+                ("2", "swapped, generation 2 serves"),
+                ("-", "on_volume_reload: a.txt"),
+                ("-", "on_volume_reload failed: no luck: v"),
+                ("-", "refused: no"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_list_of_jobs_says_why_they_failed() {
+        let job = |error: Value| {
+            json!({"job_id": "j", "model": "m", "state": "failed", "attempts": 1, "error": error,
+                   "delivery": {"state": "none"}})
+        };
+        let ask = Ask::Jobs { state: None, delivery: None, model: None, after: None, limit: 2 };
+        let long = format!("first line {}\nsecond", "x".repeat(200));
+        let said = for_people(&ask, &json!({"jobs": [job(json!("no luck")), job(json!(long))]}).to_string());
+        let ends: Vec<&str> = said.lines().map(|line| line.rsplit("  ").next().unwrap()).collect();
+        assert_eq!((ends[0], ends[1]), ("ERROR", "no luck"));
+        assert!(ends[2].starts_with("first line x") && ends[2].ends_with("x…"), "{said}");
+        assert_eq!(ends[2].chars().count(), ERROR_CHARS_MAX + 1);
+    }
+
+    #[test]
     fn outcomes_are_sentences() {
         let refused = json!({"outcome": "refused", "reason": "it is no ELF file"});
         assert_eq!(
@@ -307,6 +390,11 @@ mod tests {
         assert_eq!(
             for_people(&Ask::Reload("a".into()), &swapped.to_string()),
             "a: swapped, generation 4 serves\n"
+        );
+        let back = json!({"outcome": "rolled_back", "generation": 3, "reason": "it was asked for"});
+        assert_eq!(
+            for_people(&Ask::RollBack("a".into()), &back.to_string()),
+            "a: rolled back to generation 3: it was asked for\n"
         );
         assert_eq!(for_people(&Ask::Reload("a".into()), r#"{"outcome": "stopped"}"#), "a: stopped\n");
         let unknown = json!({"detail": "no such name; expected one of [\"a\"]"});

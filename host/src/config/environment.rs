@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, env, fs, io, path::Path, sync::Arc};
 
 use super::{
-    fault::{Fault, Place},
+    fault::{Fault, Place, Warning},
     node::{Entry, Node, Value},
 };
 
@@ -18,13 +18,17 @@ pub(super) const DOT_ENV: &str = ".env";
 
 /// Variables, each with where it was set.
 #[derive(Clone, Debug, Default)]
-pub struct Environment(BTreeMap<String, (String, Place)>);
+pub struct Environment {
+    variables: BTreeMap<String, (String, Place)>,
+    /// Lines of `.env` that set nothing. Other programs read that file too, and some take more than this one does.
+    passed_over: Vec<Warning>,
+}
 
 impl Environment {
     /// Of this process, over `.env` in the current folder where there is one. Variables that aren't UTF-8 are passed over.
     ///
     /// # Errors
-    /// `.env` can't be read, or isn't lines of `NAME=value`.
+    /// `.env` can't be read, or sets a variable of this program's in another form than `NAME=value`.
     pub fn of_process() -> Result<Self, super::Faults> {
         let path = Path::new(DOT_ENV);
         Self::of_process_over(fs::read_to_string(path), path)
@@ -57,9 +61,13 @@ impl Environment {
             let (name, value) = match item {
                 Ok(set) => set,
                 Err(error) => {
-                    let line = match &error {
-                        dotenvy::Error::LineParse(line, _) => text.lines().position(|known| known == line),
-                        _ => None,
+                    let (line, is_ours) = match &error {
+                        // With a quote that is never closed it is all that follows.
+                        dotenvy::Error::LineParse(rest, _) => {
+                            let first = rest.lines().next().unwrap_or_default();
+                            (text.lines().position(|known| known == first), rest.lines().any(sets_a_key))
+                        }
+                        _ => (None, true),
                     };
                     let at = line.map_or(whole.clone(), |line| Place::File {
                         path: Arc::clone(&shared),
@@ -68,7 +76,12 @@ impl Environment {
                     });
                     let expected =
                         "lines of NAME=value, in single quotes where the value has blanks, quotes or a $";
-                    faults.push(Fault::new(&at, "", expected, "another line"));
+                    if is_ours {
+                        faults.push(Fault::new(&at, "", expected, "another line"));
+                    } else {
+                        let why = format!("the line is passed over: expected {expected}");
+                        all.passed_over.push(Warning { at, key: DOT_ENV.to_owned(), why });
+                    }
                     continue;
                 }
             };
@@ -79,24 +92,52 @@ impl Environment {
             let last = text.lines().enumerate().filter(|(_, line)| sets(line)).last();
             let line = last.map_or(0, |(line, _)| line) as u32 + 1;
             let at = Place::DotEnv { path: Arc::clone(&shared), line, name: name.as_str().into() };
-            all.0.insert(name, (value, at));
+            all.variables.insert(name, (value, at));
         }
         if faults.is_empty() { Ok(all) } else { Err(faults) }
     }
 
+    /// Variables that were probably meant for keys, and set nothing.
+    pub(super) fn near_misses(&self, sections: &[&str]) -> Vec<Warning> {
+        let meant = |name: &str| {
+            let rest = name.get(PREFIX.len()..).filter(|_| sets_a_key(name))?;
+            let section = sections.iter().find(|section| {
+                let own = rest.get(..section.len()).is_some_and(|own| own.eq_ignore_ascii_case(section));
+                let behind = rest.get(section.len()..).unwrap_or_default();
+                own && behind.starts_with('_') && !behind.starts_with(SEPARATOR)
+            })?;
+            let (section, key) = rest.split_at(section.len());
+            Some(format!("{PREFIX}{section}{SEPARATOR}{}", &key[1..]))
+        };
+        let warning = |(name, (_, at)): (&String, &(String, Place))| {
+            let why = format!(
+                "it sets nothing: the keys of a name have two underscores between them, as in {}",
+                meant(name)?
+            );
+            Some(Warning { at: at.clone(), key: name.clone(), why })
+        };
+        self.variables.iter().filter_map(warning).collect()
+    }
+
+    /// Lines of `.env` that set nothing.
+    pub(super) fn passed_over(&self) -> &[Warning] {
+        &self.passed_over
+    }
+
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.variables.is_empty()
     }
 
     /// Lays later variables over these.
     pub(super) fn extend(&mut self, later: Self) {
-        self.0.extend(later.0);
+        self.variables.extend(later.variables);
+        self.passed_over.extend(later.passed_over);
     }
 
     /// The value of a variable, by its exact name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(|(value, _)| value.as_str())
+        self.variables.get(name).map(|(value, _)| value.as_str())
     }
 
     /// The variables that name keys, as one layer. A map that is given whole, as JSON, replaces what the files say there; a
@@ -104,7 +145,8 @@ impl Environment {
     /// `sections`: the keys at the top, which one variable may give whole.
     pub(super) fn layer(&self, files: &[&Node], sections: &[&str], faults: &mut Vec<Fault>) -> Node {
         let mut root = Node::map(Place::Default);
-        let mut named: Vec<_> = self.0.iter().filter(|(name, _)| names_a_key(name, sections)).collect();
+        let mut named: Vec<_> =
+            self.variables.iter().filter(|(name, _)| names_a_key(name, sections)).collect();
         // Shorter paths first: a whole map, then single keys of it. Of two spellings, the process's own comes last and wins.
         let of_process = |at: &Place| !matches!(at, Place::DotEnv { .. });
         named.sort_by_key(|(name, (_, at))| (name.matches(SEPARATOR).count(), of_process(at), name.as_str()));
@@ -152,7 +194,7 @@ impl FromIterator<(String, String)> for Environment {
             let at = Place::Variable(name.as_str().into());
             (name, (value, at))
         };
-        Self(variables.into_iter().map(placed).collect())
+        Self { variables: variables.into_iter().map(placed).collect(), passed_over: Vec::new() }
     }
 }
 
@@ -210,6 +252,12 @@ fn has_both(file: &Node, name: &str, other: &str) -> bool {
         found.map(std::ptr::from_ref)
     };
     has(name).is_some() && has(name) != has(other)
+}
+
+/// Whether a line that can't be read was meant to set a variable of this program's. Passed over, it might open what it was to guard.
+fn sets_a_key(line: &str) -> bool {
+    let line = line.trim_start().trim_start_matches("export ").trim_start();
+    line.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX))
 }
 
 fn names_a_key(name: &str, sections: &[&str]) -> bool {

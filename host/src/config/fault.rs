@@ -140,19 +140,8 @@ pub struct Faults(Vec<Fault>);
 
 impl Faults {
     /// `Ok` where there are none.
-    pub(super) fn or<T>(mut faults: Vec<Fault>, value: T) -> Result<T, Self> {
-        if faults.is_empty() {
-            return Ok(value);
-        }
-        faults.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
-        // What the application says is wrong for each model that follows it, and said once.
-        let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
-        faults.dedup_by(|a, b| {
-            matches!(a.at, Place::File { .. })
-                && (&a.at, &a.expected, &a.found, last(&a.key))
-                    == (&b.at, &b.expected, &b.found, last(&b.key))
-        });
-        Err(Self(faults))
+    pub(super) fn or<T>(faults: Vec<Fault>, value: T) -> Result<T, Self> {
+        if faults.is_empty() { Ok(value) } else { Err(Self::from(faults)) }
     }
 
     /// All of them.
@@ -170,7 +159,15 @@ impl Faults {
 }
 
 impl From<Vec<Fault>> for Faults {
-    fn from(faults: Vec<Fault>) -> Self {
+    fn from(mut faults: Vec<Fault>) -> Self {
+        faults.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
+        // What the application says is wrong for each model that follows it, and said once.
+        let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
+        faults.dedup_by(|a, b| {
+            matches!(a.at, Place::File { .. })
+                && (&a.at, &a.expected, &a.found, last(&a.key))
+                    == (&b.at, &b.expected, &b.found, last(&b.key))
+        });
         Self(faults)
     }
 }

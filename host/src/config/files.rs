@@ -28,6 +28,15 @@ pub(super) fn read(path: &Path) -> Result<File, Vec<Fault>> {
     parse_read(fs::read_to_string(path), &path.into())
 }
 
+/// The same, of TOML as far as it can be parsed.
+pub(super) fn read_in_part(path: &Path) -> Result<File, Vec<Fault>> {
+    let text = fs::read_to_string(path);
+    match (kind(path), &text) {
+        (Kind::Toml, Ok(text)) => Ok(File { root: toml(text, &path.into()).0, lenient: false }),
+        _ => parse_read(text, &path.into()),
+    }
+}
+
 /// Parses what was read of a file.
 pub(super) fn parse_read(text: io::Result<String>, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
     let text = text.map_err(|error| {
@@ -37,22 +46,38 @@ pub(super) fn parse_read(text: io::Result<String>, path: &Arc<Path>) -> Result<F
     parse(&text, path)
 }
 
-pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
-    let kind = path.extension().and_then(|kind| kind.to_str()).map(str::to_ascii_lowercase);
-    match kind.as_deref() {
-        Some("yaml" | "yml") => Ok(File { root: yaml(text, path)?, lenient: true }),
-        // JSON is a part of YAML.
-        Some("json") => Ok(File { root: yaml(text, path)?, lenient: false }),
-        _ => Ok(File { root: toml(text, path)?, lenient: false }),
+enum Kind {
+    Toml,
+    Yaml,
+    Json,
+}
+
+fn kind(path: &Path) -> Kind {
+    let extension = path.extension().and_then(|kind| kind.to_str()).map(str::to_ascii_lowercase);
+    match extension.as_deref() {
+        Some("yaml" | "yml") => Kind::Yaml,
+        Some("json") => Kind::Json,
+        _ => Kind::Toml,
     }
 }
 
-fn toml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
+pub(super) fn parse(text: &str, path: &Arc<Path>) -> Result<File, Vec<Fault>> {
+    match kind(path) {
+        Kind::Yaml => Ok(File { root: yaml(text, path)?, lenient: true }),
+        // JSON is a part of YAML.
+        Kind::Json => Ok(File { root: yaml(text, path)?, lenient: false }),
+        Kind::Toml => match toml(text, path) {
+            (root, faults) if faults.is_empty() => Ok(File { root, lenient: false }),
+            (_, faults) => Err(faults),
+        },
+    }
+}
+
+/// What could be parsed, and what could not.
+fn toml(text: &str, path: &Arc<Path>) -> (Node, Vec<Fault>) {
     let (table, errors) = DeTable::parse_recoverable(text);
     let lines = Lines::of(text, path);
-    if errors.is_empty() {
-        return Ok(Node::new(Value::Map(of_table(table.get_ref(), &lines)), lines.at(0)));
-    }
+    let root = Node::new(Value::Map(of_table(table.get_ref(), &lines)), lines.at(0));
     let mut faults: Vec<Fault> = Vec::new();
     let mut spans: Vec<(usize, &str)> =
         errors.iter().map(|error| (error.span().map_or(0, |span| span.start), error.message())).collect();
@@ -69,7 +94,7 @@ fn toml(text: &str, path: &Arc<Path>) -> Result<Node, Vec<Fault>> {
             faults.push(Fault::new(&at, "", "TOML", message).hint(hint));
         }
     }
-    Err(faults)
+    (root, faults)
 }
 
 fn of_table(table: &DeTable<'_>, lines: &Lines<'_>) -> Vec<Entry> {

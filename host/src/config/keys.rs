@@ -2,7 +2,8 @@
 //! follow. What is written in one layer is such a value; layers are merged into one. It never knows what keys lead to.
 
 use super::{
-    layer::{Setting, layer},
+    declare::layer,
+    layer::Setting,
     types::{
         Address, Amount, Count, Folder, FreeForm, Gpu, Levels, MountKind, Named, OneOrMany, Over, PerSecond,
         Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret, Sha256, Share, Url,
@@ -49,8 +50,10 @@ layer! {
         connections_max: Count<1, 1_048_576> = Count(4096);
         /// Open connections of one address (of IPv6: one /64). Of further ones a few are answered like those beyond connections_max.
         connections_per_address_max: Count<1, 1_048_576>, or "half of connections_max, at least 1";
-        /// Milliseconds until a connection's first bytes, then until the end of each request's headers.
+        /// Milliseconds until a connection's first request, and from the first byte of each further request to the end of its headers.
         header_timeout_ms: Milliseconds = Count(30_000);
+        /// Milliseconds that a connection may idle between requests. Balancers keep theirs for 60 s: this is more, so that they end first.
+        keep_alive_timeout_ms: Milliseconds = Count(75_000);
         /// Bytes of a request's headers, and of what a connection reads ahead.
         header_bytes_max: Count<8_192, 16_777_216> = Count(64 << 10);
         /// Milliseconds from the end of the headers to the end of the body.
@@ -67,6 +70,9 @@ layer! {
         request_timeout_ms: Milliseconds = Count(60_000);
         /// The most milliseconds that a request may ask for with `x-request-timeout-ms`.
         request_timeout_ms_max: Milliseconds = Count(600_000);
+        /// Seconds between a signal to end and the drain, in which `/readyz` answers 503 and everything else goes on: balancers take this
+        /// host out meanwhile.
+        drain_delay_seconds: Count<0, 3_600> = Count(0);
         /// Seconds that a shutdown waits for what was admitted.
         drain_timeout_seconds: Count<0, 86_400> = Count(30);
         /// Seconds that a plugin may take to open in the process that tries it first.
@@ -207,7 +213,7 @@ layer! {
         load_timeout_seconds: Seconds = Seconds(600.0);
         /// Seconds between calls of `on_volume_reload` without any change; -1: only on change.
         volume_reload_interval_seconds: Period = Period(-1.0);
-        /// Seconds that the generation before stands by after a swap; 0: not at all.
+        /// Seconds that the generation before is kept on standby after a swap; 0: not at all.
         probation_seconds: SecondsOrZero = SecondsOrZero(10.0);
         /// Batches that must have ended before a generation on probation is judged.
         probation_batches_min: Large = Count(10);
@@ -442,6 +448,11 @@ layer! {
         plugin: String, or "the model's name";
         /// The only content of its plugin that is taken, as `sha256sum` prints it.
         plugin_sha256: Sha256;
+        /// Whether the host is ready only while this model is; without an entry a model isn't required.
+        required: bool = true;
+        /// Refuses inputs that don't fit the input's JSON Schema in every part (lengths, ranges, patterns), which the pipeline's own
+        /// parsing needn't look at. Costs a second parsing of each input.
+        enforce_schema: bool = false;
         /// The volumes whose changes it hears of.
         volumes: Vec<String>, or "those that its data folder or its paths lie in";
         /// A file with requests and answers that a new generation must give before it serves, in the data folder.

@@ -5,26 +5,33 @@
 //! are merged, later ones over earlier ones, and the whole is resolved. What is wrong in any of them is told at once (`fault`).
 
 mod auth;
+mod declare;
 mod environment;
 mod fault;
 mod files;
 mod keys;
 mod layer;
 mod node;
+mod place;
 mod queues;
 mod resolve;
+mod resolve_server;
 mod resolved;
 mod secrets;
 mod sources;
 mod types;
 
-use std::{path::PathBuf, sync::OnceLock};
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use serde_json::{Value as Json, json};
 
 pub use environment::Environment;
 pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
+pub use place::{HostPlace, host_place};
 pub use resolved::{
     AuthSpec, BatchPolicy, Config, ConsumeSpec, GoldenSpec, JobSpec, KeyLimits, KeySource, KeySpec,
     ModelSpec, Mount, Probation, QueueSpec, ReloadDevices, ReloadPolicy, Replicas, SecretText, Server,
@@ -37,6 +44,9 @@ pub use sources::{CUT_STILL_TIME, Looks, Snapshot, Sources, looks_cut};
 use keys::Root;
 use layer::{Reader, Setting};
 use node::{Node, Value};
+
+/// Names of files that people expect to be read.
+const UNREAD: [&str; 3] = ["modalkit.yaml", "modalkit.yml", "modalkit.toml"];
 
 /// What was read: the configuration, and how it came about.
 pub struct Loaded {
@@ -57,14 +67,42 @@ pub struct Loaded {
 /// Everything that is wrong: files that can't be read or parsed, unknown keys, wrong types, values out of their range, and values
 /// that contradict each other.
 pub fn load(files: &[PathBuf], environment: &Environment) -> Result<Loaded, Faults> {
-    assemble(files.iter().map(|path| files::read(path)), environment)
+    let mut loaded = assemble(files.iter().map(|path| files::read(path)), environment)?;
+    loaded.warnings.extend(unread(files));
+    Ok(loaded)
+}
+
+/// The same, for whoever has more to say of it: what was read also where something is wrong with it, but not where a file is missing
+/// from the whole.
+#[must_use]
+pub fn look_through(files: &[PathBuf], environment: &Environment) -> (Option<Loaded>, Vec<Fault>) {
+    let (mut loaded, faults, is_whole) =
+        put_together(files.iter().map(|path| files::read(path)), environment);
+    loaded.warnings.extend(unread(files));
+    (is_whole.then_some(loaded), faults)
+}
+
+/// A file in the current folder that looks as if it were to be read, where none was named: the Python library reads its own from there.
+fn unread(files: &[PathBuf]) -> Option<Warning> {
+    let found = UNREAD.iter().map(Path::new).find(|path| files.is_empty() && path.is_file())?;
+    let why = "no file is read unless it is named, with --config or in MODALKIT_CONFIG".to_owned();
+    Some(Warning { at: Place::Whole(found.into()), key: "the file in this folder".to_owned(), why })
 }
 
 fn assemble(
     files: impl Iterator<Item = Result<files::File, Vec<Fault>>>,
     environment: &Environment,
 ) -> Result<Loaded, Faults> {
-    let (mut faults, mut warnings) = (Vec::new(), Vec::new());
+    let (loaded, faults, _) = put_together(files, environment);
+    Faults::or(faults, loaded)
+}
+
+/// What the files and the environment mean together, what is wrong with them, and whether all of them could be read.
+fn put_together(
+    files: impl Iterator<Item = Result<files::File, Vec<Fault>>>,
+    environment: &Environment,
+) -> (Loaded, Vec<Fault>, bool) {
+    let (mut faults, mut warnings) = (Vec::new(), environment.passed_over().to_vec());
     let mut read = Vec::new();
     for file in files {
         match file {
@@ -72,18 +110,17 @@ fn assemble(
             Err(broken) => faults.extend(broken),
         }
     }
+    // Whoever writes a file may have cut it off first and not have written yet: what is printed then are the defaults.
+    let empty = read.iter().filter(|file| file.root.entries().is_empty());
+    warnings.extend(empty.map(|file| Warning {
+        at: file.root.at.clone(),
+        key: "the file".to_owned(),
+        why: "it holds no setting".to_owned(),
+    }));
     let is_whole = faults.is_empty();
-    let roots: Vec<_> = read.iter().map(|file| &file.root).collect();
-    let variables = environment.layer(&roots, Root::KEYS, &mut faults);
-    let layers = read.iter().map(|file| (&file.root, file.lenient)).chain([(&variables, false)]);
-    let mut written = Root::default();
-    for (node, lenient) in layers {
-        let mut reader = Reader { faults: &mut faults, warnings: &mut warnings, lenient, home };
-        if let Some(layer) = Root::read(&without_comments(node), "", &mut reader) {
-            written.merge(layer);
-        }
-    }
+    let written = layers(&read, environment, &mut faults, &mut warnings);
     written.warn("", &mut warnings);
+    warnings.extend(environment.near_misses(Root::KEYS));
     queues::warn_of_the_default(&written, read.iter().any(|file| file.lenient), &mut warnings);
     // Where a file is missing from the whole, what doesn't fit together proves nothing.
     let mut contradictions = faults.clone();
@@ -92,7 +129,27 @@ fn assemble(
         faults = contradictions;
     }
     warnings.sort_by(|a, b| (&a.at, &a.key).cmp(&(&b.at, &b.key)));
-    Faults::or(faults, Loaded { config, warnings, snapshot: Snapshot::default(), written })
+    (Loaded { config, warnings, snapshot: Snapshot::default(), written }, faults, is_whole)
+}
+
+/// Lays files and the environment over each other, later ones over earlier ones.
+fn layers(
+    read: &[files::File],
+    environment: &Environment,
+    faults: &mut Vec<Fault>,
+    warnings: &mut Vec<Warning>,
+) -> Root {
+    let roots: Vec<_> = read.iter().map(|file| &file.root).collect();
+    let variables = environment.layer(&roots, Root::KEYS, faults);
+    let layers = read.iter().map(|file| (&file.root, file.lenient)).chain([(&variables, false)]);
+    let mut written = Root::default();
+    for (node, lenient) in layers {
+        let mut reader = Reader { faults, warnings, lenient, home };
+        if let Some(layer) = Root::read(&without_comments(node), "", &mut reader) {
+            written.merge(layer);
+        }
+    }
+    written
 }
 
 impl Loaded {

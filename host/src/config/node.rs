@@ -158,7 +158,7 @@ impl Node {
         }
     }
 
-    /// For people, where the value itself is nobody's business.
+    /// For people, where the value itself is secret.
     pub(super) fn kind(&self) -> &'static str {
         match &self.value {
             Value::Null => "nothing (null)",

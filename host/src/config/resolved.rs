@@ -197,7 +197,7 @@ impl KeySource {
     }
 }
 
-/// A text that is nobody's business; printed, it says so.
+/// A secret text, which is never printed.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct SecretText(String);
 
@@ -281,6 +281,8 @@ pub struct Server {
     pub connections_per_address_max: usize,
     /// From the first byte a connection could send to the end of its request's headers.
     pub header_timeout: Duration,
+    /// How long a connection may idle between requests.
+    pub keep_alive_timeout: Duration,
     /// Bytes of a request's headers, and of what a connection reads ahead.
     pub header_bytes_max: usize,
     /// From the end of the headers to the end of the body.
@@ -297,6 +299,8 @@ pub struct Server {
     pub request_timeout: Duration,
     /// The latest deadline a request may set.
     pub request_timeout_max: Duration,
+    /// How long the host goes on, and says that it isn't ready, between a signal to end and the drain.
+    pub drain_delay: Duration,
     /// How long a shutdown waits for what was admitted.
     pub drain_timeout: Duration,
     /// How long a plugin may take to open in the preflight process.
@@ -375,6 +379,10 @@ pub struct ModelSpec {
     pub name: String,
     /// Whether the configuration has an entry for it; else its plugin was dropped into a volume, and it has the defaults.
     pub configured: bool,
+    /// Whether the host is ready only while it is.
+    pub required: bool,
+    /// Whether inputs must fit the input's JSON Schema in every part.
+    pub enforce_schema: bool,
     /// The plugin's: `NAME.so` or `libNAME.so` in a volume.
     pub plugin: String,
     /// How its requests become batches.
@@ -440,6 +448,9 @@ impl Settings {
             return match nearest(name, known.iter().chain(ModelEntry::KEYS).copied()) {
                 Some(near) => Fault::new(&at, &key, "a key of the pipeline's settings or of an entry", found)
                     .hint(format!("did you mean {near}?")),
+                None if known.is_empty() => {
+                    Fault::new(&at, &key, "keys of an entry alone: the pipeline has no settings", found)
+                }
                 None => {
                     let known = listed(known.iter().copied());
                     Fault::new(&at, &key, format!("a key of the pipeline's settings: {known}"), found)
@@ -494,7 +505,7 @@ pub enum ReloadDevices {
 /// What is expected of a new generation beside the one before.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Probation {
-    /// How long the old generation stands by; zero: not at all.
+    /// How long the old generation is kept on standby; zero: not at all.
     pub time: Duration,
     /// Batches that must have ended before there is a verdict, but for the one at the end.
     pub batches_min: u64,
@@ -538,6 +549,17 @@ impl ModelSpec {
     /// The same settings for a model and plugin of this name.
     #[must_use]
     pub fn named(&self, name: &str) -> Self {
-        Self { name: name.to_owned(), configured: false, plugin: name.to_owned(), ..self.clone() }
+        Self {
+            name: name.to_owned(),
+            configured: false,
+            required: false,
+            plugin: name.to_owned(),
+            // Where its keys would stand.
+            settings: Settings::new(
+                self.settings.node.clone(),
+                &super::layer::child("model_settings.model_entries", name),
+            ),
+            ..self.clone()
+        }
     }
 }

@@ -75,8 +75,17 @@ impl Snapshot {
             .files
             .iter()
             .map(|(path, content)| files::parse_read(content.text(), &path.as_path().into()));
-        let loaded = assemble(parsed, &environment)?;
+        let mut loaded = assemble(parsed, &environment)?;
+        let files: Vec<PathBuf> = self.files.iter().map(|(path, _)| path.clone()).collect();
+        loaded.warnings.extend(super::unread(&files));
         Ok(Loaded { snapshot: self.clone(), ..loaded })
+    }
+
+    /// The files that were there, as they were named.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        let dot_env = (!matches!(self.dot_env, Content::None)).then(|| DOT_ENV.to_owned());
+        self.files.iter().map(|(path, _)| path.display().to_string()).chain(dot_env).collect()
     }
 
     /// One that could not be read for a reason that may pass, and that reason: what they hold can't be told now.

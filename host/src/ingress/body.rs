@@ -1,6 +1,7 @@
-//! Reads a request's body within its limits of size and time.
+//! Reads a request's body within its limits of size and time. What is refused is left where it is: the answer goes out at once, and the
+//! connection's end lets the caller finish.
 
-use std::{convert::Infallible, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -15,15 +16,47 @@ use tokio::time::timeout;
 use super::exchange::{BYTES_FREE, Exchange};
 use crate::{
     egress::{HttpResponse, and_close, error, object_response},
-    job::JobError,
+    work::JobError,
 };
 
-/// A body over the limit is read on for this long and this far, so that the caller gets to read the answer: a
-/// connection that closes over unread bytes resets it.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
-const DRAIN_BYTES_MAX: usize = 64 << 20;
 /// The first part of the budget that a larger body takes; then it doubles.
 const FIRST_BYTES: usize = 64 << 10;
+
+/// A request's body, as far as it has come.
+pub(super) struct RequestBody {
+    incoming: Incoming,
+    is_read: bool,
+}
+
+impl RequestBody {
+    pub(super) fn new(incoming: Incoming) -> Self {
+        Self { incoming, is_read: false }
+    }
+
+    /// Whether its end was read. What follows it on the connection can be read only then.
+    pub(super) fn is_read(&self) -> bool {
+        self.is_read || self.incoming.is_end_stream()
+    }
+
+    /// The next piece of data; `None` at the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
+        loop {
+            match self.incoming.frame().await {
+                None => {
+                    self.is_read = true;
+                    return Ok(None);
+                }
+                Some(Err(error)) => return Err(BodyError::Broken(error.to_string())),
+                // Trailers are passed over.
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// Why there is no body; each ends the connection.
 #[derive(Debug)]
@@ -54,16 +87,21 @@ impl BodyError {
 }
 
 /// The whole body. One that came together with its headers is passed on without a copy and without a timer.
-pub(super) async fn read(mut body: Incoming, exchange: &Exchange) -> Result<Bytes, BodyError> {
+pub(super) async fn read(body: &mut RequestBody, exchange: &Exchange) -> Result<Bytes, BodyError> {
     let limit = exchange.context.server.body_bytes_max;
-    let declared = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-    if declared <= limit && body.is_end_stream() {
+    let incoming = &mut body.incoming;
+    let declared = usize::try_from(incoming.size_hint().lower()).unwrap_or(usize::MAX);
+    if declared > limit {
+        // The body isn't polled: hyper would answer `expect: 100-continue` with 100.
+        return Err(BodyError::TooLarge { limit });
+    }
+    if incoming.is_end_stream() {
         return Ok(Bytes::new());
     }
-    let first = if declared <= limit { body.frame().now_or_never() } else { None };
+    let first = incoming.frame().now_or_never();
     if let Some(Some(Ok(frame))) = &first
         && let Some(whole) = frame.data_ref()
-        && body.is_end_stream()
+        && incoming.is_end_stream()
         && whole.len() <= limit
     {
         if whole.len() > BYTES_FREE {
@@ -76,26 +114,20 @@ pub(super) async fn read(mut body: Incoming, exchange: &Exchange) -> Result<Byte
 
 /// The rest of a body that comes in pieces.
 async fn read_on(
-    mut body: Incoming,
+    body: &mut RequestBody,
     first: Option<hyper::Result<Frame<Bytes>>>,
     declared: usize,
     exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
     let server = &exchange.context.server;
     let limit = server.body_bytes_max;
-    if declared > limit {
-        return Err(refuse(body, BodyError::TooLarge { limit }).await);
-    }
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
     let whole = Collected { bytes: Vec::new(), taken: 0, declared, limit, exchange };
-    match timeout(server.body_timeout, collect(&mut body, first, whole)).await.map_err(slow)? {
-        Err(error @ (BodyError::TooLarge { .. } | BodyError::NoRoom(_))) => Err(refuse(body, error).await),
-        collected => collected,
-    }
+    timeout(server.body_timeout, collect(body, first, whole)).await.map_err(slow)?
 }
 
 async fn collect(
-    body: &mut Incoming,
+    body: &mut RequestBody,
     first: Option<hyper::Result<Frame<Bytes>>>,
     mut whole: Collected<'_>,
 ) -> Result<Bytes, BodyError> {
@@ -103,7 +135,7 @@ async fn collect(
         let frame = first.map_err(|error| BodyError::Broken(error.to_string()))?;
         whole.add(frame.data_ref().map_or(&[], |data| data))?;
     }
-    while let Some(data) = next(body).await? {
+    while let Some(data) = body.next().await? {
         whole.add(&data)?;
     }
     Ok(whole.bytes.into())
@@ -139,37 +171,4 @@ impl Collected<'_> {
         self.bytes.extend_from_slice(data);
         Ok(())
     }
-}
-
-/// The next piece of data; `None` at the end.
-async fn next(body: &mut Incoming) -> Result<Option<Bytes>, BodyError> {
-    loop {
-        match body.frame().await {
-            None => return Ok(None),
-            Some(Err(error)) => return Err(BodyError::Broken(error.to_string())),
-            // Trailers are passed over.
-            Some(Ok(frame)) => {
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
-        }
-    }
-}
-
-/// Lets the caller finish for a while, so that it reads why it is refused.
-async fn refuse(mut body: Incoming, error: BodyError) -> BodyError {
-    let drain = async {
-        let mut drained = 0;
-        while let Ok(Some(data)) = next(&mut body).await {
-            drained += data.len();
-            if drained > DRAIN_BYTES_MAX {
-                break;
-            }
-        }
-        Ok::<(), Infallible>(())
-    };
-    // Whether it was drained to its end or not, the answer is the same.
-    let _ = timeout(DRAIN_TIME_MAX, drain).await;
-    error
 }

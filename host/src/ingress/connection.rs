@@ -5,12 +5,8 @@ use std::{
     convert::Infallible,
     future::poll_fn,
     io,
-    net::SocketAddr,
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     task::Poll,
     time::{Duration, Instant},
 };
@@ -34,13 +30,12 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Context, exchange::Exchange, io_threads::Post, places::Place, routes, timer::ConnectionTimer,
-    write_limit::WriteLimit,
+    connection_slots::ConnectionSlot, exchange::Exchange, lingering_close, peer::Peer,
+    response_body::respond, router, write_limit::WriteLimit,
 };
 use crate::{
-    access::Origin,
     egress::{self, HttpResponse, and_close},
-    job::JobError,
+    work::JobError,
 };
 
 /// An HTTP/2 peer that doesn't answer a ping within this time is gone.
@@ -52,52 +47,10 @@ const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
 /// Bytes of one answer that HTTP/2 asks for ahead of what its caller takes.
 const STREAM_SEND_BYTES: usize = 64 << 10;
-/// While the host drains: how long an answer may wait for its caller to take any of it.
-const WRITE_TIME_MAX_IN_DRAIN: Duration = Duration::from_secs(5);
 /// Between two looks whether the answers of an HTTP/2 connection get anywhere.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Such looks within the limit, at least.
 const PROGRESS_LOOKS: u32 = 4;
-
-/// What the requests of one connection share.
-pub(super) struct Peer {
-    pub(super) context: Arc<Context>,
-    pub(super) from: Origin,
-    pub(super) post: Arc<Post>,
-    pub(super) timer: ConnectionTimer,
-    /// A write waits for the caller.
-    pub(super) stalled: AtomicBool,
-    asked: AtomicBool,
-    /// Requests of an HTTP/2 connection: those that are not over, how many there ever were, and those whose answers are not written.
-    pub(super) open: AtomicUsize,
-    pub(super) begun: AtomicUsize,
-    pub(super) unwritten: AtomicUsize,
-    /// Its caller took some of an answer since this was last looked at.
-    pub(super) progressed: AtomicBool,
-}
-
-impl Peer {
-    pub(super) fn new(context: &Arc<Context>, address: SocketAddr, post: &Arc<Post>) -> Arc<Self> {
-        Arc::new(Self {
-            context: Arc::clone(context),
-            from: Origin::Network(address),
-            post: Arc::clone(post),
-            timer: ConnectionTimer::default(),
-            stalled: AtomicBool::new(false),
-            asked: AtomicBool::new(false),
-            open: AtomicUsize::new(0),
-            begun: AtomicUsize::new(0),
-            unwritten: AtomicUsize::new(0),
-            progressed: AtomicBool::new(false),
-        })
-    }
-
-    /// How long an answer may wait for its caller to take any of it.
-    pub(super) fn write_time_max(&self) -> Duration {
-        let limit = self.context.server.write_timeout;
-        if self.context.gate.is_closed() { limit.min(WRITE_TIME_MAX_IN_DRAIN) } else { limit }
-    }
-}
 
 /// What a connection may ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +67,18 @@ pub(super) async fn run(
     stream: std::net::TcpStream,
     http2: bool,
     tls: Option<TlsAcceptor>,
-    _place: Place,
+    _place: ConnectionSlot,
+    shutdown: watch::Receiver<bool>,
+) {
+    begin(Arc::clone(&peer), stream, http2, tls, shutdown).await;
+    lingering_close::finish(&peer).await;
+}
+
+async fn begin(
+    peer: Arc<Peer>,
+    stream: std::net::TcpStream,
+    http2: bool,
+    tls: Option<TlsAcceptor>,
     mut shutdown: watch::Receiver<bool>,
 ) {
     // It is this thread's runtime that watches the socket from here on.
@@ -152,10 +116,10 @@ pub(super) async fn speak(
             let exchange = Exchange::begin(Arc::clone(&peer), http2);
             async move {
                 let response = match role {
-                    Role::Any => routes::answer(&exchange, request).await,
+                    Role::Any => router::answer(&exchange, request).await,
                     Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
                 };
-                Ok::<_, Infallible>(exchange.answer(response))
+                Ok::<_, Infallible>(respond(exchange, response))
             }
         }
     });
@@ -181,7 +145,7 @@ pub(super) async fn speak(
         let mut protocol = http1::Builder::new();
         protocol
             .timer(peer.timer.clone())
-            .header_read_timeout(server.header_timeout)
+            .header_read_timeout(server.keep_alive_timeout)
             .max_buf_size(server.header_bytes_max);
         drive(protocol.serve_connection(stream, service), &peer, shutdown).await;
     }
@@ -189,8 +153,10 @@ pub(super) async fn speak(
 
 /// Answers on the thread that never runs plugin code; the next request is for another connection, and may be for another thread.
 async fn answer_probe(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
-    if request.method() == Method::GET && ["/livez", "/readyz"].contains(&request.uri().path()) {
-        return and_close(routes::answer(exchange, request).await);
+    if [Method::GET, Method::HEAD].contains(request.method())
+        && ["/livez", "/readyz"].contains(&request.uri().path())
+    {
+        return and_close(router::answer(exchange, request).await);
     }
     exchange.context.metrics.connections_refused.with_label_values(&["unavailable"]).inc();
     let full = JobError::Unavailable(
@@ -199,7 +165,7 @@ async fn answer_probe(exchange: &Exchange, request: Request<Incoming>) -> HttpRe
     and_close(egress::error(&full))
 }
 
-/// Drives a connection to its end. HTTP/1 minds its own header timeout; HTTP/2 has none before its first request.
+/// Drives a connection to its end. HTTP/1 has a header timeout of its own; HTTP/2 has none before its first request.
 ///
 /// This is polled with every request, so it looks at its two other concerns only when it must: their wakers are this
 /// task's, which stays the same, and were left with them in the first poll.
@@ -235,12 +201,12 @@ where
     }
 }
 
-/// Returns when nothing was asked on an HTTP/2 connection for `header_timeout` or up to twice that. Its pings prove that somebody
+/// Returns when nothing was asked on an HTTP/2 connection for `keep_alive_timeout` or up to twice that. Its pings prove that somebody
 /// is there, and not that they want anything.
 async fn idled(peer: &Peer) {
     let mut seen = peer.begun.load(Ordering::Relaxed);
     loop {
-        sleep(peer.context.server.header_timeout).await;
+        sleep(peer.context.server.keep_alive_timeout).await;
         let begun = peer.begun.load(Ordering::Relaxed);
         if begun == seen && peer.open.load(Ordering::Relaxed) == 0 {
             return;

@@ -12,29 +12,36 @@ use serde::{
 };
 use serde_json::{json, value::RawValue};
 
-use super::predict::behind;
 use crate::{
-    dispatch,
-    job::{Detail, JobError, Location},
-    jobs::Parts,
-    pipeline::{Generation, malformed},
+    pipeline::{Generation, malformed, too_many},
+    protocol::Envelope,
+    work::{Detail, JobError, Location},
 };
 
-/// The items of a list, each with its bytes. None is decoded where there are more than the queue can ever hold.
+/// An item of a list with its bytes, or what is wrong with it.
+pub(super) type ListItem = Result<(Bytes, Item), JobError>;
+
+/// The items of a list, each with its bytes. None is decoded where there are more than the queue can ever hold. With `partial`, one
+/// that isn't what the pipeline takes leaves the others alone.
 pub(super) fn decode_list(
     generation: &Generation,
     body: &Bytes,
     items_max: usize,
-) -> Result<Vec<(Bytes, Item)>, JobError> {
+    partial: bool,
+) -> Result<Vec<ListItem>, JobError> {
     let list = split(body, items_max)?;
     if list.count > items_max {
-        return Err(dispatch::too_many(list.count, items_max));
+        return Err(too_many(list.count, items_max));
     }
     let decode = |(index, input): (usize, &RawValue)| {
         let input = body.slice_ref(input.get().as_bytes());
-        let item =
-            generation.decode(&input).map_err(|error| behind(error, &[Location::Index(index as u64)]))?;
-        Ok((input, item))
+        match generation.decode(&input) {
+            Ok(item) => Ok(Ok((input, item))),
+            Err(error) => match error.inside(&[Location::Index(index as u64)]) {
+                invalid @ JobError::Invalid(_) if partial => Ok(Err(invalid)),
+                error => Err(error),
+            },
+        }
     };
     list.first.into_iter().enumerate().map(decode).collect()
 }
@@ -88,15 +95,15 @@ impl<'de> Visitor<'de> for AtMost {
 }
 
 /// What `/predict_async` takes: its parts, and the decoded input.
-pub(super) fn decode_envelope(generation: &Generation, body: &Bytes) -> Result<(Parts, Item), JobError> {
+pub(super) fn decode_envelope(generation: &Generation, body: &Bytes) -> Result<(Envelope, Item), JobError> {
     let parts = open_envelope(body)?;
-    let item = generation.decode(&parts.message).map_err(|error| behind(error, &["message".into()]))?;
+    let item = generation.decode(&parts.message).map_err(|error| error.inside(&["message".into()]))?;
     Ok((parts, item))
 }
 
 /// An envelope's parts.
-pub(super) fn open_envelope(body: &Bytes) -> Result<Parts, JobError> {
-    let parts = Parts::of(body)
+pub(super) fn open_envelope(body: &Bytes) -> Result<Envelope, JobError> {
+    let parts = Envelope::of(body)
         .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
     if parts.meta.as_ref().is_some_and(|meta| !meta.starts_with(b"{")) {
         return Err(JobError::Invalid(vec![Detail {

@@ -9,13 +9,11 @@ use std::{
     },
 };
 
-use hyper::Response;
+use super::peer::Peer;
+use crate::{access::ConcurrencyPermit, work::JobError};
 
-use super::{connection::Peer, outgoing::Outgoing};
-use crate::{access::ConcurrencyPermit, egress::HttpResponse, job::JobError};
-
-/// Bodies and answers up to this many bytes are not counted in the budget: the places among the requests in flight bound them, and
-/// who fills the budget keeps no small request out.
+/// Bodies and answers up to this many bytes are not counted in the budget: the limit on requests in flight bounds them, and
+/// whoever fills the budget keeps no small request out.
 pub(super) const BYTES_FREE: usize = 16 << 10;
 
 /// A request that is not over. Dropped, it gives back what it holds.
@@ -24,9 +22,9 @@ pub(super) struct Exchange {
     http2: bool,
     /// The answer is made and not written.
     answers: bool,
-    /// It has a place among the requests in flight.
+    /// It counts among the requests in flight.
     admitted: AtomicBool,
-    /// Its place among its key's calls.
+    /// Its permit among its key's calls.
     place: OnceLock<Arc<ConcurrencyPermit>>,
     /// Its part of the budget.
     bytes: AtomicUsize,
@@ -48,17 +46,27 @@ impl Exchange {
         }
     }
 
-    /// Takes a place among the requests in flight, until this is over.
+    /// Whether it is one of several at once on its connection.
+    pub(super) fn is_http2(&self) -> bool {
+        self.http2
+    }
+
+    /// Its connection.
+    pub(super) fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// Counts among the requests in flight until this is over.
     pub(super) fn enter(&self) -> Result<(), JobError> {
         self.peer.context.gate.enter()?.keep();
         self.admitted.store(true, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Keeps a place among a key's calls, until this is over.
+    /// Holds a permit among a key's calls until this is over.
     pub(super) fn keep(&self, place: Option<&Arc<ConcurrencyPermit>>) {
         if let Some(place) = place {
-            // There is one caller, who has one.
+            // Set once: a request has one caller.
             let _ = self.place.set(Arc::clone(place));
         }
     }
@@ -70,14 +78,12 @@ impl Exchange {
         Ok(())
     }
 
-    /// The answer as it is written. A small one on an HTTP/1 connection that takes what it gets is as good as written: who waits
-    /// for it and then sends the next request finds the place free.
-    pub(super) fn answer(mut self, response: HttpResponse) -> Response<Outgoing> {
-        let (head, body) = response.into_parts();
-        let bytes = body.into_inner().unwrap_or_default();
-        if bytes.len() > BYTES_FREE {
-            self.peer.context.budget.count(bytes.len());
-            *self.bytes.get_mut() += bytes.len();
+    /// An answer with a body of so many bytes is about to be written. A small one on an HTTP/1 connection that takes what it gets is as
+    /// good as written: who waits for it and then sends the next request finds room.
+    pub(super) fn begin_answer(&mut self, bytes: usize) {
+        if bytes > BYTES_FREE {
+            self.peer.context.budget.count(bytes);
+            *self.bytes.get_mut() += bytes;
         } else if !self.http2 && !self.peer.stalled.load(Ordering::Relaxed) {
             self.leave();
         }
@@ -85,7 +91,6 @@ impl Exchange {
             self.answers = true;
             self.peer.unwritten.fetch_add(1, Ordering::Relaxed);
         }
-        Response::from_parts(head, Outgoing::new(bytes, self))
     }
 
     /// Some of the answer was taken.

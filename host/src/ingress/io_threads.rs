@@ -17,8 +17,11 @@ use tokio::{
     sync::{Notify, oneshot},
 };
 
-use super::io_watch::Ticks;
-use crate::{dispatch::Queue, job::Mailbox, pipeline::Generation};
+use super::ticks::Ticks;
+use crate::{
+    pipeline::{Generation, Queue},
+    work::Mailbox,
+};
 
 /// All of them, and those that stand in while others are stuck.
 pub(super) struct IoThreads {
@@ -35,12 +38,12 @@ struct Running {
 /// A running thread. Dropped, it ends with all of its connections.
 pub(super) struct IoThread {
     pub(super) runtime: Handle,
-    pub(super) post: Arc<Post>,
+    pub(super) io: Arc<IoContext>,
     _stop: oneshot::Sender<()>,
 }
 
 /// What one thread's connections share on the way to and from the threads that run batches.
-pub(super) struct Post {
+pub(super) struct IoContext {
     /// Replies that come in.
     pub(super) mailbox: Arc<Mailbox>,
     /// Queues whose lanes are to be woken: each model's at most once.
@@ -54,7 +57,7 @@ pub(super) struct Post {
 #[derive(Default)]
 #[repr(align(128))]
 struct Decoding {
-    /// The generation's address; 0 while plugin code has not been called.
+    /// The generation's address; 0 while no plugin code runs.
     generation: AtomicUsize,
     since: AtomicU64,
 }
@@ -68,7 +71,7 @@ impl Drop for Decodes<'_> {
     }
 }
 
-impl Post {
+impl IoContext {
     fn new(ticks: Arc<Ticks>) -> Self {
         Self {
             mailbox: Arc::default(),
@@ -100,7 +103,7 @@ impl Post {
     pub(super) fn overrun(&self) -> Option<usize> {
         let Decoding { generation, since } = &self.decoding;
         let address = generation.load(Ordering::Acquire);
-        // One that ended meanwhile, with another begun, began now.
+        // If another call has begun in between, `since` is the newer one's: no false alarm.
         let over = self.ticks.are_too_many_since(since.load(Ordering::Relaxed));
         (address != 0 && over).then_some(address)
     }
@@ -128,15 +131,15 @@ impl IoThreads {
     }
 
     /// The thread for the next connection: one that isn't stuck, as long as there is any or one more may be started.
-    pub(super) fn next(&self) -> (Handle, Arc<Post>) {
+    pub(super) fn next(&self) -> (Handle, Arc<IoContext>) {
         let mut running = self.running.lock();
         let Running { threads, next } = &mut *running;
         let count = threads.len();
         let found =
-            (0..count).map(|step| (*next + step) % count).find(|at| threads[*at].post.overrun().is_none());
+            (0..count).map(|step| (*next + step) % count).find(|at| threads[*at].io.overrun().is_none());
         let at = found.or_else(|| self.start_spare(threads)).unwrap_or(*next % count);
         *next = at + 1;
-        (threads[at].runtime.clone(), Arc::clone(&threads[at].post))
+        (threads[at].runtime.clone(), Arc::clone(&threads[at].io))
     }
 
     fn start_spare(&self, threads: &mut Vec<IoThread>) -> Option<usize> {
@@ -162,7 +165,7 @@ impl IoThreads {
 
     /// The generations whose plugins hold a thread, by address.
     pub(super) fn overruns(&self) -> Vec<usize> {
-        self.running.lock().threads.iter().filter_map(|thread| thread.post.overrun()).collect()
+        self.running.lock().threads.iter().filter_map(|thread| thread.io.overrun()).collect()
     }
 }
 
@@ -170,9 +173,9 @@ impl IoThread {
     pub(super) fn start(name: &str, ticks: &Arc<Ticks>) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        let post = Arc::new(Post::new(Arc::clone(ticks)));
+        let io = Arc::new(IoContext::new(Arc::clone(ticks)));
         let (stop, stopped) = oneshot::channel::<()>();
-        let (mailbox, waking) = (Arc::clone(&post.mailbox), Arc::clone(&post));
+        let (mailbox, waking) = (Arc::clone(&io.mailbox), Arc::clone(&io));
         thread::Builder::new().name(name.to_owned()).spawn(move || {
             runtime.spawn(async move { mailbox.deliver().await });
             runtime.spawn(async move { waking.wake_lanes().await });
@@ -180,6 +183,6 @@ impl IoThread {
             let _ = runtime.block_on(stopped);
             runtime.shutdown_background();
         })?;
-        Ok(Self { runtime: handle, post, _stop: stop })
+        Ok(Self { runtime: handle, io, _stop: stop })
     }
 }

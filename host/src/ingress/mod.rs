@@ -1,24 +1,30 @@
-//! From the outside world to jobs: connections, routes, bodies and the predict endpoints. It never knows how a batch is
-//! run, and leaves statuses to egress.
+//! From connections to jobs: connections, routes, bodies and the predict endpoints. It never knows how a batch is
+//! run, and leaves the statuses of job errors to egress.
 
 mod body;
 mod connection;
-pub mod consume;
+mod connection_slots;
+mod cross_site;
+mod endpoints;
 mod envelope;
 mod exchange;
-mod follow;
-mod front;
 mod io_threads;
-mod io_watch;
+mod io_watchdog;
 mod jobs;
+mod lingering_close;
+mod listener;
 mod manage;
-mod outgoing;
-mod pages;
-mod places;
+mod management_socket;
+mod peer;
 mod predict;
+mod query;
+pub mod queue_consumer;
+mod refusal;
 mod request;
-mod routes;
-mod socket;
+mod request_timings;
+mod response_body;
+mod router;
+mod ticks;
 mod timer;
 mod tls;
 mod write_limit;
@@ -30,20 +36,20 @@ use tokio::{runtime::Handle, sync::Semaphore};
 
 use crate::{
     access::Access,
-    admission::{Budget, Gate},
     audit::Audit,
     config::Server,
-    dispatch::Models,
+    insight::metrics::Metrics,
     jobs::Jobs,
+    models::Models,
     reconfigure,
     reload::Control,
-    telemetry::Metrics,
+    work::{Budget, Gate},
 };
 
-pub use front::Listener;
-use pages::PageRules;
+use cross_site::PageRules;
+pub use listener::Listener;
+pub use management_socket::{ManagementSocket, Serving, SocketError};
 use request::RequestIds;
-pub use socket::{ManagementSocket, Serving, SocketError};
 pub use tls::{Certificate, TlsError};
 
 /// Inputs that are parsed at once on the blocking pool, of all models together. Plugins that hang there hold their threads until they
@@ -54,25 +60,25 @@ pub const DECODES_MAX: usize = 256;
 pub struct Context {
     /// Limits and timeouts.
     pub server: Server,
-    /// Who may call.
+    /// Access control.
     pub access: Arc<Access>,
-    /// Who did what, and who was refused.
+    /// The audit log.
     pub audit: Arc<Audit>,
-    /// Who may enter.
+    /// The limit on requests in flight, and the drain.
     pub gate: Arc<Gate>,
-    /// Bytes in flight.
+    /// The limit on bytes in flight.
     pub budget: Budget,
-    /// Who answers.
+    /// The served models.
     pub models: Arc<Models>,
     /// Asynchronous jobs.
     pub jobs: Arc<Jobs>,
-    /// What is counted.
+    /// Metrics.
     pub metrics: Arc<Metrics>,
     /// The GPUs.
     pub devices: Arc<Devices>,
-    /// Where changes of plugins are asked for.
+    /// Takes orders to the reload loop.
     pub control: Control,
-    /// The configuration in force, and where a new look at it is asked for.
+    /// The configuration in force; it takes requests to read it again.
     pub configuration: reconfigure::Handle,
     pages: PageRules,
     ids: RequestIds,

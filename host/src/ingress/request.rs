@@ -1,7 +1,7 @@
-//! What a request says of itself beside its body: id, deadline, model.
+//! What a request's headers say of it: id, deadline, idempotency key, trace.
 
 use std::{
-    borrow::Cow,
+    ops::Deref,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -10,28 +10,80 @@ use bytes::Bytes;
 use hyper::{
     HeaderMap,
     header::{HeaderName, HeaderValue},
+    http::request::Parts,
 };
 
 use crate::{
     access::Shown,
     config::Server,
-    job::{Deadline, Detail, JobError, RequestId},
+    work::{Deadline, Detail, JobError, RequestId},
 };
 
 /// Names a request in logs and answers.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Milliseconds after which the caller doesn't want the answer any more.
-pub(super) const REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 /// The name under which a request counts once, however often it is sent.
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// Bytes of a `traceparent` of the version that there is.
-const TRACEPARENT_BYTES: usize = 55;
-/// The longest such name.
+/// The longest idempotency key.
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
+/// The length of a `traceparent` of version 00.
+const TRACEPARENT_BYTES: usize = 55;
 /// The longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
-/// Makes ids: a word that is this process's own, and a number.
+/// A request without its body.
+pub(super) struct Head<'a> {
+    parts: &'a Parts,
+    pub(super) known: Known<'a>,
+}
+
+impl<'a> Head<'a> {
+    pub(super) fn of(parts: &'a Parts) -> Self {
+        Self { parts, known: Known::of(&parts.headers) }
+    }
+}
+
+impl Deref for Head<'_> {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        self.parts
+    }
+}
+
+/// The headers that are looked at in every request, found in one walk through them: each look by name hashes it. Of several of one
+/// name it is the first.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Known<'a> {
+    pub(super) host: Option<&'a HeaderValue>,
+    pub(super) origin: Option<&'a HeaderValue>,
+    pub(super) sec_fetch_site: Option<&'a HeaderValue>,
+    pub(super) request_id: Option<&'a HeaderValue>,
+    /// Milliseconds after which the caller doesn't want the answer any more.
+    pub(super) request_timeout: Option<&'a HeaderValue>,
+    /// Asks where the time went.
+    pub(super) explain: Option<&'a HeaderValue>,
+}
+
+impl<'a> Known<'a> {
+    pub(super) fn of(headers: &'a HeaderMap) -> Self {
+        let mut known = Self::default();
+        for (name, value) in headers {
+            let place = match name.as_str() {
+                "host" => &mut known.host,
+                "origin" => &mut known.origin,
+                "sec-fetch-site" => &mut known.sec_fetch_site,
+                "x-request-id" => &mut known.request_id,
+                "x-request-timeout-ms" => &mut known.request_timeout,
+                "x-modalkit-explain" => &mut known.explain,
+                _ => continue,
+            };
+            place.get_or_insert(value);
+        }
+        known
+    }
+}
+
+/// Makes ids: a random number of this process, and a counter.
 pub(super) struct RequestIds {
     process: u32,
     next: AtomicU64,
@@ -44,9 +96,9 @@ impl RequestIds {
     }
 
     /// The caller's id where it has a fit one, else a new one.
-    pub(super) fn of(&self, headers: &HeaderMap) -> RequestId {
+    pub(super) fn of(&self, known: &Known<'_>) -> RequestId {
         let fit = |id: &&HeaderValue| (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.to_str().is_ok();
-        headers.get(REQUEST_ID).filter(fit).map_or_else(
+        known.request_id.filter(fit).map_or_else(
             || RequestId::Made { process: self.process, number: self.next.fetch_add(1, Ordering::Relaxed) },
             |id| RequestId::Given(Bytes::copy_from_slice(id.as_bytes())),
         )
@@ -64,19 +116,22 @@ impl Shown for Headers<'_> {
 
 /// Adds the id to an answer.
 pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
-    let bytes = match id {
-        RequestId::Given(bytes) => bytes.clone(),
-        RequestId::Made { .. } => id.to_string().into(),
+    let value = match id {
+        RequestId::Given(bytes) => HeaderValue::from_maybe_shared(bytes.clone()),
+        RequestId::Made { process, number } => {
+            let mut buffer = [0; RequestId::MADE_BYTES_MAX];
+            HeaderValue::from_bytes(RequestId::write(*process, *number, &mut buffer))
+        }
     };
     // One that isn't fit for a header was never taken over.
-    if let Ok(value) = HeaderValue::from_maybe_shared(bytes) {
+    if let Ok(value) = value {
         headers.insert(REQUEST_ID, value);
     }
 }
 
 /// The moment after which nobody wants the answer.
-pub(super) fn deadline(headers: &HeaderMap, server: &Server, now: Instant) -> Result<Deadline, JobError> {
-    let Some(value) = headers.get(REQUEST_TIMEOUT) else { return Ok(Deadline(now + server.request_timeout)) };
+pub(super) fn deadline(known: &Known<'_>, server: &Server, now: Instant) -> Result<Deadline, JobError> {
+    let Some(value) = known.request_timeout else { return Ok(Deadline(now + server.request_timeout)) };
     let milliseconds: u64 =
         value.to_str().ok().and_then(|text| text.trim().parse().ok()).filter(|ms| *ms > 0).ok_or_else(
             || {
@@ -90,9 +145,9 @@ pub(super) fn deadline(headers: &HeaderMap, server: &Server, now: Instant) -> Re
     Ok(Deadline(now + Duration::from_millis(milliseconds).min(server.request_timeout_max)))
 }
 
-/// The same as milliseconds since 1970, where the request itself says so.
-pub(super) fn own_deadline(headers: &HeaderMap, deadline: Deadline) -> Option<u64> {
-    headers.get(REQUEST_TIMEOUT)?;
+/// The deadline in milliseconds since 1970, where the caller has set one.
+pub(super) fn own_deadline(known: &Known<'_>, deadline: Deadline) -> Option<u64> {
+    known.request_timeout?;
     let left = deadline.0.saturating_duration_since(Instant::now());
     Some(modalkit_journal::unix_ms() + left.as_millis() as u64)
 }
@@ -118,63 +173,40 @@ pub(super) fn traceparent(headers: &HeaderMap) -> Option<String> {
     (trace.len() == TRACEPARENT_BYTES).then(|| trace.to_owned())
 }
 
-/// `model_name` from the query.
-pub(super) fn model_name(query: Option<&str>) -> Option<Cow<'_, str>> {
-    parameter(query, "model_name")
-}
-
-/// A parameter of the query.
-pub(super) fn parameter<'q>(query: Option<&'q str>, name: &str) -> Option<Cow<'q, str>> {
-    let value = |pair: &'q str| pair.strip_prefix(name)?.strip_prefix('=');
-    query?.split('&').find_map(value).map(percent_decoded)
-}
-
-/// `%20` and `+` are blanks, as in a query.
-pub(super) fn percent_decoded(text: &str) -> Cow<'_, str> {
-    if !text.contains(['%', '+']) {
-        return Cow::Borrowed(text);
-    }
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let escaped = tail
-            .get(..2)
-            .filter(|_| first == b'%')
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
-        match escaped {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            None => {
-                bytes.push(if first == b'+' { b' ' } else { first });
-                rest = tail;
-            }
-        }
-    }
-    Cow::Owned(String::from_utf8_lossy(&bytes).into_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_model_is_read_from_the_query() {
-        assert_eq!(model_name(Some("a=b&model_name=digits")).as_deref(), Some("digits"));
-        assert_eq!(model_name(Some("model_name=a%20b+c%2")).as_deref(), Some("a b c%2"));
-        assert_eq!(model_name(Some("model=x")), None);
-        assert_eq!(model_name(None), None);
-    }
-
-    #[test]
     fn a_callers_id_is_kept_and_others_differ() {
         let ids = RequestIds::new();
         let mut headers = HeaderMap::new();
-        assert_ne!(ids.of(&headers).to_string(), ids.of(&headers).to_string());
+        let id = |headers: &HeaderMap| ids.of(&Known::of(headers)).to_string();
+        assert_ne!(id(&headers), id(&headers));
         headers.insert(REQUEST_ID, HeaderValue::from_static("mine"));
-        assert_eq!(ids.of(&headers).to_string(), "mine");
+        assert_eq!(id(&headers), "mine");
         headers.insert(REQUEST_ID, HeaderValue::try_from("x".repeat(129)).unwrap());
-        assert!(ids.of(&headers).to_string().len() < 129);
+        assert!(id(&headers).len() < 129);
+    }
+
+    #[test]
+    fn an_id_that_was_made_is_written_as_it_is_shown() {
+        for (process, number) in [(0, 0), (0x1f, 16), (u32::MAX, u64::MAX)] {
+            let mut headers = HeaderMap::new();
+            put_id(&RequestId::Made { process, number }, &mut headers);
+            assert_eq!(headers[REQUEST_ID], format!("{process:08x}-{number:x}"));
+        }
+    }
+
+    #[test]
+    fn of_several_headers_of_one_name_the_first_counts() {
+        let mut headers = HeaderMap::new();
+        for value in ["first", "second"] {
+            headers.append(REQUEST_ID, HeaderValue::from_static(value));
+        }
+        headers.insert("x-other", HeaderValue::from_static("x"));
+        let known = Known::of(&headers);
+        assert_eq!(known.request_id.unwrap(), "first");
+        assert!(known.host.is_none() && known.explain.is_none());
     }
 }

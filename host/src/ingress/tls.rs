@@ -85,7 +85,7 @@ impl Certificate {
         Ok(Arc::new(Self { files, provider, now, first }))
     }
 
-    /// What greets connections with it.
+    /// Accepts TLS connections with it.
     ///
     /// # Panics
     /// Where the provider doesn't know the versions of TLS that it was made for.
@@ -239,7 +239,7 @@ mod tests {
 
     use super::*;
 
-    /// Where there is nobody to greet.
+    /// Where there is no acceptor.
     #[derive(Debug)]
     struct NoKey;
 

@@ -11,22 +11,28 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
     time::Sleep,
 };
 
-use super::connection::Peer;
+use super::peer::Peer;
 
 /// A socket with a limit on the progress of its writes. The timer is armed by the first write that waits: most never do.
-pub(super) struct WriteLimit<S> {
-    socket: S,
+pub(super) struct WriteLimit {
+    /// There until this is dropped.
+    socket: Option<TcpStream>,
     peer: Arc<Peer>,
     waits_since: Option<Instant>,
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> WriteLimit<S> {
-    pub(super) fn new(socket: S, peer: Arc<Peer>) -> Self {
-        Self { socket, peer, waits_since: None, alarm: None }
+impl WriteLimit {
+    pub(super) fn new(socket: TcpStream, peer: Arc<Peer>) -> Self {
+        Self { socket: Some(socket), peer, waits_since: None, alarm: None }
+    }
+
+    fn socket(&mut self) -> Pin<&mut TcpStream> {
+        Pin::new(self.socket.as_mut().expect("it is there until this is dropped"))
     }
 
     fn watched<T>(&mut self, written: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
@@ -59,23 +65,29 @@ impl<S> WriteLimit<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for WriteLimit<S> {
+impl AsyncRead for WriteLimit {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = self.socket().poll_read(context, buffer);
+        if buffer.filled().len() > before {
+            self.peer.timer.bytes_came();
+            self.peer.sends_on.store(true, Ordering::Relaxed);
+        }
+        read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for WriteLimit<S> {
+impl AsyncWrite for WriteLimit {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write(context, bytes);
+        let written = self.socket().poll_write(context, bytes);
         self.watched(written, context)
     }
 
@@ -84,19 +96,28 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteLimit<S> {
         context: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write_vectored(context, buffers);
+        let written = self.socket().poll_write_vectored(context, buffers);
         self.watched(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
+        self.socket.as_ref().is_some_and(AsyncWrite::is_write_vectored)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(context)
+        self.socket().poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(context)
+        self.socket().poll_shutdown(context)
+    }
+}
+
+impl Drop for WriteLimit {
+    /// Leaves the socket of a caller who is still sending to be closed with care.
+    fn drop(&mut self) {
+        if self.peer.sends_on.load(Ordering::Relaxed) {
+            *self.peer.closing.lock() = self.socket.take();
+        }
     }
 }

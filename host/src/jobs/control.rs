@@ -12,29 +12,47 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{
     Jobs, closed,
-    delivery::Pending,
-    entry::Phase,
+    delivery::PendingDelivery,
+    inbox::Event,
+    live_job::JobPhase,
     report::{Listed, Report},
-    runner::Event,
 };
-use crate::job::JobError;
+use crate::work::JobError;
 
 /// Pages of the journal that one list looks at: beyond them the caller asks again.
 const PAGES_MAX: usize = 16;
 /// How long whoever takes a job back, or acknowledges its result, waits for the journal.
 const WRITE_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// What became of a wish to take a job back.
+/// What became of a request to take a job back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancelled {
     /// It won't run.
     Done,
     /// Its batch runs: it ends without a result.
     Soon,
-    /// It is on its way, and the journal takes long.
+    /// It was requested, and isn't written to the journal yet.
     Unwritten,
-    /// It had ended so.
+    /// It had ended before, in this state.
     Ended(State),
+    /// There is no such job.
+    Unknown,
+}
+
+/// What became of a request to have a result delivered again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Redelivery {
+    /// It is on its way from now on.
+    Begun,
+    /// It was on its way already.
+    UnderWay {
+        /// To this queue.
+        queue: String,
+    },
+    /// The job has no result yet.
+    NotEnded,
+    /// No queue was to get it.
+    NoQueue,
     /// There is no such job.
     Unknown,
 }
@@ -42,8 +60,10 @@ pub enum Cancelled {
 impl Jobs {
     /// Waits until a job has ended, or for this long.
     pub async fn wait(&self, id: JobId, time: Duration) {
-        let entry = self.shared.find(id);
-        if let Some(ended) = entry.as_ref().filter(|_| !time.is_zero()).and_then(|entry| entry.wait()) {
+        let live_job = self.shared.find(id);
+        if let Some(ended) =
+            live_job.as_ref().filter(|_| !time.is_zero()).and_then(|live_job| live_job.wait())
+        {
             // Whether it ended or not, whoever waits asks next.
             let _ = timeout(time, ended).await;
         }
@@ -70,8 +90,8 @@ impl Jobs {
         let of_caller =
             |key: &Option<String>| whose.as_ref().is_none_or(|whose| whose.as_deref() == key.as_deref());
         Ok(stored.filter(|stored| of_caller(&stored.key)).map(|stored| {
-            let live = self.shared.find(id);
-            Report::of(stored, live.as_deref())
+            let live_job = self.shared.find(id);
+            Report::of(stored, live_job.as_deref())
         }))
     }
 
@@ -92,8 +112,8 @@ impl Jobs {
                 journal.delivered(id, move || tell.send(()).unwrap_or_default());
                 // They are written in order: the last one speaks for all.
                 written = Some(told);
-                if let Some(entry) = self.shared.find(id) {
-                    self.shared.done_with(&entry);
+                if let Some(live_job) = self.shared.find(id) {
+                    self.shared.done_with(&live_job);
                 }
             }
         }
@@ -121,8 +141,8 @@ impl Jobs {
             let page = self.read(move |journal| journal.list(&page_filter)).await?;
             next = page.next;
             for stored in page.jobs {
-                let live = self.shared.find(stored.id);
-                let report = Report::of(stored, live.as_deref());
+                let live_job = self.shared.find(stored.id);
+                let report = Report::of(stored, live_job.as_deref());
                 if running.is_none_or(|running| report.runs() == running) {
                     jobs.push(report);
                 }
@@ -149,9 +169,9 @@ impl Jobs {
         if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
             return Ok(Cancelled::Unknown);
         }
-        let Some(entry) = self.shared.find(id) else { return self.how_it_ended(id).await };
-        let Some(ended) = entry.wait() else { return self.how_it_ended(id).await };
-        if entry.live.lock().phase != Phase::Ending {
+        let Some(live_job) = self.shared.find(id) else { return self.how_it_ended(id).await };
+        let Some(ended) = live_job.wait() else { return self.how_it_ended(id).await };
+        if live_job.progress.lock().phase != JobPhase::Ending {
             // Where it runs, it is the journal that keeps it from being run again by the next host.
             let (tell, told) = oneshot::channel();
             {
@@ -160,17 +180,17 @@ impl Jobs {
                 // Whoever asked may have left.
                 journal.cancel(id, move || tell.send(()).unwrap_or_default());
             }
-            entry.cancelled.store(true, Ordering::SeqCst);
+            live_job.cancelled.store(true, Ordering::SeqCst);
             if timeout(WRITE_TIME_MAX, told).await.is_err() {
                 return Ok(Cancelled::Unwritten);
             }
-            if entry.live.lock().phase == Phase::Running {
+            if live_job.progress.lock().phase == JobPhase::Running {
                 return Ok(Cancelled::Soon);
             }
-            self.inbox.put(Event::Cancel(Arc::clone(&entry)));
+            self.inbox.put(Event::Cancel(Arc::clone(&live_job)));
         }
         if timeout(WRITE_TIME_MAX, ended).await.is_err() {
-            let runs = entry.live.lock().phase == Phase::Running;
+            let runs = live_job.progress.lock().runs();
             return Ok(if runs { Cancelled::Soon } else { Cancelled::Unwritten });
         }
         self.how_it_ended(id).await
@@ -185,7 +205,7 @@ impl Jobs {
         })
     }
 
-    /// Has a job's message delivered again that was delivered or given up. `false` where there is none, or it is on its way.
+    /// Has a job's message delivered again that was delivered or given up.
     /// `may_name` says whether jobs of this key may name this queue now.
     ///
     /// # Errors
@@ -195,17 +215,20 @@ impl Jobs {
         id: JobId,
         whose: Option<Option<Arc<str>>>,
         may_name: impl FnOnce(Option<&str>, &str) -> Result<(), JobError>,
-    ) -> Result<Option<bool>, JobError> {
-        let Some(stored) = self.read(move |journal| journal.job(id)).await? else { return Ok(None) };
+    ) -> Result<Redelivery, JobError> {
+        let Some(stored) = self.read(move |journal| journal.job(id)).await? else {
+            return Ok(Redelivery::Unknown);
+        };
         if whose.is_some_and(|whose| whose.as_deref() != stored.key.as_deref()) {
-            return Ok(None);
+            return Ok(Redelivery::Unknown);
         }
-        if !matches!(stored.delivery, Delivered::Delivered | Delivered::Dead) {
-            return Ok(Some(false));
-        }
-        if let Some(queue) = &stored.queue {
-            may_name(stored.key.as_deref(), queue)?;
-        }
+        let queue = match (stored.delivery, stored.state, stored.queue) {
+            (Delivered::Delivered | Delivered::Dead, _, Some(queue)) => queue,
+            (Delivered::Pending, _, Some(queue)) => return Ok(Redelivery::UnderWay { queue }),
+            (_, State::Queued, _) => return Ok(Redelivery::NotEnded),
+            _ => return Ok(Redelivery::NoQueue),
+        };
+        may_name(stored.key.as_deref(), &queue)?;
         let (tell, told) = oneshot::channel();
         {
             let journal = self.journal.read();
@@ -215,10 +238,10 @@ impl Jobs {
             journal.redeliver(id, move |job| {
                 let found = job.is_some();
                 if let Some(job) = job {
-                    let entry = jobs.shared.remember(&job);
+                    let live_job = jobs.shared.remember(&job);
                     if let Some(queue) = job.queue {
-                        jobs.deliveries.add(Pending::new(
-                            entry,
+                        jobs.deliveries.add(PendingDelivery::new(
+                            live_job,
                             queue,
                             job.pending.unwrap_or_default(),
                             None,
@@ -229,7 +252,8 @@ impl Jobs {
                 let _ = tell.send(found);
             });
         }
-        Ok(Some(told.await.unwrap_or_default()))
+        // Somebody else may have asked for the same meanwhile.
+        Ok(if told.await.unwrap_or_default() { Redelivery::Begun } else { Redelivery::UnderWay { queue } })
     }
 
     /// Tells when a job has ended, on disk; at once where it has, or isn't known.

@@ -15,7 +15,7 @@ use modalkit_queue::{Message, QueueError};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::{Jobs, Shared, entry::Entry};
+use super::{Jobs, live_job::LiveJob, open_jobs::Shared};
 use crate::queues::{Queues, Route};
 
 /// Bytes of messages that wait in memory; those of further ones are read again when their turn comes.
@@ -32,14 +32,14 @@ pub(super) struct Deliveries {
     pub(super) queues: Arc<Queues>,
     shared: Arc<Shared>,
     /// By queue. A queue that is here has a task.
-    waiting: Mutex<HashMap<String, VecDeque<Pending>>>,
+    waiting: Mutex<HashMap<String, VecDeque<PendingDelivery>>>,
     body_bytes: AtomicUsize,
     runtime: Handle,
 }
 
 /// One message.
-pub(super) struct Pending {
-    entry: Arc<Entry>,
+pub(super) struct PendingDelivery {
+    live_job: Arc<LiveJob>,
     queue: String,
     /// When its job ended, in the journal's time.
     since: u64,
@@ -47,9 +47,9 @@ pub(super) struct Pending {
     body: Option<Bytes>,
 }
 
-impl Pending {
-    pub(super) fn new(entry: Arc<Entry>, queue: String, since: u64, body: Option<Bytes>) -> Self {
-        Self { entry, queue, since, body }
+impl PendingDelivery {
+    pub(super) fn new(live_job: Arc<LiveJob>, queue: String, since: u64, body: Option<Bytes>) -> Self {
+        Self { live_job, queue, since, body }
     }
 }
 
@@ -60,7 +60,7 @@ impl Deliveries {
     }
 
     /// Has a message delivered.
-    pub(super) fn add(self: &Arc<Self>, mut pending: Pending) {
+    pub(super) fn add(self: &Arc<Self>, mut pending: PendingDelivery) {
         let bytes = pending.body.as_ref().map_or(0, Bytes::len);
         if self.body_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > BODY_BYTES_MAX {
             self.body_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -69,7 +69,7 @@ impl Deliveries {
         let queue = pending.queue.clone();
         let mut waiting = self.waiting.lock();
         match waiting.get_mut(&queue) {
-            Some(line) => line.push_back(pending),
+            Some(backlog) => backlog.push_back(pending),
             None => {
                 waiting.insert(queue.clone(), VecDeque::from([pending]));
                 drop(waiting);
@@ -110,29 +110,29 @@ impl Deliveries {
     }
 
     /// The next messages; `None` where there are none, and the task ends.
-    fn take(&self, queue: &str, max: usize) -> Option<Vec<Pending>> {
+    fn take(&self, queue: &str, max: usize) -> Option<Vec<PendingDelivery>> {
         let mut waiting = self.waiting.lock();
-        let line = waiting.get_mut(queue)?;
-        if line.is_empty() {
+        let backlog = waiting.get_mut(queue)?;
+        if backlog.is_empty() {
             waiting.remove(queue);
             return None;
         }
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < max.max(1)
-            && let Some(next) = line.front()
+            && let Some(next) = backlog.front()
         {
             bytes += next.body.as_ref().map_or(0, Bytes::len);
             if bytes > BATCH_BYTES_MAX && !batch.is_empty() {
                 break;
             }
-            batch.extend(line.pop_front());
+            batch.extend(backlog.pop_front());
         }
         Some(batch)
     }
 
-    fn put_back(&self, queue: &str, batch: Vec<Pending>) {
-        if let Some(line) = self.waiting.lock().get_mut(queue) {
-            batch.into_iter().rev().for_each(|pending| line.push_front(pending));
+    fn put_back(&self, queue: &str, batch: Vec<PendingDelivery>) {
+        if let Some(backlog) = self.waiting.lock().get_mut(queue) {
+            batch.into_iter().rev().for_each(|pending| backlog.push_front(pending));
         }
     }
 
@@ -142,11 +142,11 @@ impl Deliveries {
         &self,
         jobs: &Arc<Jobs>,
         queue: &str,
-        mut batch: Vec<Pending>,
-    ) -> Result<(Vec<Message>, Vec<Pending>), Vec<Pending>> {
+        mut batch: Vec<PendingDelivery>,
+    ) -> Result<(Vec<Message>, Vec<PendingDelivery>), Vec<PendingDelivery>> {
         let (mut messages, mut bytes): (Vec<Message>, usize) = (Vec::with_capacity(batch.len()), 0);
         for pending in &batch {
-            let id = pending.entry.id;
+            let id = pending.live_job.id;
             let body = match &pending.body {
                 Some(body) => body.clone(),
                 None => match jobs.read(move |journal| journal.result(id)).await {
@@ -162,7 +162,7 @@ impl Deliveries {
             let job_id = id.to_string();
             // One that is delivered again is another to a broker that tells the same by its name.
             let delivery_id = format!("{job_id}-{}", pending.since);
-            let traceparent = pending.entry.trace.clone();
+            let traceparent = pending.live_job.trace.clone();
             messages.push(Message { job_id, delivery_id, body, traceparent });
         }
         let rest = batch.split_off(messages.len());
@@ -174,9 +174,9 @@ impl Deliveries {
     fn settle(
         &self,
         route: Option<&Route>,
-        batch: Vec<Pending>,
+        batch: Vec<PendingDelivery>,
         results: Vec<Result<(), QueueError>>,
-    ) -> Vec<Pending> {
+    ) -> Vec<PendingDelivery> {
         let backend = route.map_or("", |route| &*route.backend);
         let count = |outcome| self.shared.metrics.jobs.delivered(backend, outcome).inc();
         let deadline = self.queues.deadline().as_millis() as u64;
@@ -188,7 +188,7 @@ impl Deliveries {
         let now = journal.clock().now();
         let in_memory = route.is_some_and(|route| route.adapter.memory().is_some());
         for (pending, result) in batch.into_iter().zip(results) {
-            let id = pending.entry.id;
+            let id = pending.live_job.id;
             let dead = match result {
                 // Whoever takes it from there has it; until then only the journal outlives this process.
                 Ok(()) if in_memory => {
@@ -209,9 +209,9 @@ impl Deliveries {
                 Err(error) => {
                     count("failed");
                     {
-                        let mut live = pending.entry.live.lock();
-                        live.delivery_attempts += 1;
-                        live.delivery_error = Some(error.to_string());
+                        let mut progress = pending.live_job.progress.lock();
+                        progress.delivery_attempts += 1;
+                        progress.delivery_error = Some(error.to_string());
                     }
                     left.push(pending);
                     continue;
@@ -223,7 +223,7 @@ impl Deliveries {
                 journal.dead(id, why);
             }
             self.body_bytes.fetch_sub(pending.body.as_ref().map_or(0, Bytes::len), Ordering::Relaxed);
-            self.shared.done_with(&pending.entry);
+            self.shared.done_with(&pending.live_job);
         }
         left
     }

@@ -8,10 +8,13 @@ use modalkit_journal::{Finish, Journal, State, Unfit, unix_ms};
 
 use super::{
     Jobs,
-    entry::{Entry, Input, Phase},
-    envelope::Parts,
+    live_job::{Input, JobPhase, LiveJob},
 };
-use crate::{admission::JobPermit, config::ModelSpec, egress, job::JobError};
+use crate::{
+    config::ModelSpec,
+    protocol::{self, Envelope},
+    work::{JobError, JobPermit},
+};
 
 /// Bytes of an error that are kept.
 const ERROR_BYTES_MAX: usize = 64 << 10;
@@ -30,68 +33,75 @@ impl Ending {
     }
 
     /// With the pipeline's answer, where that is no larger than may be kept.
-    pub(super) fn answered(entry: &Entry, journal: &Journal, answer: Bytes, bytes_max: usize) -> Self {
-        let ending = Self::succeeded(entry, journal, answer);
+    pub(super) fn answered(live_job: &LiveJob, journal: &Journal, answer: Bytes, bytes_max: usize) -> Self {
+        let ending = Self::succeeded(live_job, journal, answer);
         match ending.message.as_ref().map_or(0, Bytes::len) {
             found if found > bytes_max => {
                 let error = format!(
                     "the result has {found} bytes, at most {bytes_max} are kept (server.result_bytes_max)"
                 );
-                Self::failed(entry, journal, error)
+                Self::failed(live_job, journal, error)
             }
             _ => ending,
         }
     }
 
-    fn succeeded(entry: &Entry, journal: &Journal, answer: Bytes) -> Self {
-        let Some(input) = input_or_say(entry, journal) else {
+    fn succeeded(live_job: &LiveJob, journal: &Journal, answer: Bytes) -> Self {
+        let Some(input) = input_or_log(live_job, journal) else {
             return Self { state: State::Succeeded, message: Some(answer), error: None, queue: None };
         };
         let message = match input.parts.meta {
-            Some(meta) => egress::with_meta(&answer, &meta),
+            Some(meta) => protocol::with_meta(&answer, &meta),
             None => answer,
         };
         let queue = Some(input.parts.success_queue).filter(|queue| !queue.is_empty());
         Self { state: State::Succeeded, message: Some(message), error: None, queue }
     }
 
-    pub(super) fn failed(entry: &Entry, journal: &Journal, error: String) -> Self {
-        let input = input_or_say(entry, journal);
+    pub(super) fn failed(live_job: &LiveJob, journal: &Journal, error: String) -> Self {
+        let input = input_or_log(live_job, journal);
         let envelope = input.as_ref().map_or_else(Bytes::new, |input| input.envelope.clone());
         let queue = input.map(|input| input.parts.failure_queue).filter(|queue| !queue.is_empty());
         let error = shortened(error);
-        let message = Some(egress::failed_job(error.clone(), &envelope));
+        let message = Some(protocol::failed_job(error.clone(), &envelope));
         Self { state: State::Failed, message, error: Some(error), queue }
     }
 }
 
 /// Writes how a job ended; then it is told to whoever waits for it, and its message is delivered.
 pub(super) fn end(
-    entry: &Arc<Entry>,
+    live_job: &Arc<LiveJob>,
     ending: Ending,
     permit: Option<JobPermit>,
     jobs: &Arc<Jobs>,
     journal: &Journal,
 ) {
-    let Ending { state, message, error, queue } = ending;
+    let Ending { state, message, error, mut queue } = ending;
+    if state == State::Failed && queue.is_none() && live_job.from_queue {
+        queue = jobs.queues().dead_letter().map(ToOwned::to_owned);
+        tracing::warn!(
+            model = &*live_job.model, job_id = %live_job.id, error, to = queue,
+            "a request from a queue failed and names no failure queue"
+        );
+    }
     let (finished, since) = (unix_ms(), journal.clock().now());
     let (attempts, started) = {
-        let mut live = entry.live.lock();
-        if matches!(live.phase, Phase::Ending | Phase::Ended) {
+        let mut progress = live_job.progress.lock();
+        if matches!(progress.phase, JobPhase::Ending | JobPhase::Ended) {
             return;
         }
-        live.phase = Phase::Ending;
-        live.queued = None;
-        (live.attempts, live.started)
+        progress.phase = JobPhase::Ending;
+        progress.queued = None;
+        (progress.attempts, progress.started)
     };
-    jobs.shared.metrics.jobs.ended(&entry.model, state.word()).inc();
+    jobs.shared.metrics.jobs.ended(&live_job.model, state.word()).inc();
     // Of one that another process accepted nobody knows how long it took: clocks may have been set in between.
-    if let Some(accepted) = entry.accepted {
+    if let Some(accepted) = live_job.accepted {
         jobs.shared.metrics.jobs.seconds.observe(accepted.elapsed().as_secs_f64());
     }
-    jobs.shared.unended_less(entry);
+    jobs.shared.unended_less(live_job);
     let least = Finish {
-        id: entry.id,
+        id: live_job.id,
         state: State::Failed,
         attempts,
         started,
@@ -102,30 +112,30 @@ pub(super) fn end(
         since,
     };
     let finish = Finish { state, result: message.clone(), error, queue: queue.clone(), ..least.clone() };
-    let (entry, jobs) = (Arc::clone(entry), Arc::clone(jobs));
+    let (live_job, jobs) = (Arc::clone(live_job), Arc::clone(jobs));
     journal.finish(finish, move |written| {
         match written {
-            Ok(()) => jobs.ended(&entry, queue, since, message.unwrap_or_default()),
-            Err(unfit) => give_up_result(&entry, least, &unfit, &jobs),
+            Ok(()) => jobs.ended(&live_job, queue, since, message.unwrap_or_default()),
+            Err(unfit) => give_up_result(&live_job, least, &unfit, &jobs),
         }
         drop(permit);
     });
 }
 
 /// Ends a job whose end can't be written with the least that can be.
-fn give_up_result(entry: &Arc<Entry>, finish: Finish, unfit: &Unfit, jobs: &Arc<Jobs>) {
-    tracing::error!(job_id = %entry.id, error = %unfit, "the end of a job can't be written; it has failed, and its result is lost");
+fn give_up_result(live_job: &Arc<LiveJob>, finish: Finish, unfit: &Unfit, jobs: &Arc<Jobs>) {
+    tracing::error!(job_id = %live_job.id, error = %unfit, "the end of a job can't be written; it has failed, and its result is lost");
     let finish = Finish { error: Some(format!("its end could not be written: {unfit}")), ..finish };
-    let (entry, of_end) = (Arc::clone(entry), Arc::clone(jobs));
+    let (live_job, of_end) = (Arc::clone(live_job), Arc::clone(jobs));
     let journal = jobs.journal.read();
     // Once it is closed, the next start runs the job again.
     let Some(journal) = &*journal else { return };
     let since = finish.since;
     journal.finish(finish, move |written| {
         if let Err(error) = written {
-            tracing::error!(job_id = %entry.id, %error, "that the job has failed can't be written either");
+            tracing::error!(job_id = %live_job.id, %error, "that the job has failed can't be written either");
         }
-        of_end.ended(&entry, None, since, Bytes::new());
+        of_end.ended(&live_job, None, since, Bytes::new());
     });
 }
 
@@ -139,28 +149,28 @@ pub(super) fn shortened(mut error: String) -> String {
 }
 
 /// Why a job is not run at all.
-pub(super) fn hopeless(
-    entry: &Entry,
+pub(super) fn ending_without_run(
+    live_job: &LiveJob,
     spec: &ModelSpec,
     crashes_max: u32,
     journal: &Journal,
 ) -> Option<Ending> {
-    if entry.is_cancelled() {
+    if live_job.is_cancelled() {
         return Some(Ending::cancelled());
     }
-    if entry.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-        let error = egress::job_failure(&JobError::DeadlinePassed);
-        return Some(Ending::failed(entry, journal, error));
+    if live_job.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        let error = protocol::job_failure(&JobError::DeadlinePassed);
+        return Some(Ending::failed(live_job, journal, error));
     }
     let (attempts, crashes_alone) = {
-        let live = entry.live.lock();
-        (live.attempts, live.crashes_alone)
+        let progress = live_job.progress.lock();
+        (progress.attempts, progress.crashes_alone)
     };
     if crashes_alone >= crashes_max {
         let error = format!(
             "the host died {crashes_alone} times while it was running this job and no other; it is not tried again (server.job_crashes_max)"
         );
-        return Some(Ending::failed(entry, journal, error));
+        return Some(Ending::failed(live_job, journal, error));
     }
     // The configuration may have allowed more.
     (attempts > spec.retries).then(|| {
@@ -168,21 +178,24 @@ pub(super) fn hopeless(
             "the last one failed; {attempts} attempts were made and {} retries are allowed (deployment_config.retries)",
             spec.retries
         );
-        Ending::failed(entry, journal, error)
+        Ending::failed(live_job, journal, error)
     })
 }
 
-pub(super) fn input(entry: &Entry, journal: &Journal) -> Result<Option<Input>, modalkit_journal::ReadError> {
-    if let Some(input) = &entry.live.lock().input {
+pub(super) fn input(
+    live_job: &LiveJob,
+    journal: &Journal,
+) -> Result<Option<Input>, modalkit_journal::ReadError> {
+    if let Some(input) = &live_job.progress.lock().input {
         return Ok(Some(input.clone()));
     }
-    let Some(envelope) = journal.envelope(entry.id)? else { return Ok(None) };
-    Ok(Parts::of(&envelope).ok().map(|parts| Input { envelope, parts }))
+    let Some(envelope) = journal.envelope(live_job.id)? else { return Ok(None) };
+    Ok(Envelope::of(&envelope).ok().map(|parts| Input { envelope, parts }))
 }
 
-fn input_or_say(entry: &Entry, journal: &Journal) -> Option<Input> {
-    input(entry, journal).unwrap_or_else(|error| {
-        tracing::error!(job_id = %entry.id, error = ?error, "the journal can't be read; the job's message goes nowhere");
+fn input_or_log(live_job: &LiveJob, journal: &Journal) -> Option<Input> {
+    input(live_job, journal).unwrap_or_else(|error| {
+        tracing::error!(job_id = %live_job.id, error = ?error, "the journal can't be read; the job's message goes nowhere");
         None
     })
 }

@@ -4,8 +4,8 @@ use modalkit_journal::{State, Stored};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::entry::{Entry, Phase};
-use crate::egress;
+use super::live_job::{JobPhase, LiveJob};
+use crate::protocol;
 
 /// The state that isn't written: only this process knows it.
 const RUNNING: &str = "running";
@@ -65,12 +65,12 @@ impl Report {
     }
 
     /// From what is written of it, and what this process knows beside that.
-    pub(super) fn of(stored: Stored, live: Option<&Entry>) -> Self {
+    pub(super) fn of(stored: Stored, progress: Option<&LiveJob>) -> Self {
         let mut report = Self {
             job_id: stored.id.to_string(),
             model: stored.model,
             state: stored.state.word(),
-            result: stored.result.map(|result| egress::raw_json(&result).into_owned()),
+            result: stored.result.map(|result| protocol::raw_json(&result).into_owned()),
             error: stored.error,
             attempts: stored.attempts,
             crashes: stored.crashes,
@@ -86,21 +86,22 @@ impl Report {
                 ended_unix_ms: stored.delivered,
             },
         };
-        let Some(entry) = live else { return report };
-        let live = entry.live.lock();
+        let Some(live_job) = progress else { return report };
+        let progress = live_job.progress.lock();
         if stored.state == State::Queued {
-            report.attempts = report.attempts.max(live.attempts);
-            report.started_unix_ms = live.started.or(report.started_unix_ms);
-            report.next_attempt_unix_ms = live.next;
-            report.error = live.error.clone().or(report.error);
-            if live.phase == Phase::Running {
+            report.attempts = report.attempts.max(progress.attempts);
+            report.started_unix_ms = progress.started.or(report.started_unix_ms);
+            report.next_attempt_unix_ms = progress.next;
+            report.error = progress.error.clone().or(report.error);
+            if progress.runs() {
                 report.state = RUNNING;
-                report.attempts += 1;
+                // An attempt is counted when it ends, so the one that runs is added.
+                report.attempts += u32::from(progress.phase == JobPhase::Running);
                 report.next_attempt_unix_ms = None;
             }
         } else {
-            report.delivery.attempts = Some(live.delivery_attempts);
-            report.delivery.error.clone_from(&live.delivery_error);
+            report.delivery.attempts = Some(progress.delivery_attempts);
+            report.delivery.error.clone_from(&progress.delivery_error);
         }
         report
     }

@@ -8,7 +8,7 @@ use std::{
 
 use modalkit_journal::{JobId, Slot};
 
-use super::entry::Entry;
+use super::live_job::LiveJob;
 
 /// How long the other jobs wait at most for one that runs alone; twice as long with each crash in which it ran, so that one that
 /// needs long to take the host down is alone in the end.
@@ -24,9 +24,9 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(50);
 /// Suspects that wait, and those that run.
 #[derive(Default)]
 pub(super) struct Suspects {
-    waiting: Vec<Arc<Entry>>,
+    waiting: Vec<Arc<LiveJob>>,
     alone: Option<Alone>,
-    /// Ran alone for as long as it may; others run beside it now.
+    /// Ran alone for as long as they may; other jobs run beside them now.
     joined: Vec<JobId>,
     held_since: Option<Instant>,
     /// How long others have waited for those that were alone.
@@ -44,34 +44,34 @@ struct Alone {
 }
 
 /// What may be handed over now.
-pub(super) enum Turn {
+pub(super) enum NextSuspect {
     /// Any job.
     Any,
     /// None.
     None,
     /// This one, and no other beside it.
-    Alone(Arc<Entry>),
+    Alone(Arc<LiveJob>),
     /// Any job and this one, which could not be alone.
-    Beside(Arc<Entry>),
+    Beside(Arc<LiveJob>),
 }
 
 impl Suspects {
     /// Adds one, at a place that chance chose: of two that never run apart, another one is first after the next crash.
-    pub(super) fn add(&mut self, entry: Arc<Entry>, chance: usize) {
+    pub(super) fn add(&mut self, live_job: Arc<LiveJob>, chance: usize) {
         let at = chance % (self.waiting.len() + 1);
-        self.waiting.insert(at, entry);
+        self.waiting.insert(at, live_job);
     }
 
     /// Takes one back that nobody ran.
-    pub(super) fn put_back(&mut self, entry: Arc<Entry>, now: Instant) {
-        self.ended(entry.id, now);
-        self.waiting.push(entry);
+    pub(super) fn put_back(&mut self, live_job: Arc<LiveJob>, now: Instant) {
+        self.ended(live_job.id, now);
+        self.waiting.push(live_job);
         self.blocked_until = Some(now + BETWEEN_TRIES);
     }
 
     /// Those that wait and whose time has passed.
-    pub(super) fn take_overdue(&mut self, now: Instant) -> Vec<Arc<Entry>> {
-        let overdue = |entry: &mut Arc<Entry>| entry.deadline.is_some_and(|deadline| deadline <= now);
+    pub(super) fn take_overdue(&mut self, now: Instant) -> Vec<Arc<LiveJob>> {
+        let overdue = |live_job: &mut Arc<LiveJob>| live_job.deadline.is_some_and(|deadline| deadline <= now);
         self.waiting.extract_if(.., overdue).collect()
     }
 
@@ -82,7 +82,7 @@ impl Suspects {
     /// Takes one out that waits; says whether it did.
     pub(super) fn remove(&mut self, id: JobId) -> bool {
         let before = self.waiting.len();
-        self.waiting.retain(|entry| entry.id != id);
+        self.waiting.retain(|live_job| live_job.id != id);
         if self.waiting.is_empty() {
             self.held_since = None;
         }
@@ -92,14 +92,15 @@ impl Suspects {
     /// One was handed over alone, to a model whose batches wait so long to be filled.
     pub(super) fn handed(
         &mut self,
-        entry: &Entry,
+        live_job: &LiveJob,
         crashes: u32,
         batch_wait: Duration,
         slot: &Arc<Slot>,
         now: Instant,
     ) {
         let time = ALONE_TIME * 2u32.pow(crashes.saturating_sub(1).min(DOUBLINGS_MAX)) + batch_wait;
-        self.alone = Some(Alone { id: entry.id, since: now, until: now + time, slot: Arc::downgrade(slot) });
+        self.alone =
+            Some(Alone { id: live_job.id, since: now, until: now + time, slot: Arc::downgrade(slot) });
     }
 
     /// A job has ended, or came back.
@@ -122,27 +123,27 @@ impl Suspects {
     }
 
     /// What may be handed over while this many jobs are in models' queues or running. Suspects of models that don't serve wait.
-    pub(super) fn next(&mut self, now: Instant, handed: usize, serves: impl Fn(&str) -> bool) -> Turn {
+    pub(super) fn next(&mut self, now: Instant, handed: usize, serves: impl Fn(&str) -> bool) -> NextSuspect {
         if self.alone.as_ref().is_some_and(|alone| now < alone.until) {
-            return Turn::None;
+            return NextSuspect::None;
         }
         self.release(now);
         let is_blocked = self.blocked_until.is_some_and(|until| now < until);
-        let Some(at) = self.waiting.iter().position(|entry| !is_blocked && serves(&entry.model)) else {
+        let Some(at) = self.waiting.iter().position(|live_job| !is_blocked && serves(&live_job.model)) else {
             self.held_since = None;
-            return Turn::Any;
+            return NextSuspect::Any;
         };
         // Beside one that takes long nobody is alone, and others have waited long enough.
         if !self.joined.is_empty() || self.held >= ALL_HOLDS_TIME_MAX {
-            return Turn::Beside(self.waiting.remove(at));
+            return NextSuspect::Beside(self.waiting.remove(at));
         }
         let held_since = *self.held_since.get_or_insert(now);
         if handed > 0 && now.saturating_duration_since(held_since) < HOLD_TIME_MAX {
-            return Turn::None;
+            return NextSuspect::None;
         }
         self.held_since = None;
-        let entry = self.waiting.remove(at);
-        if handed > 0 { Turn::Beside(entry) } else { Turn::Alone(entry) }
+        let live_job = self.waiting.remove(at);
+        if handed > 0 { NextSuspect::Beside(live_job) } else { NextSuspect::Alone(live_job) }
     }
 
     /// When that changes by itself; `None` where it doesn't.
@@ -174,9 +175,9 @@ mod tests {
         (folder, journal)
     }
 
-    fn entries(count: usize) -> Vec<Arc<Entry>> {
+    fn entries(count: usize) -> Vec<Arc<LiveJob>> {
         let (_folder, journal) = journal();
-        (0..count).map(|_| Arc::new(Entry::of_tests(journal.next_id(), "m"))).collect()
+        (0..count).map(|_| Arc::new(LiveJob::of_tests(journal.next_id(), "m"))).collect()
     }
 
     fn slot() -> Arc<Slot> {
@@ -184,9 +185,9 @@ mod tests {
         Arc::new(journal.ledger().slot(journal.next_id(), 1, true))
     }
 
-    fn alone(turn: Turn) -> Arc<Entry> {
+    fn alone(turn: NextSuspect) -> Arc<LiveJob> {
         match turn {
-            Turn::Alone(entry) => entry,
+            NextSuspect::Alone(live_job) => live_job,
             _ => panic!("expected a suspect's turn"),
         }
     }
@@ -196,30 +197,30 @@ mod tests {
         let (all, mut suspects, begun) = (entries(4), Suspects::default(), Instant::now());
         let now = |seconds| begun + Duration::from_secs(seconds);
         let serves = |_: &str| true;
-        for entry in &all {
-            suspects.add(Arc::clone(entry), 0);
+        for live_job in &all {
+            suspects.add(Arc::clone(live_job), 0);
         }
         // The last one added came first. Of a model that doesn't serve, none keeps anybody waiting.
-        assert!(matches!(suspects.next(now(0), 5, |_| false), Turn::Any));
+        assert!(matches!(suspects.next(now(0), 5, |_| false), NextSuspect::Any));
         // What was handed over before ends first.
-        assert!(matches!(suspects.next(now(0), 5, serves), Turn::None));
+        assert!(matches!(suspects.next(now(0), 5, serves), NextSuspect::None));
         let first = alone(suspects.next(now(1), 0, serves));
         assert_eq!(first.id, all[3].id);
-        let hand = |suspects: &mut Suspects, entry: &Entry, at: Instant| {
-            suspects.handed(entry, 1, Duration::ZERO, &slot(), at);
+        let hand = |suspects: &mut Suspects, live_job: &LiveJob, at: Instant| {
+            suspects.handed(live_job, 1, Duration::ZERO, &slot(), at);
         };
         hand(&mut suspects, &first, now(1));
-        assert!(matches!(suspects.next(now(10), 1, serves), Turn::None));
+        assert!(matches!(suspects.next(now(10), 1, serves), NextSuspect::None));
         suspects.ended(first.id, now(10));
         let second = alone(suspects.next(now(10), 0, serves));
         hand(&mut suspects, &second, now(10));
         // It takes long: nobody is alone beside it, and others go on.
-        assert!(matches!(suspects.next(now(20), 1, serves), Turn::Beside(_)));
+        assert!(matches!(suspects.next(now(20), 1, serves), NextSuspect::Beside(_)));
         suspects.ended(second.id, now(21));
         // Others run, and take long.
-        assert!(matches!(suspects.next(now(22), 4, serves), Turn::None));
+        assert!(matches!(suspects.next(now(22), 4, serves), NextSuspect::None));
         assert_eq!(suspects.next_change(), Some(now(32)));
-        assert!(matches!(suspects.next(now(32), 4, serves), Turn::Beside(_)));
+        assert!(matches!(suspects.next(now(32), 4, serves), NextSuspect::Beside(_)));
         assert!(suspects.is_empty() && suspects.next_change().is_none());
     }
 
@@ -228,10 +229,13 @@ mod tests {
         let (all, mut suspects, begun) = (entries(1), Suspects::default(), Instant::now());
         let now = |millis| begun + Duration::from_millis(millis);
         suspects.add(Arc::clone(&all[0]), 0);
-        let entry = alone(suspects.next(now(0), 0, |_| true));
-        suspects.put_back(entry, now(0));
-        assert!(matches!(suspects.next(now(1), 0, |_| true), Turn::Any), "its queue is full: others go on");
-        assert!(matches!(suspects.next(now(60), 1, |_| true), Turn::None));
+        let live_job = alone(suspects.next(now(0), 0, |_| true));
+        suspects.put_back(live_job, now(0));
+        assert!(
+            matches!(suspects.next(now(1), 0, |_| true), NextSuspect::Any),
+            "its queue is full: others go on"
+        );
+        assert!(matches!(suspects.next(now(60), 1, |_| true), NextSuspect::None));
         assert!(suspects.remove(all[0].id));
         assert_eq!(suspects.next_change(), None, "nobody is held for one that is gone");
     }
@@ -239,17 +243,17 @@ mod tests {
     #[test]
     fn all_holds_together_have_an_end() {
         let (all, mut suspects, begun) = (entries(200), Suspects::default(), Instant::now());
-        for entry in &all {
-            suspects.add(Arc::clone(entry), 0);
+        for live_job in &all {
+            suspects.add(Arc::clone(live_job), 0);
         }
         let (mut now, mut turns) = (begun, 0);
-        while let Turn::Alone(entry) = suspects.next(now, 0, |_| true) {
-            suspects.handed(&entry, 1, Duration::ZERO, &slot(), now);
+        while let NextSuspect::Alone(live_job) = suspects.next(now, 0, |_| true) {
+            suspects.handed(&live_job, 1, Duration::ZERO, &slot(), now);
             now += Duration::from_secs(9);
-            suspects.ended(entry.id, now);
+            suspects.ended(live_job.id, now);
             turns += 1;
         }
         assert_eq!(turns, 100, "15 minutes of 9 seconds");
-        assert!(matches!(suspects.next(now, 5, |_| true), Turn::Beside(_)));
+        assert!(matches!(suspects.next(now, 5, |_| true), NextSuspect::Beside(_)));
     }
 }

@@ -8,13 +8,14 @@ use std::sync::{
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_device::Lease;
-use modalkit_loader::{Device, Failure, Instance, Item, Load, Plugin, Rejection};
+use modalkit_loader::{Device, Failure, FailureKind, Instance, Item, Load, Plugin, Rejection};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{explain, vitals::Vitals};
+use super::{batch_stats::BatchStats, input_faults};
 use crate::{
     config::ModelSpec,
-    job::{Detail, JobError},
+    fence::Fence,
+    work::{Detail, JobError},
 };
 
 /// One version of a model.
@@ -25,9 +26,12 @@ pub struct Generation {
     pub plugin: Plugin,
     /// The model's settings.
     pub spec: ModelSpec,
-    /// How it does.
-    pub vitals: Vitals,
-    /// Whether its replicas take work. Changed under the queue's lock, by `Queue::change_turns`, or to `false` by a lane.
+    /// Statistics of its batches.
+    pub batch_stats: BatchStats,
+    /// What is noted of its loads.
+    fence: Arc<Fence>,
+    /// Whether its replicas take work. Changed under the queue's lock, by `Queue::update_lane_states`, or to
+    /// `false` without it, where a probation is failed.
     serves: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
     validating: ArcSwapOption<Instance>,
@@ -41,14 +45,14 @@ pub struct Generation {
 
 impl Generation {
     /// A generation without instances.
-    #[must_use]
-    pub fn new(number: u64, plugin: Plugin, spec: ModelSpec) -> Arc<Self> {
+    pub(crate) fn new(number: u64, plugin: Plugin, spec: ModelSpec, fence: Arc<Fence>) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
             number,
             plugin,
             spec,
-            vitals: Vitals::default(),
+            batch_stats: BatchStats::default(),
+            fence,
             serves: AtomicBool::new(false),
             validating: ArcSwapOption::empty(),
             decodes_elsewhere: AtomicBool::new(false),
@@ -63,7 +67,7 @@ impl Generation {
         self.serves.load(Ordering::SeqCst)
     }
 
-    /// Says so.
+    /// Marks the generation as serving, or not.
     pub fn set_serves(&self, serves: bool) {
         self.serves.store(serves, Ordering::SeqCst);
     }
@@ -99,19 +103,36 @@ impl Generation {
             Err(Rejection::Busy) => self.plugin.decode(None, input),
             decoded => decoded,
         };
-        decoded.map_err(|rejection| self.explain(rejection, input))
+        let item = decoded.map_err(|rejection| self.rejected(rejection, input))?;
+        self.check_schema(input)?;
+        Ok(item)
+    }
+
+    /// Compares an input that was decoded with its schema, where the model's entry asks for that.
+    ///
+    /// # Errors
+    /// [`JobError::Invalid`].
+    pub fn check_schema(&self, input: &[u8]) -> Result<(), JobError> {
+        match self.input_schema().filter(|_| self.spec.enforce_schema) {
+            Some(schema) => input_faults::check(schema, input).map_err(JobError::Invalid),
+            None => Ok(()),
+        }
     }
 
     /// Turns a plugin's rejection into what the caller is told.
     #[must_use]
-    pub fn explain(&self, rejection: Rejection, input: &[u8]) -> JobError {
+    pub fn rejected(&self, rejection: Rejection, input: &[u8]) -> JobError {
         match rejection {
             Rejection::Malformed { message } => {
-                JobError::Invalid(explain::malformed(self.input_schema(), input, &message))
+                JobError::Invalid(input_faults::malformed(self.input_schema(), input, &message))
             }
-            Rejection::Invalid { path, message } => {
-                JobError::Invalid(vec![Detail::invalid(&path, message.into())])
-            }
+            Rejection::Invalid { faults } => JobError::Invalid(
+                faults
+                    .into_iter()
+                    .take(input_faults::DETAILS_MAX)
+                    .map(|fault| Detail::invalid(&fault.path, fault.message.into()))
+                    .collect(),
+            ),
             Rejection::Failed(failure) => JobError::Failed(failure),
             Rejection::Busy => JobError::Unavailable(format!("the model {} is changing", self.spec.name)),
         }
@@ -123,6 +144,10 @@ impl Generation {
     /// What `load` or `warmup` said.
     pub fn instance(&self, lease: Option<&Lease>) -> Result<Instance, Failure> {
         let spec = &self.spec;
+        if spec.enforce_schema && self.input_schema().is_none() {
+            let message = "enforce_schema is set, and the JSON Schema of the pipeline's input is none that can be checked";
+            return Err(Failure { kind: FailureKind::Permanent, message: message.into() });
+        }
         let budget = lease.and_then(Lease::memory_mb).map(|memory| memory << 20);
         let leased = lease.into_iter().flat_map(Lease::devices).map(|device| Device {
             ordinal: device.ordinal,
@@ -133,6 +158,7 @@ impl Generation {
         });
         let devices: Vec<Device<'_>> = leased.collect();
         let folder = spec.all_model_data_folder.to_string_lossy();
+        let _noted = self.fence.loading(&spec.name, self.plugin.sha256());
         let instance = self.plugin.load(&Load {
             model_name: &spec.name,
             all_model_data_folder: &folder,

@@ -1,5 +1,5 @@
 //! Golden requests: inputs with the answers that a new generation must give before it serves. It owns their file's form and
-//! the comparison, and never knows what happens to who answers wrongly.
+//! the comparison, and never decides what follows from a wrong answer.
 //!
 //! The file is a JSON list of `{"input": {…}, "output": {…}, "tolerance": 0.001}`. `output` is the whole answer without
 //! `status`; numbers in it may differ by `tolerance`, which is 0 where it isn't given.

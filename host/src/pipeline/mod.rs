@@ -1,14 +1,16 @@
 //! Served models: a generation (a loaded plugin with a model's settings), its replicas (instances with threads that run
 //! stages) and the fleet that keeps as many of them as are wanted. It never knows HTTP, nor where a plugin came from.
 
-mod explain;
+mod batch_stats;
 mod fleet;
 mod generation;
 mod golden;
+mod input_faults;
+mod order;
+mod queue;
 mod replica;
 mod scale;
 mod settings;
-mod vitals;
 mod walk;
 
 use std::sync::Arc;
@@ -19,17 +21,18 @@ use serde::Serialize;
 
 use crate::{
     config::ModelSpec,
-    dispatch::Queue,
-    job::JobError,
-    telemetry::{Metrics, ModelMetrics},
+    insight::metrics::{Metrics, ModelMetrics},
+    work::JobError,
 };
 
-pub use explain::malformed;
-pub use fleet::{Fleet, Leases, Progress, VolumeChange, examine};
+pub use batch_stats::StatsSnapshot;
+pub use fleet::{Fleet, Progress, examine};
 pub use generation::Generation;
 pub use golden::{Golden, GoldenError};
+pub use input_faults::malformed;
+pub use order::{Leases, VolumeChange};
+pub use queue::{Lane, LaneState, Load, Queue, Queued, Taken, too_many};
 pub use settings::check_settings;
-pub use vitals::Tally;
 
 /// A model by its name: what callers see of it while generations and replicas come and go.
 pub struct Model {
@@ -64,7 +67,7 @@ pub enum Status {
         /// Why, and what to do.
         reason: String,
     },
-    /// Too many replicas hang in batches that overran their time.
+    /// Too many threads hang in batches, loads or hooks that overran their time.
     Stuck {
         /// How many, and what to do.
         reason: String,
@@ -118,9 +121,13 @@ impl Model {
                 }
                 Status::Loading | Status::Ready => format!("the model {name} is loading"),
                 Status::Failed { .. } => {
-                    format!("the model {name} could not be loaded; GET /models says why")
+                    format!(
+                        "the model {name} could not be loaded; the host's log and `modalkit models {name}` say why"
+                    )
                 }
-                Status::Stuck { .. } => format!("the model {name} hangs; GET /models says why"),
+                Status::Stuck { .. } => {
+                    format!("the model {name} hangs; the host's log and `modalkit models {name}` say where")
+                }
                 Status::Removed => format!("the model {name} was unloaded"),
                 Status::Stopping => "the server is shutting down".to_owned(),
             })
@@ -152,7 +159,7 @@ impl Model {
     /// Lets a fleet take the jobs from now on, and the one before no more: at once for all lanes, so that nobody who was
     /// answered by the new one is answered by the old one afterwards.
     pub fn swap(&self, from: Option<&Fleet>, to: &Fleet) {
-        self.queue.change_turns(|| {
+        self.queue.update_lane_states(|| {
             if let Some(from) = from {
                 from.generation.set_serves(false);
             }

@@ -19,10 +19,9 @@ use tokio::sync::mpsc;
 
 use super::Generation;
 use crate::{
-    dispatch::{Queue, Taken, Turn},
-    job::{JobError, ReplyHandle, RequestId},
-    telemetry::ModelMetrics,
-    trail::{BatchTrail, Ran, Trail},
+    insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
+    pipeline::{LaneState, Queue, Taken},
+    work::{JobError, ReplyHandle, RequestId},
 };
 
 /// What a replica's threads tell the fleet.
@@ -31,8 +30,8 @@ pub(super) enum Event {
     Started(Arc<Replica>),
     /// The replica of this number could not be loaded.
     Failed(u64, Failure),
-    /// A lane of a replica that was given up came back.
-    CameBack,
+    /// A lane of a replica that was given up has returned from the plugin.
+    ThreadReturned,
 }
 
 /// An instance that serves.
@@ -41,9 +40,9 @@ pub(super) struct Replica {
     instance: Mutex<Option<Arc<Instance>>>,
     pub(super) number: u64,
     lanes: Vec<Lane>,
-    leave: AtomicBool,
+    stopping: AtomicBool,
     /// Its instance is changing: batches wait in the queue, for other replicas or for the end of this.
-    parked: AtomicBool,
+    paused: AtomicBool,
     running_lanes: AtomicUsize,
     /// Its devices. They are free when the last thread has left, and with it the instance.
     lease: Option<Arc<Lease>>,
@@ -59,16 +58,16 @@ struct Lane {
 /// the batch has overrun its time.
 struct Running {
     started: Instant,
-    callers: Vec<Caller>,
+    waiters: Vec<Waiter>,
 }
 
-struct Caller {
+struct Waiter {
     reply: ReplyHandle,
     request_id: RequestId,
 }
 
 /// What a replica needs to run.
-pub(super) struct Surroundings {
+pub(super) struct ReplicaContext {
     pub(super) generation: Arc<Generation>,
     pub(super) queue: Arc<Queue>,
     pub(super) metrics: Arc<ModelMetrics>,
@@ -76,59 +75,63 @@ pub(super) struct Surroundings {
 }
 
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
-const BETWEEN_LOOKS_MIN: Duration = Duration::from_millis(1);
-const BETWEEN_LOOKS_MAX: Duration = Duration::from_millis(100);
+const INSTANCE_POLL_MIN: Duration = Duration::from_millis(1);
+const INSTANCE_POLL_MAX: Duration = Duration::from_millis(100);
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
     pub(super) fn start(
         number: u64,
-        around: Arc<Surroundings>,
+        context: Arc<ReplicaContext>,
         lease: Option<Arc<Lease>>,
     ) -> std::io::Result<()> {
-        let name = thread_name(&around, number, 0);
-        let load = move || match around.generation.instance(lease.as_deref()) {
-            Ok(instance) => Self::serve(number, &around, instance, lease),
+        let name = thread_name(&context, number, 0);
+        let load = move || match context.generation.instance(lease.as_deref()) {
+            Ok(instance) => Self::serve(number, &context, instance, lease),
             Err(mut failure) => {
                 if let Some(lease) = lease {
                     judge(&lease, &mut failure);
                     // Free before anybody tries again.
                     drop(lease);
                 }
-                around.tell(Event::Failed(number, failure));
+                if !context.tell(Event::Failed(number, failure)) {
+                    // Its fleet had given it up, and has ended meanwhile.
+                    context.metrics.replicas_stuck.dec();
+                }
             }
         };
         thread::Builder::new().name(name).spawn(load)?;
         Ok(())
     }
 
-    fn serve(number: u64, around: &Arc<Surroundings>, instance: Instance, lease: Option<Arc<Lease>>) {
-        let count = around.generation.spec.replicas.batches_in_flight;
+    fn serve(number: u64, context: &Arc<ReplicaContext>, instance: Instance, lease: Option<Arc<Lease>>) {
+        let count = context.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
             instance: Mutex::new(Some(Arc::new(instance))),
             number,
             lanes,
-            leave: AtomicBool::new(false),
-            parked: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             running_lanes: AtomicUsize::new(count),
             lease,
         });
-        if !around.tell(Event::Started(Arc::clone(&replica))) {
-            // Its fleet has ended meanwhile: nobody would ever tell it to leave.
-            replica.leave();
+        if !context.tell(Event::Started(Arc::clone(&replica))) {
+            // Its fleet had given it up, and has ended meanwhile: nobody would ever tell it to leave.
+            context.metrics.replicas_stuck.dec();
+            replica.stop();
         }
         for index in 1..count {
-            let (of_lane, around) = (Arc::clone(&replica), Arc::clone(around));
+            let (of_lane, context) = (Arc::clone(&replica), Arc::clone(context));
             let spawned = thread::Builder::new()
-                .name(thread_name(&around, number, index))
-                .spawn(move || of_lane.run_lane(index, &around));
+                .name(thread_name(&context, number, index))
+                .spawn(move || of_lane.run_lane(index, &context));
             if let Err(error) = spawned {
                 replica.running_lanes.fetch_sub(1, Ordering::SeqCst);
                 tracing::warn!(%error, "can't start a thread for batches_in_flight; the replica runs with fewer");
             }
         }
-        replica.run_lane(0, around);
+        replica.run_lane(0, context);
     }
 
     /// The instance, while it serves.
@@ -163,28 +166,28 @@ impl Replica {
         failures.into_iter().for_each(|failure| correct(failure, lost));
     }
 
-    /// Lets its lanes take no batch, or go on. Call it inside `Queue::change_turns`.
-    pub(super) fn park(&self, parked: bool) {
-        self.parked.store(parked, Ordering::SeqCst);
+    /// Pauses its lanes, or resumes them. Called inside `Queue::update_lane_states`, all lanes see it before they take a batch.
+    pub(super) fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
     }
 
-    fn turn(&self, generation: &Generation) -> Turn {
-        if self.leave.load(Ordering::SeqCst) || self.is_lost() {
-            Turn::Leave
-        } else if !generation.serves() || self.parked.load(Ordering::SeqCst) {
-            Turn::Rest
+    fn lane_state(&self, generation: &Generation) -> LaneState {
+        if self.stopping.load(Ordering::SeqCst) || self.is_lost() {
+            LaneState::Stopped
+        } else if !generation.serves() || self.paused.load(Ordering::SeqCst) {
+            LaneState::Paused
         } else {
-            Turn::Work
+            LaneState::Active
         }
     }
 
     /// Asks it to leave after what it runs now. Wake the queue's lanes afterwards.
-    pub(super) fn leave(&self) {
-        self.leave.store(true, Ordering::SeqCst);
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
     }
 
     /// Whether all of its threads have left.
-    pub(super) fn has_left(&self) -> bool {
+    pub(super) fn has_stopped(&self) -> bool {
         self.running_lanes.load(Ordering::SeqCst) == 0
     }
 
@@ -201,21 +204,22 @@ impl Replica {
             if running.as_ref().is_none_or(|batch| now.saturating_duration_since(batch.started) < limit) {
                 continue;
             }
-            let callers = running.take().map(|batch| batch.callers).unwrap_or_default();
+            let waiters = running.take().map(|batch| batch.waiters).unwrap_or_default();
             drop(running);
             overrun += 1;
-            callers.into_iter().for_each(|caller| caller.reply.send(Err(JobError::BatchTimedOut(limit))));
+            waiters.into_iter().for_each(|waiter| waiter.reply.send(Err(JobError::BatchTimedOut(limit))));
         }
         overrun
     }
 
-    fn run_lane(&self, index: usize, around: &Surroundings) {
+    fn run_lane(&self, index: usize, context: &ReplicaContext) {
         let lane = &self.lanes[index];
-        let place = around.queue.lane();
+        let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
-        while let Some(taken) = around.queue.next_batch(place, || self.turn(&around.generation)) {
-            if !run(&instance, lane, self, taken, around) {
-                around.tell(Event::CameBack);
+        while let Some(taken) = context.queue.next_batch(lane_id, || self.lane_state(&context.generation)) {
+            if !run(&instance, lane, self, taken, context) {
+                context.metrics.replicas_stuck.dec();
+                context.tell(Event::ThreadReturned);
                 break;
             }
         }
@@ -229,55 +233,55 @@ impl Replica {
     /// input) was given another one before the lanes were told to leave, and is done in a moment.
     fn drop_instance(&self) {
         let Some(mut instance) = self.instance.lock().take() else { return };
-        let mut pause = BETWEEN_LOOKS_MIN;
+        let mut pause = INSTANCE_POLL_MIN;
         while let Err(shared) = Arc::try_unwrap(instance).map(drop) {
             thread::sleep(pause);
-            pause = (pause * 2).min(BETWEEN_LOOKS_MAX);
+            pause = (pause * 2).min(INSTANCE_POLL_MAX);
             instance = shared;
         }
     }
 }
 
 impl Lane {
-    /// Answers the callers whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
+    /// Answers the waiters whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
     fn refuse(&self, refused: Vec<(usize, JobError)>) -> bool {
         let mut running = self.running.lock();
         let Some(batch) = running.as_mut() else { return refused.is_empty() };
         // From the back, so that the places in front stay what they are.
         for (place, error) in refused.into_iter().rev() {
-            batch.callers.remove(place).reply.send(Err(error));
+            batch.waiters.remove(place).reply.send(Err(error));
         }
         true
     }
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, around: &Surroundings) -> bool {
+fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, context: &ReplicaContext) -> bool {
     let Taken { batch, at, free_since } = taken;
-    // Of the few that somebody follows.
-    let mut followed = Vec::new();
-    let (mut callers, mut inputs) =
+    // Timings of the jobs that carry any.
+    let mut timed = Vec::new();
+    let (mut waiters, mut inputs) =
         (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
     for Waiting { job, arrived, .. } in batch.jobs {
         if job.reply.is_abandoned() {
-            around.metrics.skipped_cancelled.inc();
+            context.metrics.skipped_cancelled.inc();
             continue;
         }
-        if let Some(trail) = job.trail {
-            followed.push((trail, arrived));
+        if let Some(timings) = job.timings {
+            timed.push((timings, arrived));
         }
         job.reply.begins();
-        callers.push(Caller { reply: job.reply, request_id: job.request_id });
+        waiters.push(Waiter { reply: job.reply, request_id: job.request_id });
         inputs.push((job.input, job.item));
     }
-    if callers.is_empty() {
+    if waiters.is_empty() {
         return true;
     }
     // From here on plugin code runs, and the fleet watches the time.
-    *lane.running.lock() = Some(Running { started: Instant::now(), callers });
+    *lane.running.lock() = Some(Running { started: Instant::now(), waiters });
     let (mut items, mut refused) = (Vec::with_capacity(inputs.len()), Vec::new());
     for (place, (input, item)) in inputs.into_iter().enumerate() {
-        match item_of(instance, item, &input, &around.generation) {
+        match item_of(instance, item, &input, &context.generation) {
             Ok(item) => items.push(item),
             Err(error) => refused.push((place, error)),
         }
@@ -287,38 +291,38 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, around
     }
     let size = items.len();
     let begun = Instant::now();
-    let mut marks = Marks::default();
+    let mut times = StageTimes::default();
     let mut outcomes =
-        if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &around.metrics, &mut marks) };
+        if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &context.metrics, &mut times) };
     replica.examine(&mut outcomes);
-    if size > 0 && !followed.is_empty() {
-        let batch = BatchTrail {
+    if size > 0 && !timed.is_empty() {
+        let batch = BatchTimings {
             closed: batch.closed,
             size,
-            generation: around.generation.number,
+            generation: context.generation.number,
             replica: replica.number,
             free_since,
             taken: at,
             begun,
-            preprocessed: marks.preprocessed,
-            predicted: marks.predicted,
+            preprocessed: times.preprocessed,
+            predicted: times.predicted,
             ended: Instant::now(),
             span: None,
         };
-        around.tell_followers(batch, followed);
+        context.record_timings(batch, timed);
     }
-    let Some(Running { callers, .. }) = lane.running.lock().take() else { return false };
+    let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
     if size > 0 {
-        around.count(begun.elapsed(), speaks_for_its_generation(&outcomes, callers.len()));
+        context.count(begun.elapsed(), counts_as_healthy(&outcomes, waiters.len()));
     }
     match outcomes {
-        Ok(outcomes) if outcomes.len() == callers.len() => {
-            for (caller, outcome) in callers.into_iter().zip(outcomes) {
-                caller.reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
+        Ok(outcomes) if outcomes.len() == waiters.len() => {
+            for (waiter, outcome) in waiters.into_iter().zip(outcomes) {
+                waiter.reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
             }
         }
-        Ok(outcomes) => fail(callers, around, wrong_count(size, outcomes.len())),
-        Err(failure) => fail(callers, around, failure),
+        Ok(outcomes) => fail(waiters, context, wrong_count(size, outcomes.len())),
+        Err(failure) => fail(waiters, context, failure),
     }
     true
 }
@@ -329,7 +333,7 @@ pub(super) fn judge(lease: &Lease, failure: &mut Failure) {
     correct(failure, lease.examine(claim.as_deref()));
 }
 
-/// Says in a failure whether a device is lost. One that nobody leased is not this host's to judge.
+/// Sets a failure's kind by whether a device is lost; a loss that the plugin claims and the driver doesn't confirm is transient.
 fn correct(failure: &mut Failure, lost: bool) {
     failure.kind = match failure.kind {
         _ if lost => FailureKind::DeviceLost,
@@ -348,18 +352,21 @@ fn item_of(
     let item = match item.filter(|item| instance.owns(item)) {
         Some(item) => item,
         None => {
-            generation.plugin.decode(None, input).map_err(|rejection| generation.explain(rejection, input))?
+            let decoded = generation.plugin.decode(None, input);
+            let item = decoded.map_err(|rejection| generation.rejected(rejection, input))?;
+            generation.check_schema(input)?;
+            item
         }
     };
     if !item.is_validated() {
-        instance.validate(&item).map_err(|rejection| generation.explain(rejection, input))?;
+        instance.validate(&item).map_err(|rejection| generation.rejected(rejection, input))?;
     }
     Ok(item)
 }
 
 /// When stages ended.
 #[derive(Default)]
-struct Marks {
+struct StageTimes {
     preprocessed: Option<Instant>,
     predicted: Option<Instant>,
 }
@@ -368,16 +375,16 @@ fn stages(
     instance: &Instance,
     items: Vec<Item>,
     metrics: &ModelMetrics,
-    marks: &mut Marks,
+    times: &mut StageTimes,
 ) -> Result<Vec<Outcome>, Failure> {
     let mut batch = instance.begin(items).expect("`item_of` made them all of this plugin");
     let begun = Instant::now();
     batch.preprocess()?;
     let preprocessed = Instant::now();
-    marks.preprocessed = Some(preprocessed);
+    times.preprocessed = Some(preprocessed);
     batch.predict()?;
     let predicted = Instant::now();
-    marks.predicted = Some(predicted);
+    times.predicted = Some(predicted);
     let outcomes = batch.postprocess()?;
     metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
     metrics.predict.observe((predicted - preprocessed).as_secs_f64());
@@ -385,43 +392,44 @@ fn stages(
     Ok(outcomes)
 }
 
-/// Whether anything in a batch went well; what an input is to blame for did.
-fn speaks_for_its_generation(outcomes: &Result<Vec<Outcome>, Failure>, callers: usize) -> bool {
+/// Whether anything in a batch succeeded; failures that an input caused count as success.
+fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>, waiters: usize) -> bool {
     let fit = |failure: &Failure| failure.kind == FailureKind::InvalidInput;
     match outcomes {
         Ok(outcomes) => {
-            outcomes.len() == callers
+            outcomes.len() == waiters
                 && outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(fit, |_| true))
         }
         Err(failure) => fit(failure),
     }
 }
 
-impl Surroundings {
-    /// Counts a batch. The one that fails its generation's trial is its last: whoever minds the trial says what then serves.
+impl ReplicaContext {
+    /// Counts a batch. The one that fails its generation's probation is its last: the generation stops serving with it, and the
+    /// reload decides what serves then.
     pub(super) fn count(&self, took: Duration, succeeded: bool) {
-        self.generation.vitals.count(took, succeeded, || self.generation.set_serves(false));
+        self.generation.batch_stats.count(took, succeeded, || self.generation.set_serves(false));
     }
 
-    /// Notes a batch's way for those who follow one of its jobs.
-    fn tell_followers(&self, mut batch: BatchTrail, followed: Vec<(Arc<Trail>, Instant)>) {
-        let traced = followed.iter().filter_map(|(trail, _)| trail.span.clone()).collect();
+    /// Records a batch's timings for those of its jobs that carry some.
+    fn record_timings(&self, mut batch: BatchTimings, timed: Vec<(Arc<JobTimings>, Instant)>) {
+        let traced = timed.iter().filter_map(|(timings, _)| timings.span.clone()).collect();
         batch.span = self.metrics.traces.batch(&self.generation.spec.name, &batch, traced);
         let batch = Arc::new(batch);
-        for (trail, arrived) in followed {
-            trail.note(Ran { arrived, batch: Arc::clone(&batch) });
+        for (timings, arrived) in timed {
+            timings.note(JobRun { arrived, batch: Arc::clone(&batch) });
         }
     }
 
-    /// Whether anybody heard it: nobody listens any more when the host is shutting down.
+    /// `false` where the fleet has ended.
     fn tell(&self, event: Event) -> bool {
         self.events.blocking_send(event).is_ok()
     }
 }
 
 /// Linux shows 15 bytes of it.
-fn thread_name(around: &Surroundings, replica: u64, lane: usize) -> String {
-    let name: String = around.generation.spec.name.chars().filter(char::is_ascii_graphic).take(8).collect();
+fn thread_name(context: &ReplicaContext, replica: u64, lane: usize) -> String {
+    let name: String = context.generation.spec.name.chars().filter(char::is_ascii_graphic).take(8).collect();
     format!("{name}.{replica}.{lane}")
 }
 
@@ -432,18 +440,18 @@ fn wrong_count(expected: usize, found: usize) -> Failure {
     }
 }
 
-fn fail(callers: Vec<Caller>, around: &Surroundings, failure: Failure) {
+fn fail(waiters: Vec<Waiter>, context: &ReplicaContext, failure: Failure) {
     let panicked = failure.kind == FailureKind::Panicked;
-    if panicked { &around.metrics.panicked } else { &around.metrics.failed }.inc();
+    if panicked { &context.metrics.panicked } else { &context.metrics.failed }.inc();
     tracing::error!(
-        model = around.generation.spec.name,
-        generation = around.generation.number,
-        items = callers.len(),
-        first_request = callers.first().map(|caller| caller.request_id.to_string()),
+        model = context.generation.spec.name,
+        generation = context.generation.number,
+        items = waiters.len(),
+        first_request = waiters.first().map(|waiter| waiter.request_id.to_string()),
         error = %failure.message,
         "a batch failed"
     );
-    for caller in callers {
-        caller.reply.send(Err(JobError::Failed(failure.clone())));
+    for waiter in waiters {
+        waiter.reply.send(Err(JobError::Failed(failure.clone())));
     }
 }

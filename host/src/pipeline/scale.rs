@@ -1,4 +1,4 @@
-//! How many replicas a model should have. Pure: what was seen goes in, one step comes out.
+//! How many replicas a model should have. Pure: what was observed goes in, one step comes out.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ pub(super) const SCALE_UP_AFTER: Duration = Duration::from_millis(200);
 
 /// What the fleet sees.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Seen {
+pub(super) struct Observed {
     /// Replicas that serve.
     pub(super) live: usize,
     /// Replicas that are loading.
     pub(super) starting: usize,
-    /// Given-up replicas whose threads haven't come back.
+    /// Threads that overran their time and haven't come back.
     pub(super) stuck: usize,
     /// Jobs that wait.
     pub(super) queued: usize,
@@ -33,22 +33,22 @@ pub(super) enum Step {
 }
 
 /// One step towards the wanted number; the fleet asks again after each.
-pub(super) fn next(limits: &Replicas, seen: &Seen) -> Step {
-    let coming = seen.live + seen.starting;
+pub(super) fn next(limits: &Replicas, observed: &Observed) -> Step {
+    let coming = observed.live + observed.starting;
     // Threads that hang hold their memory and device: beyond this many, replacing them only spreads the damage.
-    if seen.stuck > limits.stuck_max {
+    if observed.stuck > limits.stuck_max {
         return Step::Stay;
     }
-    let wakes = coming == 0 && seen.queued > 0;
-    let grows = seen.starting == 0 && coming < limits.max && seen.short_for >= SCALE_UP_AFTER;
+    let wakes = coming == 0 && observed.queued > 0;
+    let grows = observed.starting == 0 && coming < limits.max && observed.short_for >= SCALE_UP_AFTER;
     if coming < limits.min || wakes || grows {
         return Step::Start;
     }
     // The limit itself may have been lowered.
-    if seen.live > limits.max.max(1) {
+    if observed.live > limits.max.max(1) {
         return Step::Retire;
     }
-    if seen.live > limits.min && seen.queued == 0 && seen.spare_for >= limits.idle_timeout {
+    if observed.live > limits.min && observed.queued == 0 && observed.spare_for >= limits.idle_timeout {
         return Step::Retire;
     }
     Step::Stay
@@ -67,7 +67,7 @@ mod tests {
         stuck_max: 2,
         load_timeout: Duration::from_secs(1),
     };
-    const SEEN: Seen = Seen {
+    const SEEN: Observed = Observed {
         live: 1,
         starting: 0,
         stuck: 0,
@@ -78,40 +78,40 @@ mod tests {
 
     #[test]
     fn it_grows_under_a_backlog_one_at_a_time_up_to_the_limit() {
-        let short = Seen { queued: 9, short_for: SCALE_UP_AFTER, ..SEEN };
+        let short = Observed { queued: 9, short_for: SCALE_UP_AFTER, ..SEEN };
         assert_eq!(next(&LIMITS, &short), Step::Start);
-        assert_eq!(next(&LIMITS, &Seen { starting: 1, ..short }), Step::Stay);
-        assert_eq!(next(&LIMITS, &Seen { live: 3, ..short }), Step::Stay);
-        assert_eq!(next(&LIMITS, &Seen { short_for: Duration::ZERO, ..short }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { starting: 1, ..short }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { live: 3, ..short }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { short_for: Duration::ZERO, ..short }), Step::Stay);
     }
 
     #[test]
     fn it_shrinks_to_the_minimum_when_a_replica_has_been_spare_for_long() {
-        let spare = Seen { live: 2, spare_for: Duration::from_secs(10), ..SEEN };
+        let spare = Observed { live: 2, spare_for: Duration::from_secs(10), ..SEEN };
         assert_eq!(next(&LIMITS, &spare), Step::Retire);
-        assert_eq!(next(&LIMITS, &Seen { live: 1, ..spare }), Step::Stay);
-        assert_eq!(next(&LIMITS, &Seen { queued: 1, ..spare }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { live: 1, ..spare }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { queued: 1, ..spare }), Step::Stay);
     }
 
     #[test]
     fn a_lowered_limit_is_kept_also_under_load() {
-        let many = Seen { live: 4, queued: 9, ..SEEN };
+        let many = Observed { live: 4, queued: 9, ..SEEN };
         assert_eq!(next(&LIMITS, &many), Step::Retire);
-        assert_eq!(next(&LIMITS, &Seen { live: 3, ..many }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { live: 3, ..many }), Step::Stay);
     }
 
     #[test]
     fn a_minimum_of_zero_sleeps_and_wakes_with_the_first_job() {
         let limits = Replicas { min: 0, ..LIMITS };
-        let spare = Seen { spare_for: Duration::from_secs(10), ..SEEN };
+        let spare = Observed { spare_for: Duration::from_secs(10), ..SEEN };
         assert_eq!(next(&limits, &spare), Step::Retire);
-        assert_eq!(next(&limits, &Seen { live: 0, ..SEEN }), Step::Stay);
-        assert_eq!(next(&limits, &Seen { live: 0, queued: 1, ..SEEN }), Step::Start);
+        assert_eq!(next(&limits, &Observed { live: 0, ..SEEN }), Step::Stay);
+        assert_eq!(next(&limits, &Observed { live: 0, queued: 1, ..SEEN }), Step::Start);
     }
 
     #[test]
     fn a_lost_replica_is_replaced_until_too_many_hang() {
-        assert_eq!(next(&LIMITS, &Seen { live: 0, stuck: 2, ..SEEN }), Step::Start);
-        assert_eq!(next(&LIMITS, &Seen { live: 0, stuck: 3, queued: 5, ..SEEN }), Step::Stay);
+        assert_eq!(next(&LIMITS, &Observed { live: 0, stuck: 2, ..SEEN }), Step::Start);
+        assert_eq!(next(&LIMITS, &Observed { live: 0, stuck: 3, queued: 5, ..SEEN }), Step::Stay);
     }
 }

@@ -3,10 +3,10 @@
 
 use modalkit_loader::Plugin;
 
-use super::explain;
+use super::input_faults;
 use crate::{
     config::{Fault, Faults, Settings},
-    job::{Detail, Location},
+    work::{Detail, Location},
 };
 
 /// Looks at a model's own keys as its pipeline would.
@@ -18,7 +18,7 @@ pub fn check_settings(plugin: &Plugin, settings: &Settings) -> Result<(), Faults
     let Err(failure) = plugin.check_settings(&json) else { return Ok(()) };
     let schema = serde_json::from_str(plugin.settings_schema()).unwrap_or_default();
     let validator = jsonschema::validator_for(&schema).ok();
-    let details = explain::malformed(validator.as_ref(), json.as_bytes(), &failure.message);
+    let details = input_faults::malformed(validator.as_ref(), json.as_bytes(), &failure.message);
     Err(details.into_iter().map(|detail| fault(detail, settings, &schema)).collect::<Vec<_>>().into())
 }
 

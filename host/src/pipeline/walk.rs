@@ -8,11 +8,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Model, VolumeChange,
-    fleet::{Order, failure},
+    order::{Order, failure},
     replica::{Replica, judge},
 };
 
-/// A walk through a generation's replicas with a change of their data: each rests while its hook runs, and the others work.
+/// A walk through a generation's replicas with a change of their data: each is paused while its hook
+/// runs, and the others go on taking batches.
 pub(super) struct Walk {
     pub(super) model: Arc<Model>,
     pub(super) orders: mpsc::WeakSender<Order>,
@@ -30,9 +31,9 @@ impl Walk {
         let change = Arc::new(change);
         let mut results = Vec::with_capacity(replicas.len());
         for replica in replicas {
-            self.model.queue.change_turns(|| replica.park(true));
+            self.model.queue.update_lane_states(|| replica.set_paused(true));
             results.push(self.hook(&replica, &change).await);
-            self.model.queue.change_turns(|| replica.park(false));
+            self.model.queue.update_lane_states(|| replica.set_paused(false));
         }
         // Whoever asked may have left.
         let _ = reply.send(results);
@@ -41,9 +42,10 @@ impl Walk {
     async fn hook(&self, replica: &Arc<Replica>, change: &Arc<VolumeChange>) -> Result<(), Failure> {
         // One that has left meanwhile has nothing to change.
         let Some(instance) = replica.instance() else { return Ok(()) };
-        let (done, result) = oneshot::channel();
+        let (done, mut result) = oneshot::channel();
         let (change, orders, lease) =
             (Arc::clone(change), self.orders.clone(), replica.lease().map(Arc::clone));
+        let stuck = self.model.metrics.replicas_stuck.clone();
         let run = move || {
             let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
             drop(instance);
@@ -51,30 +53,40 @@ impl Walk {
                 judge(&lease, failure);
             }
             // The receiver is gone when the limit has passed, and the fleet perhaps too.
-            if done.send(result).is_err()
-                && let Some(orders) = orders.upgrade()
-            {
-                let _ = orders.blocking_send(Order::CameBack);
+            if done.send(result).is_err() {
+                stuck.dec();
+                if let Some(orders) = orders.upgrade() {
+                    let _ = orders.blocking_send(Order::ThreadReturned);
+                }
             }
         };
         if let Err(error) = thread::Builder::new().name("volume hook".into()).spawn(run) {
             return Err(failure(format!("can't start a thread for on_volume_reload: {error}")));
         }
-        match tokio::time::timeout(self.limit, result).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(failure("on_volume_reload ended without a result".into())),
+        let ended = match tokio::time::timeout(self.limit, &mut result).await {
+            Ok(ended) => ended.ok(),
             Err(_) => {
-                // At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has
-                // given it up already.
-                replica.leave();
-                if let Some(orders) = self.orders.upgrade() {
-                    let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
+                // The hook sees from here on that nobody waits. What it said until now counts.
+                result.close();
+                match result.try_recv() {
+                    Ok(result) => Some(result),
+                    Err(_) => return self.give_up(replica).await,
                 }
-                Err(failure(format!(
-                    "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
-                    self.limit
-                )))
             }
+        };
+        ended.unwrap_or_else(|| Err(failure("on_volume_reload ended without a result".into())))
+    }
+
+    /// At once, so that none of its lanes takes a batch which would wait for the hook. A fleet that has ended has given it up already.
+    async fn give_up(&self, replica: &Arc<Replica>) -> Result<(), Failure> {
+        self.model.metrics.replicas_stuck.inc();
+        replica.stop();
+        if let Some(orders) = self.orders.upgrade() {
+            let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
         }
+        Err(failure(format!(
+            "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",
+            self.limit
+        )))
     }
 }

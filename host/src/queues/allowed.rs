@@ -94,7 +94,7 @@ fn matches(pattern: &str, text: &str) -> bool {
 mod tests {
     use std::collections::BTreeMap;
 
-    use modalkit_queue::{MemorySpec, RedisShape, RedisSpec, Spec, Surroundings};
+    use modalkit_queue::{BackendContext, MemorySpec, RedisShape, RedisSpec, Spec};
 
     use super::*;
     use crate::config::QueueSpec;
@@ -122,7 +122,7 @@ mod tests {
             ..QueueSpec::default()
         };
         let no_plugins =
-            Surroundings { open_plugin: std::sync::Arc::new(|_, _| unreachable!("none is asked for")) };
+            BackendContext { open_plugin: std::sync::Arc::new(|_, _| unreachable!("none is asked for")) };
         Queues::open(&spec, &no_plugins).unwrap()
     }
 

@@ -13,21 +13,23 @@ use std::{
 };
 
 use modalkit_loader::{
-    LoadError, Plugin, QueuePlugin, Staged, Store, Trust, be_modest,
+    LoadError, Plugin, QueuePlugin, Staged, Store, Trust, lower_thread_priority,
     preflight::{self, Preflight},
 };
 use parking_lot::Mutex;
 use prometheus::IntGauge;
 
-use super::journal::Phases;
+use super::history::Phases;
 use crate::{
     config::{Server, Volume},
-    log,
+    fence::Fence,
+    insight::log,
 };
 
 /// Makes plugins of files.
 pub(super) struct Builder {
     store: Store,
+    pub(super) fence: Arc<Fence>,
     program: PathBuf,
     preflight_limit: Duration,
     libraries_max: usize,
@@ -47,6 +49,7 @@ pub const PREFLIGHT_COMMAND: &str = "preflight";
 impl Builder {
     pub(super) fn new(
         store: Store,
+        fence: Arc<Fence>,
         preflight_limit: Duration,
         libraries_max: usize,
         gauge: IntGauge,
@@ -54,6 +57,7 @@ impl Builder {
         let program = PathBuf::from(THIS_PROGRAM);
         Self {
             store,
+            fence,
             program,
             preflight_limit,
             libraries_max,
@@ -65,6 +69,7 @@ impl Builder {
 
     /// Removes the private copies.
     pub(super) fn close(&self) {
+        self.fence.close();
         self.store.close();
     }
 
@@ -127,10 +132,10 @@ impl Builder {
 /// Opens a copy in a process of its own.
 fn try_first(staged: &Staged, program: &Path, limit: Duration) -> Result<(), LoadError> {
     let how = Preflight { program, args: &[PREFLIGHT_COMMAND], limit };
-    // The child is as modest as the thread that starts it.
+    // The child inherits the priority of the thread that starts it.
     thread::scope(|scope| {
         let preflight = || {
-            be_modest();
+            lower_thread_priority();
             preflight::run(staged, &how)
         };
         let failed = |_| Err(LoadError::Refused("the host failed over it; see its log".into()));
@@ -176,9 +181,10 @@ pub fn queue_opener(server: &Server, store: Store) -> modalkit_queue::OpenPlugin
 /// # Errors
 /// Why a host would not take it.
 pub fn inspect(file: &Path, server: &Server) -> Result<Plugin, LoadError> {
-    let gauge = IntGauge::new("libraries", "nobody reads it").expect("a constant name");
-    let builder = Builder::new(store(server)?, server.preflight_timeout, 1, gauge);
-    builder.build(&builder.stage(file)?, &mut Phases::default())
+    let store = store(server)?;
+    let staged = store.stage(file)?;
+    try_first(&staged, Path::new(THIS_PROGRAM), server.preflight_timeout)?;
+    Ok(Plugin::open(&staged)?)
 }
 
 /// The file of a plugin of this name in the volumes.

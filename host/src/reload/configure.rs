@@ -111,7 +111,7 @@ impl Loop {
         // Also where nothing else differs: its volumes may be others.
         let volumes = self.volumes.iter().filter(|volume| usage::uses(&spec, volume)).cloned().collect();
         let file = self.files.get(&spec.plugin).and_then(|files| files.first()).cloned();
-        // Here and now: who looks for a plugin's models next finds what is wanted, not what was.
+        // Now, so that the next lookup of a plugin's models sees the new spec.
         model.respec(spec);
         self.tell(name, Event::Configure(before, volumes, file)).await;
     }

@@ -3,7 +3,8 @@
 
 pub mod build;
 mod configure;
-mod journal;
+mod control;
+mod history;
 mod machine;
 mod removal;
 mod report;
@@ -16,8 +17,7 @@ use std::{
 };
 
 use modalkit_device::Devices;
-use modalkit_loader::{LoadError, Plugin, Store};
-use serde::Serialize;
+use modalkit_loader::{LoadError, Store};
 use tokio::{
     sync::{mpsc, oneshot},
     task::{self, JoinHandle, JoinSet},
@@ -25,17 +25,20 @@ use tokio::{
 
 use crate::{
     config::{Config, ModelSpec, Volume},
-    dispatch::Models,
+    fence::Fence,
+    insight::metrics::Metrics,
+    models::Models,
     pipeline::{Model, Status, VolumeChange},
-    telemetry::Metrics,
 };
 use build::Builder;
-use machine::{Event, INBOX_MAX, Machine, Order, PluginFile, What};
+use control::{Command, Reply};
+use machine::{Event, INBOX_MAX, Machine, PluginFile};
 use removal::Removal;
-use watch::{Bell, Told};
+use watch::{VolumeEvent, WatchHandle};
 
 pub use configure::ModelChanges;
-pub use journal::{Cause, Entry, HookReport, Outcome, Phase, Phases, Source};
+pub use control::{Control, ControlError, VolumeModel, VolumeReport};
+pub use history::{Cause, HookReport, Outcome, Phase, Phases, ReloadRecord, Source};
 pub use removal::Unloaded;
 pub use report::Report;
 
@@ -59,54 +62,6 @@ impl Drop for Copies {
     }
 }
 
-/// Takes what people ask for to the loop.
-#[derive(Clone)]
-pub struct Control(mpsc::Sender<Command>);
-
-/// Why nothing was done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ControlError {
-    /// No such model or volume; there are these.
-    Unknown(Vec<String>),
-    /// The model has an entry in the configuration, which says that it is served.
-    Configured(String),
-    /// The host, or the model, is going away.
-    Stopping,
-}
-
-/// What a look through a volume led to.
-#[derive(Debug, Serialize)]
-pub struct VolumeReport {
-    /// Its name.
-    pub volume: String,
-    /// The models whose plugin lies there, or that use its data.
-    pub models: BTreeMap<String, VolumeModel>,
-}
-
-/// What it led to for one model.
-#[derive(Debug, Default, Serialize)]
-pub struct VolumeModel {
-    /// The change of its plugin; `None` where the content is what serves.
-    pub reload: Option<Entry>,
-    /// The call of `on_volume_reload`; `None` where the model doesn't use the volume's data.
-    pub hook: Option<HookReport>,
-}
-
-type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
-
-enum Command {
-    /// To a model.
-    Tell(String, Event, Reply<()>),
-    /// Look through a volume, and tell everybody who uses it.
-    Volume(String, Reply<VolumeReport>),
-    /// Unload a model.
-    Unload(String, Reply<Unloaded>),
-    /// Tell the plugins that are open.
-    Plugins(oneshot::Sender<BTreeMap<String, Plugin>>),
-    /// Serve these models; those without an entry like this.
-    Configure(BTreeMap<String, ModelSpec>, Box<ModelSpec>, oneshot::Sender<ModelChanges>),
-}
-
 struct Loop {
     config: Config,
     models: Arc<Models>,
@@ -114,16 +69,16 @@ struct Loop {
     devices: Arc<Devices>,
     builder: Arc<Builder>,
     volumes: Vec<Volume>,
-    bells: Arc<[Bell]>,
-    /// Volumes that haven't been looked through yet.
-    unseen: Vec<bool>,
+    watches: Arc<[WatchHandle]>,
+    /// Volumes that haven't been scanned yet.
+    unscanned: Vec<bool>,
     machines: HashMap<String, Running>,
     running: JoinSet<()>,
     removal: Removal,
     /// Plugin files that are there, as they were told last, by the plugin's name: the first of each counts.
     files: BTreeMap<String, Vec<PluginFile>>,
-    /// Looks that were asked for.
-    looks: Vec<Look>,
+    /// Scans that were requested.
+    scans: Vec<RequestedScan>,
 }
 
 /// A model's machine.
@@ -132,10 +87,10 @@ struct Running {
     task: task::Id,
 }
 
-/// A look at a volume that somebody waits for.
-struct Look {
+/// A scan of a volume that somebody waits for.
+struct RequestedScan {
     volume: usize,
-    /// What the volume's bell called it.
+    /// Its number, from [`WatchHandle::request_scan`].
     number: u64,
     /// The models whose plugin it found changed.
     found: Vec<String>,
@@ -157,21 +112,28 @@ impl Reload {
         devices: Arc<Devices>,
     ) -> Result<(Self, Control), LoadError> {
         let server = &config.server;
+        let folder = &server.state_folder;
+        let fence = Fence::open(folder).map_err(|source| LoadError::Io {
+            doing: "keep notes of loads in",
+            path: folder.clone(),
+            source,
+        })?;
         let builder = Arc::new(Builder::new(
             store,
+            fence,
             server.preflight_timeout,
             server.generations_max,
             metrics.libraries.clone(),
         ));
-        let (tell, told) = mpsc::channel(COMMANDS_MAX);
-        let mut bells = Vec::new();
+        let (volume_event, volume_events) = mpsc::channel(COMMANDS_MAX);
+        let mut watches = Vec::new();
         for (index, volume) in config.volumes.iter().enumerate() {
-            let (bell, mut found) = watch::start(volume, server, Arc::clone(&builder))?;
-            bells.push(bell);
-            let tell = tell.clone();
+            let (watch, mut found) = watch::start(volume, server, Arc::clone(&builder))?;
+            watches.push(watch);
+            let volume_event = volume_event.clone();
             tokio::spawn(async move {
                 while let Some(found) = found.recv().await {
-                    if tell.send((index, found)).await.is_err() {
+                    if volume_event.send((index, found)).await.is_err() {
                         return;
                     }
                 }
@@ -182,8 +144,8 @@ impl Reload {
         let copies = Copies(Arc::clone(&builder));
         let mut state = Loop {
             volumes: config.volumes.clone(),
-            unseen: vec![true; bells.len()],
-            bells: bells.into(),
+            unscanned: vec![true; watches.len()],
+            watches: watches.into(),
             config,
             models,
             metrics,
@@ -193,12 +155,12 @@ impl Reload {
             running: JoinSet::new(),
             removal: Removal::default(),
             files: BTreeMap::new(),
-            looks: Vec::new(),
+            scans: Vec::new(),
         };
         for spec in state.config.models.clone().into_values() {
             state.add(spec);
         }
-        let task = tokio::spawn(state.run(told, commanded, stopped));
+        let task = tokio::spawn(state.run(volume_events, commanded, stopped));
         Ok((Self { stop, task, _copies: copies }, Control(commands)))
     }
 
@@ -214,109 +176,16 @@ impl Reload {
     }
 }
 
-impl Control {
-    /// Of a host that is going away.
-    #[cfg(test)]
-    pub fn of_nobody() -> Self {
-        Self(mpsc::channel(1).0)
-    }
-
-    /// How a model's reloads stand.
-    ///
-    /// # Errors
-    /// No such model, or it is going away.
-    pub async fn report(&self, model: &str) -> Result<Report, ControlError> {
-        self.ask(model, Event::Report).await
-    }
-
-    /// Takes what the volume holds, also where it is what serves; waits for the outcome.
-    ///
-    /// # Errors
-    /// No such model, or it is going away.
-    pub async fn reload(&self, model: &str) -> Result<Entry, ControlError> {
-        self.ask(model, |reply| Event::Order(Order { what: What::Reload, reply })).await
-    }
-
-    /// Goes back to the generation before; waits for the outcome.
-    ///
-    /// # Errors
-    /// No such model, or it is going away.
-    pub async fn roll_back(&self, model: &str) -> Result<Entry, ControlError> {
-        self.ask(model, |reply| Event::Order(Order { what: What::RollBack, reply })).await
-    }
-
-    /// Looks through a volume, takes what changed, and calls `on_volume_reload` on every model that uses it; waits for all
-    /// of it.
-    ///
-    /// # Errors
-    /// No such volume, or the host is going away.
-    pub async fn reload_volume(&self, volume: &str) -> Result<VolumeReport, ControlError> {
-        let (reply, report) = oneshot::channel();
-        self.send(Command::Volume(volume.to_owned(), reply)).await?;
-        report.await.unwrap_or(Err(ControlError::Stopping))
-    }
-
-    /// Unloads a model that has no entry in the configuration; waits until it has left.
-    ///
-    /// # Errors
-    /// No such model, it has an entry, or the host is going away.
-    pub async fn unload(&self, model: &str) -> Result<Unloaded, ControlError> {
-        let (reply, unloaded) = oneshot::channel();
-        self.send(Command::Unload(model.to_owned(), reply)).await?;
-        unloaded.await.unwrap_or(Err(ControlError::Stopping))
-    }
-
-    /// The plugins in the volumes whose content is open, by name.
-    ///
-    /// # Errors
-    /// The host is going away.
-    pub async fn plugins(&self) -> Result<BTreeMap<String, Plugin>, ControlError> {
-        let (reply, plugins) = oneshot::channel();
-        self.send(Command::Plugins(reply)).await?;
-        plugins.await.map_err(|_| ControlError::Stopping)
-    }
-
-    /// Serves these models from now on: adds, changes and unloads what differs. New generations come in afterwards, as any do.
-    ///
-    /// # Errors
-    /// The host is going away.
-    pub async fn configure(
-        &self,
-        models: BTreeMap<String, ModelSpec>,
-        defaults: ModelSpec,
-    ) -> Result<ModelChanges, ControlError> {
-        let (reply, changes) = oneshot::channel();
-        self.send(Command::Configure(models, Box::new(defaults), reply)).await?;
-        changes.await.map_err(|_| ControlError::Stopping)
-    }
-
-    async fn ask<T>(
-        &self,
-        model: &str,
-        event: impl FnOnce(oneshot::Sender<T>) -> Event,
-    ) -> Result<T, ControlError> {
-        let (reply, answer) = oneshot::channel();
-        let (told, known) = oneshot::channel();
-        self.send(Command::Tell(model.to_owned(), event(reply), told)).await?;
-        known.await.unwrap_or(Err(ControlError::Stopping))?;
-        answer.await.map_err(|_| ControlError::Stopping)
-    }
-
-    async fn send(&self, command: Command) -> Result<(), ControlError> {
-        self.0.send(command).await.map_err(|_| ControlError::Stopping)
-    }
-}
-
 impl Loop {
     async fn run(
         mut self,
-        mut told: mpsc::Receiver<(usize, Told)>,
+        mut volume_events: mpsc::Receiver<(usize, VolumeEvent)>,
         mut commands: mpsc::Receiver<Command>,
         mut stop: oneshot::Receiver<()>,
     ) -> JoinSet<()> {
         loop {
             tokio::select! {
-                Some((volume, told)) = told.recv() => self.on_told(volume, told).await,
+                Some((volume, event)) = volume_events.recv() => self.on_volume_event(volume, event).await,
                 Some(command) = commands.recv() => self.on_command(command).await,
                 // Models that were unloaded.
                 Some(ended) = self.running.join_next_with_id() => {
@@ -333,9 +202,9 @@ impl Loop {
         self.running
     }
 
-    async fn on_told(&mut self, volume: usize, told: Told) {
-        match told {
-            Told::Plugin { name, path, staged } => {
+    async fn on_volume_event(&mut self, volume: usize, event: VolumeEvent) {
+        match event {
+            VolumeEvent::Plugin { name, path, staged } => {
                 let files = self.files.entry(name.clone()).or_default();
                 let file = (path.clone(), staged.clone());
                 let takes = self.removal.takes(&name, &file);
@@ -355,31 +224,31 @@ impl Loop {
                     if matches!(*model.status(), Status::Waiting { .. }) {
                         model.set_status(Status::Loading, None);
                     }
-                    for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
-                        look.found.push(model.name.clone());
+                    for scan in self.scans.iter_mut().filter(|scan| scan.volume == volume) {
+                        scan.found.push(model.name.clone());
                     }
                     self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
                 }
             }
-            Told::Gone { name, path } => self.on_gone(name, path).await,
-            Told::Data { changed } if self.looks.iter().any(|look| look.volume == volume) => {
-                // Whoever waits for the look is told with everybody else, in one call.
-                for look in self.looks.iter_mut().filter(|look| look.volume == volume) {
-                    look.changed.extend(changed.iter().cloned());
+            VolumeEvent::Gone { name, path } => self.on_gone(name, path).await,
+            VolumeEvent::Data { changed } if self.scans.iter().any(|scan| scan.volume == volume) => {
+                // Whoever requested the scan gets it with everybody else, in one call.
+                for scan in self.scans.iter_mut().filter(|scan| scan.volume == volume) {
+                    scan.changed.extend(changed.iter().cloned());
                 }
             }
-            Told::Data { changed } => {
+            VolumeEvent::Data { changed } => {
                 let change = self.change(volume, changed);
                 for model in self.readers_of(volume) {
                     self.tell(&model.name, Event::Data(change.clone())).await;
                 }
             }
-            Told::Looked { quiet, asked } => {
-                self.unseen[volume] &= !quiet;
-                if !self.unseen.contains(&true) {
+            VolumeEvent::ScanDone { quiet, requested } => {
+                self.unscanned[volume] &= !quiet;
+                if !self.unscanned.contains(&true) {
                     self.models.set_complete();
                 }
-                self.conclude_looks(volume, asked).await;
+                self.conclude_scans(volume, requested).await;
             }
         }
     }
@@ -394,8 +263,8 @@ impl Loop {
             Command::Volume(name, reply) => {
                 match self.volumes.iter().position(|volume| volume.name == name) {
                     Some(volume) => {
-                        let number = self.bells[volume].ask();
-                        self.looks.push(Look {
+                        let number = self.watches[volume].request_scan();
+                        self.scans.push(RequestedScan {
                             volume,
                             number,
                             found: Vec::new(),
@@ -434,10 +303,12 @@ impl Loop {
         }
     }
 
-    /// A look is over: whoever asked for it waits now for the models that it concerns.
-    async fn conclude_looks(&mut self, volume: usize, asked: u64) {
-        let is_over = |look: &mut Look| look.volume == volume && look.number <= asked;
-        for Look { found, changed, reply, .. } in self.looks.extract_if(.., is_over).collect::<Vec<_>>() {
+    /// A scan is over: whoever requested it waits now for the models that it concerns.
+    async fn conclude_scans(&mut self, volume: usize, requested: u64) {
+        let is_over = |scan: &mut RequestedScan| scan.volume == volume && scan.number <= requested;
+        for RequestedScan { found, changed, reply, .. } in
+            self.scans.extract_if(.., is_over).collect::<Vec<_>>()
+        {
             let change = self.change(volume, changed);
             let mut reloads = Vec::new();
             for model in found {
@@ -497,7 +368,7 @@ impl Loop {
                 Arc::clone(&model),
                 Arc::clone(&self.builder),
                 self.metrics.reloads(name),
-                Arc::clone(&self.bells),
+                Arc::clone(&self.watches),
                 used.cloned().collect(),
                 (events.downgrade(), inbox),
             );

@@ -16,10 +16,11 @@ use super::{
 };
 use crate::pipeline::Status;
 
-/// How long a plugin's file must have been gone before anything follows from that: its other name is told after it.
+/// How long a plugin's file must have been gone before anything follows from that: a rename is reported as a removal first, and then as
+/// a new file.
 const GONE_AFTER: Duration = Duration::from_secs(1);
-/// How long a model that served without its file must not have served before it is forgotten, beside the time that a load may take: a
-/// replica that hangs may come back, or another may load.
+/// After how long without serving, beside the time that a load may take, a model whose file is gone is unloaded: a replica that hangs may
+/// come back, or another may load.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// How often a model is looked at that serves without its file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -51,7 +52,7 @@ struct Gone {
     due: Instant,
     /// It was looked at before, and its model served then; this limit was told.
     told: Option<Option<Duration>>,
-    /// Since when its model doesn't serve, as far as looks tell.
+    /// Since when its model doesn't serve, as far as scans tell.
     idle: Option<Instant>,
 }
 

@@ -3,15 +3,15 @@
 use modalkit_loader::Plugin;
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
-use super::journal::{Entry, HookReport, Source};
-use crate::pipeline::Tally;
+use super::history::{HookReport, ReloadRecord, Source};
+use crate::pipeline::StatsSnapshot;
 
 /// How one model's reloads stand.
 #[derive(Serialize)]
 pub struct Report {
-    /// `idle`, `building`, `loading`, `golden` or `probation`.
+    /// `idle`, `building`, `loading`, `waits_for_device`, `golden` or `probation`.
     pub reload: &'static str,
-    /// The generation that stands by while the one that serves is on trial.
+    /// The generation on standby while the one that serves is on probation.
     pub standby: Option<u64>,
     /// The generation that a rollback goes to.
     pub previous: Option<u64>,
@@ -25,8 +25,9 @@ pub struct Report {
     #[serde(serialize_with = "retired")]
     pub retired: Vec<Plugin>,
     /// How the generation that serves does; `None` where none does.
-    #[serde(serialize_with = "tally")]
-    pub vitals: Option<Tally>,
+    #[serde(serialize_with = "snapshot")]
+    #[serde(rename = "vitals")]
+    pub batch_stats: Option<StatsSnapshot>,
     /// The last call of `on_volume_reload`.
     pub hook: Option<HookReport>,
     /// Calls of it there ever were.
@@ -34,9 +35,11 @@ pub struct Report {
     /// Of those, the ones that failed on some replica.
     pub hooks_failed: u64,
     /// The last change: how it ended, and why.
-    pub last: Option<Entry>,
+    pub last: Option<ReloadRecord>,
     /// The last changes, the newest first.
-    pub history: Vec<Entry>,
+    pub history: Vec<ReloadRecord>,
+    /// The last changes of data, the newest first.
+    pub data_history: Vec<HookReport>,
 }
 
 fn retired<S: Serializer>(libraries: &[Plugin], serializer: S) -> Result<S::Ok, S::Error> {
@@ -46,11 +49,11 @@ fn retired<S: Serializer>(libraries: &[Plugin], serializer: S) -> Result<S::Ok, 
     object.end()
 }
 
-fn tally<S: Serializer>(tally: &Option<Tally>, serializer: S) -> Result<S::Ok, S::Error> {
-    let Some(tally) = tally else { return serializer.serialize_none() };
-    let mut object = serializer.serialize_struct("Vitals", 3)?;
-    object.serialize_field("batches", &tally.batches)?;
-    object.serialize_field("batches_failed", &tally.failed)?;
-    object.serialize_field("batch_p99_ms", &(tally.p99.as_secs_f64() * 1e3))?;
+fn snapshot<S: Serializer>(snapshot: &Option<StatsSnapshot>, serializer: S) -> Result<S::Ok, S::Error> {
+    let Some(snapshot) = snapshot else { return serializer.serialize_none() };
+    let mut object = serializer.serialize_struct("BatchStats", 3)?;
+    object.serialize_field("batches", &snapshot.batches)?;
+    object.serialize_field("batches_failed", &snapshot.failed)?;
+    object.serialize_field("batch_p99_ms", &(snapshot.p99.as_secs_f64() * 1e3))?;
     object.end()
 }

@@ -36,6 +36,7 @@ use model::Model;
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 struct Settings {
     /// The model's file, within the folder of all models' data.
+    #[schemars(extend("x-modalkit-file" = true))]
     path: PathBuf,
     /// Names of the classes, in the order of the classifying output's last dimension.
     #[serde(default)]

@@ -53,6 +53,7 @@ pub enum Metric {
 pub struct Settings {
     /// The matrix, one row for each thing that may be found: a `.npy` or `.safetensors` file of 16, 32 or 64 bit floats, within the folder
     /// of all models' data.
+    #[schemars(extend("x-modalkit-file" = true))]
     matrix: PathBuf,
     /// Which tensor of a `.safetensors` file it is; may be left out where there is one.
     #[serde(default)]
@@ -62,6 +63,7 @@ pub struct Settings {
     metric: Metric,
     /// A text file with a line for each row, which is answered with it.
     #[serde(default)]
+    #[schemars(extend("x-modalkit-file" = true))]
     labels: Option<PathBuf>,
 }
 

@@ -3,10 +3,13 @@
 use abi_stable::library::LibHeader;
 
 /// The number of this boundary. Host and plugin must agree exactly.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// The name under which a plugin exports its [`Handshake`], NUL-terminated for `dlsym`.
 pub const HANDSHAKE_SYMBOL: &[u8] = b"modalkit_plugin_handshake\0";
+
+/// The symbol of a byte that is 1 where the plugin was built with debug assertions. Plugins of earlier SDKs don't have it.
+pub const DEBUG_ASSERTIONS_SYMBOL: &[u8] = b"modalkit_plugin_debug_assertions\0";
 
 /// The first bytes of every [`Handshake`].
 pub const MAGIC: [u8; 16] = *b"modalkit plugin\0";

@@ -18,11 +18,11 @@ mod handshake;
 mod module;
 mod queue;
 
-pub use handshake::{ABI_VERSION, HANDSHAKE_SYMBOL, Handshake, MAGIC, StaticStr};
+pub use handshake::{ABI_VERSION, DEBUG_ASSERTIONS_SYMBOL, HANDSHAKE_SYMBOL, Handshake, MAGIC, StaticStr};
 pub use module::{
-    BatchHandle, Description, Failure, FailureKind, HostApi, InstanceHandle, ItemHandle, LeasedDevice,
-    LoadArgs, LogLevel, LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef, Rejection, Secret,
-    VolumeChange,
+    BatchHandle, Description, Failure, FailureKind, HostApi, InputFault, InstanceHandle, ItemHandle,
+    LeasedDevice, LoadArgs, LogLevel, LogRecord, Outcomes, PathSegment, PluginModule, PluginModuleRef,
+    Rejection, Secret, VolumeChange,
 };
 pub use queue::{
     QUEUE_HANDSHAKE_SYMBOL, QueueDescription, QueueHandle, QueueMessage, QueueModule, QueueModuleRef,

@@ -102,6 +102,16 @@ pub enum PathSegment {
     Index(u64),
 }
 
+/// One thing that is wrong with an input.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug)]
+pub struct InputFault {
+    /// Where in the input.
+    pub path: RVec<PathSegment>,
+    /// What is wrong.
+    pub message: RString,
+}
+
 /// Why an input was not taken.
 #[repr(u8)]
 #[derive(StableAbi, Clone, Debug)]
@@ -113,10 +123,8 @@ pub enum Rejection {
     },
     /// The input was parsed, and the pipeline's `validate` turned it down.
     Invalid {
-        /// Where in the input.
-        path: RVec<PathSegment>,
-        /// What is wrong.
-        message: RString,
+        /// What is wrong with it; one fault at least.
+        faults: RVec<InputFault>,
     },
     /// The plugin failed (or panicked) while it looked at the input.
     Failed(Failure),

@@ -13,7 +13,7 @@ use super::super::{
 /// What stands for a secret wherever settings are shown.
 pub(in crate::config) const HIDDEN: &str = "(hidden)";
 
-/// A text that is nobody's business.
+/// A secret text, which is never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub(in crate::config) struct Secret(pub(in crate::config) String);
 

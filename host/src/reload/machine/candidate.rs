@@ -1,22 +1,21 @@
 //! A candidate's way: build, load, golden requests, swap. What fails before the swap leaves what serves, and its reason in the
-//! journal.
+//! history.
 
-use std::{
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
+use std::{sync::Arc, time::Instant};
+
+use modalkit_loader::{LoadError, Plugin};
+use tokio::sync::oneshot;
+
+use super::{
+    Event, Machine, OutcomeReply, Serving, Standby, State, Stopped, golden::Ask, hooks::Changes,
+    plugin_source::PluginSource,
 };
-
-use modalkit_loader::{Instance, LoadError, Plugin, Staged};
-use tokio::sync::{mpsc, oneshot};
-
-use super::{Event, Machine, OutcomeReply, Serving, Standby, State, Stopped, hooks::Changes};
 use crate::{
-    config::{GoldenSpec, ModelSpec, ReloadDevices},
-    pipeline::{Fleet, Generation, Golden, GoldenError, Leases, Progress, Status, check_settings, examine},
+    config::{ModelSpec, ReloadDevices},
+    pipeline::{Fleet, Generation, GoldenError, Leases, Progress, Status, check_settings, examine},
     reload::{
-        build::{Builder, milliseconds},
-        journal::{Cause, Entry, Outcome, Phase, Phases, unix_ms},
+        build::milliseconds,
+        history::{Cause, Outcome, Phase, Phases},
     },
 };
 
@@ -35,7 +34,7 @@ pub(super) struct Candidate {
     pub(super) seen: Progress,
     /// What changed after it began to load.
     pub(super) missed: Changes,
-    /// Why it, which served before, serves again: no trial, and what it replaces is not gone back to.
+    /// Why this goes back to an earlier generation: then there is no probation, and no way back to what it replaces.
     pub(super) back: Option<String>,
     pub(super) waiting: Vec<OutcomeReply>,
 }
@@ -63,18 +62,22 @@ impl Machine {
         }
     }
 
-    pub(super) fn build(&mut self, candidate: Candidate, from: From) {
+    pub(super) fn build(&mut self, candidate: Candidate, from: PluginSource) {
         if matches!(self.serving, Serving::Nothing) {
             self.model.set_status(Status::Loading, None);
         }
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
         let spec = self.model.spec();
         let (pin, settings) = (spec.plugin_sha256.clone(), spec.settings.clone());
+        let name = spec.name.clone();
         let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
                 staged.check_pin(pin.as_deref(), "the model's entry")?;
+                if let Some(why) = builder.fence.why(&name, staged.sha256()) {
+                    return Err(LoadError::Fenced(why));
+                }
                 let plugin = builder.build(&staged, &mut phases)?;
                 match check_settings(&plugin, &settings) {
                     Ok(()) => Ok(plugin),
@@ -116,12 +119,19 @@ impl Machine {
                     version = plugin.version(),
                     "plugin opened"
                 );
+                if plugin.has_debug_assertions() {
+                    tracing::warn!(
+                        model = self.model.name,
+                        "the plugin was built for debugging and is many times slower than it need be; build it with --release"
+                    );
+                }
                 self.generations += 1;
                 if !self.libraries.iter().any(|known| known.is_same(&plugin)) {
                     self.libraries.push(plugin.clone());
                 }
+                let spec = ModelSpec::clone(&self.model.spec());
                 let generation =
-                    Generation::new(self.generations, plugin, ModelSpec::clone(&self.model.spec()));
+                    Generation::new(self.generations, plugin, spec, Arc::clone(&self.builder.fence));
                 self.load(candidate, generation).await;
             }
             Err(error) => {
@@ -130,7 +140,11 @@ impl Machine {
                 if !error.may_pass() {
                     self.remember_refused(&candidate, false);
                 }
+                let is_fenced = matches!(error, LoadError::Fenced(_)) && candidate.cause == Cause::File;
                 self.refuse(candidate, Phase::Build, reason);
+                if is_fenced {
+                    self.serve_what_served();
+                }
             }
         }
         if let Some((path, staged)) = self.later.take() {
@@ -141,16 +155,17 @@ impl Machine {
     /// Loads as many replicas as serve now, so that the swap changes nothing but what they run.
     pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
         // Three generations at once would be too much for most machines' memory.
-        self.end_trial().await;
+        self.end_probation().await;
         let spec = self.model.spec();
         let limits = spec.replicas;
-        // Where devices are short, what serves may have fewer than the least: as many come in, and more when there are devices.
+        // Where devices are short, what serves may have fewer than `min_replicas`: it begins with as many, and gets more when there are
+        // devices.
         let least = if spec.gpu.is_some() { 1 } else { limits.min };
         let (replicas, inherited) = match &self.serving {
             // The first one serves as soon as it can.
             Serving::Nothing => (1, Leases::new()),
             Serving::Stopped(stopped) => (stopped.replicas.clamp(least, limits.max), Leases::new()),
-            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => {
+            Serving::Alone(fleet) | Serving::OnProbation { fleet, .. } => {
                 let inherited = match spec.reload.devices {
                     ReloadDevices::Share => fleet.leases().await,
                     ReloadDevices::Wait | ReloadDevices::StopFirst => Leases::new(),
@@ -184,7 +199,7 @@ impl Machine {
         let reservation = devices.reserve(&leases, &model);
         let Serving::Alone(fleet) = std::mem::replace(&mut self.serving, Serving::Nothing) else { return };
         let generation = Arc::clone(&fleet.generation);
-        self.model.queue.change_turns(|| generation.set_serves(false));
+        self.model.queue.update_lane_states(|| generation.set_serves(false));
         tracing::warn!(
             model,
             generation = generation.number,
@@ -202,8 +217,32 @@ impl Machine {
         let before = Arc::clone(&stopped.generation);
         let mut candidate = self.candidate(Cause::Recovery, Some(before.plugin.sha256().to_owned()));
         candidate.back = Some("what was to take its place failed".to_owned());
-        let generation = Generation::new(before.number, before.plugin.clone(), before.spec.clone());
+        let generation = self.again(&before);
         self.load(candidate, generation).await;
+    }
+
+    /// A generation of the same content and settings, with nothing else in common.
+    pub(super) fn again(&self, before: &Generation) -> Arc<Generation> {
+        let fence = Arc::clone(&self.builder.fence);
+        Generation::new(before.number, before.plugin.clone(), before.spec.clone(), fence)
+    }
+
+    /// Takes the content that served in an earlier run, where the file's may not be loaded and nothing serves.
+    fn serve_what_served(&mut self) {
+        let kept = self.builder.fence.kept(&self.model.name);
+        if let (Serving::Nothing, State::Idle, Some(kept)) = (&self.serving, &self.state, kept) {
+            tracing::warn!(model = self.model.name, "what served before is taken from the host's own copy");
+            let candidate = self.candidate(Cause::Fence, None);
+            self.build(candidate, PluginSource::File(kept));
+        }
+    }
+
+    /// Keeps a copy of what serves, should a later start need it.
+    pub(super) fn keep_what_serves(&self) {
+        let Some(generation) = self.generation() else { return };
+        let (fence, plugin) = (Arc::clone(&self.builder.fence), generation.plugin.clone());
+        let (name, order) = (self.model.name.clone(), self.builder.fence.order());
+        tokio::task::spawn_blocking(move || fence.keep(&name, &plugin, order));
     }
 
     pub(super) async fn on_progress(&mut self, progress: Progress) {
@@ -313,25 +352,25 @@ impl Machine {
             Serving::Nothing => (None, None),
             Serving::Stopped(stopped) => (None, Some(stopped.generation)),
             Serving::Alone(old) => (Some(old), None),
-            Serving::OnTrial { fleet: old, standby } => {
+            Serving::OnProbation { fleet: old, standby } => {
                 self.retire(standby.fleet, standby.entry);
                 (Some(old), None)
             }
         };
         let before = before.or_else(|| old.as_ref().map(|old| Arc::clone(&old.generation)));
-        let on_trial = old.as_ref().filter(|_| candidate.back.is_none() && !probation.time.is_zero());
-        if let Some(old) = on_trial {
+        let on_probation = old.as_ref().filter(|_| candidate.back.is_none() && !probation.time.is_zero());
+        if let Some(old) = on_probation {
             // Before its first batch, which counts.
-            fleet.generation.vitals.try_beside(old.generation.vitals.tally(), probation);
+            fleet.generation.batch_stats.begin_probation(old.generation.batch_stats.snapshot(), probation);
         }
-        let on_trial = on_trial.is_some();
+        let on_probation = on_probation.is_some();
         // The point of no return: from here on the new generation answers.
         self.model.swap(old.as_ref(), &fleet);
         self.metrics.generation.set(fleet.generation.number as i64);
         candidate.phases.swap_ms = Some(milliseconds(begun));
         let missed = std::mem::take(&mut candidate.missed);
         let outcome = if let Some(reason) = candidate.back.take() {
-            // What is in the volume was turned down by whoever asked for this; where nobody did, it has been refused already.
+            // The content in the volume isn't taken again by itself: whoever asked for this rejected it.
             if let Some(before) = before.filter(|_| candidate.cause != Cause::Recovery) {
                 let sha256 = before.plugin.sha256().to_owned();
                 self.refused = Some(Refused { sha256, by_data: false });
@@ -352,9 +391,9 @@ impl Machine {
         let entry = self.write_down(entry, waiting);
         self.serving = match old {
             None => Serving::Alone(fleet),
-            Some(old) if on_trial => {
+            Some(old) if on_probation => {
                 let until = Instant::now() + probation.time;
-                Serving::OnTrial {
+                Serving::OnProbation {
                     fleet,
                     standby: Standby { fleet: old, entry, until, missed: Changes::default() },
                 }
@@ -364,6 +403,9 @@ impl Machine {
                 Serving::Alone(fleet)
             }
         };
+        if !on_probation {
+            self.keep_what_serves();
+        }
         for (missed, _) in missed.0 {
             self.call_hook(missed, Vec::new()).await;
         }
@@ -398,104 +440,6 @@ impl Machine {
     pub(super) fn remember_refused(&mut self, candidate: &Candidate, by_data: bool) {
         if let Some(sha256) = candidate.sha256.clone() {
             self.refused = Some(Refused { sha256, by_data });
-        }
-    }
-
-    pub(super) fn conclude(&mut self, mut candidate: Candidate, outcome: Outcome) {
-        let waiting = std::mem::take(&mut candidate.waiting);
-        let entry = self.entry(&candidate, None, outcome);
-        self.write_down(entry, waiting);
-    }
-
-    pub(super) fn entry(&self, candidate: &Candidate, generation: Option<u64>, outcome: Outcome) -> Entry {
-        Entry {
-            at_unix_ms: unix_ms(),
-            cause: candidate.cause,
-            generation,
-            plugin_sha256: candidate.sha256.clone(),
-            outcome,
-            phases: candidate.phases,
-        }
-    }
-
-    pub(super) fn write_down(&mut self, entry: Entry, waiting: Vec<OutcomeReply>) -> u64 {
-        let model = &self.model.name;
-        let (generation, outcome) = (entry.generation, entry.outcome.word());
-        match &entry.outcome {
-            Outcome::Swapped => {
-                tracing::info!(model, generation, phases = ?entry.phases, "a new generation serves");
-            }
-            Outcome::RolledBack { reason } => {
-                tracing::warn!(model, generation, reason, "the generation before serves again");
-            }
-            Outcome::Refused { phase, reason } => {
-                tracing::error!(model, ?phase, reason, serving = self.generation_number(), "plugin refused")
-            }
-            Outcome::Superseded | Outcome::Stopped => {
-                tracing::info!(model, outcome, "a change was given up");
-            }
-        }
-        self.metrics.outcome(outcome).inc();
-        // Whoever asked may have left.
-        waiting.into_iter().for_each(|reply| drop(reply.send(entry.clone())));
-        self.journal.add(entry)
-    }
-}
-
-/// Where a candidate's library comes from.
-pub(super) enum From {
-    /// The watch's copy.
-    Staged(Staged),
-    /// The file, to be copied now.
-    File(PathBuf),
-}
-
-impl From {
-    fn staged(self, builder: &Builder, phases: &mut Phases) -> Result<Staged, LoadError> {
-        match self {
-            Self::Staged(staged) => Ok(staged),
-            Self::File(file) => {
-                let begun = Instant::now();
-                let staged = builder.stage(&file)?;
-                phases.stage_ms = Some(milliseconds(begun));
-                Ok(staged)
-            }
-        }
-    }
-}
-
-/// Asks a loaded instance golden requests on a thread of its own.
-struct Ask {
-    number: u64,
-    limit: Duration,
-    generation: Arc<Generation>,
-    myself: mpsc::WeakSender<Event>,
-}
-
-impl Ask {
-    async fn golden(self, spec: GoldenSpec, instance: Arc<Instance>) {
-        let (done, asked) = oneshot::channel();
-        let generation = self.generation;
-        let ask = move || {
-            let asked = Golden::read(&spec.file, spec.latency_max)
-                .and_then(|golden| golden.ask(&generation, &instance));
-            // Before the answer, so that nobody waits for this look at the instance.
-            drop(instance);
-            // The receiver is gone when the limit has passed.
-            let _ = done.send(asked);
-        };
-        let asked = match std::thread::Builder::new().name("golden".into()).spawn(ask) {
-            Ok(_) => tokio::time::timeout(self.limit, asked).await,
-            Err(source) => {
-                Ok(Ok(Err(GoldenError::Unreadable { path: "a thread to ask them".into(), source })))
-            }
-        };
-        let asked = match asked {
-            Ok(Ok(asked)) => asked,
-            Ok(Err(_)) | Err(_) => Err(GoldenError::Hung { limit: self.limit }),
-        };
-        if let Some(myself) = self.myself.upgrade() {
-            let _ = myself.send(Event::Asked(self.number, asked)).await;
         }
     }
 }

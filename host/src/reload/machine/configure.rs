@@ -1,13 +1,15 @@
 //! A model's entry changes: its batches and replicas at once, what its pipeline is loaded with by a new generation, which comes in
 //! as any other does. Where that fails, what serves goes on serving as it was loaded.
 
+use std::sync::Arc;
+
 use modalkit_loader::Plugin;
 
-use super::{Candidate, From, Machine, PluginFile, Source, every};
+use super::{Candidate, Machine, PluginFile, Source, every, plugin_source::PluginSource};
 use crate::{
     config::{ModelSpec, Volume},
     pipeline::{Generation, Status},
-    reload::journal::{Cause, Outcome, Phase},
+    reload::history::{Cause, Outcome, Phase},
 };
 
 /// Whether a pipeline must be loaded again to be served like this.
@@ -21,10 +23,12 @@ pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpe
             secrets,
             golden,
             gpu,
+            enforce_schema,
             ..
         } = spec.clone();
         let lanes = spec.replicas.batches_in_flight;
-        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, golden, gpu, lanes)
+        let checks = (golden, enforce_schema);
+        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, checks, gpu, lanes)
     };
     loaded(before) != loaded(after) || before.settings != after.settings
 }
@@ -69,7 +73,7 @@ impl Machine {
             (Some((path, Ok(staged))), _) => {
                 self.refused = None;
                 self.source = Some(Source { path, present: true });
-                self.build(candidate, From::Staged(staged));
+                self.build(candidate, PluginSource::Staged(staged));
             }
             (Some((path, Err(error))), _) => {
                 self.source = Some(Source { path, present: true });
@@ -94,7 +98,8 @@ impl Machine {
     /// The library that serves, with what the model's entry says now.
     async fn load_again(&mut self, candidate: Candidate, plugin: Plugin) {
         self.generations += 1;
-        let generation = Generation::new(self.generations, plugin, ModelSpec::clone(&self.model.spec()));
+        let spec = ModelSpec::clone(&self.model.spec());
+        let generation = Generation::new(self.generations, plugin, spec, Arc::clone(&self.builder.fence));
         self.load(candidate, generation).await;
     }
 }

@@ -7,7 +7,7 @@ use modalkit_loader::Failure;
 use super::{Event, HookReply, Machine, Serving};
 use crate::{
     pipeline::VolumeChange,
-    reload::journal::{HookReport, unix_ms},
+    reload::history::{HookReport, unix_ms},
 };
 
 /// A call of `on_volume_reload` under way, and what came meanwhile.
@@ -23,7 +23,7 @@ pub(super) struct Changes(pub(super) VecDeque<(VolumeChange, Vec<HookReply>)>);
 
 impl Machine {
     pub(super) async fn call_hook(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
-        if let Serving::OnTrial { standby, .. } = &mut self.serving {
+        if let Serving::OnProbation { standby, .. } = &mut self.serving {
             standby.missed.add(change.clone(), Vec::new());
         }
         if self.hook.running.is_some() {
@@ -37,7 +37,7 @@ impl Machine {
                 waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
                 return;
             }
-            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => fleet,
+            Serving::Alone(fleet) | Serving::OnProbation { fleet, .. } => fleet,
         };
         let results = fleet.volume_reload(change.clone()).await;
         self.hook.running = Some((change, waiting));
@@ -54,7 +54,7 @@ impl Machine {
     pub(super) async fn on_hooked(&mut self, results: Vec<Result<(), Failure>>) {
         let Some((change, waiting)) = self.hook.running.take() else { return };
         let report = self.hook_report(change, results);
-        self.journal.hooks += 1;
+        self.history.hooks += 1;
         let model = &self.model.name;
         let failed = report.errors.iter().flatten().count();
         for error in report.errors.iter().flatten() {
@@ -66,14 +66,14 @@ impl Machine {
             );
         }
         if failed > 0 {
-            self.journal.hooks_failed += 1;
+            self.history.hooks_failed += 1;
             self.metrics.hooks_failed.inc();
         } else {
             tracing::info!(model, volume = report.volume, changed = ?report.changed, "model data reloaded");
             self.metrics.hooks_ok.inc();
         }
         waiting.into_iter().for_each(|reply| drop(reply.send(report.clone())));
-        self.journal.hook = Some(report);
+        self.history.add_hook(report);
         if let Some((change, waiting)) = self.hook.next.0.pop_front() {
             self.call_hook(change, waiting).await;
         }

@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! Idle --new content--> Building --> Loading --> Golden --swap--> Idle
-//!   what fails before the swap leaves what serves, and its reason in the journal
-//! Alone --swap--> OnTrial --passed--> Alone (the old one retired)
+//!   what fails before the swap leaves what serves, and its reason in the history
+//! Alone --swap--> OnProbation --passed--> Alone (the old one retired)
 //!                        `--failed--> Alone (the old one serves again)
 //! Alone --a candidate needs its devices, stop_first--> Stopped --swap--> Alone
 //!                                                             `--the candidate failed--> loaded again
@@ -13,8 +13,12 @@
 
 mod candidate;
 mod configure;
+mod golden;
 mod hooks;
-mod trial;
+mod orders;
+mod plugin_source;
+mod probation;
+mod records;
 
 use std::{
     collections::VecDeque,
@@ -33,27 +37,27 @@ use tokio::{
 
 use super::{
     build::Builder,
-    journal::{Cause, Entry, HookReport, Journal, Outcome, Phase, Phases, Source},
+    history::{Cause, History, HookReport, Outcome, Phase, Phases, ReloadRecord, Source},
     report::Report,
-    watch::Bell,
+    watch::WatchHandle,
 };
 use crate::{
     config::{ModelSpec, Volume},
+    insight::metrics::ReloadMetrics,
     pipeline::{Fleet, Generation, GoldenError, Model, Progress, Status, VolumeChange},
-    telemetry::ReloadMetrics,
 };
 pub(super) use configure::needs_a_generation;
 
-use candidate::{Candidate, From, Refused};
+use candidate::{Candidate, Refused};
 use hooks::Hook;
-use trial::Standby;
+pub(super) use orders::{Order, What};
+use plugin_source::PluginSource;
+use probation::Standby;
 
 /// Events that wait; senders wait where there are more.
 pub(super) const INBOX_MAX: usize = 64;
-/// Orders that wait for the change under way.
-const ORDERS_MAX: usize = 1024;
-/// How often a trial is looked at: failures are judged as they happen, slowness by this.
-const TRIAL_TICK: Duration = Duration::from_millis(50);
+/// How often a probation is checked: failures are judged as they happen, slowness by this.
+const PROBATION_TICK: Duration = Duration::from_millis(50);
 
 /// A plugin's file: a copy of it, or why there is none.
 pub(super) type PluginFile = (PathBuf, Result<Staged, Arc<LoadError>>);
@@ -66,14 +70,14 @@ pub(super) enum Event {
     Gone(PathBuf),
     /// Model data changed.
     Data(VolumeChange),
-    /// The model is served differently than like this, with data from these volumes; and its plugin's file, where one is there.
+    /// The model's spec was this and has changed; its volumes now, and its plugin's file where there is one.
     Configure(Arc<ModelSpec>, Vec<Volume>, Option<PluginFile>),
     /// Somebody asks for a change and waits for its outcome.
     Order(Order),
     /// Somebody asks for a hook and waits for what it said.
     Hook(VolumeChange, HookReply),
     /// Somebody waits until nothing is under way.
-    Settled(oneshot::Sender<Option<Entry>>),
+    Settled(oneshot::Sender<Option<ReloadRecord>>),
     /// Somebody wants to know how things stand.
     Report(oneshot::Sender<Report>),
     /// The candidate of this number has been built, or not.
@@ -82,14 +86,14 @@ pub(super) enum Event {
     Progress(Progress),
     /// The candidate of this number was asked golden requests.
     Asked(u64, Result<(), GoldenError>),
-    /// A generation that was replaced by this entry of the journal has left.
+    /// The generation that the change of this record replaced has left.
     Left(u64),
     /// A hook has run on every replica.
     Hooked(Vec<Result<(), Failure>>),
-    /// The generation on trial failed it.
-    TrialFailed,
-    /// Time to look at the trial.
-    TrialTick,
+    /// The generation failed its probation.
+    ProbationFailed,
+    /// Time to check the probation.
+    ProbationTick,
     /// `volume_reload_interval_seconds` has passed.
     Interval,
     /// The model goes: at most after this time, in which what is queued is run.
@@ -98,21 +102,7 @@ pub(super) enum Event {
     Stop,
 }
 
-/// What somebody asks for.
-pub(super) struct Order {
-    pub(super) what: What,
-    pub(super) reply: OutcomeReply,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum What {
-    /// Take what the volume holds, also where it is what serves.
-    Reload,
-    /// Go back to the generation before.
-    RollBack,
-}
-
-pub(super) type OutcomeReply = oneshot::Sender<Entry>;
+pub(super) type OutcomeReply = oneshot::Sender<ReloadRecord>;
 pub(super) type HookReply = oneshot::Sender<HookReport>;
 
 /// What is on its way to serve.
@@ -133,8 +123,8 @@ enum Serving {
     /// It has stopped, so that the next one gets its devices; callers wait. It is loaded again where the next one fails.
     Stopped(Stopped),
     Alone(Fleet),
-    /// It serves, and the one before stands by until it has proven itself.
-    OnTrial {
+    /// It serves, and the one before is on standby until it has passed.
+    OnProbation {
         fleet: Fleet,
         standby: Standby,
     },
@@ -152,7 +142,7 @@ pub(super) struct Machine {
     model: Arc<Model>,
     builder: Arc<Builder>,
     metrics: ReloadMetrics,
-    bell: Arc<[Bell]>,
+    watches: Arc<[WatchHandle]>,
     volumes: Vec<Volume>,
     inbox: mpsc::Receiver<Event>,
     myself: mpsc::WeakSender<Event>,
@@ -160,8 +150,8 @@ pub(super) struct Machine {
     serving: Serving,
     previous: Vec<Arc<Generation>>,
     orders: VecDeque<(What, Vec<OutcomeReply>)>,
-    settled: Vec<oneshot::Sender<Option<Entry>>>,
-    journal: Journal,
+    settled: Vec<oneshot::Sender<Option<ReloadRecord>>>,
+    history: History,
     source: Option<Source>,
     refused: Option<Refused>,
     /// The content that somebody went back from.
@@ -175,7 +165,7 @@ pub(super) struct Machine {
     generations: u64,
     /// Every library that it ever served with, by content.
     libraries: Vec<Plugin>,
-    trial_tick: Interval,
+    probation_tick: Interval,
     hook_tick: Option<Interval>,
 }
 
@@ -190,17 +180,17 @@ impl Machine {
         model: Arc<Model>,
         builder: Arc<Builder>,
         metrics: ReloadMetrics,
-        bell: Arc<[Bell]>,
+        watches: Arc<[WatchHandle]>,
         volumes: Vec<Volume>,
         (myself, inbox): (mpsc::WeakSender<Event>, mpsc::Receiver<Event>),
     ) -> Self {
         Self {
-            trial_tick: every(TRIAL_TICK),
+            probation_tick: every(PROBATION_TICK),
             hook_tick: model.spec().reload.hook_interval.map(every),
             model,
             builder,
             metrics,
-            bell,
+            watches,
             volumes,
             inbox,
             myself,
@@ -209,7 +199,7 @@ impl Machine {
             previous: Vec::new(),
             orders: VecDeque::new(),
             settled: Vec::new(),
-            journal: Journal::default(),
+            history: History::default(),
             source: None,
             refused: None,
             gone_back_from: None,
@@ -243,12 +233,12 @@ impl Machine {
                 _ => std::future::pending().await,
             }
         };
-        let trial = async {
+        let probation = async {
             match &self.serving {
-                Serving::OnTrial { fleet, .. } => {
+                Serving::OnProbation { fleet, .. } => {
                     tokio::select! {
-                        () = fleet.generation.vitals.failed_trial() => Event::TrialFailed,
-                        _ = self.trial_tick.tick() => Event::TrialTick,
+                        () = fleet.generation.batch_stats.probation_failed() => Event::ProbationFailed,
+                        _ = self.probation_tick.tick() => Event::ProbationTick,
                     }
                 }
                 _ => std::future::pending().await,
@@ -264,7 +254,7 @@ impl Machine {
         tokio::select! {
             biased;
             // First, so that no more callers than needed meet a generation that fails.
-            event = trial => event,
+            event = probation => event,
             event = candidate => event,
             // The channel ends with the host.
             event = self.inbox.recv() => event.unwrap_or(Event::Stop),
@@ -291,8 +281,8 @@ impl Machine {
             Event::Asked(number, asked) => self.on_asked(number, asked).await,
             Event::Left(entry) => self.on_left(entry),
             Event::Hooked(results) => self.on_hooked(results).await,
-            Event::TrialFailed => self.end_trial().await,
-            Event::TrialTick => self.on_trial_tick().await,
+            Event::ProbationFailed => self.end_probation().await,
+            Event::ProbationTick => self.on_probation_tick().await,
             Event::Interval => self.on_interval().await,
             Event::Unload(_) | Event::Stop => unreachable!("`run` ends with them"),
         }
@@ -345,7 +335,7 @@ impl Machine {
             return;
         }
         let candidate = self.candidate(Cause::File, Some(staged.sha256().to_owned()));
-        self.build(candidate, From::Staged(staged));
+        self.build(candidate, PluginSource::Staged(staged));
     }
 
     fn on_gone(&mut self, path: &Path) {
@@ -383,7 +373,7 @@ impl Machine {
     }
 
     async fn on_interval(&mut self) {
-        self.bell.iter().for_each(Bell::ring);
+        self.watches.iter().for_each(WatchHandle::wake);
         for volume in self.volumes.clone() {
             let change = VolumeChange {
                 volume: volume.name,
@@ -394,103 +384,10 @@ impl Machine {
         }
     }
 
-    fn on_order(&mut self, order: Order) {
-        let full = self.orders.len() >= ORDERS_MAX;
-        match self.orders.back_mut() {
-            // Those who ask for the same share one run of it.
-            Some((What::Reload, waiting)) if order.what == What::Reload => waiting.push(order.reply),
-            _ if full => {
-                let mut candidate = self.candidate(Cause::Request, None);
-                candidate.waiting.push(order.reply);
-                let reason = format!("{ORDERS_MAX} reloads and rollbacks wait already; come back later");
-                self.conclude(candidate, Outcome::Refused { phase: Phase::Build, reason });
-            }
-            _ => self.orders.push_back((order.what, vec![order.reply])),
-        }
-    }
-
-    async fn next_order(&mut self) {
-        while self.is_settled() {
-            let Some((what, waiting)) = self.orders.pop_front() else {
-                let last = self.journal.last().cloned();
-                // Whoever asked may have left.
-                self.settled.drain(..).for_each(|reply| drop(reply.send(last.clone())));
-                return;
-            };
-            match what {
-                What::Reload => self.reload(waiting),
-                What::RollBack => self.roll_back(waiting).await,
-            }
-        }
-    }
-
-    /// Whether nothing is under way but what may go on for ever: a first generation that is tried again and again, or a wait for a device.
-    fn is_settled(&self) -> bool {
-        match &self.state {
-            State::Idle => true,
-            State::Loading(candidate, _) => match candidate.seen {
-                // For a lease that may never end.
-                Progress::Failed(_) | Progress::Waits(_) => true,
-                Progress::Loading | Progress::Loaded => false,
-            },
-            State::Building(_) | State::Golden(..) => false,
-        }
-    }
-
-    fn reload(&mut self, waiting: Vec<OutcomeReply>) {
-        self.gone_back_from = None;
-        let mut candidate = self.candidate(Cause::Request, None);
-        candidate.waiting = waiting;
-        match self.source.clone() {
-            Some(Source { path, present: true }) => {
-                self.give_up_candidate(Outcome::Superseded);
-                self.build(candidate, From::File(path));
-            }
-            Some(Source { path, .. }) => {
-                let reason = format!("expected the plugin at {}, and there is no file", path.display());
-                self.refuse(candidate, Phase::Build, reason);
-            }
-            None => {
-                let reason = format!(
-                    "no volume holds {plugin}.so or lib{plugin}.so",
-                    plugin = self.model.spec().plugin
-                );
-                self.refuse(candidate, Phase::Build, reason);
-            }
-        }
-    }
-
-    async fn roll_back(&mut self, waiting: Vec<OutcomeReply>) {
-        self.gone_back_from = self.serving_sha256().map(ToOwned::to_owned);
-        if matches!(self.serving, Serving::OnTrial { .. }) {
-            self.back_to_standby("asked for".into(), Cause::Request, waiting).await;
-            return;
-        }
-        let mut candidate = self.candidate(Cause::Request, None);
-        candidate.waiting = waiting;
-        candidate.back = Some("asked for".to_owned());
-        match self.previous.pop() {
-            Some(before) => {
-                self.give_up_candidate(Outcome::Superseded);
-                candidate.sha256 = Some(before.plugin.sha256().to_owned());
-                // Its fleet may still be leaving, with threads that hang: they must have nothing in common with the new one.
-                let generation = Generation::new(before.number, before.plugin.clone(), before.spec.clone());
-                self.load(candidate, generation).await;
-            }
-            None => {
-                let outcome = Outcome::Refused {
-                    phase: Phase::RollBack,
-                    reason: "there is no generation to go back to".into(),
-                };
-                self.conclude(candidate, outcome);
-            }
-        }
-    }
-
     async fn leave(mut self, unload: Option<Duration>) {
         self.give_up_candidate(Outcome::Stopped);
         // Whoever serves now does so to the end.
-        self.end_trial().await;
+        self.end_probation().await;
         for (_, waiting) in std::mem::take(&mut self.orders) {
             let mut candidate = self.candidate(Cause::Request, None);
             candidate.waiting = waiting;
@@ -502,7 +399,7 @@ impl Machine {
         if let Some(limit) = unload.filter(|_| matches!(self.serving, Serving::Alone(_))) {
             let begun = Instant::now();
             while begun.elapsed() < limit && self.model.queue.load().queued > 0 {
-                tokio::time::sleep(TRIAL_TICK).await;
+                tokio::time::sleep(PROBATION_TICK).await;
             }
         }
         // Nothing is taken any more that no lane would run.
@@ -511,13 +408,16 @@ impl Machine {
         match self.serving {
             Serving::Nothing | Serving::Stopped(..) => {}
             Serving::Alone(fleet) => drop(leaving.spawn(fleet.stop())),
-            Serving::OnTrial { fleet, standby } => {
+            Serving::OnProbation { fleet, standby } => {
                 leaving.spawn(fleet.stop());
                 leaving.spawn(standby.fleet.stop());
             }
         }
         leaving.join_all().await;
         if unload.is_some() {
+            let (fence, name) = (Arc::clone(&self.builder.fence), self.model.name.clone());
+            let order = fence.order();
+            tokio::task::spawn_blocking(move || fence.forget(&name, order));
             tracing::info!(model = self.model.name, "its replicas have left: it was unloaded");
         }
     }
@@ -526,7 +426,7 @@ impl Machine {
         match &self.serving {
             Serving::Nothing => None,
             Serving::Stopped(stopped) => Some(&stopped.generation),
-            Serving::Alone(fleet) | Serving::OnTrial { fleet, .. } => Some(&fleet.generation),
+            Serving::Alone(fleet) | Serving::OnProbation { fleet, .. } => Some(&fleet.generation),
         }
     }
 
@@ -549,11 +449,11 @@ impl Machine {
             (State::Loading(Candidate { seen: Progress::Waits(_), .. }, _), _) => "waits_for_device",
             (State::Loading(..), _) => "loading",
             (State::Golden(..), _) => "golden",
-            (State::Idle, Serving::OnTrial { .. }) => "probation",
+            (State::Idle, Serving::OnProbation { .. }) => "probation",
             (State::Idle, _) => "idle",
         };
         let standby = match &self.serving {
-            Serving::OnTrial { standby, .. } => Some(&standby.fleet.generation),
+            Serving::OnProbation { standby, .. } => Some(&standby.fleet.generation),
             _ => None,
         };
         let in_use: Vec<&Plugin> =
@@ -568,12 +468,13 @@ impl Machine {
             plugin_pinned: self.model.spec().plugin_sha256.is_some(),
             generations: self.generations,
             retired: retired.cloned().collect(),
-            vitals: self.generation().map(|generation| generation.vitals.tally()),
-            hook: self.journal.hook.clone(),
-            hooks: self.journal.hooks,
-            hooks_failed: self.journal.hooks_failed,
-            last: self.journal.last().cloned(),
-            history: self.journal.history(),
+            batch_stats: self.generation().map(|generation| generation.batch_stats.snapshot()),
+            hook: self.history.hook.clone(),
+            hooks: self.history.hooks,
+            hooks_failed: self.history.hooks_failed,
+            last: self.history.last().cloned(),
+            history: self.history.history(),
+            data_history: self.history.data_history(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What lies in a volume at one moment, and how much of it could be seen. It reads folders and small files, and never knows what was
+//! What lies in a volume at one moment, and how much of it could be read. It reads folders and small files, and never knows what was
 //! there before.
 
 use std::{
@@ -32,17 +32,17 @@ pub(super) struct Files {
     /// By the plugin's name: the first path is the one that counts.
     pub(super) plugins: BTreeMap<String, (PathBuf, Stamp)>,
     pub(super) data: Vec<(PathBuf, Stamp)>,
-    pub(super) complaint: Option<String>,
-    pub(super) sight: Sight,
-    /// The folder with the plugins could not be read, or one of its files not be looked at.
+    pub(super) warning: Option<String>,
+    pub(super) completeness: Completeness,
+    /// The folder with the plugins could not be read, or one of its files not be examined.
     pub(super) plugins_partial: bool,
     /// Folders that were entered: links may lead in circles.
     entered: BTreeSet<(u64, u64)>,
 }
 
-/// What a look can say of how much it saw.
+/// How much of the volume a scan could read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Sight {
+pub(super) struct Completeness {
     /// Something could not be read: what isn't here may still be there.
     pub(super) partial: bool,
     /// The volume, or something in it, is a link: what changes behind it is no event.
@@ -82,13 +82,13 @@ impl Files {
             if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
                 continue;
             }
-            self.sight.linked |= is_link;
+            self.completeness.linked |= is_link;
             // Links are followed.
             let metadata = match fs::metadata(&path) {
                 Ok(metadata) => metadata,
                 Err(error) => {
                     if !is_nothing(&error) {
-                        self.complaint = Some(format!("can't look at {}: {error}", path.display()));
+                        self.warning = Some(format!("can't look at {}: {error}", path.display()));
                         self.miss(depth);
                     }
                     continue;
@@ -96,11 +96,11 @@ impl Files {
             };
             if metadata.is_dir() {
                 if depth >= DEPTH_MAX {
-                    self.complaint = Some(format!("folders deeper than {DEPTH_MAX} are not watched"));
+                    self.warning = Some(format!("folders deeper than {DEPTH_MAX} are not watched"));
                     continue;
                 }
                 if let Err(error) = self.collect(&path, depth + 1) {
-                    self.complaint = Some(format!("can't read {} in the volume: {error}", path.display()));
+                    self.warning = Some(format!("can't read {} in the volume: {error}", path.display()));
                     self.miss(depth + 1);
                 }
             } else if metadata.is_file() {
@@ -112,7 +112,7 @@ impl Files {
 
     /// Something at this depth could not be seen.
     pub(super) fn miss(&mut self, depth: usize) {
-        self.sight.partial = true;
+        self.completeness.partial = true;
         self.plugins_partial |= depth == 0;
     }
 
@@ -121,7 +121,7 @@ impl Files {
             Some(name) => {
                 let first = self.plugins.entry(name).or_insert_with(|| (path.clone(), stamp));
                 if first.0 != path {
-                    self.complaint = Some(format!(
+                    self.warning = Some(format!(
                         "{} and {} are the same plugin's; the first counts, remove one",
                         first.0.display(),
                         path.display()
@@ -130,7 +130,7 @@ impl Files {
             }
             None if is_unfinished(&path) => {}
             None if self.data.len() >= FILES_MAX => {
-                self.complaint = Some(format!("files beyond the first {FILES_MAX} are not watched"));
+                self.warning = Some(format!("files beyond the first {FILES_MAX} are not watched"));
             }
             None => self.data.push((path, stamp)),
         }

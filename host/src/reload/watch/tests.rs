@@ -6,13 +6,14 @@ use modalkit_loader::{Store, Trust};
 
 use super::{
     files::plugin_name,
-    look::{RETRY, sooner},
+    scan::{RETRY, earlier_of},
     *,
 };
 use crate::config;
+use crate::fence::Fence;
 
 struct Watched {
-    look: Look,
+    scanner: Scanner,
     folder: tempfile::TempDir,
     begun: Instant,
 }
@@ -22,11 +23,14 @@ impl Watched {
         let folder = tempfile::tempdir().unwrap();
         let server = config::load(&[], &config::Environment::default()).unwrap().config.server;
         let store = Store::new(Trust { any_owner: false, any_mode: false }).unwrap();
-        let gauge = crate::telemetry::Metrics::new(crate::traces::Traces::default()).libraries.clone();
-        let builder = Arc::new(Builder::new(store, Duration::from_secs(1), 1, gauge));
+        let gauge = crate::insight::metrics::Metrics::new(crate::insight::traces::Traces::default())
+            .libraries
+            .clone();
+        let fence = Fence::open(tempfile::tempdir().unwrap().path()).unwrap();
+        let builder = Arc::new(Builder::new(store, fence, Duration::from_secs(1), 1, gauge));
         let volume =
             Volume { name: "v".into(), mount_point: folder.path().to_owned(), watch: Watching::Poll };
-        Self { look: Look::new(&volume, &server, builder), folder, begun: Instant::now() }
+        Self { scanner: Scanner::new(&volume, &server, builder), folder, begun: Instant::now() }
     }
 
     /// Written at a moment from which it has not held still at all.
@@ -47,26 +51,26 @@ impl Watched {
     /// The same, and when something is to be looked at again.
     fn looked(&mut self, after_ms: u64, finished: &[&PathBuf]) -> (Vec<String>, Option<Duration>) {
         let finished = finished.iter().map(|path| (*path).clone()).collect();
-        let hints = Hints { finished: &finished, writing: &BTreeSet::new(), hurry: false };
+        let hints = Hints { finished: &finished, writing: &BTreeSet::new(), skip_settling: false };
         let now = self.begun + Duration::from_millis(after_ms);
-        let files = self.look.collect();
-        let (mut told, mut next) = self.look.plugins(now, &hints, &files);
-        let (data, later) = self.look.data(now, &hints, files);
+        let files = self.scanner.collect();
+        let (mut told, mut next) = self.scanner.plugins(now, &hints, &files);
+        let (data, later) = self.scanner.data(now, &hints, files);
         told.extend(data);
-        later.into_iter().for_each(|later| sooner(&mut next, later));
-        let words = |told: Told| match told {
-            Told::Plugin { name, staged: Ok(_), .. } => name,
-            Told::Plugin { name, staged: Err(error), .. } => format!("{name}: {error}"),
-            Told::Gone { name, .. } => format!("{name} is gone"),
-            Told::Data { changed } => changed.join(" "),
-            Told::Looked { .. } => unreachable!("the thread tells that"),
+        later.into_iter().for_each(|later| earlier_of(&mut next, later));
+        let words = |told: VolumeEvent| match told {
+            VolumeEvent::Plugin { name, staged: Ok(_), .. } => name,
+            VolumeEvent::Plugin { name, staged: Err(error), .. } => format!("{name}: {error}"),
+            VolumeEvent::Gone { name, .. } => format!("{name} is gone"),
+            VolumeEvent::Data { changed } => changed.join(" "),
+            VolumeEvent::ScanDone { .. } => unreachable!("the thread tells that"),
         };
         (told.into_iter().map(words).collect(), next)
     }
 
-    /// How long until the next look where events come and nothing rings.
+    /// How long until the next scan where events come and nothing wakes the thread.
     fn pause(&mut self) -> Duration {
-        pause(Watching::Native, true, self.look.collect().sight, POLL_INTERVAL)
+        pause(Watching::Native, true, self.scanner.collect().completeness, POLL_INTERVAL)
     }
 
     /// A link that can't be followed, for a reason that says nothing about what is behind it.
@@ -85,18 +89,18 @@ fn a_look_that_did_not_see_everything_is_soon_followed_by_another() {
     watched.write("echo.so", &[b'x'; 100]);
     fs::create_dir(watched.folder.path().join("data")).unwrap();
     watched.write("data/weights.bin", b"one");
-    assert_eq!(watched.pause(), NATIVE_LOOK);
+    assert_eq!(watched.pause(), NATIVE_SCAN_INTERVAL);
     let link = watched.unreadable("data/labels.txt");
-    assert!(watched.look.collect().sight.partial);
+    assert!(watched.scanner.collect().completeness.partial);
     assert_eq!(watched.pause(), POLL_INTERVAL);
     fs::remove_file(link).unwrap();
-    assert_eq!(watched.pause(), NATIVE_LOOK);
+    assert_eq!(watched.pause(), NATIVE_SCAN_INTERVAL);
     // Without events, and where others may come from elsewhere.
-    assert_eq!(pause(Watching::Native, false, Sight::default(), POLL_INTERVAL), POLL_INTERVAL);
-    assert_eq!(pause(Watching::Both, true, Sight::default(), POLL_INTERVAL), POLL_INTERVAL);
+    assert_eq!(pause(Watching::Native, false, Completeness::default(), POLL_INTERVAL), POLL_INTERVAL);
+    assert_eq!(pause(Watching::Both, true, Completeness::default(), POLL_INTERVAL), POLL_INTERVAL);
     // A minute is the most.
     let hour = Duration::from_secs(3600);
-    assert_eq!(pause(Watching::Native, false, Sight::default(), hour), NATIVE_LOOK);
+    assert_eq!(pause(Watching::Native, false, Completeness::default(), hour), NATIVE_SCAN_INTERVAL);
     fs::remove_dir_all(watched.folder.path()).unwrap();
     assert_eq!(watched.pause(), POLL_INTERVAL, "the folder may come again");
 }
@@ -112,11 +116,11 @@ fn what_is_linked_is_polled_as_nothing_tells_of_what_changes_behind_a_link() {
         symlink(elsewhere.path().join(target), &link).unwrap();
         assert_eq!(watched.pause(), POLL_INTERVAL, "{name}");
         fs::remove_file(link).unwrap();
-        assert_eq!(watched.pause(), NATIVE_LOOK, "{name}");
+        assert_eq!(watched.pause(), NATIVE_SCAN_INTERVAL, "{name}");
     }
-    let real = watched.look.mount_point.clone();
-    watched.look.mount_point = elsewhere.path().join("volume");
-    symlink(real, &watched.look.mount_point).unwrap();
+    let real = watched.scanner.mount_point.clone();
+    watched.scanner.mount_point = elsewhere.path().join("volume");
+    symlink(real, &watched.scanner.mount_point).unwrap();
     assert_eq!(watched.pause(), POLL_INTERVAL);
 }
 

@@ -1,0 +1,445 @@
+//! Every path that this host answers: the one list from which matching, the methods and parameters that a path takes, labels of metrics, the
+//! 404's text and the README's table come. It answers nothing itself.
+
+use std::{borrow::Cow, fmt::Write as _};
+
+use hyper::Method;
+
+use super::query::path_name;
+use crate::audit::{Action, Effect};
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    Predict(Prediction),
+    Jobs,
+    Job,
+    Redeliver,
+    Health,
+    Live,
+    Ready,
+    Queues,
+    Queue,
+    Models,
+    Model,
+    ReloadModel,
+    RollBack,
+    Unload,
+    ReloadVolume,
+    Devices,
+    Metrics,
+    Config,
+    ReloadConfig,
+}
+
+/// How a prediction is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Prediction {
+    /// One input, one answer.
+    Sync,
+    /// A list of inputs, a list of answers.
+    Batch,
+    /// An asynchronous job.
+    Async,
+}
+
+impl Route {
+    /// How it runs a pipeline; `None` where it doesn't.
+    pub(super) fn prediction(self) -> Option<Prediction> {
+        match self {
+            Self::Predict(prediction) => Some(prediction),
+            _ => None,
+        }
+    }
+}
+
+/// Whom it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OpenTo {
+    /// Whoever asks.
+    Everybody,
+    /// Whoever has a key, where there are keys.
+    Callers,
+    /// A key with `management = true`, and the management socket.
+    Management,
+}
+
+/// One path.
+pub(super) struct Endpoint {
+    pub(super) route: Route,
+    /// With a placeholder for a name; a label of metrics.
+    pub(super) pattern: &'static str,
+    /// As the header `allow` names them; HEAD is taken for GET before it gets here.
+    pub(super) methods: &'static str,
+    pub(super) open_to: OpenTo,
+    /// Of the query; others are passed over, unless they are nearly one of these.
+    pub(super) parameters: &'static [&'static str],
+    /// What it answers, for people.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the README's table is made from it, by a test"))]
+    about: &'static str,
+}
+
+const GET: &str = "GET, HEAD";
+const POST: &str = "POST";
+const GET_OR_DELETE: &str = "GET, HEAD, DELETE";
+
+/// All of them, those first that are asked for most.
+static ENDPOINTS: [Endpoint; 21] = [
+    Endpoint {
+        route: Route::Predict(Prediction::Sync),
+        pattern: "/predict_sync",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &["model_name"],
+        about: "one bare input in, `{\"status\":\"success\", …output}` out",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Batch),
+        pattern: "/predict_batch",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &["model_name", "partial"],
+        about: "a list in, a list out, each item in its place. One that isn't the pipeline's input fails the list whole, before anything runs: 422 with its index. With `?partial=true` it stands in its place as `{\"status\":\"error\",\"error\",\"detail\"}`, as one that fails in the pipeline does anyway",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Async),
+        pattern: "/predict_async",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &["model_name"],
+        about: "`{\"message\": input, \"success_queue\", \"failure_queue\", \"meta\": {…}}` in, `{\"job_id\"}` out",
+    },
+    Endpoint {
+        route: Route::Jobs,
+        pattern: "/jobs",
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &["state", "delivery", "model", "after", "limit"],
+        about: "the caller's jobs, the youngest first; of all callers for management",
+    },
+    Endpoint {
+        route: Route::Job,
+        pattern: "/jobs/{id}",
+        methods: GET_OR_DELETE,
+        open_to: OpenTo::Callers,
+        parameters: &["wait_ms"],
+        about: "a job: state, result, attempts, delivery, once it has ended or `wait_ms` have passed. DELETE takes it back: 202 where its batch runs",
+    },
+    Endpoint {
+        route: Route::Redeliver,
+        pattern: "/jobs/{id}/redeliver",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "has the job's result delivered once more",
+    },
+    Endpoint {
+        route: Route::Health,
+        pattern: "/health",
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "how the models are. Their names want a key where there are keys, reasons management",
+    },
+    Endpoint {
+        route: Route::Live,
+        pattern: "/livez",
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "the process answers",
+    },
+    Endpoint {
+        route: Route::Ready,
+        pattern: "/readyz",
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &["model"],
+        about: "what is required serves, or the one model",
+    },
+    Endpoint {
+        route: Route::Queues,
+        pattern: "/queues",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "how much the queues in memory hold, and which brokers can't be used",
+    },
+    Endpoint {
+        route: Route::Queue,
+        pattern: "/queues/{name}",
+        methods: GET_OR_DELETE,
+        open_to: OpenTo::Management,
+        parameters: &["limit", "receipt", "lease_seconds"],
+        about: "the oldest messages of a queue in memory. DELETE takes them for a while (60 s) and gives a `receipt`; with it acknowledges them, and they are delivered; else they come back",
+    },
+    Endpoint {
+        route: Route::Models,
+        pattern: "/models",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "the models and where they stand",
+    },
+    Endpoint {
+        route: Route::Model,
+        pattern: "/models/{name}",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "a model, its generations and its last changes",
+    },
+    Endpoint {
+        route: Route::ReloadModel,
+        pattern: "/models/{name}/reload",
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "takes the plugin from its volume again: what became of it; 409 where what serves stayed",
+    },
+    Endpoint {
+        route: Route::RollBack,
+        pattern: "/models/{name}/rollback",
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "goes back to the generation before; 409 where what serves stayed",
+    },
+    Endpoint {
+        route: Route::Unload,
+        pattern: "/models/{name}/unload",
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "unloads a model without an entry, and answers when it has left; 409 for one with an entry",
+    },
+    Endpoint {
+        route: Route::ReloadVolume,
+        pattern: "/volumes/{name}/reload",
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "scans a volume now, and calls `on_volume_reload`",
+    },
+    Endpoint {
+        route: Route::Devices,
+        pattern: "/devices",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "GPUs, how busy they are, who holds them",
+    },
+    Endpoint {
+        route: Route::Metrics,
+        pattern: "/metrics",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "Prometheus' text format",
+    },
+    Endpoint {
+        route: Route::Config,
+        pattern: "/config",
+        methods: GET,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "the configuration in force, and where each value comes from",
+    },
+    Endpoint {
+        route: Route::ReloadConfig,
+        pattern: "/config/reload",
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "reads the configuration again; 409 where it is wrong",
+    },
+];
+
+/// A path that is one of these, and the name in it.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'p> {
+    pub(super) endpoint: &'static Endpoint,
+    /// As it stands in the path.
+    raw_name: &'p str,
+}
+
+impl<'p> Target<'p> {
+    /// `None` where the path is none of these.
+    pub(super) fn of(path: &'p str) -> Option<Self> {
+        let with_name =
+            |endpoint: &'static Endpoint| Some(Self { endpoint, raw_name: endpoint.name_in(path)? });
+        ENDPOINTS.iter().find_map(with_name)
+    }
+
+    pub(super) fn route(self) -> Route {
+        self.endpoint.route
+    }
+
+    /// What stands in the path's placeholder, decoded.
+    pub(super) fn name(self) -> Cow<'p, str> {
+        path_name(self.raw_name)
+    }
+
+    /// Whether the path has such a method.
+    pub(super) fn takes(self, method: &Method) -> bool {
+        self.endpoint.methods.split(", ").any(|known| known == method.as_str())
+    }
+
+    /// What a request with this method asks for, as the audit log has it.
+    pub(super) fn action<'a>(self, method: &'a Method, name: &'a str) -> Action<'a> {
+        let (method, effect) = (method.as_str(), self.effect(method));
+        Action { method, endpoint: self.endpoint.pattern, name, effect }
+    }
+
+    /// What a request with this method does.
+    pub(super) fn effect(self, method: &Method) -> Effect {
+        match self.route() {
+            _ if method != Method::GET => Effect::Change,
+            Route::Config | Route::Queue => Effect::Read,
+            _ => Effect::Look,
+        }
+    }
+}
+
+impl Endpoint {
+    /// What stands where the pattern has its placeholder; nothing where it has none.
+    fn name_in<'p>(&self, path: &'p str) -> Option<&'p str> {
+        if self.pattern == path {
+            return Some("");
+        }
+        let (before, rest) = self.pattern.split_once('{')?;
+        let (_, after) = rest.split_once('}')?;
+        let name = path.strip_prefix(before)?.strip_suffix(after)?;
+        (!name.is_empty() && !name.contains('/')).then_some(name)
+    }
+}
+
+/// The methods, without HEAD, which goes with GET.
+fn shown(methods: &str, between: &str) -> String {
+    methods.replace(", HEAD", "").replace(", ", between)
+}
+
+/// The answer to a path that is none of these.
+pub(super) fn no_such_path(path: &str) -> String {
+    let mut text = format!("no such path: {path}; there are ");
+    for (index, endpoint) in ENDPOINTS.iter().enumerate() {
+        let comma = if index == 0 { "" } else { ", " };
+        let methods = shown(endpoint.methods, " and ");
+        let _ = write!(text, "{comma}{methods} {}", endpoint.pattern);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(path: &str) -> Option<(Route, String)> {
+        Target::of(path).map(|target| (target.route(), target.name().into_owned()))
+    }
+
+    #[test]
+    fn names_are_found_in_paths_and_other_paths_are_nobodys() {
+        assert_eq!(found("/predict_sync"), Some((Route::Predict(Prediction::Sync), String::new())));
+        assert_eq!(found("/models/echo"), Some((Route::Model, "echo".into())));
+        assert_eq!(found("/models/a%20b/rollback"), Some((Route::RollBack, "a b".into())));
+        assert_eq!(found("/models/reload"), Some((Route::Model, "reload".into())));
+        assert_eq!(found("/volumes/main/reload"), Some((Route::ReloadVolume, "main".into())));
+        assert_eq!(found("/jobs/a/redeliver"), Some((Route::Redeliver, "a".into())));
+        assert_eq!(found("/queues/q"), Some((Route::Queue, "q".into())));
+        for path in [
+            "/",
+            "",
+            "/models/",
+            "/models/a/b",
+            "/models/a/reload/c",
+            "/models//reload",
+            "/volumes/a",
+            "/jobs/",
+            "/jobs/a/b",
+            "/queues/",
+            "/queues/a/b",
+            "/job",
+            "jobs",
+            "models/a",
+            "/nowhere",
+            "/livez/",
+            "/models/{name",
+        ] {
+            let found = found(path);
+            // A brace is a letter as any other.
+            assert!(found.is_none() || path == "/models/{name", "{path}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn every_route_has_its_own_path_and_names_itself() {
+        for endpoint in &ENDPOINTS {
+            let target = Target::of(endpoint.pattern).unwrap();
+            assert_eq!(target.route(), endpoint.route);
+            assert_eq!(ENDPOINTS.iter().filter(|other| other.route == endpoint.route).count(), 1);
+            assert!(no_such_path("/x").contains(endpoint.pattern));
+        }
+    }
+
+    #[test]
+    fn settings_and_messages_are_read_and_everything_else_is_looked_at_or_changed() {
+        for (method, path, effect) in [
+            (Method::GET, "/config", Effect::Read),
+            (Method::GET, "/queues/q", Effect::Read),
+            (Method::GET, "/queues", Effect::Look),
+            (Method::GET, "/models/a", Effect::Look),
+            (Method::GET, "/jobs", Effect::Look),
+            (Method::GET, "/jobs/a", Effect::Look),
+            (Method::DELETE, "/queues/q", Effect::Change),
+            (Method::DELETE, "/jobs/a", Effect::Change),
+            (Method::POST, "/jobs/a/redeliver", Effect::Change),
+            (Method::POST, "/models/a/reload", Effect::Change),
+            (Method::POST, "/models/a/rollback", Effect::Change),
+            (Method::POST, "/models/a/unload", Effect::Change),
+            (Method::POST, "/volumes/a/reload", Effect::Change),
+            (Method::POST, "/config/reload", Effect::Change),
+        ] {
+            let target = Target::of(path).unwrap();
+            assert!(target.takes(&method), "{method} {path}");
+            assert_eq!(target.effect(&method), effect, "{method} {path}");
+        }
+    }
+
+    /// The README's table, from the list.
+    fn table() -> String {
+        let mut text = "| request | open to | answer |\n| --- | --- | --- |\n".to_owned();
+        for Endpoint { pattern, methods, open_to, parameters, about, .. } in &ENDPOINTS {
+            let methods = shown(methods, ", ");
+            let pattern = pattern.replace("{id}", "ID").replace("{name}", "NAME");
+            let query = match parameters {
+                [] => String::new(),
+                names => format!("?{}=", names.join("=&")),
+            };
+            let open_to = match open_to {
+                OpenTo::Everybody => "everybody",
+                OpenTo::Callers => "callers",
+                OpenTo::Management => "management",
+            };
+            let _ = writeln!(text, "| `{methods} {pattern}{query}` | {open_to} | {about} |");
+        }
+        text
+    }
+
+    #[test]
+    fn the_readme_has_this_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+        let readme = std::fs::read_to_string(path).unwrap();
+        let begin = readme.find("| request | open to |").expect("the README has the table");
+        let length = readme[begin..].find("\n\n").expect("it ends") + 1;
+        if std::env::var_os("MODALKIT_UPDATE").is_some() {
+            std::fs::write(path, readme.replace(&readme[begin..begin + length], &table())).unwrap();
+        } else {
+            assert_eq!(
+                &readme[begin..begin + length],
+                table(),
+                "run this test with MODALKIT_UPDATE=1 to write the README's table anew"
+            );
+        }
+    }
+}

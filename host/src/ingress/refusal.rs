@@ -1,0 +1,39 @@
+//! Answers to requests that nobody carries out: of callers who aren't let in, and with a method that a path doesn't have.
+
+use hyper::{
+    StatusCode,
+    header::{ALLOW, HeaderValue},
+};
+use serde_json::json;
+
+use super::Context;
+use crate::{
+    access::{AccessError, Origin},
+    audit::Action,
+    egress::{self, HttpResponse, object_response},
+};
+
+/// The answer to a caller who isn't let in. Keys that are wrong, missing or may not do this stand in the audit log.
+pub(super) fn refuse(
+    context: &Context,
+    from: &Origin,
+    action: Action<'_>,
+    denied: &AccessError,
+) -> HttpResponse {
+    let response = egress::denied(denied);
+    let key = match denied {
+        AccessError::Missing { .. } | AccessError::Wrong { .. } => None,
+        AccessError::NoManagement { key } => key.as_deref(),
+        AccessError::TooOften(_) | AccessError::TooMany | AccessError::Unknown => return response,
+    };
+    context.audit.refused(action, key, from, response.status().as_u16());
+    response
+}
+
+/// The answer to a method that a path doesn't have.
+pub(super) fn wrong_method(expected: &'static str) -> HttpResponse {
+    let detail = format!("expected the method {}", expected.replace(", ", " or "));
+    let mut response = object_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"detail": detail}));
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(expected));
+    response
+}

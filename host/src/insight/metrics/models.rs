@@ -1,0 +1,107 @@
+//! Metrics of models, and one model's looked up once.
+
+use prometheus::{Histogram, IntCounter, IntGauge};
+
+use super::registrar::families;
+use crate::insight::traces::Traces;
+
+families! {
+    /// Of all models.
+    pub(super) struct ModelFamilies {
+        request: seconds("modalkit_request_seconds", "from a request's headers to its answer", ["model"]);
+        requests: counters("modalkit_requests_total", "requests answered", ["model", "endpoint", "status"]);
+        queue_wait: seconds("modalkit_queue_wait_seconds", "from a job's arrival to its batch", ["model"]);
+        batch_wait: seconds("modalkit_batch_wait_seconds", "how long a batch waited to be filled while a replica was free", ["model"]);
+        stage: seconds("modalkit_stage_seconds", "a batch's time in one stage", ["model", "stage"]);
+        batch_size: items("modalkit_batch_size_items", "items in a batch", ["model"]);
+        batches_closed: counters("modalkit_batches_closed_total", "batches by why they closed", ["model", "reason"]);
+        jobs_skipped: counters("modalkit_jobs_skipped_total", "jobs dropped before they took a slot", ["model", "reason"]);
+        batches_failed: counters("modalkit_batches_failed_total", "batches that failed whole", ["model", "reason"]);
+        queued: gauges("modalkit_queued_jobs", "jobs that wait", ["model"]);
+        replicas: gauges("modalkit_replicas", "replicas that serve", ["model"]);
+        replicas_stuck: gauges("modalkit_replicas_stuck", "threads that overran their time and have not come back, of earlier generations too", ["model"]);
+        replicas_given_up: counters("modalkit_replicas_given_up_total", "replicas given up after batch_timeout_seconds", ["model"]);
+        ready: gauges("modalkit_model_ready", "1 while the model serves", ["model"]);
+        reloads: counters("modalkit_reloads_total", "changes of a model's plugin by how they ended", ["model", "outcome"]);
+        hooks: counters("modalkit_volume_hooks_total", "calls of on_volume_reload by how they ended", ["model", "outcome"]);
+        generation: gauges("modalkit_generation", "the generation that serves", ["model"]);
+    }
+}
+
+/// One model's metrics, looked up once.
+pub struct ModelMetrics {
+    /// Where spans go.
+    pub traces: Traces,
+    /// From a request's headers to its answer, seconds.
+    pub request: Histogram,
+    /// Requests to `/predict_sync` answered with 200.
+    pub ok_sync: IntCounter,
+    /// Requests to `/predict_batch` answered with 200.
+    pub ok_batch: IntCounter,
+    /// Requests to `/predict_async` answered with 200.
+    pub ok_async: IntCounter,
+    /// From a job's arrival to its batch, seconds.
+    pub queue_wait: Histogram,
+    /// How long a batch waited to be filled while a replica was free, seconds.
+    pub batch_wait: Histogram,
+    /// Seconds in `preprocess`.
+    pub preprocess: Histogram,
+    /// Seconds in `predict`.
+    pub predict: Histogram,
+    /// Seconds in `postprocess`.
+    pub postprocess: Histogram,
+    /// Items in a batch.
+    pub batch_size: Histogram,
+    /// Batches closed because they were full.
+    pub closed_full: IntCounter,
+    /// Batches closed because `wait_ms` had passed.
+    pub closed_waited: IntCounter,
+    /// Batches closed because no more jobs would come.
+    pub closed_drained: IntCounter,
+    /// Jobs dropped before they took a slot because the caller had left.
+    pub skipped_cancelled: IntCounter,
+    /// Jobs dropped before they took a slot because the deadline had passed.
+    pub skipped_expired: IntCounter,
+    /// Batches that failed whole in a stage.
+    pub failed: IntCounter,
+    /// Batches that failed because the plugin panicked.
+    pub panicked: IntCounter,
+    /// Batches that overran `batch_timeout_seconds`.
+    pub timed_out: IntCounter,
+    /// Jobs that wait.
+    pub queued: IntGauge,
+    /// Replicas that serve.
+    pub replicas: IntGauge,
+    /// Replicas that were given up and whose threads haven't come back.
+    pub replicas_stuck: IntGauge,
+    /// Replicas that were given up, ever.
+    pub replicas_given_up: IntCounter,
+    /// 1 while the model serves.
+    pub ready: IntGauge,
+}
+
+/// The words that [`ReloadMetrics::outcome`] knows.
+pub const RELOAD_OUTCOMES: [&str; 5] = ["swapped", "rolled_back", "refused", "superseded", "stopped"];
+
+/// One model's reloads.
+pub struct ReloadMetrics {
+    pub(super) outcomes: [IntCounter; RELOAD_OUTCOMES.len()],
+    /// Calls of `on_volume_reload` that went well on every replica.
+    pub hooks_ok: IntCounter,
+    /// Calls of `on_volume_reload` that failed on some replica.
+    pub hooks_failed: IntCounter,
+    /// The number of the generation that serves.
+    pub generation: IntGauge,
+}
+
+impl ReloadMetrics {
+    /// The counter of changes that ended so.
+    ///
+    /// # Panics
+    /// Where the word is none of [`RELOAD_OUTCOMES`].
+    #[must_use]
+    pub fn outcome(&self, word: &str) -> &IntCounter {
+        let known = RELOAD_OUTCOMES.iter().position(|known| *known == word);
+        &self.outcomes[known.expect("a word of RELOAD_OUTCOMES")]
+    }
+}

@@ -1,0 +1,191 @@
+//! Replicas on their way up: their devices, their threads, and what follows where a load fails or takes too long.
+
+use std::{
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
+
+use modalkit_device::{Holder, Lease, NoLease};
+use modalkit_loader::Failure;
+
+use super::{Loading, Loop, Progress};
+use crate::pipeline::{
+    Status,
+    order::{VolumeChange, failure},
+    replica::Replica,
+};
+
+/// After a failed load, the wait until the next try; it doubles with each failure up to the maximum.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// When a failed load is tried again.
+pub(super) struct Retry {
+    not_before: Option<Instant>,
+    pause: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { not_before: None, pause: RETRY_MIN }
+    }
+}
+
+impl Retry {
+    /// A load went well: the next one that fails is tried again soon.
+    pub(super) fn pause_shortly(&mut self) {
+        self.pause = RETRY_MIN;
+    }
+}
+
+impl Loop {
+    pub(super) fn may_retry(&self, now: Instant) -> bool {
+        // Each thread that hangs keeps its memory: beyond this many, another try only spreads the damage.
+        self.stuck <= self.model.spec().replicas.stuck_max
+            && self.starved_at.is_none_or(|freed| freed != self.model.devices.freed())
+            && self.retry.not_before.is_none_or(|moment| moment <= now)
+    }
+
+    pub(super) fn start_replica(&mut self) {
+        self.short_since = None;
+        let freed = self.model.devices.freed();
+        let lease = match self.lease(self.started_ever + 1) {
+            Ok(lease) => lease,
+            // Waiting would change nothing.
+            Err(refusal @ (NoLease::NotHere { .. } | NoLease::NotBeside { .. })) => {
+                self.on_load_failed(&failure(refusal.to_string()));
+                return;
+            }
+            Err(refusal) => {
+                self.on_starved(&refusal, freed);
+                return;
+            }
+        };
+        if self.starved_at.take().is_some() {
+            self.progress.send_if_modified(|progress| {
+                let waited = matches!(progress, Progress::Waits(_));
+                if waited {
+                    *progress = Progress::Loading;
+                }
+                waited
+            });
+        }
+        self.started_ever += 1;
+        match Replica::start(self.started_ever, Arc::clone(&self.context), lease) {
+            Ok(()) => self.loading.push(Loading {
+                replica: self.started_ever,
+                since: Instant::now(),
+                missed: Vec::new(),
+            }),
+            Err(error) => {
+                self.pause_retries();
+                tracing::error!(model = self.model.name, %error, "can't start a replica's thread");
+            }
+        }
+    }
+
+    /// The devices of one more replica: free ones, or else those of a replica of the generation before. `None` where the model asks for
+    /// none.
+    fn lease(&mut self, replica: u64) -> Result<Option<Arc<Lease>>, NoLease> {
+        let generation = &self.context.generation;
+        let Some(wanted) = &generation.spec.gpu else { return Ok(None) };
+        let holder = Holder { model: self.model.name.clone(), generation: generation.number, replica };
+        let refusal = match self.model.devices.lease(wanted, holder.clone()) {
+            Ok(lease) => return Ok(Some(Arc::new(lease))),
+            Err(refusal) => refusal,
+        };
+        let shared = |lease: &Weak<Lease>| lease.upgrade()?.share(wanted, holder.clone());
+        let found = self.inherited.iter().enumerate().find_map(|(at, lease)| Some((at, shared(lease)?)));
+        let Some((at, lease)) = found else {
+            let beside = !self.inherited.is_empty()
+                && self.model.devices.has_room_without(&self.inherited, wanted, &self.model.name);
+            return Err(if beside { NoLease::NotBeside { wanted: wanted.to_string() } } else { refusal });
+        };
+        // Two of its replicas don't share what one of the generation before had.
+        self.inherited.remove(at);
+        tracing::info!(
+            model = self.model.name,
+            generation = generation.number,
+            replica,
+            "no device is free: the replica shares one with the generation before"
+        );
+        Ok(Some(Arc::new(lease)))
+    }
+
+    fn on_starved(&mut self, refusal: &NoLease, freed: u64) {
+        let reason = refusal.to_string();
+        // Said once, and tried again whenever a lease has ended.
+        if self.starved_at.replace(freed).is_none() {
+            let (model, generation) = (&self.model.name, self.context.generation.number);
+            tracing::warn!(model, generation, reason, "a replica waits for a device");
+        }
+        self.progress.send_if_modified(|progress| {
+            let waits = Progress::Waits(reason.clone());
+            let changes = *progress != Progress::Loaded && *progress != waits;
+            if changes {
+                *progress = waits;
+            }
+            changes
+        });
+        if self.replicas.is_empty() {
+            self.says(Status::Failed { reason });
+        }
+    }
+
+    pub(super) fn on_load_failed(&mut self, failure: &Failure) {
+        let pause = self.pause_retries();
+        let reason = failure.message.to_string();
+        tracing::error!(
+            model = self.model.name,
+            generation = self.context.generation.number,
+            error = reason,
+            retry_in = ?pause,
+            "the pipeline didn't load"
+        );
+        let reason = format!("the pipeline didn't load: {reason}");
+        self.progress.send_if_modified(|progress| {
+            let loading = *progress != Progress::Loaded;
+            if loading {
+                *progress = Progress::Failed(reason.clone());
+            }
+            loading
+        });
+        if self.replicas.is_empty() {
+            self.says(Status::Failed { reason });
+        }
+    }
+
+    pub(super) fn give_up_loading(&mut self) {
+        let limit = self.model.spec().replicas.load_timeout;
+        let overdue = self.loading.iter().filter(|loading| loading.since.elapsed() >= limit).count();
+        self.loading.retain(|loading| loading.since.elapsed() < limit);
+        for _ in 0..overdue {
+            self.stuck += 1;
+            self.model.metrics.replicas_stuck.inc();
+            self.on_load_failed(&failure(format!(
+                "`load` and `warmup` did not return within {limit:?} (load_timeout_seconds); their thread is left behind"
+            )));
+        }
+        if overdue > 0 {
+            self.on_replicas_changed();
+        }
+    }
+
+    fn pause_retries(&mut self) -> Duration {
+        let pause = self.retry.pause;
+        self.retry = Retry { not_before: Some(Instant::now() + pause), pause: (pause * 2).min(RETRY_MAX) };
+        pause
+    }
+
+    /// What a replica missed while it loaded; `None` where it was no longer waited for.
+    pub(super) fn has_loaded(&mut self, replica: u64) -> Option<Vec<VolumeChange>> {
+        let at = self.loading.iter().position(|loading| loading.replica == replica)?;
+        Some(self.loading.remove(at).missed)
+    }
+
+    /// A load that was given up has ended.
+    pub(super) fn load_came_back(&mut self) {
+        self.stuck = self.stuck.saturating_sub(1);
+        self.model.metrics.replicas_stuck.dec();
+    }
+}

@@ -1,0 +1,405 @@
+//! Keeps as many replicas of a generation as are wanted: leases their devices, starts, replaces, gives up and retires them, and
+//! has them walked through changes of their data. One loop over one enum of events; it never runs a batch itself, and never decides
+//! whether its generation serves.
+
+mod loading;
+mod retiring;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use modalkit_device::Lease;
+use modalkit_loader::{Failure, Instance};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::MissedTickBehavior,
+};
+
+use self::loading::Retry;
+use super::{
+    Generation, Model, Status,
+    order::{Leases, Order, VolumeChange},
+    replica::{Event, Replica, ReplicaContext},
+    scale::{self, Observed, Step},
+    walk::Walk,
+};
+
+/// How often the fleet looks at queue and replicas: the grain of `batch_timeout_seconds`, `load_timeout_seconds` and of
+/// scaling.
+const TICK: Duration = Duration::from_millis(50);
+/// Threads write here when they start or fail; a full channel makes them wait.
+const EVENTS_MAX: usize = 64;
+/// Orders that wait for the loop, which carries each out at once.
+const ORDERS_MAX: usize = 16;
+
+/// The running loop of one generation. Dropped, it ends as by [`Fleet::stop`], and nobody waits for it.
+pub struct Fleet {
+    /// Whose replicas these are.
+    pub generation: Arc<Generation>,
+    orders: mpsc::Sender<Order>,
+    progress: watch::Receiver<Progress>,
+    live: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+/// How far the first replicas have come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// They load.
+    Loading,
+    /// One waits for a device, for this reason. It goes on when one is free.
+    Waits(String),
+    /// As many as were asked for are loaded.
+    Loaded,
+    /// One could not be loaded, for this reason. It is tried again, with a growing pause.
+    Failed(String),
+}
+
+struct Loop {
+    model: Arc<Model>,
+    context: Arc<ReplicaContext>,
+    /// For walks, which may outlive the fleet.
+    orders: mpsc::WeakSender<Order>,
+    progress: watch::Sender<Progress>,
+    /// It was told to end, and only waits for those that are still there.
+    stopping: bool,
+    /// Replicas to be loaded before anything else is decided.
+    first: usize,
+    /// The length of `replicas`, for others to read.
+    live: Arc<AtomicUsize>,
+    replicas: Vec<Arc<Replica>>,
+    leaving: Vec<Arc<Replica>>,
+    /// Replicas with a batch that overran; their other lanes may still run one.
+    given_up: Vec<Arc<Replica>>,
+    loading: Vec<Loading>,
+    /// Devices of the generation before, which its replicas may share where none is free.
+    inherited: Leases,
+    /// How many leases had ended when the last one was refused; it is asked for again when that number changes.
+    starved_at: Option<u64>,
+    /// Threads of this generation that overran their time in `load`, in a batch or in a hook and haven't come back. The metric counts those
+    /// of earlier ones too, which outlive their fleets: whoever notices that one is stuck adds to it, and that thread takes it off.
+    stuck: usize,
+    started_ever: u64,
+    retry: Retry,
+    short_since: Option<Instant>,
+    spare_since: Option<Instant>,
+}
+
+struct Loading {
+    replica: u64,
+    since: Instant,
+    /// What changed after it began to read its data.
+    missed: Vec<VolumeChange>,
+}
+
+impl Fleet {
+    /// Starts to load this many replicas. They take no work until the generation is said to serve. Where no device is free for one, it
+    /// shares one of the `inherited`.
+    #[must_use]
+    pub fn start(model: Arc<Model>, generation: Arc<Generation>, replicas: usize, inherited: Leases) -> Self {
+        let (events, received) = mpsc::channel(EVENTS_MAX);
+        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
+        let (report, progress) = watch::channel(Progress::Loading);
+        let context = Arc::new(ReplicaContext {
+            generation: Arc::clone(&generation),
+            queue: Arc::clone(&model.queue),
+            metrics: Arc::clone(&model.metrics),
+            events,
+        });
+        let live = Arc::new(AtomicUsize::new(0));
+        let fleet = Loop {
+            live: Arc::clone(&live),
+            model,
+            context,
+            orders: orders.downgrade(),
+            progress: report,
+            stopping: false,
+            first: replicas.max(1),
+            replicas: Vec::new(),
+            leaving: Vec::new(),
+            given_up: Vec::new(),
+            loading: Vec::new(),
+            inherited,
+            starved_at: None,
+            stuck: 0,
+            started_ever: 0,
+            retry: Retry::default(),
+            short_since: None,
+            spare_since: None,
+        };
+        Self { generation, orders, progress, live, task: tokio::spawn(fleet.run(received, ordered)) }
+    }
+
+    /// Waits until the first replicas have come further than this; returns how far.
+    pub async fn beyond(&mut self, seen: &Progress) -> Progress {
+        match self.progress.wait_for(|progress| progress != seen).await {
+            Ok(progress) => progress.clone(),
+            Err(_) => Progress::Failed("the host's loop that loads replicas ended".into()),
+        }
+    }
+
+    /// Loaded replicas.
+    #[must_use]
+    pub fn replicas(&self) -> usize {
+        self.live.load(Ordering::SeqCst)
+    }
+
+    /// An instance, to ask it something beside its work. `None` where there is none.
+    pub async fn instance(&self) -> Option<Arc<Instance>> {
+        let (reply, instance) = oneshot::channel();
+        self.orders.send(Order::Instance(reply)).await.ok()?;
+        instance.await.ok()?
+    }
+
+    /// The devices of its replicas.
+    pub async fn leases(&self) -> Leases {
+        let (reply, leases) = oneshot::channel();
+        // A fleet that has ended has none.
+        let _ = self.orders.send(Order::Leases(reply)).await;
+        leases.await.unwrap_or_default()
+    }
+
+    /// Runs `on_volume_reload` on one replica after the other. What comes back has one entry for each; it ends with the
+    /// fleet.
+    pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), Failure>>> {
+        let (reply, results) = oneshot::channel();
+        // A fleet that has ended drops the reply, which says so.
+        let _ = self.orders.send(Order::VolumeReload(change, reply)).await;
+        results
+    }
+
+    /// Lets every replica finish what it runs, and waits until they have left, but for those that hang.
+    pub async fn stop(self) {
+        // A loop that has ended needs no word.
+        let _ = self.orders.send(Order::Stop).await;
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "a fleet's loop ended before it was told to");
+        }
+    }
+}
+
+impl Loop {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut orders: mpsc::Receiver<Order>) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first load is tried even where no replica is kept without work: a model that can't load should say so.
+        (0..self.first).for_each(|_| self.start_replica());
+        loop {
+            tokio::select! {
+                Some(event) = events.recv() => self.on_event(event),
+                _ = tick.tick() => self.on_tick(),
+                order = orders.recv() => match order {
+                    Some(order) => {
+                        if !self.on_order(order) {
+                            break;
+                        }
+                    }
+                    None => break,
+                },
+            }
+        }
+        // Orders that come now are dropped, and their senders with them.
+        drop(orders);
+        self.stopping = true;
+        self.retire_all();
+        while self.leaving.iter().any(|replica| !replica.has_stopped())
+            || self.given_up.iter().any(|replica| replica.is_running())
+            || !self.loading.is_empty()
+        {
+            tokio::select! {
+                Some(event) = events.recv() => {
+                    self.on_event(event);
+                    self.retire_all();
+                }
+                _ = tick.tick() => {
+                    self.give_up_overrun();
+                    self.give_up_loading();
+                    self.leaving.retain(|replica| !replica.has_stopped());
+                }
+            }
+        }
+        // Loads that were given up may have come back since the last look; those that come later see that nobody is told any more.
+        events.close();
+        while let Ok(event) = events.try_recv() {
+            self.on_event(event);
+        }
+        self.retire_all();
+    }
+
+    /// `false` when it is to end.
+    fn on_order(&mut self, order: Order) -> bool {
+        match order {
+            Order::Stop => return false,
+            Order::Instance(reply) => {
+                // Whoever asked may have left.
+                let _ = reply.send(self.replicas.first().and_then(|replica| replica.instance()));
+            }
+            Order::Leases(reply) => {
+                let leases = self.replicas.iter().filter_map(|replica| replica.lease()).map(Arc::downgrade);
+                // Whoever asked may have left.
+                let _ = reply.send(leases.collect());
+            }
+            Order::VolumeReload(change, reply) => {
+                for loading in &mut self.loading {
+                    loading.missed.push(change.clone());
+                }
+                tokio::spawn(self.walk().through(self.replicas.clone(), change, reply));
+            }
+            Order::ThreadReturned => self.thread_returned(),
+            Order::GiveUp(replica) => {
+                let known = self.replicas.len();
+                self.replicas.retain(|other| !Arc::ptr_eq(other, &replica));
+                if self.replicas.len() < known {
+                    // The walk has counted it in the metric.
+                    self.stuck += 1;
+                    self.validate_with_first();
+                    replica.stop();
+                    self.given_up.push(replica);
+                    self.on_replicas_changed();
+                }
+            }
+        }
+        true
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Started(replica) => {
+                let Some(missed) = self.has_loaded(replica.number) else {
+                    self.load_came_back();
+                    replica.stop();
+                    self.leaving.push(replica);
+                    self.on_replicas_changed();
+                    return;
+                };
+                self.retry.pause_shortly();
+                tracing::info!(
+                    model = self.model.name,
+                    generation = self.context.generation.number,
+                    replica = replica.number,
+                    "replica started"
+                );
+                for change in missed {
+                    // As early as it can: it may have taken a batch already.
+                    replica.set_paused(true);
+                    tokio::spawn(self.walk().through(
+                        vec![Arc::clone(&replica)],
+                        change,
+                        oneshot::channel().0,
+                    ));
+                }
+                self.replicas.push(replica);
+                self.on_replicas_changed();
+                if self.replicas.len() >= self.first {
+                    self.progress.send_replace(Progress::Loaded);
+                }
+                self.says(Status::Ready);
+            }
+            Event::Failed(replica, failure) => {
+                if self.has_loaded(replica).is_some() {
+                    self.on_load_failed(&failure);
+                } else {
+                    self.load_came_back();
+                }
+            }
+            Event::ThreadReturned => self.thread_returned(),
+        }
+    }
+
+    fn walk(&self) -> Walk {
+        Walk {
+            model: Arc::clone(&self.model),
+            orders: self.orders.clone(),
+            limit: self.model.spec().replicas.load_timeout,
+        }
+    }
+
+    /// Where the model stands, said by the generation that serves.
+    fn says(&self, status: Status) {
+        let generation = &self.context.generation;
+        if generation.serves() && !self.stopping {
+            self.model.set_status(status, Some(generation));
+        }
+    }
+
+    fn on_tick(&mut self) {
+        self.give_up_overrun();
+        self.give_up_loading();
+        self.give_up_lost();
+        self.leaving.retain(|replica| !replica.has_stopped());
+        let now = Instant::now();
+        if !self.context.generation.serves() {
+            // What doesn't serve keeps what it has; only its first replicas are tried again.
+            let missing = self.first.saturating_sub(self.replicas.len() + self.loading.len());
+            if missing > 0 && *self.progress.borrow() != Progress::Loaded && self.may_retry(now) {
+                self.start_replica();
+            }
+            return;
+        }
+        // Another generation may have set them last.
+        self.model.metrics.replicas.set(self.replicas.len() as i64);
+        self.say_if_stuck();
+        let load = self.model.queue.load();
+        let spec = self.model.spec();
+        let lanes = self.context.generation.spec.replicas.batches_in_flight;
+        let batch = spec.batch.max_batch_size;
+        keep(&mut self.short_since, now, load.queued >= batch && load.free_lanes == 0);
+        keep(&mut self.spare_since, now, load.spare_lanes >= lanes);
+        let since = |moment: Option<Instant>| moment.map_or(Duration::ZERO, |moment| now - moment);
+        // A model that takes no jobs can't be woken by one: it is brought back as if one waited.
+        let refuses = self.model.serving().is_err();
+        let observed = Observed {
+            live: self.replicas.len(),
+            starting: self.loading.len(),
+            stuck: self.stuck,
+            queued: load.queued.max(usize::from(refuses)),
+            short_for: since(self.short_since),
+            spare_for: since(self.spare_since),
+        };
+        match scale::next(&spec.replicas, &observed) {
+            Step::Start if self.may_retry(now) => self.start_replica(),
+            Step::Retire => {
+                self.spare_since = Some(now);
+                self.retire_one();
+            }
+            Step::Start | Step::Stay => {}
+        }
+    }
+
+    fn on_replicas_changed(&self) {
+        self.live.store(self.replicas.len(), Ordering::SeqCst);
+        if self.context.generation.serves() {
+            self.model.metrics.replicas.set(self.replicas.len() as i64);
+        }
+        self.validate_with_first();
+        self.model.queue.update_lane_states(|| {});
+    }
+
+    /// Inputs are validated by a replica that stays. Called before one is told to leave, so that nobody looks at it then.
+    fn validate_with_first(&self) {
+        let validating = self.replicas.first().and_then(|replica| replica.instance());
+        self.context.generation.validate_with(validating);
+    }
+}
+
+/// Asks the driver after devices on which something went wrong that isn't a failure of theirs for certain.
+pub fn examine(lease: Option<Arc<Lease>>) {
+    let Some(lease) = lease else { return };
+    // On a thread of its own, as the driver may hang. Where there is none, the next failure asks.
+    let ask = move || {
+        lease.examine(None);
+    };
+    let _ = thread::Builder::new().name("examine device".into()).spawn(ask);
+}
+
+/// Remembers since when something holds.
+fn keep(since: &mut Option<Instant>, now: Instant, holds: bool) {
+    *since = if holds { since.or(Some(now)) } else { None };
+}

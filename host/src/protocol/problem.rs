@@ -1,0 +1,77 @@
+//! What goes wrong, in the words that callers read: the text of an error, and an item's error in the place of its answer. Statuses are the
+//! transport's.
+
+use bytes::Bytes;
+use modalkit_loader::{Failure, FailureKind};
+use serde_json::json;
+
+use super::json::object;
+use crate::work::{Detail, JobError, Location};
+
+/// An error in words.
+#[must_use]
+pub fn describe(job_error: &JobError) -> String {
+    match job_error {
+        JobError::Invalid(details) => details.first().map(placed).unwrap_or_default(),
+        JobError::UnknownModel { name: Some(name), known } => {
+            format!("no model named {name:?}; expected one of {known:?}")
+        }
+        JobError::UnknownModel { name: None, known } if known.is_empty() => {
+            "no model is served yet: put a plugin into the volume".to_owned()
+        }
+        JobError::UnknownModel { name: None, known } => {
+            format!("several models are served: name one with model_name; expected one of {known:?}")
+        }
+        JobError::TooLarge(reason) | JobError::Conflict(reason) | JobError::Unavailable(reason) => {
+            reason.clone()
+        }
+        JobError::Busy(reason) => (*reason).to_owned(),
+        JobError::DeadlinePassed => "the deadline passed before there was an answer".to_owned(),
+        JobError::BatchTimedOut(limit) => {
+            format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
+        }
+        JobError::Failed(failure) => failure.message.to_string(),
+        JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
+    }
+}
+
+/// Why an asynchronous job failed, in words.
+#[must_use]
+pub fn job_failure(job_error: &JobError) -> String {
+    match job_error {
+        // Its own input's fault is none of the server's.
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => failure.message.to_string(),
+        JobError::Failed(failure) => internal(failure),
+        other => describe(other),
+    }
+}
+
+/// An item's error in the place of its answer.
+#[must_use]
+pub fn failed_item(failure: &Failure) -> Bytes {
+    object(&json!({"status": "error", "error": failure.message.as_str()}))
+}
+
+/// What is wrong with an item, in the place of its answer.
+#[must_use]
+pub fn invalid_item(details: Vec<Detail>) -> Bytes {
+    let error = details.first().map(placed).unwrap_or_default();
+    object(&json!({"status": "error", "error": error, "detail": details}))
+}
+
+/// A pipeline's failure in words.
+#[must_use]
+pub fn internal(failure: &Failure) -> String {
+    format!("Internal Server Error. Error log: {}", failure.message)
+}
+
+/// What is wrong with an input, with its place.
+fn placed(detail: &Detail) -> String {
+    let step = |step: &Location| match step {
+        Location::Key(key) => key.clone(),
+        Location::Index(index) => index.to_string(),
+    };
+    // The first step says that it is the body.
+    let place: Vec<String> = detail.loc.iter().skip(1).map(step).collect();
+    if place.is_empty() { detail.msg.clone() } else { format!("{}: {}", place.join("."), detail.msg) }
+}

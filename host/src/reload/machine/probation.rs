@@ -1,0 +1,107 @@
+//! What serves on probation: the generation before is kept on standby until the new one has passed its probation, and serves again where it
+//! has not.
+
+use std::{sync::Arc, time::Instant};
+
+use super::{Event, Machine, OutcomeReply, Serving, candidate::Refused, hooks::Changes};
+use crate::{
+    pipeline::Fleet,
+    reload::{
+        build::milliseconds,
+        history::{Cause, Outcome, unix_ms},
+    },
+};
+
+/// The generation before, loaded, its lanes paused.
+pub(super) struct Standby {
+    pub(super) fleet: Fleet,
+    /// The record of the swap, in the history.
+    pub(super) entry: u64,
+    pub(super) until: Instant,
+    /// What it was not told of.
+    pub(super) missed: Changes,
+}
+
+impl Machine {
+    pub(super) async fn on_probation_tick(&mut self) {
+        let Serving::OnProbation { fleet, standby } = &self.serving else { return };
+        if Instant::now() >= standby.until {
+            self.end_probation().await;
+            return;
+        }
+        let generation = &fleet.generation;
+        generation.batch_stats.judge(|| generation.set_serves(false));
+    }
+
+    /// The verdict: passed, so that the old one goes; failed, so that it serves again. A newer candidate that needs the room
+    /// brings it about early.
+    pub(super) async fn end_probation(&mut self) {
+        let Serving::OnProbation { fleet, .. } = &self.serving else { return };
+        match fleet.generation.batch_stats.end_probation() {
+            Some(reason) => self.back_to_standby(reason, Cause::Probation, Vec::new()).await,
+            None => {
+                self.retire_standby();
+                self.keep_what_serves();
+            }
+        }
+    }
+
+    fn retire_standby(&mut self) {
+        self.serving = match std::mem::replace(&mut self.serving, Serving::Nothing) {
+            Serving::OnProbation { fleet, standby } => {
+                self.retire(standby.fleet, standby.entry);
+                Serving::Alone(fleet)
+            }
+            other => other,
+        };
+    }
+
+    pub(super) async fn back_to_standby(&mut self, reason: String, cause: Cause, waiting: Vec<OutcomeReply>) {
+        let (fleet, standby) = match std::mem::replace(&mut self.serving, Serving::Nothing) {
+            Serving::OnProbation { fleet, standby } => (fleet, standby),
+            other => {
+                self.serving = other;
+                return;
+            }
+        };
+        let begun = Instant::now();
+        // So that nothing of it can stop lanes any more.
+        let _ = fleet.generation.batch_stats.end_probation();
+        let generation = Arc::clone(&standby.fleet.generation);
+        self.model.swap(Some(&fleet), &standby.fleet);
+        self.metrics.generation.set(generation.number as i64);
+        self.previous.pop();
+        self.refused = Some(Refused { sha256: fleet.generation.plugin.sha256().to_owned(), by_data: false });
+        let mut candidate = self.candidate(cause, Some(generation.plugin.sha256().to_owned()));
+        candidate.phases.swap_ms = Some(milliseconds(begun));
+        let entry = self.entry(&candidate, Some(generation.number), Outcome::RolledBack { reason });
+        let entry = self.write_down(entry, waiting);
+        self.serving = Serving::Alone(standby.fleet);
+        self.retire(fleet, entry);
+        for (missed, _) in standby.missed.0 {
+            self.call_hook(missed, Vec::new()).await;
+        }
+    }
+
+    pub(super) fn retire(&self, fleet: Fleet, entry: u64) {
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            fleet.stop().await;
+            if let Some(myself) = myself.upgrade() {
+                // A machine that has ended keeps no history.
+                let _ = myself.send(Event::Left(entry)).await;
+            }
+        });
+    }
+
+    pub(super) fn drop_fleet(&self, fleet: Fleet) {
+        tokio::spawn(fleet.stop());
+    }
+
+    pub(super) fn on_left(&mut self, entry: u64) {
+        let since = self.history.ended_at(entry).map(|at| unix_ms().saturating_sub(at));
+        if let Some(took) = since {
+            self.history.drained(entry, took as f64);
+        }
+    }
+}

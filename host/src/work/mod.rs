@@ -1,0 +1,12 @@
+//! The unit of work that everything else hands on: a job, the reply that it owns, and admission control. It never knows HTTP, models
+//! or disks.
+
+mod admission;
+mod error;
+mod job;
+mod reply;
+
+pub use admission::{Budget, Gate, JobPermit, Permit};
+pub use error::{Detail, JobError, Location};
+pub use job::{Deadline, Job, RequestId};
+pub use reply::{Mailbox, PendingReply, Recorder, Reply, ReplyHandle, reply};
