@@ -34,7 +34,7 @@ pub(super) struct Exporter {
     endpoint: String,
     /// Why the last request had no answer.
     reason: Arc<Mutex<Option<String>>>,
-    fails: AtomicBool,
+    fails: Arc<AtomicBool>,
 }
 
 /// A client that keeps why there was no answer.
@@ -63,7 +63,12 @@ impl Exporter {
             .with_headers(headers.collect())
             .build();
         let inner = exporter.map_err(|error| refused(error.into()))?;
-        Ok(Self { inner, endpoint, reason, fails: AtomicBool::new(false) })
+        Ok(Self { inner, endpoint, reason, fails: Arc::default() })
+    }
+
+    /// Whether the last export failed; kept up to date.
+    pub(super) fn fails(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.fails)
     }
 
     fn tell(&self, result: &OTelSdkResult) {

@@ -4,7 +4,10 @@
 mod export;
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -38,6 +41,8 @@ struct Exporting {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
     sample_ratio: f64,
+    /// Whether the last export failed.
+    fails: Arc<AtomicBool>,
 }
 
 /// Why there are no spans.
@@ -74,15 +79,18 @@ impl Traces {
             .with_service_name(app_name.to_owned())
             .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
             .build();
+        let exporter = Exporter::new(spec)?;
+        let fails = exporter.fails();
         let provider = SdkTracerProvider::builder()
-            .with_batch_exporter(Exporter::new(spec)?)
+            .with_batch_exporter(exporter)
             // What is sampled is decided before a span is made.
             .with_sampler(Sampler::AlwaysOn)
             .with_max_links_per_span(LINKS_MAX)
             .with_resource(resource)
             .build();
         let tracer = provider.tracer("modalkit");
-        Ok(Self(Some(Arc::new(Exporting { provider, tracer, sample_ratio: spec.sample_ratio }))))
+        let sample_ratio = spec.sample_ratio;
+        Ok(Self(Some(Arc::new(Exporting { provider, tracer, sample_ratio, fails }))))
     }
 
     /// A request's span, where it is sampled: as its caller has decided (`traceparent`), else by the ratio.
@@ -171,10 +179,14 @@ impl Traces {
 
     /// Sends what is left; blocking.
     pub fn stop(&self) {
-        if let Some(exporting) = &self.0
-            && let Err(error) = exporting.provider.shutdown_with_timeout(FLUSH_TIME_MAX)
-        {
-            tracing::warn!(%error, "the last spans were not exported");
+        let Some(exporting) = &self.0 else { return };
+        // The exporter tells the processor of no failure, so that only one of them logs it.
+        match exporting.provider.shutdown_with_timeout(FLUSH_TIME_MAX) {
+            Err(error) => tracing::warn!(%error, "the last spans were not exported"),
+            Ok(()) if exporting.fails.load(Ordering::SeqCst) => {
+                tracing::warn!(error = "the export failed", "the last spans were not exported");
+            }
+            Ok(()) => {}
         }
     }
 }
