@@ -242,11 +242,11 @@ impl<'a> ModelSnapshot<'a> {
             wait_ms: spec.batch.wait.as_millis(),
             generation: serving.as_ref().map(|generation| GenerationReport {
                 number: generation.number,
-                plugin_name: generation.plugin.name(),
-                plugin_version: generation.plugin.version(),
-                plugin_sha256: generation.plugin.sha256(),
-                sdk_version: generation.plugin.sdk(),
-                rustc_version: generation.plugin.rustc(),
+                plugin_name: &generation.plugin.description().name,
+                plugin_version: &generation.plugin.description().version,
+                plugin_sha256: generation.plugin.description().sha256(),
+                sdk_version: &generation.plugin.description().sdk,
+                rustc_version: &generation.plugin.description().rustc,
             }),
         }
     }

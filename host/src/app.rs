@@ -1,9 +1,12 @@
-//! The composition root: puts the parts together and takes them apart in order. It never knows what they do.
+//! The composition root: chooses the engine, puts the parts together and takes them apart in order. It never knows what they do.
 
-use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Instant};
+use std::{convert::Infallible, future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Instant};
 
 use modalkit_device::Devices;
+use modalkit_engine::{Engine, LoadError, OpenTimings, Plugin, PluginLog};
 use modalkit_journal::FolderLock;
+pub use modalkit_loader::ABI_VERSION;
+use modalkit_loader::{Libraries, Preflight, Settings, Trust};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -13,16 +16,20 @@ use tokio::{
 use crate::{
     access::{self, Access, Keys},
     audit::Audit,
-    config::{Loaded, Sources},
+    config::{Loaded, Server, Sources},
     identity,
     ingress::{self, Certificate, Context, ManagementSocket},
-    insight::{log::LogLevels, metrics::Metrics, traces::Traces},
+    insight::{
+        log::{self, LogLevels},
+        metrics::Metrics,
+        traces::Traces,
+    },
     jobs::{self, Jobs},
     models::Models,
     mounts,
     queues::Queues,
     reconfigure,
-    reload::{Reload, build},
+    reload::Reload,
     work::Gate,
 };
 
@@ -34,6 +41,12 @@ const WRITE_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Between two looks at devices' free memory and utilisation.
 const BETWEEN_LOOKS_AT_DEVICES: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// This very program, even where its file has been replaced since it started.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// The argument that makes this program the preflight's child.
+const PREFLIGHT_COMMAND: &str = "preflight";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +94,8 @@ pub async fn run(
     let models = Arc::new(Models::default());
     let all_models = Arc::clone(&models);
     let gate = Gate::new(config.requests_max);
-    let store = build::store(&server)?;
-    let context = modalkit_queue::BackendContext { open_plugin: build::queue_opener(&server, store.clone()) };
+    let engine = engine(&server, Some(PluginLog { level: log::plugin_level, sink: log::plugin_line }))?;
+    let context = modalkit_queue::BackendContext { open_plugin: queue_opener(Arc::clone(&engine)) };
     if set_journal_aside {
         jobs::set_aside_if_damaged(&server.state_folder)?;
     }
@@ -103,7 +116,7 @@ pub async fn run(
     let devices = tokio::task::spawn_blocking(Devices::find).await?;
     tell_of(&devices);
     let (reload, control) =
-        Reload::start(config, store, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
+        Reload::start(config, engine, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
     let running = reconfigure::Running {
@@ -260,6 +273,58 @@ async fn watch_devices(devices: &Arc<Devices>) -> Infallible {
         let _ = tokio::task::spawn_blocking(move || looking.look()).await;
         tokio::time::sleep(BETWEEN_LOOKS_AT_DEVICES).await;
     }
+}
+
+/// What takes plugin files: libraries, which are opened in this process.
+///
+/// # Errors
+/// The private folder for their copies can't be made.
+pub fn engine(server: &Server, log: Option<PluginLog>) -> Result<Arc<dyn Engine>, LoadError> {
+    Ok(Arc::new(Libraries::new(Settings {
+        trust: Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode },
+        preflight: Preflight {
+            program: THIS_PROGRAM.into(),
+            argument: PREFLIGHT_COMMAND,
+            limit: server.preflight_timeout,
+        },
+        libraries_max: server.generations_max,
+        log,
+    })?))
+}
+
+/// What opens queue plugins.
+fn queue_opener(engine: Arc<dyn Engine>) -> modalkit_queue::OpenPlugin {
+    Arc::new(move |file, pin| engine.open_queue(file, pin).map_err(|error| error.chain()))
+}
+
+/// Opens a plugin as a host would, in a process of its own first; the file is not served.
+///
+/// # Errors
+/// Why a host would not take it.
+pub fn inspect(file: &Path, server: &Server) -> Result<Arc<dyn Plugin>, LoadError> {
+    // Without a log, a plugin that panics says so on standard error.
+    let engine = engine(server, None)?;
+    let staged = engine.stage(file)?;
+    engine.open(&staged, &mut OpenTimings::default())
+}
+
+/// What the child process does that tries a library: opens it, and says in a line how that went.
+#[must_use]
+pub fn preflight(file: &Path) -> String {
+    modalkit_loader::preflight_child(file)
+}
+
+/// From here on an end of this process by plugin code is logged, and its exit code is not 0.
+///
+/// # Errors
+/// The system takes no signal handler.
+pub fn watch_endings() -> io::Result<()> {
+    modalkit_loader::ending::watch()
+}
+
+/// The process ends because it is meant to.
+pub fn mark_end_planned() {
+    modalkit_loader::ending::planned();
 }
 
 /// For connections that this program opens itself.

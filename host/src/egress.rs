@@ -3,28 +3,26 @@
 
 use std::{borrow::Cow, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::Full;
+use bytes::{Buf, Bytes};
 use hyper::{
     Response, StatusCode,
-    body::Body as _,
     header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
 };
-use modalkit_loader::FailureKind;
+use modalkit_engine::{FailureKind, Payload};
 use modalkit_queue::{Held, Lease};
 use serde::Serialize;
 use serde_json::{json, value::RawValue};
 
 use crate::{
     access::AccessError,
-    protocol::{describe, failed_item, internal, invalid_item, object, raw_json},
+    protocol::{Answer, describe, failed_item, internal, invalid_item, object, raw_json},
     reconfigure::Change,
     reload::{ControlError, Outcome, ReloadRecord, Unloaded, VolumeModel, VolumeReport},
     work::{Detail, JobError, Reply},
 };
 
 /// What this host sends.
-pub type HttpResponse = Response<Full<Bytes>>;
+pub type HttpResponse = Response<Answer>;
 
 /// How long a caller that finds the host busy, or not ready, should wait before it comes back.
 pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
@@ -35,31 +33,38 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 #[must_use]
 pub fn reply(reply: Reply) -> HttpResponse {
     match reply {
-        Ok(body) => json_bytes(StatusCode::OK, body),
+        Ok(output) => json_response(StatusCode::OK, Answer::of(output)),
         Err(job_error) => error(&job_error),
     }
+}
+
+/// The answer to `/predict_async`.
+#[must_use]
+pub fn accepted(body: Bytes) -> HttpResponse {
+    json_response(StatusCode::OK, body.into())
 }
 
 /// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place, and with
 /// `partial` what isn't an input of it too; any other error is the whole request's.
 #[must_use]
 pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
-    let mut body =
-        Vec::with_capacity(replies.iter().flatten().map(Bytes::len).sum::<usize>() + replies.len() + 1);
+    let output_bytes = |Payload::Json(json): &Payload| Answer::OPENING_BYTES_MAX + json.len() + 1;
+    let outputs: usize = replies.iter().flatten().map(output_bytes).sum();
+    let mut body = Vec::with_capacity(outputs + 2);
     body.push(b'[');
     for reply in replies {
         if body.len() > 1 {
             body.push(b',');
         }
         match reply {
-            Ok(item) => body.extend_from_slice(&item),
+            Ok(output) => Answer::of(output).put_into(&mut body),
             Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
             Err(JobError::Invalid(details)) if partial => body.extend_from_slice(&invalid_item(details)),
             Err(job_error) => return error(&job_error),
         }
     }
     body.push(b']');
-    json_bytes(StatusCode::OK, body.into())
+    json_response(StatusCode::OK, Bytes::from(body).into())
 }
 
 /// What a queue in memory holds, or gave away under a receipt.
@@ -208,8 +213,8 @@ pub fn unloaded(unloaded: &Unloaded) -> HttpResponse {
 #[must_use]
 pub fn control_error(error: &ControlError) -> HttpResponse {
     match error {
-        ControlError::Unknown(known) => {
-            let detail = format!("no such name; expected one of {known:?}");
+        ControlError::Unknown { name, known } => {
+            let detail = format!("{name:?}: no such name; expected one of {known:?}");
             object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}))
         }
         ControlError::Configured(name) => {
@@ -231,13 +236,13 @@ fn unavailable(detail: &str) -> HttpResponse {
 /// A response with a JSON object made of this.
 #[must_use]
 pub fn object_response(status: StatusCode, value: &impl Serialize) -> HttpResponse {
-    json_bytes(status, object(value))
+    json_response(status, object(value).into())
 }
 
 /// A response of plain text.
 #[must_use]
 pub fn text_response(content_type: &'static str, text: String) -> HttpResponse {
-    let mut response = Response::new(Full::new(text.into()));
+    let mut response = Response::new(Bytes::from(text).into());
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
@@ -253,13 +258,12 @@ pub fn and_close(mut response: HttpResponse) -> HttpResponse {
 #[must_use]
 pub fn without_body(response: HttpResponse) -> HttpResponse {
     let (mut head, body) = response.into_parts();
-    let length = body.size_hint().exact().unwrap_or_default();
-    head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-    Response::from_parts(head, Full::default())
+    head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.remaining()));
+    Response::from_parts(head, Answer::default())
 }
 
-fn json_bytes(status: StatusCode, body: Bytes) -> HttpResponse {
-    let mut response = Response::new(Full::new(body));
+fn json_response(status: StatusCode, body: Answer) -> HttpResponse {
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, JSON);
     response
@@ -267,7 +271,7 @@ fn json_bytes(status: StatusCode, body: Bytes) -> HttpResponse {
 
 #[cfg(test)]
 mod tests {
-    use modalkit_loader::Failure;
+    use modalkit_engine::Failure;
 
     use super::*;
 

@@ -3,7 +3,7 @@
 //! serves.
 //!
 //! A load writes a note before it begins and removes it when it has ended, well or badly. Where plugin code ends the process meanwhile
-//! (a fault, `exit`), `modalkit_loader::ending` writes how into the note. A process that was killed leaves its note as it was, which
+//! (a fault, `exit`), the engine writes how into the note. A process that was killed leaves its note as it was, which
 //! proves nothing the first time.
 
 use std::{
@@ -18,7 +18,7 @@ use std::{
     },
 };
 
-use modalkit_loader::{Plugin, ending::Note};
+use modalkit_engine::Plugin;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -61,7 +61,14 @@ pub(crate) struct Loading {
     fence: Arc<Fence>,
     key: Key,
     path: PathBuf,
-    _note: Note,
+    note: File,
+}
+
+impl Loading {
+    /// Where it is written how plugin code ends the process.
+    pub(crate) fn note(&self) -> &File {
+        &self.note
+    }
 }
 
 impl Drop for Loading {
@@ -160,7 +167,7 @@ impl Fence {
         match write() {
             Ok(file) => {
                 self.live.lock().insert(path.clone());
-                Some(Loading { fence: Arc::clone(self), key, path, _note: Note::new(file) })
+                Some(Loading { fence: Arc::clone(self), key, path, note: file })
             }
             Err(error) => {
                 tracing::warn!(model, %error, "a load can't be noted; should it end the host, the next start tries it again");
@@ -187,7 +194,7 @@ impl Fence {
     }
 
     /// Keeps a copy of what a model serves with. Blocking.
-    pub(crate) fn keep(&self, model: &str, plugin: &Plugin, order: u64) {
+    pub(crate) fn keep(&self, model: &str, plugin: &dyn Plugin, order: u64) {
         let mut orders = self.orders.lock();
         let last = orders.entry(model.to_owned()).or_default();
         if *last > order {
@@ -201,7 +208,8 @@ impl Fence {
             file.set_permissions(Permissions::from_mode(0o600))?;
             file.sync_all()
         };
-        let kept = plugin.copy_to(&half).and_then(|()| synced()).and_then(|()| fs::rename(&half, &place));
+        let copied = fs::copy(plugin.description().staged.path(), &half).map(drop);
+        let kept = copied.and_then(|()| synced()).and_then(|()| fs::rename(&half, &place));
         if let Err(error) = kept {
             let _ = fs::remove_file(&half);
             tracing::warn!(model, %error, "no copy is kept of the plugin that serves; it is needed only where a later one ends the host");

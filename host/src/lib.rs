@@ -8,6 +8,7 @@ pub mod access;
 pub mod admin;
 pub mod app;
 pub mod audit;
+mod backoff;
 pub mod config;
 pub mod egress;
 mod fence;

@@ -116,6 +116,7 @@ mod tests {
 
     use modalkit_batch::Closed;
     use modalkit_device::Devices;
+    use modalkit_engine::Payload;
 
     use super::*;
     use crate::{
@@ -142,7 +143,8 @@ mod tests {
             queue.open();
             let (reply, _pending) = reply(&mailbox);
             let request_id = RequestId::Given("a".into());
-            let job = Job { request_id, input: "{}".into(), item: None, reply, timings: None };
+            let job =
+                Job { request_id, input: Payload::Json("{}".into()), decoded: None, reply, timings: None };
             queue.push([job], None).unwrap();
             let taken = queue.next_batch(queue.lane(), || LaneState::Active).expect("the lane is active");
             assert_eq!((taken.batch.jobs.len(), taken.batch.closed), (1, Closed::Drained), "{}", model.name);

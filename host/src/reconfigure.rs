@@ -1,13 +1,10 @@
 //! Applies a changed configuration to the running host, as one step: read and resolve all of it, look at it as the loaded plugins
 //! would, and only then change anything. What is wrong leaves everything as it is; what needs a restart says so.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use modalkit_journal::unix_ms;
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -172,6 +169,8 @@ impl Reconfigure {
         let mut known = Some(self.now.load().loaded.snapshot.clone());
         let mut seen = Looks::new(known.clone().unwrap_or_default());
         let mut outage = Outage::new("the configuration");
+        // It was told that a change waits until a file has held still.
+        let mut waits = false;
         loop {
             let (snapshot, asked) = tokio::select! {
                 _ = looks.tick() => {
@@ -184,12 +183,19 @@ impl Reconfigure {
                     let Some(still) = seen.note(found) else { continue };
                     if known.as_ref() == Some(seen.seen()) {
                         outage.note(None);
+                        waits = false;
                         continue;
                     }
-                    let is_cut = seen.seen().looks_cut(&self.now.load().loaded.snapshot);
-                    if is_cut && still < CUT_STILL_TIME {
+                    let cut = seen.seen().cut(&self.now.load().loaded.snapshot);
+                    if let Some(cut) = cut.filter(|_| still < CUT_STILL_TIME) {
+                        if !std::mem::replace(&mut waits, true) {
+                            tracing::warn!(
+                                "{cut}: the configuration is read again when it has been so for {CUT_STILL_TIME:?}, or at `modalkit config reload`"
+                            );
+                        }
                         continue;
                     }
+                    waits = false;
                     (seen.seen().clone(), Asked::Nobody)
                 }
                 Some(()) = hang_ups.recv() => (self.look().await, Asked::HangUp),
@@ -276,7 +282,7 @@ impl Reconfigure {
         let models: Vec<_> = specs.values().filter_map(with_plugin).collect();
         let check = move || -> Vec<Fault> {
             let faults =
-                models.iter().filter_map(|(plugin, settings)| check_settings(plugin, settings).err());
+                models.iter().filter_map(|(plugin, settings)| check_settings(&**plugin, settings).err());
             faults.flat_map(|faults| faults.iter().cloned().collect::<Vec<_>>()).collect()
         };
         match timeout(PLUGINS_TIME_MAX, tokio::task::spawn_blocking(check)).await {
@@ -298,7 +304,7 @@ impl Reconfigure {
 
     fn remember(&self, change: &Change) {
         let now = self.now.load();
-        let at_unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let at_unix_ms = unix_ms();
         let last = Some(LastChange { at_unix_ms, change: change.clone() });
         self.now.store(Arc::new(Now { loaded: Arc::clone(&now.loaded), last }));
     }
@@ -313,7 +319,7 @@ fn tell(change: &Change) {
     match change {
         Change::Unchanged => tracing::info!("the configuration was read again and says what it said before"),
         Change::Applied { models, restart, warnings } => {
-            tracing::info!(?models, "the changed configuration is in force");
+            tracing::info!(models = models.in_words(), "the changed configuration is in force");
             warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
             if !restart.is_empty() {
                 tracing::warn!(keys = restart.join(", "), "restart the host to apply these keys");

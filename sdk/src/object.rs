@@ -1,5 +1,4 @@
-//! Writes an output as a JSON object that begins with `{"status":"success"`, and refuses what is no object or has a
-//! member of the host's.
+//! Writes an output as a JSON object, and refuses what is no object or has a member that the host adds to it.
 
 use std::io;
 
@@ -13,7 +12,6 @@ use crate::{PipelineError, finite::Finite};
 /// Members that the host adds; an output may not have them.
 pub(crate) const RESERVED: [&str; 3] = ["status", "error", "meta"];
 
-const OPENING: &[u8] = br#"{"status":"success""#;
 const TYPICAL_OUTPUT_BYTES: usize = 128;
 
 /// The output's JSON.
@@ -81,12 +79,19 @@ fn reserved(key: &str) -> Refused {
 
 impl<'a> Object<'a> {
     fn open(self) -> Members<'a> {
-        self.json.extend_from_slice(OPENING);
+        self.json.push(b'{');
         Members { key_end: 0, json: self.json }
     }
 }
 
 impl Members<'_> {
+    /// Begins a member; what stands before it is the brace or another member.
+    fn separate(&mut self) {
+        if self.json.len() > 1 {
+            self.json.push(b',');
+        }
+    }
+
     fn close(self) {
         self.json.push(b'}');
     }
@@ -95,7 +100,7 @@ impl Members<'_> {
         if RESERVED.contains(&key) {
             return Err(reserved(key));
         }
-        self.json.push(b',');
+        self.separate();
         serde_json::to_writer(&mut *self.json, key)?;
         self.json.push(b':');
         Ok(serde_json::to_writer(&mut *self.json, value)?)
@@ -125,7 +130,7 @@ impl SerializeMap for Members<'_> {
     type Error = Refused;
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Refused> {
-        self.json.push(b',');
+        self.separate();
         let start = self.json.len();
         // A map of one entry makes serde_json write the key as it writes any key: numbers quoted, lists refused.
         serde_json::to_writer(&mut *self.json, &OneEntry(key))?;
@@ -298,23 +303,17 @@ mod tests {
     }
 
     #[test]
-    fn structs_and_maps_follow_the_status() {
+    fn structs_and_maps_are_objects() {
         #[derive(Serialize)]
         struct Plain {
             a: Vec<u8>,
             b: Option<f32>,
         }
-        assert_eq!(
-            text(to_json(&Plain { a: vec![1, 2], b: None })),
-            r#"{"status":"success","a":[1,2],"b":null}"#
-        );
-        assert_eq!(
-            text(to_json(&BTreeMap::from([(1, "x"), (2, "y\n")]))),
-            r#"{"status":"success","1":"x","2":"y\n"}"#
-        );
+        assert_eq!(text(to_json(&Plain { a: vec![1, 2], b: None })), r#"{"a":[1,2],"b":null}"#);
+        assert_eq!(text(to_json(&BTreeMap::from([(1, "x"), (2, "y\n")]))), r#"{"1":"x","2":"y\n"}"#);
         let flat = Flat { text: "q\"".into(), rest: BTreeMap::from([("k".into(), 3)]) };
-        assert_eq!(text(to_json(&flat)), r#"{"status":"success","text":"q\"","k":3}"#);
-        assert_eq!(text(to_json(&BTreeMap::<String, ()>::new())), r#"{"status":"success"}"#);
+        assert_eq!(text(to_json(&flat)), r#"{"text":"q\"","k":3}"#);
+        assert_eq!(text(to_json(&BTreeMap::<String, ()>::new())), "{}");
     }
 
     #[test]
@@ -334,7 +333,7 @@ mod tests {
     fn what_is_no_number_is_refused() {
         let said = text(to_json(&BTreeMap::from([("a", vec![1.0, f64::NAN])])));
         assert!(said.ends_with("expected a finite number, found NaN in `a[1]`"), "{said}");
-        assert_eq!(text(to_json(&BTreeMap::from([("a", 1.0)]))), r#"{"status":"success","a":1.0}"#);
+        assert_eq!(text(to_json(&BTreeMap::from([("a", 1.0)]))), r#"{"a":1.0}"#);
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl TestKit {
 /// # }
 /// let model = TestKit::new().load::<Echo>()?;
 /// let answers = model.run_json(&[serde_json::json!({"x": 1.5}), serde_json::json!("no object")]);
-/// assert_eq!(answers[0].as_ref().unwrap(), &serde_json::json!({"status": "success", "x": 1.5}));
+/// assert_eq!(answers[0].as_ref().unwrap(), &serde_json::json!({"x": 1.5}));
 /// assert!(answers[1].is_err());
 /// # Ok::<(), PipelineError>(())
 /// ```
@@ -192,7 +192,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         batch.postprocess()
     }
 
-    /// Runs a batch of JSON inputs and gives the answers as a caller would read them. As for callers that come one by one,
+    /// Runs a batch of JSON inputs and gives the outputs, which are what a caller reads beside `status`. As for callers that come one by one,
     /// an input that isn't the pipeline's `Input` fails alone and takes no place in the batch; an error of the batch fails
     /// each.
     #[must_use]

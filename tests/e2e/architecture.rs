@@ -94,6 +94,7 @@ fn each_library_is_known_where_it_belongs_only() {
             itself,
         ],
     );
+    only_in("modalkit_loader", &["host/loader/", "host/src/app.rs", "tests/e2e/queues.rs", itself]);
     only_in("tract_onnx", &["plugins/onnx/", itself]);
     only_in("object_store::", &["host/src/access/ssm.rs", "host/queue/src/sqs.rs", itself]);
     only_in("rusqlite", &["host/journal/", itself]);
@@ -116,21 +117,23 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
         ("sdk/abi", vec![]),
         ("sdk", vec!["modalkit-abi"]),
         ("host/batch", vec![]),
-        ("host/loader", vec!["modalkit-abi"]),
+        ("host/engine", vec![]),
+        ("host/loader", vec!["modalkit-abi", "modalkit-engine"]),
         ("host/device", vec![]),
         ("host/journal", vec![]),
-        ("host/queue", vec!["modalkit-loader"]),
+        ("host/queue", vec!["modalkit-engine"]),
         (
             "host",
             vec![
                 "modalkit-batch",
                 "modalkit-device",
+                "modalkit-engine",
                 "modalkit-journal",
                 "modalkit-loader",
                 "modalkit-queue",
             ],
         ),
-        ("tests", vec!["modalkit", "modalkit-loader", "modalkit-queue"]),
+        ("tests", vec!["modalkit", "modalkit-engine", "modalkit-loader", "modalkit-queue"]),
         ("xtask", vec![]),
         ("xtask/bare", vec![]),
     ]);

@@ -532,6 +532,7 @@ fn a_file_that_looks_cut_short_is_taken_when_it_has_held_still_or_when_somebody_
     wait_until("it has held still", || host.models() == 1);
     let waited = written.elapsed();
     assert!(waited > Duration::from_secs(9), "{waited:?} after a cut at the end of a section");
+    let _ = host.log_line("modalkit.toml looks cut short: the configuration is read again when");
     // What is no beginning of what is in force is taken as soon as two looks have seen it.
     host.configure(&(entry("a") + &entry("b") + &entry("c")));
     wait_until("all three are there", || host.models() == 3);
@@ -601,6 +602,10 @@ fn a_model_may_change_its_plugin_and_what_was_gone_back_from_stays_away() {
     let _ = apply(&mut host, common);
     wait_until("a new generation serves", || host.report("versioned")["last"]["cause"] == "configuration");
     assert_eq!(version(&host), 1);
+    assert_eq!(host.report("versioned")["as_configured"], true);
+    // The generation before brings its settings along.
+    assert_eq!(host.post("/models/versioned/rollback", &json!({})).0, 200);
+    assert_eq!(host.report("versioned")["as_configured"], false);
 }
 
 #[test]

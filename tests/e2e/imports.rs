@@ -15,10 +15,11 @@ type Module = Vec<String>;
 type Graph = BTreeMap<String, BTreeMap<String, String>>;
 
 /// Folders whose files are modules of one crate.
-const CRATES: [&str; 10] = [
+const CRATES: [&str; 11] = [
     "host/src",
     "host/batch/src",
     "host/device/src",
+    "host/engine/src",
     "host/journal/src",
     "host/loader/src",
     "host/queue/src",

@@ -9,7 +9,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_loader::{QueuePlugin, Store, Trust};
+use modalkit_engine::Engine;
+use modalkit_loader::{Libraries, Preflight, Settings, Trust};
 use modalkit_queue::{
     AwsCredentials, Backend, BackendContext, MemorySpec, Message, PluginSpec, QueueError, RedisShape,
     RedisSpec, Source, Spec, SqsSpec, TaskIqSpec, open,
@@ -17,7 +18,7 @@ use modalkit_queue::{
 use modalkit_tests::{
     PATIENCE,
     brokers::{self, Server},
-    wait_until,
+    built, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -51,10 +52,15 @@ impl Rig {
 fn of(spec: &Spec) -> Arc<dyn Backend> {
     // As the host does; another test may have been first.
     modalkit::app::install_cryptography();
-    let copies = Store::new(Trust { any_owner: true, any_mode: true }).unwrap();
-    let open_plugin = Arc::new(move |file: &Path, _: Option<&str>| {
-        let staged = copies.stage(file).map_err(|error| error.chain())?;
-        QueuePlugin::open(&staged).map_err(|error| error.to_string())
+    let settings = Settings {
+        trust: Trust { any_owner: true, any_mode: true },
+        preflight: Preflight { program: built().join("modalkit"), argument: "preflight", limit: PATIENCE },
+        libraries_max: 10,
+        log: None,
+    };
+    let engine = Libraries::new(settings).unwrap();
+    let open_plugin = Arc::new(move |file: &Path, pin: Option<&str>| {
+        engine.open_queue(file, pin).map_err(|error| error.chain())
     });
     open(spec, &BackendContext { open_plugin }).unwrap()
 }

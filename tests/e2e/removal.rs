@@ -135,7 +135,7 @@ fn a_plugin_that_is_removed_serves_on_and_says_until_when() {
     assert_eq!((echo(&host, "/predict_sync?model_name=echo"), lines_with(&host, "\"echo\"")), (404, 0));
     let (status, said) = modalkit(&host, &["unload", "echo"]);
     assert!(
-        status.code() == Some(1) && said.contains("no such name; expected one of [\"puppet\"]"),
+        status.code() == Some(1) && said.contains("\"echo\": no such name; expected one of [\"puppet\"]"),
         "{said}"
     );
     install(&library("echo"), &host.volume().join("echo.so"));

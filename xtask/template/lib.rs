@@ -23,7 +23,7 @@ pub struct Input {
     pub text: String,
 }
 
-/// One answer: `{"status": "success", "translated_text": "HELLO", "confidence": 0.95}`.
+/// One output: `{"translated_text": "HELLO", "confidence": 0.95}`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Output {
     /// The translation.

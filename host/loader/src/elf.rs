@@ -13,7 +13,7 @@ use object::{
     },
 };
 
-use crate::OpenError;
+use crate::error::OpenError;
 
 /// The machine this program was built for, as ELF numbers it.
 #[cfg(target_arch = "x86_64")]
@@ -31,7 +31,7 @@ const MAGIC: &[u8; 4] = b"\x7fELF";
 ///
 /// # Errors
 /// The file can't be read.
-pub fn is_whole(file: &Path) -> io::Result<bool> {
+pub(crate) fn is_whole(file: &Path) -> io::Result<bool> {
     let file = File::open(file)?;
     let length = file.metadata()?.len();
     let cache = ReadCache::new(file);
@@ -48,7 +48,7 @@ pub fn is_whole(file: &Path) -> io::Result<bool> {
 ///
 /// # Errors
 /// The file can't be opened.
-pub fn exports_queue(file: &Path) -> io::Result<bool> {
+pub(crate) fn exports_queue(file: &Path) -> io::Result<bool> {
     let symbol = QUEUE_HANDSHAKE_SYMBOL.strip_suffix(b"\0").unwrap_or(QUEUE_HANDSHAKE_SYMBOL);
     let cache = ReadCache::new(File::open(file)?);
     let exports = || -> Option<bool> {

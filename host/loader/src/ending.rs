@@ -80,22 +80,20 @@ impl Drop for Entered<'_> {
 }
 
 /// A file into which the end of this thread's plugin code is written, should that end the process. Until it is dropped.
-pub struct Note {
+pub(crate) struct Note<'f> {
     before: i32,
-    _file: File,
-    /// It is this thread's.
-    _here: PhantomData<*const ()>,
+    /// It is this thread's, and the file stays open as long.
+    _here: PhantomData<(&'f File, *const ())>,
 }
 
-impl Note {
+impl<'f> Note<'f> {
     /// Takes a file into use.
-    #[must_use]
-    pub fn new(file: File) -> Self {
-        Self { before: NOTE.replace(file.as_raw_fd()), _file: file, _here: PhantomData }
+    pub(crate) fn new(file: &'f File) -> Self {
+        Self { before: NOTE.replace(file.as_raw_fd()), _here: PhantomData }
     }
 }
 
-impl Drop for Note {
+impl Drop for Note<'_> {
     fn drop(&mut self) {
         NOTE.set(self.before);
     }

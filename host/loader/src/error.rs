@@ -1,12 +1,13 @@
 //! Why a file did not become a plugin: each says what was found, what was expected and what to do.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use modalkit_abi::ABI_VERSION;
+use modalkit_engine::LoadError;
 
 /// Why a library was not taken into this process.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     /// It is a file of another kind.
     #[error("it is no ELF file, but {found}; expected a shared library: the crate's type must be cdylib")]
     NotElf {
@@ -103,114 +104,8 @@ fn missing_hint(beside: bool) -> &'static str {
     }
 }
 
-/// Why a file was not taken.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file can't be read, or its private copy can't be written.
-    #[error("can't {doing} {path}", path = path.display())]
-    Io {
-        /// What was tried.
-        doing: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// It ended the host when it was loaded.
-    #[error("{0}")]
-    Fenced(String),
-    /// The child process that opened it first was killed.
-    #[error(
-        "it crashes when it is opened ({how}, in the preflight process, so nothing else was harmed); look for constructors and static initialisers in it"
-    )]
-    Crashed {
-        /// Signal or exit status.
-        how: String,
-    },
-    /// The child process that opened it first did not come back.
-    #[error(
-        "it did not open within {limit:?} (in the preflight process); look for constructors that wait in it"
-    )]
-    Hung {
-        /// The limit.
-        limit: Duration,
-    },
-    /// The child process could not be started.
-    #[error("can't start the preflight process {path}", path = path.display())]
-    Preflight {
-        /// The program.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The child process found it unfit.
-    #[error("{0}")]
-    Refused(String),
-    /// Somebody else could change it, or could have written it.
-    #[error("{what} {path} {found}, and a plugin is code that this host runs; {hint}", path = path.display())]
-    Untrusted {
-        /// The file, or the folder it lies in.
-        what: &'static str,
-        /// Which.
-        path: PathBuf,
-        /// Whom it belongs to, or who may write it.
-        found: String,
-        /// What to do.
-        hint: String,
-    },
-    /// Its entry names another content.
-    #[error(
-        "it has the SHA-256 {found}, and {entry} pins {expected} (plugin_sha256); install that file, or change the entry and restart the host"
-    )]
-    Pinned {
-        /// Whose.
-        entry: &'static str,
-        /// What the entry says.
-        expected: String,
-        /// What the file has.
-        found: String,
-    },
-    /// The process has opened as many libraries as it may.
-    #[error(
-        "this process has opened {found} plugin libraries (server.generations_max is {limit}), and none can be closed again; restart the host, which starts over with what is in the volumes, or run the model in a process of its own (isolation = \"process\") where that is to be had"
-    )]
-    TooManyLibraries {
-        /// Libraries there are.
-        found: usize,
-        /// The limit.
-        limit: usize,
-    },
-    /// This process found it unfit.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-}
-
-impl LoadError {
-    /// Whether the same content may be taken on another try, since it isn't the content that was found unfit.
-    #[must_use]
-    pub fn may_pass(&self) -> bool {
-        match self {
-            Self::Io { .. } | Self::Hung { .. } | Self::Preflight { .. } | Self::Untrusted { .. } => true,
-            Self::Pinned { .. }
-            | Self::TooManyLibraries { .. }
-            | Self::Crashed { .. }
-            | Self::Fenced(_)
-            | Self::Refused(_)
-            | Self::Open(_) => false,
-        }
-    }
-
-    /// The error and its causes, one line.
-    #[must_use]
-    pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        text
+impl From<OpenError> for LoadError {
+    fn from(error: OpenError) -> Self {
+        Self::Refused(error.to_string())
     }
 }

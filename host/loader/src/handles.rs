@@ -1,80 +1,64 @@
 //! Safe owners of the plugin's handles: each gives its handle back exactly once, to the library that made it.
 
-use std::{marker::PhantomData, sync::Arc};
+use std::{any::Any, marker::PhantomData, sync::Arc};
 
+use bytes::Bytes;
 use modalkit_abi::{
-    BatchHandle, Failure, InstanceHandle, ItemHandle, Rejection, VolumeChange,
-    abi_stable::std_types::{RResult, RSlice, RStr, RVec},
+    BatchHandle, InstanceHandle, ItemHandle, VolumeChange,
+    abi_stable::std_types::{ROption, RSlice, RStr, RVec},
+};
+use modalkit_engine::{
+    Batch, Decoded, Failure, FailureKind, Foreign, Input, Instance, Outcome, Payload, Rejection,
 };
 
-use crate::{Plugin, ending::Entered};
+use crate::{convert, ending::Entered, library::PipelineLibrary};
 
-/// What became of one item: the answer's JSON, or why there is none.
-pub type Outcome = Result<RVec<u8>, Failure>;
+/// Bytes shown of an output that is no object.
+const SHOWN_BYTES: usize = 40;
 
-/// A loaded pipeline; dropped, it is gone with its memory and its device.
-pub struct Instance {
-    plugin: Plugin,
+pub(crate) struct LibraryInstance {
+    library: PipelineLibrary,
     model: Arc<str>,
     handle: InstanceHandle,
 }
 
-/// One decoded input. It belongs to its library, not to an instance.
-pub struct Item {
-    plugin: Plugin,
+/// It belongs to its library, not to an instance.
+struct LibraryInput {
+    library: PipelineLibrary,
     handle: ItemHandle,
-    validated: bool,
 }
 
-/// Items on their way through the stages.
-pub struct Batch<'i> {
-    instance: &'i Instance,
+struct LibraryBatch<'i> {
+    instance: &'i LibraryInstance,
     handle: BatchHandle,
     /// A batch holds a lock of the plugin's, which is released on the thread that took it.
     _stays_on_its_thread: PhantomData<*mut ()>,
 }
 
-/// Items that another library decoded, which this one can't run.
-#[derive(Debug)]
-pub struct Foreign;
-
-impl Instance {
-    pub(crate) fn new(plugin: Plugin, model: Arc<str>, handle: InstanceHandle) -> Self {
-        Self { plugin, model, handle }
-    }
-
-    /// The model that it was loaded for.
-    pub(crate) fn model(&self) -> &str {
-        &self.model
-    }
-
-    pub(crate) fn handle(&self) -> InstanceHandle {
-        self.handle
-    }
-
-    /// The library it came from.
-    #[must_use]
-    pub fn plugin(&self) -> &Plugin {
-        &self.plugin
+impl LibraryInstance {
+    pub(crate) fn new(library: PipelineLibrary, model: Arc<str>, handle: InstanceHandle) -> Self {
+        Self { library, model, handle }
     }
 
     /// Runs the pipeline's `warmup`.
     ///
     /// # Errors
     /// What the hook said.
-    pub fn warmup(&self) -> Result<(), Failure> {
+    pub(crate) fn warmup(&self) -> Result<(), Failure> {
         let _code = Entered::new(&self.model, "warmup");
         // SAFETY: the handle is live until `drop`.
-        unsafe { self.plugin.module().warmup()(self.handle) }.into_result()
+        convert::result(unsafe { self.library.module().warmup()(self.handle) })
     }
 
-    /// Runs the pipeline's `on_volume_reload`: waits for batches under way, and batches wait for it.
-    ///
-    /// `changed`: files relative to the mount point; none where nobody knows which.
-    ///
-    /// # Errors
-    /// What the hook said.
-    pub fn volume_reload(&self, volume: &str, mount_point: &str, changed: &[String]) -> Result<(), Failure> {
+    /// The input, where this library decoded it.
+    fn downcast_own<'d>(&self, decoded: &'d Decoded) -> Option<&'d LibraryInput> {
+        let input: &dyn Any = &*decoded.input;
+        input.downcast_ref::<LibraryInput>().filter(|input| input.library.is_same(&self.library))
+    }
+}
+
+impl Instance for LibraryInstance {
+    fn volume_reload(&self, volume: &str, mount_point: &str, changed: &[String]) -> Result<(), Failure> {
         let changed: Vec<RStr<'_>> = changed.iter().map(|file| file.as_str().into()).collect();
         let change = VolumeChange {
             volume: volume.into(),
@@ -83,117 +67,144 @@ impl Instance {
         };
         let _code = Entered::new(&self.model, "on_volume_reload");
         // SAFETY: the handle is live until `drop`.
-        unsafe { self.plugin.module().volume_reload()(self.handle, &change) }.into_result()
+        convert::result(unsafe { self.library.module().volume_reload()(self.handle, &change) })
     }
 
-    /// Validates an item that was decoded without an instance, and waits where the pipeline is changing.
-    ///
-    /// # Errors
-    /// Why the pipeline turns it down.
-    ///
-    /// # Panics
-    /// Where the item is not this library's; ask [`Instance::owns`] first.
-    pub fn validate(&self, item: &Item) -> Result<(), Rejection> {
-        assert!(self.owns(item), "an item is validated by the library that decoded it");
+    fn decode(&self, payload: &Payload) -> Result<Decoded, Rejection> {
+        decode(&self.library, Some(self), payload)
+    }
+
+    fn owns(&self, decoded: &Decoded) -> bool {
+        self.downcast_own(decoded).is_some()
+    }
+
+    fn validate(&self, decoded: &Decoded) -> Result<(), Rejection> {
+        let input = self.downcast_own(decoded).expect("an input is validated by the library that decoded it");
         let _code = Entered::new(&self.model, "validate");
         // SAFETY: both handles are live and, by the line before, of the same library.
-        unsafe { self.plugin.module().validate()(self.handle, item.handle) }.into_result()
+        let validated = unsafe { self.library.module().validate()(self.handle, input.handle) };
+        validated.into_result().map_err(convert::rejection)
     }
 
-    /// Whether this instance can run the item.
-    #[must_use]
-    pub fn owns(&self, item: &Item) -> bool {
-        item.plugin.is_same(&self.plugin)
-    }
-
-    /// Makes a batch of items, in order; waits where the pipeline is changing.
-    ///
-    /// # Errors
-    /// [`Foreign`] where one of them is another library's; all are dropped then.
-    pub fn begin(&self, items: Vec<Item>) -> Result<Batch<'_>, Foreign> {
-        if !items.iter().all(|item| self.owns(item)) {
+    fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign> {
+        if !inputs.iter().all(|decoded| self.owns(decoded)) {
             return Err(Foreign);
         }
-        let handles: Vec<ItemHandle> = items.into_iter().map(Item::into_handle).collect();
+        let handles: Vec<ItemHandle> = inputs
+            .into_iter()
+            .map(|decoded| (decoded.input as Box<dyn Any>).downcast::<LibraryInput>())
+            .map(|input| input.expect("this library decoded it").into_handle())
+            .collect();
         let _code = Entered::new(&self.model, "begin");
         // SAFETY: live items of the same library, each given up once by `into_handle`.
-        let handle = unsafe { self.plugin.module().begin()(self.handle, RSlice::from_slice(&handles)) };
-        Ok(Batch { instance: self, handle, _stays_on_its_thread: PhantomData })
+        let handle = unsafe { self.library.module().begin()(self.handle, RSlice::from_slice(&handles)) };
+        Ok(Box::new(LibraryBatch { instance: self, handle, _stays_on_its_thread: PhantomData }))
     }
 }
 
-impl Drop for Instance {
+impl Drop for LibraryInstance {
     fn drop(&mut self) {
         let _code = Entered::new(&self.model, "drop");
         // SAFETY: this is the handle's only owner, and batches borrow `self`.
-        unsafe { self.plugin.module().drop_instance()(self.handle) }
+        unsafe { self.library.module().drop_instance()(self.handle) }
     }
 }
 
-impl Item {
-    pub(crate) fn new(plugin: Plugin, handle: ItemHandle, validated: bool) -> Self {
-        Self { plugin, handle, validated }
-    }
+/// Parses one input, and validates it where an instance of this library is given.
+pub(crate) fn decode(
+    library: &PipelineLibrary,
+    instance: Option<&LibraryInstance>,
+    payload: &Payload,
+) -> Result<Decoded, Rejection> {
+    let Payload::Json(json) = payload;
+    let instance = instance.filter(|instance| instance.library.is_same(library));
+    let handle = instance.map(|instance| instance.handle);
+    let _code = Entered::new(instance.map_or(library.name(), |instance| &instance.model), "decode");
+    // SAFETY: the handle is of a live instance of this library, looked at before.
+    let decoded = unsafe { library.module().decode()(ROption::from(handle), (&**json).into()) };
+    let handle = decoded.into_result().map_err(convert::rejection)?;
+    let input = Box::new(LibraryInput { library: library.clone(), handle });
+    Ok(Decoded { input, is_validated: instance.is_some() })
+}
 
-    /// Whether an instance has validated it.
-    #[must_use]
-    pub fn is_validated(&self) -> bool {
-        self.validated
-    }
-
+impl LibraryInput {
     fn into_handle(self) -> ItemHandle {
         let this = std::mem::ManuallyDrop::new(self);
-        // SAFETY: `plugin` is read once from a value whose `drop` never runs, and so released once.
-        drop(unsafe { std::ptr::read(&raw const this.plugin) });
+        // SAFETY: `library` is read once from a value whose `drop` never runs, and so released once.
+        drop(unsafe { std::ptr::read(&raw const this.library) });
         this.handle
     }
 }
 
-impl Drop for Item {
+impl Input for LibraryInput {}
+
+impl Drop for LibraryInput {
     fn drop(&mut self) {
-        let _code = Entered::new(self.plugin.name(), "drop");
+        let _code = Entered::new(self.library.name(), "drop");
         // SAFETY: this is the handle's only owner; `into_handle` skips this.
-        unsafe { self.plugin.module().drop_item()(self.handle) }
+        unsafe { self.library.module().drop_item()(self.handle) }
     }
 }
 
-impl Batch<'_> {
-    /// First stage.
-    ///
-    /// # Errors
-    /// What the pipeline said; the batch is over then.
-    pub fn preprocess(&mut self) -> Result<(), Failure> {
+impl Batch for LibraryBatch<'_> {
+    fn preprocess(&mut self) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "preprocess");
         // SAFETY: the handle is live until `drop` and used by this thread alone.
-        unsafe { self.instance.plugin.module().preprocess()(self.handle) }.into_result()
+        convert::result(unsafe { self.instance.library.module().preprocess()(self.handle) })
     }
 
-    /// Second stage.
-    ///
-    /// # Errors
-    /// What the pipeline said; the batch is over then.
-    pub fn predict(&mut self) -> Result<(), Failure> {
+    fn predict(&mut self) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "predict");
         // SAFETY: as in `preprocess`.
-        unsafe { self.instance.plugin.module().predict()(self.handle) }.into_result()
+        convert::result(unsafe { self.instance.library.module().predict()(self.handle) })
     }
 
-    /// Third stage: one outcome an item, in order.
-    ///
-    /// # Errors
-    /// What the pipeline said of the whole batch; it is over then.
-    pub fn postprocess(&mut self) -> Result<Vec<Outcome>, Failure> {
+    fn postprocess(&mut self) -> Result<Vec<Outcome>, Failure> {
         let _code = Entered::new(&self.instance.model, "postprocess");
         // SAFETY: as in `preprocess`.
-        let outcomes = unsafe { self.instance.plugin.module().postprocess()(self.handle) }.into_result()?;
-        Ok(outcomes.into_iter().map(RResult::into_result).collect())
+        let outcomes = unsafe { self.instance.library.module().postprocess()(self.handle) };
+        let outcome = |outcome| convert::result(outcome).and_then(output);
+        Ok(convert::result(outcomes)?.into_iter().map(outcome).collect())
     }
 }
 
-impl Drop for Batch<'_> {
+/// An output as the host takes it: it looks at both ends, where members are to be added, and at nothing between them.
+fn output(json: RVec<u8>) -> Outcome {
+    if *json == *b"{}" || json.starts_with(b"{\"") && json.ends_with(b"}") {
+        return Ok(Payload::Json(Bytes::from_owner(json)));
+    }
+    let begins = String::from_utf8_lossy(&json[..json.len().min(SHOWN_BYTES)]);
+    let message = format!(
+        "the plugin's output must be a JSON object without white space around its braces, found one of {} bytes that begins with {begins:?}",
+        json.len()
+    );
+    Err(Failure { kind: FailureKind::Permanent, message })
+}
+
+impl Drop for LibraryBatch<'_> {
     fn drop(&mut self) {
         let _code = Entered::new(&self.instance.model, "drop");
         // SAFETY: this is the handle's only owner, on the thread that made it.
-        unsafe { self.instance.plugin.module().drop_batch()(self.handle) }
+        unsafe { self.instance.library.module().drop_batch()(self.handle) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_is_an_object_or_its_items_failure() {
+        let output = |json: &str| output(json.as_bytes().to_vec().into());
+        for object in ["{}", "{\"a\":1}", "{\"a\": {\"b\": []} }"] {
+            assert_eq!(output(object).unwrap(), Payload::Json(object.into()));
+        }
+        for other in ["", "{", "[]", "{ }", " {}", "{}\n", "{1}", "null"] {
+            let failure = output(other).unwrap_err();
+            assert!(
+                failure.kind == FailureKind::Permanent && failure.message.contains("JSON object"),
+                "{other}"
+            );
+        }
     }
 }

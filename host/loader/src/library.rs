@@ -1,264 +1,102 @@
 //! One opened library: handshake first, then layout, then calls.
 
 use std::{
-    collections::{BTreeMap, HashSet},
-    fs, io,
     path::Path,
     sync::{Arc, OnceLock},
 };
 
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use libloading::os::unix::{Library as DynamicLibrary, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
-    ABI_VERSION, DEBUG_ASSERTIONS_SYMBOL, Description, HANDSHAKE_SYMBOL, Handshake, HostApi, LeasedDevice,
-    LoadArgs, LogLevel, LogRecord, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL, Secret,
+    ABI_VERSION, DEBUG_ASSERTIONS_SYMBOL, HANDSHAKE_SYMBOL, Handshake, HostApi, LogRecord, MAGIC,
+    PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL,
     abi_stable::{
         library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
-        std_types::{ROption, RResult},
+        std_types::RResult,
     },
 };
+use modalkit_engine::{Description, LogLevel, PluginLog, Staged};
 use rustix::fs::StatVfsMountFlags;
 
 use crate::{
-    Failure, Instance, Item, OpenError, Rejection, Staged, elf,
+    convert, elf,
     ending::{self, Entered},
+    error::OpenError,
 };
 
-/// Takes lines that plugins log: level, model (else plugin), target, message, fields.
-pub type LogSink = fn(LogLevel, &str, &str, &str, &str);
+static LOG: OnceLock<PluginLog> = OnceLock::new();
 
-static LOG_SINK: OnceLock<LogSink> = OnceLock::new();
+/// An opened library, of either kind.
+pub(crate) trait Library: Clone {
+    /// Sends what the plugin logs, down to this level, to the log. The first log of the process takes the lines of all plugins; a second call for a
+    /// plugin changes its level.
+    fn attach(&self, level: LogLevel, log: &PluginLog);
+}
 
-/// An opened plugin. It stays mapped until the process ends: Rust libraries leave thread-locals and vtables behind
+/// An opened library of a pipeline. It stays mapped until the process ends: Rust libraries leave thread-locals and vtables behind
 /// that make closing one unsound.
 #[derive(Clone)]
-pub struct Plugin {
+pub(crate) struct PipelineLibrary {
     shared: Arc<Shared>,
-}
-
-/// What a pipeline is loaded with.
-pub struct Load<'a> {
-    /// The model's name.
-    pub model_name: &'a str,
-    /// The folder that holds every model's data.
-    pub all_model_data_folder: &'a str,
-    /// What all models have in common: a JSON object.
-    pub common_settings: &'a str,
-    /// The model's own keys: a JSON object.
-    pub settings: &'a str,
-    /// Secrets by name.
-    pub secrets: &'a BTreeMap<String, String>,
-    /// The devices that it is given.
-    pub devices: &'a [Device<'a>],
-}
-
-/// A device that an instance is given.
-#[derive(Clone, Copy, Debug)]
-pub struct Device<'a> {
-    /// Its number in this process, as CUDA counts.
-    pub ordinal: u32,
-    /// As its maker calls it.
-    pub name: &'a str,
-    /// Its own for ever.
-    pub uuid: &'a str,
-    /// Bytes of all of its memory.
-    pub memory_bytes: u64,
-    /// Bytes that the instance may use; `None` for all.
-    pub memory_budget_bytes: Option<u64>,
 }
 
 struct Shared {
     module: PluginModuleRef,
+    /// Its copy stays where debuggers look for it.
     description: Description,
-    /// Keeps the file where debuggers look for it.
-    staged: Staged,
-    rustc: &'static str,
-    sdk: &'static str,
-    has_debug_assertions: bool,
 }
 
-impl Plugin {
+impl PipelineLibrary {
     /// Opens a staged copy.
     ///
     /// # Errors
     /// The file isn't a plugin that this host can run; see [`OpenError`].
-    pub fn open(staged: &Staged) -> Result<Self, OpenError> {
+    pub(crate) fn open(staged: &Staged) -> Result<Self, OpenError> {
         let Taken { module, handshake, has_debug_assertions } =
             take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
         let _code = Entered::new("", "description");
-        let description = match module.describe()() {
-            RResult::ROk(description) => description,
+        let described = match module.describe()() {
+            RResult::ROk(described) => described,
             RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),
         };
-        Ok(Self {
-            shared: Arc::new(Shared {
-                module,
-                description,
-                staged: staged.clone(),
-                // SAFETY: the magic was checked, and the library is never closed.
-                rustc: unsafe { handshake.rustc_version.get() },
-                // SAFETY: as above.
-                sdk: unsafe { handshake.sdk_version.get() },
-                has_debug_assertions,
-            }),
-        })
-    }
-
-    /// Sends what the plugin logs, down to `level`, to `sink`. The first sink of the process takes the lines of all
-    /// plugins; a second call for a plugin changes its level.
-    pub fn attach(&self, level: LogLevel, sink: LogSink) {
-        set_log_sink(sink);
-        self.module().attach()(HostApi { log: forward, level });
-    }
-
-    /// Says whether a JSON object is what the pipeline takes as a model's own keys.
-    ///
-    /// # Errors
-    /// Why it isn't.
-    pub fn check_settings(&self, settings: &str) -> Result<(), Failure> {
-        let _code = Entered::new(self.name(), "check of settings");
-        self.module().check_settings()(settings.into()).into_result()
-    }
-
-    /// Builds a pipeline; takes as long as the author's `load`.
-    ///
-    /// # Errors
-    /// What the pipeline's `load` said.
-    pub fn load<'a>(&self, with: &Load<'a>) -> Result<Instance, Failure> {
-        let secrets: Vec<Secret<'_>> = with
-            .secrets
-            .iter()
-            .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
-            .collect();
-        let leased = |device: &Device<'a>| LeasedDevice {
-            ordinal: device.ordinal,
-            name: device.name.into(),
-            uuid: device.uuid.into(),
-            memory_bytes: device.memory_bytes,
-            memory_budget_bytes: device.memory_budget_bytes.into(),
+        let description = Description {
+            name: described.name.into(),
+            version: described.version.into(),
+            // SAFETY: the magic was checked, and the library is never closed.
+            sdk: unsafe { handshake.sdk_version.get() }.to_owned(),
+            // SAFETY: as above.
+            rustc: unsafe { handshake.rustc_version.get() }.to_owned(),
+            has_debug_assertions,
+            input_schema: described.input_schema.into(),
+            output_schema: described.output_schema.into(),
+            settings_schema: described.settings_schema.into(),
+            staged: staged.clone(),
         };
-        let devices: Vec<LeasedDevice<'a>> = with.devices.iter().map(leased).collect();
-        let args = LoadArgs {
-            model_name: with.model_name.into(),
-            all_model_data_folder: with.all_model_data_folder.into(),
-            common_settings: with.common_settings.into(),
-            settings: with.settings.into(),
-            secrets: secrets.as_slice().into(),
-            devices: devices.as_slice().into(),
-        };
-        let _code = Entered::new(with.model_name, "load");
-        let loaded = self.module().load()(args).into_result();
-        loaded.map(|handle| Instance::new(self.clone(), with.model_name.into(), handle))
-    }
-
-    /// Parses one input, and validates it where an instance of this plugin is given.
-    ///
-    /// # Errors
-    /// Why the input isn't one; [`Rejection::Busy`] where the instance can't look at it now.
-    pub fn decode(&self, instance: Option<&Instance>, json: &[u8]) -> Result<Item, Rejection> {
-        let instance = instance.filter(|instance| instance.plugin().is_same(self));
-        let handle = instance.map(Instance::handle);
-        let _code = Entered::new(instance.map_or(self.name(), Instance::model), "decode");
-        // SAFETY: the handle is of a live instance of this library, checked before.
-        let decoded = unsafe { self.module().decode()(ROption::from(handle), json.into()) };
-        decoded.into_result().map(|item| Item::new(self.clone(), item, instance.is_some()))
-    }
-
-    /// The plugin crate's name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.shared.description.name
-    }
-
-    /// The plugin crate's version.
-    #[must_use]
-    pub fn version(&self) -> &str {
-        &self.shared.description.version
-    }
-
-    /// The compiler that built the plugin's SDK.
-    #[must_use]
-    pub fn rustc(&self) -> &str {
-        self.shared.rustc
-    }
-
-    /// The version of the plugin's SDK.
-    #[must_use]
-    pub fn sdk(&self) -> &str {
-        self.shared.sdk
-    }
-
-    /// Whether it says that it was built for debugging: it is many times slower then.
-    #[must_use]
-    pub fn has_debug_assertions(&self) -> bool {
-        self.shared.has_debug_assertions
-    }
-
-    /// JSON Schema of one input.
-    #[must_use]
-    pub fn input_schema(&self) -> &str {
-        &self.shared.description.input_schema
-    }
-
-    /// JSON Schema of one output.
-    #[must_use]
-    pub fn output_schema(&self) -> &str {
-        &self.shared.description.output_schema
-    }
-
-    /// JSON Schema of the model's own keys.
-    #[must_use]
-    pub fn settings_schema(&self) -> &str {
-        &self.shared.description.settings_schema
-    }
-
-    /// SHA-256 of the file, in hexadecimal.
-    #[must_use]
-    pub fn sha256(&self) -> &str {
-        self.shared.staged.sha256()
-    }
-
-    /// Copies its file.
-    ///
-    /// # Errors
-    /// It was swept away, or can't be written there.
-    pub fn copy_to(&self, path: &Path) -> io::Result<()> {
-        fs::copy(self.shared.staged.path(), path).map(drop)
+        Ok(Self { shared: Arc::new(Shared { module, description }) })
     }
 
     pub(crate) fn module(&self) -> PluginModuleRef {
         self.shared.module
     }
 
+    /// The plugin crate's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.shared.description.name
+    }
+
+    pub(crate) fn about(&self) -> &Description {
+        &self.shared.description
+    }
+
     /// Whether both are the same opened library.
-    #[must_use]
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.shared, &other.shared)
     }
 }
 
-/// Bytes of memory that these libraries keep until the process ends: the resident part of their mappings, pages that are
-/// shared with other processes by their share. 0 where the kernel doesn't say.
-#[must_use]
-pub fn mapped_bytes<'p>(plugins: impl IntoIterator<Item = &'p Plugin>) -> u64 {
-    // The kernel names files by their real paths.
-    let path =
-        |plugin: &Plugin| plugin.shared.staged.path().canonicalize().ok()?.to_str().map(ToOwned::to_owned);
-    let paths: HashSet<String> = plugins.into_iter().filter_map(path).collect();
-    // A file of some milliseconds: for reports, not for every request.
-    let maps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-    let mut counts = false;
-    let mut kibibytes = 0;
-    for line in maps.lines() {
-        if let Some(pss) = line.strip_prefix("Pss:") {
-            let pss: u64 = pss.trim().trim_end_matches("kB").trim().parse().unwrap_or(0);
-            kibibytes += if counts { pss } else { 0 };
-        } else if let Some((range, rest)) = line.split_once(' ')
-            && range.contains('-')
-        {
-            counts = rest.find('/').is_some_and(|start| paths.contains(&rest[start..]));
-        }
+impl Library for PipelineLibrary {
+    fn attach(&self, level: LogLevel, log: &PluginLog) {
+        self.module().attach()(host_api(level, log));
     }
-    kibibytes * 1024
 }
 
 /// What a library exports.
@@ -274,7 +112,7 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<Taken<M>
     let _code = Entered::new("", "constructors");
     // Everything is bound now: a symbol that is missing must fail here and not in the middle of a request.
     // SAFETY: opening runs the library's constructors, which the preflight survived on the same bytes.
-    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
+    let library = unsafe { DynamicLibrary::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
         .map_err(|error| unloadable(path, &error))?;
     // SAFETY: only the address is taken; what it points at is checked below.
     let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
@@ -284,7 +122,7 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<Taken<M>
     let debug = unsafe { library.get::<*const u8>(DEBUG_ASSERTIONS_SYMBOL) }.map(|symbol| *symbol).ok();
     // Where it can't be, its destructors run first at an `exit`: that is all.
     let _ = ending::watch_exit();
-    // Never closed; see `Plugin`. A refused library stays mapped as well, as its constructors have run.
+    // Never closed; see `PipelineLibrary`. A refused library stays mapped as well, as its constructors have run.
     std::mem::forget(library);
     let handshake = handshake.ok_or(if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin })?;
     // SAFETY: the library stays mapped, and what its symbol points at is looked at before it is taken for more than bytes.
@@ -410,15 +248,16 @@ fn brief(lines: &[&str]) -> String {
 /// What is shown of each side of a difference.
 const DIFFERENCE_CHARS: usize = 120;
 
-/// Sends what plugins log here; the first one stays.
-pub(crate) fn set_log_sink(sink: LogSink) {
-    LOG_SINK.get_or_init(|| sink);
+/// What a plugin is given to log with.
+pub(crate) fn host_api(level: LogLevel, log: &PluginLog) -> HostApi {
+    LOG.get_or_init(|| *log);
+    HostApi { log: forward, level: convert::level_of_plugins(level) }
 }
 
-pub(crate) extern "C" fn forward(record: &LogRecord<'_>) {
-    if let Some(sink) = LOG_SINK.get() {
-        sink(
-            record.level,
+extern "C" fn forward(record: &LogRecord<'_>) {
+    if let Some(log) = LOG.get() {
+        (log.sink)(
+            convert::level(record.level),
             record.model.as_str(),
             record.target.as_str(),
             record.message.as_str(),

@@ -5,16 +5,17 @@
 use std::{
     io::{self, Read},
     os::unix::process::ExitStatusExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::{self, Command, ExitStatus, Stdio},
     sync::mpsc,
     thread,
     time::Duration,
 };
 
+use modalkit_engine::{LoadError, Staged};
 use serde::{Deserialize, Serialize};
 
-use crate::{LoadError, OpenError, Plugin, QueuePlugin, Staged};
+use crate::{error::OpenError, library::PipelineLibrary, queue::QueueLibrary, store::staged_in_place};
 
 /// What the child found.
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,11 +32,11 @@ const SAID_BYTES_MAX: u64 = 1 << 20;
 
 /// How to start the child.
 #[derive(Clone, Debug)]
-pub struct Preflight<'a> {
+pub struct Preflight {
     /// The program that calls [`child`].
-    pub program: &'a Path,
-    /// The arguments that make it do so; the library's path follows them.
-    pub args: &'a [&'a str],
+    pub program: PathBuf,
+    /// The argument that makes it do so; the library's path follows it.
+    pub argument: &'static str,
     /// How long it may take.
     pub limit: Duration,
 }
@@ -44,10 +45,10 @@ pub struct Preflight<'a> {
 ///
 /// # Errors
 /// The child refused the library, crashed, or took longer than the limit.
-pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
-    let failed = |source| LoadError::Preflight { path: how.program.to_owned(), source };
-    let mut child = Command::new(how.program)
-        .args(how.args)
+pub(crate) fn run(staged: &Staged, how: &Preflight) -> Result<(), LoadError> {
+    let failed = |source| LoadError::Preflight { path: how.program.clone(), source };
+    let mut child = Command::new(&how.program)
+        .arg(how.argument)
         .arg(staged.path())
         // Never written to: it ends when this process does, however that happens, and the child with it.
         .stdin(Stdio::piped())
@@ -95,10 +96,10 @@ pub fn run(staged: &Staged, how: &Preflight<'_>) -> Result<(), LoadError> {
 #[must_use]
 pub fn child(file: &Path) -> String {
     leave_with_the_parent();
-    let staged = Staged::in_place(file);
+    let staged = staged_in_place(file);
     // The other kind of plugin is as fit as this one; whoever asked knows which it takes.
-    let opened = match Plugin::open(&staged) {
-        Err(OpenError::IsAQueue) => QueuePlugin::open(&staged).map(drop),
+    let opened = match PipelineLibrary::open(&staged) {
+        Err(OpenError::IsAQueue) => QueueLibrary::open(&staged).map(drop),
         opened => opened.map(drop),
     };
     let verdict = match opened {

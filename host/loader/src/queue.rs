@@ -3,19 +3,22 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use modalkit_abi::{
-    HostApi, LogLevel, QUEUE_HANDSHAKE_SYMBOL, QueueDescription, QueueHandle, QueueMessage, QueueModuleRef,
-    QueueOpenArgs, Secret,
+    QUEUE_HANDSHAKE_SYMBOL, QueueDescription, QueueHandle, QueueMessage, QueueModuleRef, QueueOpenArgs,
     abi_stable::std_types::{ROption, RResult},
+};
+use modalkit_engine::{
+    Failure, FailureKind, LogLevel, Outgoing, PluginLog, QueueBackend, QueuePlugin, Staged,
 };
 
 use crate::{
-    Failure, FailureKind, LogSink, OpenError, Staged,
-    library::{Taken, forward, set_log_sink, take},
+    convert,
+    error::OpenError,
+    library::{Library, Taken, host_api, take},
 };
 
-/// An opened queue plugin. It stays mapped until the process ends.
+/// An opened library of a queue. It stays mapped until the process ends.
 #[derive(Clone)]
-pub struct QueuePlugin {
+pub(crate) struct QueueLibrary {
     shared: Arc<Shared>,
 }
 
@@ -26,29 +29,17 @@ struct Shared {
     staged: Staged,
 }
 
-/// An opened queue backend; ended when dropped.
-pub struct Queue {
-    plugin: QueuePlugin,
+struct LibraryQueue {
+    library: QueueLibrary,
     handle: QueueHandle,
 }
 
-/// A message as it crosses the boundary.
-#[derive(Clone, Copy, Debug)]
-pub struct Outgoing<'a> {
-    /// The job that it tells of.
-    pub job_id: &'a str,
-    /// JSON.
-    pub body: &'a [u8],
-    /// The trace that it belongs to.
-    pub traceparent: Option<&'a str>,
-}
-
-impl QueuePlugin {
+impl QueueLibrary {
     /// Opens a staged copy.
     ///
     /// # Errors
     /// The file isn't a queue plugin that this host can use; see [`OpenError`].
-    pub fn open(staged: &Staged) -> Result<Self, OpenError> {
+    pub(crate) fn open(staged: &Staged) -> Result<Self, OpenError> {
         let Taken { module, .. } = take::<QueueModuleRef>(staged.path(), QUEUE_HANDSHAKE_SYMBOL)?;
         let description = match module.describe()() {
             RResult::ROk(description) => description,
@@ -56,67 +47,47 @@ impl QueuePlugin {
         };
         Ok(Self { shared: Arc::new(Shared { module, description, staged: staged.clone() }) })
     }
+}
 
-    /// Sends what the plugin logs, down to `level`, to `sink`.
-    pub fn attach(&self, level: LogLevel, sink: LogSink) {
-        set_log_sink(sink);
-        self.shared.module.attach()(HostApi { log: forward, level });
-    }
-
-    /// Opens a backend; takes as long as the author's `open`.
-    ///
-    /// # Errors
-    /// What the backend's `open` said.
-    pub fn backend(
-        &self,
-        name: &str,
-        settings: &str,
-        secrets: &BTreeMap<String, String>,
-    ) -> Result<Queue, Failure> {
-        let secrets: Vec<Secret<'_>> = secrets
-            .iter()
-            .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
-            .collect();
-        let args = QueueOpenArgs {
-            backend_name: name.into(),
-            settings: settings.into(),
-            secrets: secrets.as_slice().into(),
-        };
-        let opened = self.shared.module.open()(args).into_result();
-        opened.map(|handle| Queue { plugin: self.clone(), handle })
-    }
-
-    /// The plugin crate's name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.shared.description.name
-    }
-
-    /// The plugin crate's version.
-    #[must_use]
-    pub fn version(&self) -> &str {
-        &self.shared.description.version
-    }
-
-    /// SHA-256 of the file, in hexadecimal.
-    #[must_use]
-    pub fn sha256(&self) -> &str {
-        self.shared.staged.sha256()
+impl Library for QueueLibrary {
+    fn attach(&self, level: LogLevel, log: &PluginLog) {
+        self.shared.module.attach()(host_api(level, log));
     }
 }
 
-impl Queue {
-    /// Whether messages could be sent.
-    ///
-    /// # Errors
-    /// What the backend's `check` said.
-    pub fn check(&self) -> Result<(), Failure> {
-        // SAFETY: the handle is of a live backend of this library.
-        unsafe { self.plugin.shared.module.check()(self.handle) }.into_result()
+impl QueuePlugin for QueueLibrary {
+    fn version(&self) -> &str {
+        &self.shared.description.version
     }
 
-    /// Sends messages to a queue, in order; one result each. Takes as long as the author's `send`.
-    pub fn send(&self, queue: &str, messages: &[Outgoing<'_>]) -> Vec<Result<(), Failure>> {
+    fn sha256(&self) -> &str {
+        self.shared.staged.sha256()
+    }
+
+    fn open(
+        &self,
+        backend_name: &str,
+        settings: &str,
+        secrets: &BTreeMap<String, String>,
+    ) -> Result<Box<dyn QueueBackend>, Failure> {
+        let secrets = convert::secrets(secrets);
+        let args = QueueOpenArgs {
+            backend_name: backend_name.into(),
+            settings: settings.into(),
+            secrets: secrets.as_slice().into(),
+        };
+        let handle = convert::result(self.shared.module.open()(args))?;
+        Ok(Box::new(LibraryQueue { library: self.clone(), handle }))
+    }
+}
+
+impl QueueBackend for LibraryQueue {
+    fn check(&self) -> Result<(), Failure> {
+        // SAFETY: the handle is of a live backend of this library.
+        convert::result(unsafe { self.library.shared.module.check()(self.handle) })
+    }
+
+    fn send(&self, queue: &str, messages: &[Outgoing<'_>]) -> Vec<Result<(), Failure>> {
         let crossing: Vec<QueueMessage<'_>> = messages
             .iter()
             .map(|message| QueueMessage {
@@ -127,15 +98,15 @@ impl Queue {
             .collect();
         // SAFETY: the handle is of a live backend of this library.
         let sent = unsafe {
-            self.plugin.shared.module.send()(self.handle, queue.into(), crossing.as_slice().into())
+            self.library.shared.module.send()(self.handle, queue.into(), crossing.as_slice().into())
         };
-        match sent.into_result() {
+        match convert::result(sent) {
             Ok(results) if results.len() == messages.len() => {
-                results.into_iter().map(RResult::into_result).collect()
+                results.into_iter().map(convert::result).collect()
             }
             Ok(results) => {
                 let (expected, found) = (messages.len(), results.len());
-                let message = format!("the plugin returned {found} results for {expected} messages").into();
+                let message = format!("the plugin returned {found} results for {expected} messages");
                 vec![Err(Failure { kind: FailureKind::Panicked, message }); expected]
             }
             Err(failure) => vec![Err(failure); messages.len()],
@@ -143,9 +114,9 @@ impl Queue {
     }
 }
 
-impl Drop for Queue {
+impl Drop for LibraryQueue {
     fn drop(&mut self) {
         // SAFETY: the handle is of a live backend of this library, and given up here.
-        unsafe { self.plugin.shared.module.drop_queue()(self.handle) };
+        unsafe { self.library.shared.module.drop_queue()(self.handle) };
     }
 }

@@ -3,23 +3,23 @@
 
 use std::{
     collections::HashMap,
-    fmt,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
+use modalkit_engine::{LoadError, Staged};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    LoadError, Trust,
+    Trust,
     folder::{self, PrivateFolder},
 };
 
 /// Copies in a private folder, which vanishes with the last clone of this value.
 #[derive(Clone, Debug)]
-pub struct Store {
+pub(crate) struct Store {
     /// `None` once it is closed. Made again where somebody has taken it away.
     folder: Arc<Mutex<Option<PrivateFolder>>>,
     trust: Trust,
@@ -49,21 +49,13 @@ impl Drop for Copy {
     }
 }
 
-/// A private copy. Its file is removed with the last clone; a library that is mapped keeps one, so that debuggers and
-/// profilers find it by its path.
-#[derive(Clone)]
-pub struct Staged {
-    copy: Arc<Copy>,
-    origin: PathBuf,
-}
-
 impl Store {
     /// Makes a folder that only this user can enter, in the system's folder for temporary files, and removes those that
     /// processes of this user left there when they were killed.
     ///
     /// # Errors
     /// The folder can't be made.
-    pub fn new(trust: Trust) -> Result<Self, LoadError> {
+    pub(crate) fn new(trust: Trust) -> Result<Self, LoadError> {
         let temporary = std::env::temp_dir();
         folder::sweep(&temporary);
         let folder = PrivateFolder::make(&temporary).map_err(no_folder)?;
@@ -71,7 +63,7 @@ impl Store {
     }
 
     /// Removes the folder with every copy; what is mapped stays mapped.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         *self.folder.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -79,7 +71,7 @@ impl Store {
     ///
     /// # Errors
     /// The file can't be read, somebody else could have changed it, or the copy can't be written.
-    pub fn stage(&self, file: &Path) -> Result<Staged, LoadError> {
+    pub(crate) fn stage(&self, file: &Path) -> Result<Staged, LoadError> {
         let unreadable = |source| LoadError::Io { doing: "read", path: file.to_owned(), source };
         let folder = self.folder()?;
         let unwritable =
@@ -115,21 +107,21 @@ impl Store {
                 copy
             }
         };
-        Ok(Staged { copy, origin: file.to_owned() })
+        Ok(Staged::new(file, &copy.path.clone(), &copy.sha256.clone(), copy))
     }
 
     /// This copy where it is still there, and otherwise another one of the same file.
     ///
     /// # Errors
     /// As [`Store::stage`], or the file has changed since.
-    pub fn find_again(&self, staged: &Staged) -> Result<Staged, LoadError> {
+    pub(crate) fn find_again(&self, staged: &Staged) -> Result<Staged, LoadError> {
         if staged.path().exists() {
             return Ok(staged.clone());
         }
         let again = self.stage(staged.origin())?;
         if again.sha256() != staged.sha256() {
             let source = io::Error::other("its private copy is gone, and it has another content by now");
-            return Err(LoadError::Io { doing: "copy again", path: staged.origin.clone(), source });
+            return Err(LoadError::Io { doing: "copy again", path: staged.origin().to_owned(), source });
         }
         Ok(again)
     }
@@ -155,53 +147,9 @@ fn no_folder(source: io::Error) -> LoadError {
 
 const COPY_CHUNK_BYTES: usize = 256 * 1024;
 
-impl Staged {
-    /// A file that was staged by the parent of this process.
-    pub(crate) fn in_place(file: &Path) -> Self {
-        // The parent's to remove: this process ends without dropping it.
-        let copy = Copy { path: file.to_owned(), sha256: String::new(), all: Copies::default() };
-        let copy = std::mem::ManuallyDrop::new(Arc::new(copy));
-        Self { copy: Arc::clone(&copy), origin: file.to_owned() }
-    }
-
-    /// The file that was copied.
-    #[must_use]
-    pub fn origin(&self) -> &Path {
-        &self.origin
-    }
-
-    /// The copy.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.copy.path
-    }
-
-    /// SHA-256 of the content, in hexadecimal.
-    #[must_use]
-    pub fn sha256(&self) -> &str {
-        &self.copy.sha256
-    }
-
-    /// Whether this is the content that an entry pins, where it pins any; `entry` says whose.
-    ///
-    /// # Errors
-    /// [`LoadError::Pinned`].
-    pub fn check_pin(&self, pin: Option<&str>, entry: &'static str) -> Result<(), LoadError> {
-        match pin.filter(|expected| *expected != self.sha256()) {
-            Some(expected) => Err(LoadError::Pinned {
-                entry,
-                expected: expected.to_owned(),
-                found: self.sha256().to_owned(),
-            }),
-            None => Ok(()),
-        }
-    }
-}
-
-impl fmt::Debug for Staged {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Staged({})", self.sha256())
-    }
+/// A file that was staged by the parent of this process, which removes it.
+pub(crate) fn staged_in_place(file: &Path) -> Staged {
+    Staged::new(file, file, "", Arc::new(()))
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -21,7 +21,7 @@ struct Attributes {
 
 /// Runs the calling thread, and the threads and processes that it starts afterwards, at nice 19 with the shortest time slice. An
 /// unprivileged thread can't raise its priority again, so a plugin's own threads must not be started from such a one.
-pub fn lower_thread_priority() {
+pub(crate) fn lower() {
     let size = size_of::<Attributes>();
     let attributes = Attributes {
         size: u32::try_from(size).expect("it is 48 bytes"),

@@ -11,7 +11,7 @@ use std::{
 
 use rustix::io::Errno;
 
-use crate::LoadError;
+use modalkit_engine::LoadError;
 
 /// Whose files are taken for code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

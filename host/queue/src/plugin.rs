@@ -8,13 +8,13 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use modalkit_loader::{Failure, FailureKind, Outgoing, Queue, QueuePlugin};
+use modalkit_engine::{Failure, FailureKind, Outgoing, QueueBackend, QueuePlugin};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{Answer, Backend, Message, PluginSpec, QueueError};
 
 /// Opens a plugin's file: a private copy, tried in another process first; where a SHA-256 is given, only a file that has it. Blocking.
-pub type OpenPlugin = Arc<dyn Fn(&Path, Option<&str>) -> Result<QueuePlugin, String> + Send + Sync>;
+pub type OpenPlugin = Arc<dyn Fn(&Path, Option<&str>) -> Result<Arc<dyn QueuePlugin>, String> + Send + Sync>;
 
 /// Between two looks at the file.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
@@ -40,7 +40,7 @@ struct Worker {
     open: OpenPlugin,
     file: Option<FileVersion>,
     looked: Option<Instant>,
-    backend: Result<Queue, QueueError>,
+    backend: Result<Box<dyn QueueBackend>, QueueError>,
 }
 
 /// Tells one content of a file from another.
@@ -126,7 +126,7 @@ impl Worker {
 
     fn check(&self) -> Result<(), QueueError> {
         let backend = self.backend.as_ref().map_err(Clone::clone)?;
-        backend.check().map_err(|failure| queue_error(&failure))
+        backend.check().map_err(queue_error)
     }
 
     fn send(&self, queue: &str, messages: &[Message]) -> Vec<Result<(), QueueError>> {
@@ -145,10 +145,8 @@ impl Worker {
         let each = |result: Result<(), Failure>| {
             result.map_err(|failure| match failure.kind {
                 // Of a message, this says that it will never be taken.
-                FailureKind::Permanent | FailureKind::InvalidInput => {
-                    QueueError::Rejected(failure.message.to_string())
-                }
-                _ => QueueError::Unavailable(failure.message.to_string()),
+                FailureKind::Permanent | FailureKind::InvalidInput => QueueError::Rejected(failure.message),
+                _ => QueueError::Unavailable(failure.message),
             })
         };
         backend.send(queue, &crossing).into_iter().map(each).collect()
@@ -176,8 +174,8 @@ impl Worker {
         }
         let opened = (self.open)(&found.path, self.spec.sha256.as_deref()).map_err(QueueError::Unavailable);
         let opened = opened.and_then(|plugin| {
-            let opened = plugin.backend(&self.spec.name, &self.spec.settings, &self.spec.secrets);
-            let opened = opened.map_err(|failure| queue_error(&failure))?;
+            let opened = plugin.open(&self.spec.name, &self.spec.settings, &self.spec.secrets);
+            let opened = opened.map_err(queue_error)?;
             tracing::info!(
                 backend = self.spec.name,
                 sha256 = plugin.sha256(),
@@ -207,9 +205,9 @@ impl Worker {
 }
 
 /// An error of the whole backend: a permanent one waits for somebody who changes something.
-fn queue_error(failure: &Failure) -> QueueError {
-    let message = failure.message.to_string();
-    match failure.kind {
+fn queue_error(failure: Failure) -> QueueError {
+    let Failure { kind, message } = failure;
+    match kind {
         FailureKind::Permanent | FailureKind::InvalidInput => QueueError::Denied(message),
         _ => QueueError::Unavailable(message),
     }

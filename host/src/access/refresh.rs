@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{Access, Fetched, ssm};
+use crate::backoff::backoff;
 use crate::config::{AuthSpec, KeySource, KeySpec, SecretText, read_secret};
 
 /// How often keys are fetched while one of them is missing: that of those that lie in files, and at first of those in SSM, which is asked
@@ -83,7 +84,7 @@ pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> s
                 let mut missing = access.missing();
                 missing.extend(faults);
                 // Of values that are known an old one serves.
-                failures = if access.missing().is_empty() { 0 } else { failures + 1 };
+                failures = if access.missing().is_empty() { 0_u32 } else { failures + 1 };
                 for reason in told.news(&missing, Instant::now()) {
                     tracing::error!("not all keys are known: {reason}");
                 }
@@ -97,7 +98,7 @@ pub async fn run(access: Arc<Access>, mut specs: watch::Receiver<AuthSpec>) -> s
         let pause = match access.missing().is_empty() {
             true => spec.refresh,
             false if access.waits_for_a_file(&spec) => RETRY,
-            false => RETRY.saturating_mul(1 << (failures.max(1) - 1).min(16)).min(RETRY_MAX),
+            false => backoff(failures.max(1), RETRY, RETRY_MAX),
         };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

@@ -4,12 +4,13 @@
 use std::path::PathBuf;
 
 use modalkit::{
+    app,
     config::{self, Environment, Fault, Faults, Loaded, ModelSpec},
     ingress::Certificate,
     pipeline::check_settings,
     reload::build,
 };
-use modalkit_loader::Plugin;
+use modalkit_engine::Plugin;
 use serde_json::{Value, json};
 
 use super::{
@@ -74,10 +75,10 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     let mut faults = Vec::new();
     for spec in loaded.config.models.values() {
         let Some(file) = build::find(&spec.plugin, &loaded.config.volumes) else { continue };
-        match build::inspect(&file, &loaded.config.server) {
-            Ok(plugin) => match check_settings(&plugin, &spec.settings) {
+        match app::inspect(&file, &loaded.config.server) {
+            Ok(plugin) => match check_settings(&*plugin, &spec.settings) {
                 Err(found) => faults.extend(found.iter().cloned()),
-                Ok(()) => faults.extend(missing_files(spec, &plugin)),
+                Ok(()) => faults.extend(missing_files(spec, &*plugin)),
             },
             Err(error) => faults.push(Fault::of_file(&file, "a plugin that this host takes", &error.chain())),
         }
@@ -86,8 +87,8 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
 }
 
 /// Files that a model's own keys name, as its pipeline's settings say of themselves, and that aren't there.
-fn missing_files(spec: &ModelSpec, plugin: &Plugin) -> Vec<Fault> {
-    let schema: Value = serde_json::from_str(plugin.settings_schema()).unwrap_or_default();
+fn missing_files(spec: &ModelSpec, plugin: &dyn Plugin) -> Vec<Fault> {
+    let schema: Value = serde_json::from_str(&plugin.description().settings_schema).unwrap_or_default();
     let settings: Value = serde_json::from_str(&spec.settings.json()).unwrap_or_default();
     let keys = schema["properties"].as_object().into_iter().flatten();
     keys.filter(|(_, property)| property[FILE_MARK] == true)
@@ -134,7 +135,7 @@ fn warnings(loaded: &Loaded) -> Vec<String> {
     });
     let volumes = loaded.config.volumes.iter().filter(|volume| !volume.mount_point.is_dir());
     let unmounted = volumes.map(|volume| {
-        format!("the volume {}: there is no folder {}", volume.name, volume.mount_point.display())
+        format!("the volume {:?}: there is no folder {}", volume.name, volume.mount_point.display())
     });
     let mounts = loaded.config.mounts.iter().filter(|mount| !mount.from.exists());
     let unmounted = unmounted.chain(mounts.map(|mount| {

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use modalkit::{
+    app::{self, ABI_VERSION},
     config::{self, Environment},
-    reload::build,
 };
-use modalkit_loader::{ABI_VERSION, Plugin};
+use modalkit_engine::Description;
 use serde_json::{Value, json};
 
 use super::{
@@ -25,9 +25,10 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
     };
     // A bare name is a file of the current folder. A folder that can't be told is a matter of the file.
     let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    match build::inspect(&whole, &loaded.config.server) {
+    match app::inspect(&whole, &loaded.config.server) {
         Ok(plugin) => {
-            print(&if as_json { in_json(&plugin) } else { for_people(&plugin) });
+            let about = plugin.description();
+            print(&if as_json { in_json(about) } else { for_people(about) });
             DONE
         }
         Err(error) => {
@@ -46,32 +47,32 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
     }
 }
 
-fn in_json(plugin: &Plugin) -> String {
+fn in_json(plugin: &Description) -> String {
     // The SDK wrote them.
     let schema = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let whole = json!({
-        "taken": true, "name": plugin.name(), "version": plugin.version(), "sha256": plugin.sha256(),
-        "abi_version": ABI_VERSION, "sdk_version": plugin.sdk(), "rustc_version": plugin.rustc(),
-        "input_schema": schema(plugin.input_schema()), "output_schema": schema(plugin.output_schema()),
-        "settings_schema": schema(plugin.settings_schema()),
+        "taken": true, "name": plugin.name, "version": plugin.version, "sha256": plugin.sha256(),
+        "abi_version": ABI_VERSION, "sdk_version": plugin.sdk, "rustc_version": plugin.rustc,
+        "input_schema": schema(&plugin.input_schema), "output_schema": schema(&plugin.output_schema),
+        "settings_schema": schema(&plugin.settings_schema),
     });
     format!("{whole:#}\n")
 }
 
-fn for_people(plugin: &Plugin) -> String {
+fn for_people(plugin: &Description) -> String {
     let mut text = format!(
         "{} {}, {}\n\nsha256  {}\nabi     {ABI_VERSION}\nsdk     {}\nrustc   {}\n",
-        plugin.name(),
-        plugin.version(),
+        plugin.name,
+        plugin.version,
         coloured("this host would take it", Colour::Green),
         plugin.sha256(),
-        plugin.sdk(),
-        plugin.rustc(),
+        plugin.sdk,
+        plugin.rustc,
     );
     let schemas = [
-        ("input", plugin.input_schema()),
-        ("output", plugin.output_schema()),
-        ("settings: the model's own keys", plugin.settings_schema()),
+        ("input", &plugin.input_schema),
+        ("output", &plugin.output_schema),
+        ("settings: the model's own keys", &plugin.settings_schema),
     ];
     for (name, schema) in schemas {
         text.push_str(&format!("\n{}\n{}", coloured(name, Colour::Grey), members(schema)));

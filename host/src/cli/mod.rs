@@ -14,7 +14,10 @@ mod show;
 use std::process::ExitCode;
 
 use clap::CommandFactory;
-use modalkit::config::{self, Environment, Faults};
+use modalkit::{
+    app,
+    config::{self, Environment, Faults},
+};
 
 use args::{Cli, Command, ConfigCommand};
 use print::{complain, print};
@@ -46,7 +49,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         }
         Some(Command::Preflight { file }) => {
             // On a line of its own, whatever the library printed before.
-            print(&format!("\n{}\n", modalkit_loader::preflight::child(file)));
+            print(&format!("\n{}\n", app::preflight(file)));
             return ExitCode::from(DONE);
         }
         _ => {}

@@ -28,12 +28,12 @@ pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
             return NOT_DONE;
         }
     };
-    if let Err(error) = modalkit_loader::ending::watch() {
+    if let Err(error) = app::watch_endings() {
         complain(&anyhow::Error::new(error).context("can't watch over how the process ends"));
         return NOT_DONE;
     }
     let code = start(files, &log, set_journal_aside);
-    modalkit_loader::ending::planned();
+    app::mark_end_planned();
     code
 }
 

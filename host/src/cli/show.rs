@@ -206,6 +206,11 @@ fn model(answer: &Value) -> String {
     if answer["source"]["present"] == false {
         text.push_str("              the file is gone; what is loaded serves on\n");
     }
+    if answer["as_configured"] == false {
+        text.push_str(
+            "              it serves as it was loaded, and the configuration says something else by now\n",
+        );
+    }
     if answer["configured"] == false {
         text.push_str(
             "              it has no entry in the configuration: its plugin was dropped into a volume\n",
@@ -295,9 +300,7 @@ fn total(entry: &Value) -> String {
 }
 
 fn ago(at: &Value) -> String {
-    let now =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_millis();
-    let seconds = now.saturating_sub(u128::from(at.as_u64().unwrap_or_default())) / 1000;
+    let seconds = modalkit_journal::unix_ms().saturating_sub(at.as_u64().unwrap_or_default()) / 1000;
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min", seconds / 60),
@@ -397,7 +400,8 @@ mod tests {
             "a: rolled back to generation 3: it was asked for\n"
         );
         assert_eq!(for_people(&Ask::Reload("a".into()), r#"{"outcome": "stopped"}"#), "a: stopped\n");
-        let unknown = json!({"detail": "no such name; expected one of [\"a\"]"});
-        assert!(for_people(&Ask::RollBack("b".into()), &unknown.to_string()).starts_with("no such name"));
+        let unknown = json!({"detail": "\"b\": no such name; expected one of [\"a\"]"});
+        let said = for_people(&Ask::RollBack("b".into()), &unknown.to_string());
+        assert!(said.starts_with("\"b\": no such name"), "{said}");
     }
 }

@@ -97,15 +97,20 @@ impl Snapshot {
             .find_map(|(path, content)| Some(format!("{}: {}", path.display(), content.unknown()?)))
     }
 
-    /// Whether a file looks as if it were not all there: it is gone, begins like what is in force and ends before that does, or its last
-    /// line has no end.
+    /// A file that looks as if it were not all there, in words: it is gone, begins like what is in force and ends before that does, or its
+    /// last line has no end.
     #[must_use]
-    pub fn looks_cut(&self, in_force: &Self) -> bool {
-        self.beside(in_force).any(|(_, now, before)| match (now, before) {
-            (Content::Bytes(now), Content::Bytes(before)) => looks_cut(now, before),
-            (Content::Bytes(now), _) => looks_cut(now, &[]),
-            (Content::None, Content::Bytes(_)) => true,
-            _ => false,
+    pub fn cut(&self, in_force: &Self) -> Option<String> {
+        self.beside(in_force).find_map(|(path, now, before)| {
+            let what = match (now, before) {
+                (Content::Bytes(now), Content::Bytes(before)) if looks_cut(now, before) => "looks cut short",
+                (Content::Bytes(now), Content::None | Content::Unreadable(..)) if looks_cut(now, &[]) => {
+                    "looks cut short"
+                }
+                (Content::None, Content::Bytes(_)) => "is gone",
+                _ => return None,
+            };
+            Some(format!("{} {what}", path.display()))
         })
     }
 
@@ -252,7 +257,9 @@ mod tests {
         assert_eq!(sources.look().emptied(&sources.look()), []);
         fs::remove_file(&yaml).unwrap();
         let gone = sources.look();
-        assert!(gone.looks_cut(&before) && gone.emptied(&before)[0].found == "no file");
+        assert!(
+            gone.cut(&before).unwrap().ends_with(" is gone") && gone.emptied(&before)[0].found == "no file"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{fmt, sync::OnceLock};
 
 use bytes::Bytes;
 use jsonschema::Validator;
-use modalkit_loader::Item;
+use modalkit_engine::{Decoded, Payload};
 use serde::{
     Deserializer,
     de::{DeserializeSeed, IgnoredAny, SeqAccess, Visitor},
@@ -18,8 +18,8 @@ use crate::{
     work::{Detail, JobError, Location},
 };
 
-/// An item of a list with its bytes, or what is wrong with it.
-pub(super) type ListItem = Result<(Bytes, Item), JobError>;
+/// An item of a list, as it came and decoded, or what is wrong with it.
+pub(super) type ListItem = Result<(Payload, Decoded), JobError>;
 
 /// The items of a list, each with its bytes. None is decoded where there are more than the queue can ever hold. With `partial`, one
 /// that isn't what the pipeline takes leaves the others alone.
@@ -34,9 +34,9 @@ pub(super) fn decode_list(
         return Err(too_many(list.count, items_max));
     }
     let decode = |(index, input): (usize, &RawValue)| {
-        let input = body.slice_ref(input.get().as_bytes());
+        let input = Payload::Json(body.slice_ref(input.get().as_bytes()));
         match generation.decode(&input) {
-            Ok(item) => Ok(Ok((input, item))),
+            Ok(decoded) => Ok(Ok((input, decoded))),
             Err(error) => match error.inside(&[Location::Index(index as u64)]) {
                 invalid @ JobError::Invalid(_) if partial => Ok(Err(invalid)),
                 error => Err(error),
@@ -95,10 +95,14 @@ impl<'de> Visitor<'de> for AtMost {
 }
 
 /// What `/predict_async` takes: its parts, and the decoded input.
-pub(super) fn decode_envelope(generation: &Generation, body: &Bytes) -> Result<(Envelope, Item), JobError> {
+pub(super) fn decode_envelope(
+    generation: &Generation,
+    body: &Bytes,
+) -> Result<(Envelope, Decoded), JobError> {
     let parts = open_envelope(body)?;
-    let item = generation.decode(&parts.message).map_err(|error| error.inside(&["message".into()]))?;
-    Ok((parts, item))
+    let message = Payload::Json(parts.message.clone());
+    let decoded = generation.decode(&message).map_err(|error| error.inside(&["message".into()]))?;
+    Ok((parts, decoded))
 }
 
 /// An envelope's parts.

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -208,7 +208,10 @@ async fn accept(
         let header_timeout = context.server.header_timeout;
         let service = service_fn(move |request| {
             let (context, url) = (Arc::clone(&context), Arc::clone(&url));
-            async move { Ok::<_, Infallible>(answer(&context, &from, request, &url).await) }
+            async move {
+                let answer = answer(&context, &from, request, &url).await;
+                Ok::<_, Infallible>(answer.map(|answer| Full::new(answer.into_bytes())))
+            }
         });
         let mut protocol = http1::Builder::new();
         protocol.timer(TokioTimer::new()).header_read_timeout(header_timeout);

@@ -5,6 +5,7 @@ use std::{pin::pin, sync::Arc, time::Instant};
 use bytes::Bytes;
 use hyper::StatusCode;
 use modalkit_batch::ArrivalId;
+use modalkit_engine::Payload;
 
 use super::{
     Context,
@@ -25,7 +26,7 @@ use crate::{
     insight::JobTimings,
     jobs::{self, Jobs},
     pipeline::{Generation, Model, Queued},
-    protocol::Envelope,
+    protocol::{self, Envelope},
     queues::Allowed,
     work::{Deadline, Detail, Job, JobError, Location, RequestId, reply},
 };
@@ -165,10 +166,11 @@ async fn sync(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
-    let item = decode_body(peer, generation, &input, |generation, input| generation.decode(input)).await?;
+    let input = Payload::Json(input);
+    let decoded = decode_body(peer, generation, &input, |generation, input| generation.decode(input)).await?;
     let (handle, mut pending) = reply(&peer.io.mailbox);
     let timings = call.timings();
-    let job = Job { request_id: call.id.clone(), input, item: Some(item), reply: handle, timings };
+    let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
     let queued = call.model.queue.push([job], Some(call.deadline))?;
     let cancel_on_drop = CancelOnDrop::queue(peer, &call.model, queued, 1);
     let answer = pending.wait().await;
@@ -184,15 +186,17 @@ async fn batch(
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
     let (queue_max, partial) = (call.model.spec().batch.queue_max, call.partial);
-    let list = move |generation: &Generation, body: &Bytes| decode_list(generation, body, queue_max, partial);
-    let items = decode_body(peer, generation, &input, list).await?;
+    let list = move |generation: &Generation, body: &Payload| {
+        decode_list(generation, body.json(), queue_max, partial)
+    };
+    let items = decode_body(peer, generation, &Payload::Json(input), list).await?;
     let (mut jobs, mut pending) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
     for item in items {
         pending.push(match item {
-            Ok((input, item)) => {
+            Ok((input, decoded)) => {
                 let (handle, answer) = reply(&peer.io.mailbox);
                 let (request_id, timings) = (call.id.clone(), call.timings());
-                jobs.push(Job { request_id, input, item: Some(item), reply: handle, timings });
+                jobs.push(Job { request_id, input, decoded: Some(decoded), reply: handle, timings });
                 Ok(answer)
             }
             Err(error) => Err(error),
@@ -236,19 +240,20 @@ async fn asynchronous(
     let (key, model) = (call.caller.key.clone(), call.model.name.clone());
     let name = request::idempotency_key(&head.headers)?.map(ToOwned::to_owned);
     // A large body is digested where it is parsed.
-    let envelope = move |generation: &Generation, body: &Bytes| {
-        let (parts, item) = decode_envelope(generation, body)?;
-        let idempotency = name.map(|name| jobs::idempotency_key(key.as_deref(), &model, &name, body));
-        Ok((parts, item, idempotency))
+    let envelope = move |generation: &Generation, body: &Payload| {
+        let (parts, decoded) = decode_envelope(generation, body.json())?;
+        let idempotency = name.map(|name| jobs::idempotency_key(key.as_deref(), &model, &name, body.json()));
+        Ok((parts, decoded, idempotency))
     };
-    let (parts, item, idempotency) = decode_body(peer, generation, &input, envelope).await?;
+    let body = Payload::Json(input.clone());
+    let (parts, decoded, idempotency) = decode_body(peer, generation, &body, envelope).await?;
     check_queues(jobs, &parts, &call.caller)?;
     let traced = call.timings.as_deref().and_then(RequestTimings::traceparent);
     let incoming = jobs::Incoming {
         model: call.model.name.as_str().into(),
         key: call.caller.key.clone(),
         parts,
-        item: Some(item),
+        decoded: Some(decoded),
         deadline: request::own_deadline(&head.known, call.deadline),
         trace: traced.or_else(|| request::traceparent(&head.headers)),
         timings: call.timings(),
@@ -259,9 +264,9 @@ async fn asynchronous(
     };
     let (handle, mut pending) = reply(&peer.io.mailbox);
     jobs.accept(incoming, move |accepted| {
-        handle.send(accepted.map(|id| format!("{{\"job_id\":\"{id}\"}}").into()));
+        handle.send(accepted.map(|id| Payload::Json(protocol::accepted(id))));
     });
-    pending.wait().await.map(|body| egress::reply(Ok(body)))
+    pending.wait().await.map(|Payload::Json(body)| egress::accepted(body))
 }
 
 /// A name that leads nowhere, or that this caller may not say, is told before the job is taken, and not when its result has nowhere to go.
@@ -289,18 +294,18 @@ fn check_queues(jobs: &Jobs, parts: &Envelope, caller: &Caller) -> Result<(), Jo
 async fn decode_body<T: Send + 'static>(
     peer: &Peer,
     generation: &Arc<Generation>,
-    input: &Bytes,
-    work: impl FnOnce(&Generation, &Bytes) -> Result<T, JobError> + Send + 'static,
+    body: &Payload,
+    work: impl FnOnce(&Generation, &Payload) -> Result<T, JobError> + Send + 'static,
 ) -> Result<T, JobError> {
     let context = &*peer.context;
-    if input.len() <= context.server.decode_inline_bytes_max && !generation.decodes_elsewhere() {
+    if body.json().len() <= context.server.decode_inline_bytes_max && !generation.decodes_elsewhere() {
         let _decodes = peer.io.decodes(generation);
-        return work(generation, input);
+        return work(generation, body);
     }
     Box::pin(async {
         let turn = generation.decoding_turn().await?;
         let thread = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
-        let (generation, body) = (Arc::clone(generation), input.clone());
+        let (generation, body) = (Arc::clone(generation), body.clone());
         let work = move || {
             let _turn = (turn, thread);
             work(&generation, &body)

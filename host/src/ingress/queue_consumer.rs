@@ -18,6 +18,7 @@ use tokio::{
 
 use super::envelope::open_envelope;
 use crate::{
+    backoff::backoff,
     config::ConsumeSpec,
     insight::metrics::Metrics,
     jobs::{Incoming, Jobs},
@@ -35,7 +36,7 @@ const ACKNOWLEDGE_MAX: usize = 256;
 /// The longest that a broker may take for anything but waiting.
 const CALL_TIME_MAX: Duration = Duration::from_secs(15);
 /// Between two tries of a broker that fails, and of a job that isn't taken, at first and at most.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// How often a message's visibility is extended within one visibility timeout.
 const EXTENSIONS: u32 = 3;
@@ -92,7 +93,7 @@ impl Consumer {
             let room = self.spec.in_flight_max.saturating_sub(self.in_flight.len());
             if receiving.is_none() && room > 0 && self.done.is_empty() && !*shutdown.borrow() {
                 let source = route.adapter.source().expect("it was looked at");
-                let pause = backoff(failures);
+                let pause = backoff(failures, BACKOFF_FIRST, BACKOFF_MAX);
                 let (max, hidden) = (room.min(RECEIVE_MAX), self.spec.visibility);
                 receiving = Some(
                     async move {
@@ -164,7 +165,7 @@ impl Consumer {
             key: None,
             envelope: body.clone(),
             parts,
-            item: None,
+            decoded: None,
             deadline: None,
             trace: traceparent.clone(),
             timings: None,
@@ -279,7 +280,7 @@ async fn work(jobs: Arc<Jobs>, id: String, make: Make) -> Ended {
             Ok(Err(_)) | Err(_) => {
                 // There is no room, or the disk is full: it is tried again, stays taken, and no other is received.
                 failures += 1;
-                sleep(backoff(failures)).await;
+                sleep(backoff(failures, BACKOFF_FIRST, BACKOFF_MAX)).await;
             }
         }
     };
@@ -300,12 +301,4 @@ fn failure_queue(body: &[u8]) -> Option<String> {
 
 fn no_answer() -> QueueError {
     QueueError::Unavailable(format!("no answer within {CALL_TIME_MAX:?}"))
-}
-
-fn backoff(failures: u32) -> Duration {
-    if failures == 0 {
-        return Duration::ZERO;
-    }
-    let doubled = BACKOFF_MIN.saturating_mul(1 << (failures - 1).min(16)).min(BACKOFF_MAX);
-    doubled.mul_f64(0.5 + fastrand::f64() / 2.0)
 }

@@ -3,34 +3,34 @@
 
 use std::{
     convert::Infallible,
+    io::IoSlice,
     pin::Pin,
     task::{Context, Poll},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Buf;
 use hyper::{
     Response,
     body::{Body, Frame, SizeHint},
 };
 
 use super::exchange::Exchange;
-use crate::egress::HttpResponse;
+use crate::{egress::HttpResponse, protocol::Answer};
 
 /// The body of an answer.
 pub(super) struct Outgoing(Option<Unwritten>);
 
 /// What is not written yet of an answer.
 pub(super) struct Unwritten {
-    bytes: Bytes,
+    answer: Answer,
     exchange: Exchange,
 }
 
 /// The response as it is written: its body holds the exchange until its last byte is written. Without a body the exchange ends here.
 pub(super) fn respond(mut exchange: Exchange, response: HttpResponse) -> Response<Outgoing> {
     let (head, body) = response.into_parts();
-    let bytes = body.into_inner().unwrap_or_default();
-    exchange.begin_answer(bytes.len());
-    let unwritten = (!bytes.is_empty()).then_some(Unwritten { bytes, exchange });
+    exchange.begin_answer(body.remaining());
+    let unwritten = body.has_remaining().then_some(Unwritten { answer: body, exchange });
     Response::from_parts(head, Outgoing(unwritten))
 }
 
@@ -50,21 +50,25 @@ impl Body for Outgoing {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.0.as_ref().map_or(0, |unwritten| unwritten.bytes.len() as u64))
+        SizeHint::with_exact(self.0.as_ref().map_or(0, |unwritten| unwritten.remaining() as u64))
     }
 }
 
 impl Buf for Unwritten {
     fn remaining(&self) -> usize {
-        self.bytes.remaining()
+        self.answer.remaining()
     }
 
     fn chunk(&self) -> &[u8] {
-        self.bytes.chunk()
+        self.answer.chunk()
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        self.answer.chunks_vectored(slices)
     }
 
     fn advance(&mut self, count: usize) {
-        self.bytes.advance(count);
+        self.answer.advance(count);
         self.exchange.progressed();
     }
 }

@@ -6,10 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use modalkit_engine::Decoded;
 use modalkit_journal::{
     AcceptError, Accepted, Finish, IdempotencyKey, JobId, NewJob, OpenJob, State, unix_ms,
 };
-use modalkit_loader::Item;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
@@ -37,7 +37,7 @@ pub struct Incoming {
     /// The same, taken apart.
     pub parts: Envelope,
     /// The decoded input.
-    pub item: Option<Item>,
+    pub decoded: Option<Decoded>,
     /// Milliseconds since 1970 after which nobody wants its answer.
     pub deadline: Option<u64>,
     /// The trace that it belongs to.
@@ -62,7 +62,7 @@ impl Incoming {
             key: key.clone(),
             envelope: envelope.clone(),
             parts: parts.clone(),
-            item: None,
+            decoded: None,
             deadline: *deadline,
             trace: trace.clone(),
             timings: None,
@@ -88,7 +88,7 @@ impl Jobs {
             key,
             envelope,
             parts,
-            item,
+            decoded,
             deadline,
             trace,
             timings,
@@ -113,8 +113,8 @@ impl Jobs {
             return done(Err(error));
         }
         // Where there is no room for the bytes, there is none for what they decode to.
-        let item = item.filter(|_| live_job.progress.lock().input.is_some());
-        let first_attempt = FirstAttempt { item, timings };
+        let decoded = decoded.filter(|_| live_job.progress.lock().input.is_some());
+        let first_attempt = FirstAttempt { decoded, timings };
         let job = NewJob { id, model, key, envelope, accepted, deadline, trace, idempotency, from_queue };
         let (shared, inbox) = (Arc::clone(&self.shared), Arc::clone(&self.inbox));
         journal.accept(job, move |accepted| match accepted {

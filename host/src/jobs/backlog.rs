@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use modalkit_engine::Payload;
 use modalkit_journal::{JobId, Journal, Slot};
 
 use super::{
@@ -139,8 +140,8 @@ impl ModelBacklog {
         };
         let job = Job {
             request_id: RequestId::Given(live_job.id.to_string().into()),
-            input: input.parts.message,
-            item: first_attempt.item,
+            input: Payload::Json(input.parts.message),
+            decoded: first_attempt.decoded,
             reply: ReplyHandle::recorded(Box::new(attempt)),
             timings: first_attempt.timings,
         };

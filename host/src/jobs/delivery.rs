@@ -16,14 +16,17 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::{Jobs, live_job::LiveJob, open_jobs::Shared};
-use crate::queues::{Queues, Route};
+use crate::{
+    backoff::backoff,
+    queues::{Queues, Route},
+};
 
 /// Bytes of messages that wait in memory; those of further ones are read again when their turn comes.
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Bytes of messages in one call of a broker.
 const BATCH_BYTES_MAX: usize = 8 << 20;
-/// Between two tries, at first and at most; the next one waits twice as long, give or take.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// The wait after a failure, and the longest after several; see [`backoff`].
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
 /// The messages that wait.
@@ -104,7 +107,7 @@ impl Deliveries {
             failures = if left.is_empty() { 0 } else { failures + 1 };
             self.put_back(&queue, left);
             if failures > 0 {
-                tokio::time::sleep(backoff(failures)).await;
+                tokio::time::sleep(backoff(failures, BACKOFF_FIRST, BACKOFF_MAX)).await;
             }
         }
     }
@@ -227,9 +230,4 @@ impl Deliveries {
         }
         left
     }
-}
-
-fn backoff(failures: u32) -> Duration {
-    let doubled = BACKOFF_MIN.saturating_mul(1 << (failures - 1).min(16)).min(BACKOFF_MAX);
-    doubled.mul_f64(0.5 + fastrand::f64() / 2.0)
 }

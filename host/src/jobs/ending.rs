@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
+use modalkit_engine::Payload;
 use modalkit_journal::{Finish, Journal, State, Unfit, unix_ms};
 
 use super::{
@@ -33,8 +34,8 @@ impl Ending {
     }
 
     /// With the pipeline's answer, where that is no larger than may be kept.
-    pub(super) fn answered(live_job: &LiveJob, journal: &Journal, answer: Bytes, bytes_max: usize) -> Self {
-        let ending = Self::succeeded(live_job, journal, answer);
+    pub(super) fn answered(live_job: &LiveJob, journal: &Journal, output: Payload, bytes_max: usize) -> Self {
+        let ending = Self::succeeded(live_job, journal, output);
         match ending.message.as_ref().map_or(0, Bytes::len) {
             found if found > bytes_max => {
                 let error = format!(
@@ -46,16 +47,12 @@ impl Ending {
         }
     }
 
-    fn succeeded(live_job: &LiveJob, journal: &Journal, answer: Bytes) -> Self {
-        let Some(input) = input_or_log(live_job, journal) else {
-            return Self { state: State::Succeeded, message: Some(answer), error: None, queue: None };
-        };
-        let message = match input.parts.meta {
-            Some(meta) => protocol::with_meta(&answer, &meta),
-            None => answer,
-        };
-        let queue = Some(input.parts.success_queue).filter(|queue| !queue.is_empty());
-        Self { state: State::Succeeded, message: Some(message), error: None, queue }
+    fn succeeded(live_job: &LiveJob, journal: &Journal, output: Payload) -> Self {
+        let parts = input_or_log(live_job, journal).map(|input| input.parts);
+        let meta = parts.as_ref().and_then(|parts| parts.meta.as_deref());
+        let message = Some(protocol::succeeded_job(output, meta));
+        let queue = parts.map(|parts| parts.success_queue).filter(|queue| !queue.is_empty());
+        Self { state: State::Succeeded, message, error: None, queue }
     }
 
     pub(super) fn failed(live_job: &LiveJob, journal: &Journal, error: String) -> Self {

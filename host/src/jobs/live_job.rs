@@ -9,8 +9,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use modalkit_engine::Decoded;
 use modalkit_journal::JobId;
-use modalkit_loader::Item;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -88,7 +88,7 @@ pub(super) struct Input {
 /// What saves work on a job's first attempt.
 #[derive(Default)]
 pub(super) struct FirstAttempt {
-    pub(super) item: Option<Item>,
+    pub(super) decoded: Option<Decoded>,
     pub(super) timings: Option<Arc<JobTimings>>,
 }
 

@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use modalkit_engine::FailureKind;
 use modalkit_journal::{Journal, Retry, unix_ms};
-use modalkit_loader::FailureKind;
 
 use super::{
     Jobs,
@@ -21,14 +21,15 @@ use super::{
     suspects::{NextSuspect, Suspects},
 };
 use crate::{
+    backoff::backoff,
     models::Models,
     pipeline::Model,
     protocol,
     work::{Gate, JobError, JobPermit, Reply},
 };
 
-/// Between two attempts, at first and at most; the next one waits twice as long, give or take.
-const BACKOFF_MIN: Duration = Duration::from_millis(250);
+/// The wait after a failed attempt, and the longest after several; see [`backoff`].
+const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// Jobs of a model that wait with their decoded inputs.
 const FIRST_ATTEMPTS_MAX: usize = 256;
@@ -144,7 +145,7 @@ impl Runner {
         match next {
             // A clock that was set back keeps nobody waiting for longer than an attempt may.
             Some(next) => {
-                let wait = Duration::from_millis(next.saturating_sub(unix_ms())).min(2 * BACKOFF_MAX);
+                let wait = Duration::from_millis(next.saturating_sub(unix_ms())).min(BACKOFF_MAX);
                 backlog.delayed.insert((Instant::now() + wait, live_job.id), live_job);
             }
             // What waits long is decoded when its turn comes.
@@ -177,8 +178,8 @@ impl Runner {
             return end(live_job, Ending::cancelled(), Some(permit), jobs, journal);
         }
         let error = match reply {
-            Ok(answer) => {
-                let ending = Ending::answered(live_job, journal, answer, jobs.shared.spec.result_bytes_max);
+            Ok(output) => {
+                let ending = Ending::answered(live_job, journal, output, jobs.shared.spec.result_bytes_max);
                 return end(live_job, ending, Some(permit), jobs, journal);
             }
             Err(error) => error,
@@ -203,7 +204,7 @@ impl Runner {
         // A model that isn't known has no limit of retries here; it is checked at the next handover.
         let retries = self.models.find(Some(&live_job.model)).map_or(u32::MAX, |model| model.spec().retries);
         if may_help(&error) && attempts <= retries {
-            let wait = backoff(attempts);
+            let wait = backoff(attempts, BACKOFF_FIRST, BACKOFF_MAX);
             let next = unix_ms() + wait.as_millis() as u64;
             let text = shortened(protocol::job_failure(&error));
             tracing::info!(model = &*live_job.model, job_id = %live_job.id, attempts, next_in = ?wait, error = text, "an attempt failed and is repeated");
@@ -360,25 +361,5 @@ fn may_help(error: &JobError) -> bool {
         | JobError::TooLarge(_)
         | JobError::Conflict(_)
         | JobError::DeadlinePassed => false,
-    }
-}
-
-/// Twice as long after each attempt, and each a little different, so that those that failed together don't come together again.
-fn backoff(attempts: u32) -> Duration {
-    let doubled = BACKOFF_MIN.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(BACKOFF_MAX);
-    doubled.mul_f64(0.5 + fastrand::f64())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_grow_up_to_a_limit() {
-        for _ in 0..100 {
-            let (first, later) = (backoff(1), backoff(40));
-            assert!(first >= BACKOFF_MIN / 2 && first < BACKOFF_MIN * 3 / 2, "{first:?}");
-            assert!(later >= BACKOFF_MAX / 2 && later < BACKOFF_MAX * 3 / 2, "{later:?}");
-        }
     }
 }

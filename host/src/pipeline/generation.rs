@@ -8,22 +8,25 @@ use std::sync::{
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_device::Lease;
-use modalkit_loader::{Device, Failure, FailureKind, Instance, Item, Load, Plugin, Rejection};
+use modalkit_engine::{Decoded, Device, Failure, FailureKind, Instance, Load, Payload, Plugin, Rejection};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{batch_stats::BatchStats, input_faults};
 use crate::{
     config::ModelSpec,
-    fence::Fence,
+    fence::{Fence, Loading},
     work::{Detail, JobError},
 };
+
+/// An instance, looked at by many.
+pub type SharedInstance = Arc<Box<dyn Instance>>;
 
 /// One version of a model.
 pub struct Generation {
     /// Counts the versions of this model, from 1.
     pub number: u64,
-    /// The library.
-    pub plugin: Plugin,
+    /// The plugin that its instances are loaded from.
+    pub plugin: Arc<dyn Plugin>,
     /// The model's settings.
     pub spec: ModelSpec,
     /// Statistics of its batches.
@@ -34,7 +37,7 @@ pub struct Generation {
     /// `false` without it, where a probation is failed.
     serves: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
-    validating: ArcSwapOption<Instance>,
+    validating: ArcSwapOption<Box<dyn Instance>>,
     /// Whether it has held a connection's thread for too long: it decodes on others then.
     decodes_elsewhere: AtomicBool,
     /// Inputs that are decoded on other threads at once: as many as there are cores. One that hangs starves this generation alone.
@@ -45,7 +48,7 @@ pub struct Generation {
 
 impl Generation {
     /// A generation without instances.
-    pub(crate) fn new(number: u64, plugin: Plugin, spec: ModelSpec, fence: Arc<Fence>) -> Arc<Self> {
+    pub(crate) fn new(number: u64, plugin: Arc<dyn Plugin>, spec: ModelSpec, fence: Arc<Fence>) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self {
             number,
@@ -96,41 +99,43 @@ impl Generation {
     ///
     /// # Errors
     /// [`JobError::Invalid`] with details, or [`JobError::Failed`] where the plugin failed.
-    pub fn decode(&self, input: &[u8]) -> Result<Item, JobError> {
-        let instance = self.validating.load();
-        let decoded = match self.plugin.decode(instance.as_deref(), input) {
-            // The replica that runs it will validate it.
-            Err(Rejection::Busy) => self.plugin.decode(None, input),
-            decoded => decoded,
+    pub fn decode(&self, input: &Payload) -> Result<Decoded, JobError> {
+        let decoded = match &*self.validating.load() {
+            Some(instance) => match instance.decode(input) {
+                // The replica that runs it will validate it.
+                Err(Rejection::Busy) => self.plugin.decode(input),
+                decoded => decoded,
+            },
+            None => self.plugin.decode(input),
         };
-        let item = decoded.map_err(|rejection| self.rejected(rejection, input))?;
+        let decoded = decoded.map_err(|rejection| self.rejected(rejection, input))?;
         self.check_schema(input)?;
-        Ok(item)
+        Ok(decoded)
     }
 
     /// Compares an input that was decoded with its schema, where the model's entry asks for that.
     ///
     /// # Errors
     /// [`JobError::Invalid`].
-    pub fn check_schema(&self, input: &[u8]) -> Result<(), JobError> {
+    pub fn check_schema(&self, input: &Payload) -> Result<(), JobError> {
         match self.input_schema().filter(|_| self.spec.enforce_schema) {
-            Some(schema) => input_faults::check(schema, input).map_err(JobError::Invalid),
+            Some(schema) => input_faults::check(schema, input.json()).map_err(JobError::Invalid),
             None => Ok(()),
         }
     }
 
     /// Turns a plugin's rejection into what the caller is told.
     #[must_use]
-    pub fn rejected(&self, rejection: Rejection, input: &[u8]) -> JobError {
+    pub fn rejected(&self, rejection: Rejection, input: &Payload) -> JobError {
         match rejection {
             Rejection::Malformed { message } => {
-                JobError::Invalid(input_faults::malformed(self.input_schema(), input, &message))
+                JobError::Invalid(input_faults::malformed(self.input_schema(), input.json(), &message))
             }
             Rejection::Invalid { faults } => JobError::Invalid(
                 faults
                     .into_iter()
                     .take(input_faults::DETAILS_MAX)
-                    .map(|fault| Detail::invalid(&fault.path, fault.message.into()))
+                    .map(|fault| Detail::invalid(&fault.path, fault.message))
                     .collect(),
             ),
             Rejection::Failed(failure) => JobError::Failed(failure),
@@ -142,7 +147,7 @@ impl Generation {
     ///
     /// # Errors
     /// What `load` or `warmup` said.
-    pub fn instance(&self, lease: Option<&Lease>) -> Result<Instance, Failure> {
+    pub fn instance(&self, lease: Option<&Lease>) -> Result<Box<dyn Instance>, Failure> {
         let spec = &self.spec;
         if spec.enforce_schema && self.input_schema().is_none() {
             let message = "enforce_schema is set, and the JSON Schema of the pipeline's input is none that can be checked";
@@ -158,27 +163,26 @@ impl Generation {
         });
         let devices: Vec<Device<'_>> = leased.collect();
         let folder = spec.all_model_data_folder.to_string_lossy();
-        let _noted = self.fence.loading(&spec.name, self.plugin.sha256());
-        let instance = self.plugin.load(&Load {
+        let loading = self.fence.loading(&spec.name, self.plugin.description().sha256());
+        self.plugin.load(&Load {
             model_name: &spec.name,
             all_model_data_folder: &folder,
             common_settings: &spec.common_settings,
             settings: &spec.settings.json(),
             secrets: spec.secrets.values(),
             devices: &devices,
-        })?;
-        instance.warmup()?;
-        Ok(instance)
+            crash_note: loading.as_ref().map(Loading::note),
+        })
     }
 
     /// Names the instance that validates from now on.
-    pub fn validate_with(&self, instance: Option<Arc<Instance>>) {
+    pub fn validate_with(&self, instance: Option<SharedInstance>) {
         self.validating.store(instance);
     }
 
     fn input_schema(&self) -> Option<&Validator> {
         let compile = || {
-            let schema = serde_json::from_str(self.plugin.input_schema()).ok()?;
+            let schema = serde_json::from_str(&self.plugin.description().input_schema).ok()?;
             jsonschema::validator_for(&schema).inspect_err(|error| {
                 tracing::warn!(model = self.spec.name, %error, "the plugin's input schema is no JSON Schema; details of bad inputs will be terse");
             }).ok()

@@ -1,19 +1,16 @@
 //! Golden requests: inputs with the answers that a new generation must give before it serves. It owns their file's form and
 //! the comparison, and never decides what follows from a wrong answer.
 //!
-//! The file is a JSON list of `{"input": {…}, "output": {…}, "tolerance": 0.001}`. `output` is the whole answer without
-//! `status`; numbers in it may differ by `tolerance`, which is 0 where it isn't given.
+//! The file is a JSON list of `{"input": {…}, "output": {…}, "tolerance": 0.001}`. `output` is the pipeline's whole output; numbers in it may differ by `tolerance`, which is 0 where it isn't given.
 
 use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use modalkit_loader::{Failure, FailureKind, Instance};
+use modalkit_engine::{Failure, FailureKind, Instance, Payload};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
-
-use super::Generation;
 
 /// What a model's golden file holds.
 pub struct Golden {
@@ -21,9 +18,16 @@ pub struct Golden {
     latency_max: Option<Duration>,
 }
 
+struct Case {
+    input: Payload,
+    output: Value,
+    tolerance: f64,
+}
+
+/// A case as it is written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Case {
+struct Written {
     input: Box<RawValue>,
     output: Value,
     #[serde(default)]
@@ -102,19 +106,23 @@ impl Golden {
     pub fn read(path: &Path, latency_max: Option<Duration>) -> Result<Self, GoldenError> {
         let text = std::fs::read(path)
             .map_err(|source| GoldenError::Unreadable { path: path.to_owned(), source })?;
-        let cases = serde_json::from_slice(&text)
+        let cases: Vec<Written> = serde_json::from_slice(&text)
             .map_err(|source| GoldenError::Malformed { path: path.to_owned(), source })?;
-        Ok(Self { cases, latency_max })
+        let case = |Written { input, output, tolerance }| {
+            let input = Payload::Json(Box::<str>::from(input).into_string().into());
+            Case { input, output, tolerance }
+        };
+        Ok(Self { cases: cases.into_iter().map(case).collect(), latency_max })
     }
 
     /// Asks an instance, each request as a batch of its own; takes as long as the plugin does.
     ///
     /// # Errors
     /// The first request that isn't answered as the file says.
-    pub fn ask(&self, generation: &Generation, instance: &Instance) -> Result<(), GoldenError> {
+    pub fn ask(&self, instance: &dyn Instance) -> Result<(), GoldenError> {
         for (place, case) in self.cases.iter().enumerate() {
-            let answer = |failure: Failure| GoldenError::Failed { place, reason: failure.message.into() };
-            let found = answer_of(generation, instance, case).map_err(answer)?;
+            let answer = |failure: Failure| GoldenError::Failed { place, reason: failure.message };
+            let found = answer_of(instance, case).map_err(answer)?;
             if let Some((at, expected, found)) = difference(&case.output, &found, case.tolerance, "") {
                 return Err(GoldenError::Wrong { place, at, expected, found });
             }
@@ -122,7 +130,7 @@ impl Golden {
             let mut times = Vec::with_capacity(TIMED_ANSWERS);
             for _ in 0..TIMED_ANSWERS {
                 let begun = Instant::now();
-                answer_of(generation, instance, case).map_err(answer)?;
+                answer_of(instance, case).map_err(answer)?;
                 times.push(begun.elapsed());
             }
             times.sort();
@@ -135,20 +143,17 @@ impl Golden {
     }
 }
 
-fn answer_of(generation: &Generation, instance: &Instance, case: &Case) -> Result<Value, Failure> {
-    let failure = |message: String| Failure { kind: FailureKind::Permanent, message: message.into() };
-    let decoded = generation.plugin.decode(Some(instance), case.input.get().as_bytes());
-    let item = decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
-    let mut batch = instance.begin(vec![item]).expect("the same plugin decoded it");
+fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
+    let failure = |message: String| Failure { kind: FailureKind::Permanent, message };
+    let decoded = instance.decode(&case.input);
+    let decoded =
+        decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
+    let mut batch = instance.begin(vec![decoded]).expect("the same plugin decoded it");
     batch.preprocess()?;
     batch.predict()?;
     let outcome = batch.postprocess()?.pop();
-    let json = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
-    let mut answer: Value = serde_json::from_slice(&json).map_err(|error| failure(error.to_string()))?;
-    if let Some(members) = answer.as_object_mut() {
-        members.remove("status");
-    }
-    Ok(answer)
+    let output = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
+    serde_json::from_slice(output.json()).map_err(|error| failure(error.to_string()))
 }
 
 /// The first place where two values differ: where, what was expected, what was found.

@@ -2,7 +2,7 @@
 //! from the input's JSON Schema, on the failure path only.
 
 use jsonschema::{ValidationError, Validator, error::ValidationErrorKind, paths::LocationSegment};
-use modalkit_loader::PathSegment;
+use modalkit_engine::PathSegment;
 use serde_json::Value;
 
 use crate::work::{Detail, Location};

@@ -27,7 +27,7 @@ use crate::{
 
 pub use batch_stats::StatsSnapshot;
 pub use fleet::{Fleet, Progress, examine};
-pub use generation::Generation;
+pub use generation::{Generation, SharedInstance};
 pub use golden::{Golden, GoldenError};
 pub use input_faults::malformed;
 pub use order::{Leases, VolumeChange};

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Weak};
 
 use modalkit_device::Lease;
-use modalkit_loader::{Failure, FailureKind, Instance};
+use modalkit_engine::{Failure, FailureKind};
 use tokio::sync::oneshot;
 
-use super::replica::Replica;
+use super::{generation::SharedInstance, replica::Replica};
 
 /// A change in a volume, as the pipelines are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,12 +28,12 @@ pub(super) enum Order {
     GiveUp(Arc<Replica>),
     /// The thread of such a hook has returned.
     ThreadReturned,
-    Instance(oneshot::Sender<Option<Arc<Instance>>>),
+    Instance(oneshot::Sender<Option<SharedInstance>>),
     Leases(oneshot::Sender<Leases>),
     Stop,
 }
 
 /// A failure that the host itself reports.
 pub(super) fn failure(message: String) -> Failure {
-    Failure { kind: FailureKind::Permanent, message: message.into() }
+    Failure { kind: FailureKind::Permanent, message }
 }

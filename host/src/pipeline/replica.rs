@@ -10,14 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use modalkit_batch::Waiting;
 use modalkit_device::Lease;
-use modalkit_loader::{Failure, FailureKind, Instance, Item, Outcome};
+use modalkit_engine::{Decoded, Failure, FailureKind, Instance, Outcome, Payload};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::Generation;
+use super::{Generation, SharedInstance};
 use crate::{
     insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
     pipeline::{LaneState, Queue, Taken},
@@ -37,7 +36,7 @@ pub(super) enum Event {
 /// An instance that serves.
 pub(super) struct Replica {
     /// `None` when its last lane has left.
-    instance: Mutex<Option<Arc<Instance>>>,
+    instance: Mutex<Option<SharedInstance>>,
     pub(super) number: u64,
     lanes: Vec<Lane>,
     stopping: AtomicBool,
@@ -104,7 +103,12 @@ impl Replica {
         Ok(())
     }
 
-    fn serve(number: u64, context: &Arc<ReplicaContext>, instance: Instance, lease: Option<Arc<Lease>>) {
+    fn serve(
+        number: u64,
+        context: &Arc<ReplicaContext>,
+        instance: Box<dyn Instance>,
+        lease: Option<Arc<Lease>>,
+    ) {
         let count = context.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
         let replica = Arc::new(Self {
@@ -135,7 +139,7 @@ impl Replica {
     }
 
     /// The instance, while it serves.
-    pub(super) fn instance(&self) -> Option<Arc<Instance>> {
+    pub(super) fn instance(&self) -> Option<SharedInstance> {
         self.instance.lock().clone()
     }
 
@@ -217,7 +221,7 @@ impl Replica {
         let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
         while let Some(taken) = context.queue.next_batch(lane_id, || self.lane_state(&context.generation)) {
-            if !run(&instance, lane, self, taken, context) {
+            if !run(&**instance, lane, self, taken, context) {
                 context.metrics.replicas_stuck.dec();
                 context.tell(Event::ThreadReturned);
                 break;
@@ -256,7 +260,13 @@ impl Lane {
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, context: &ReplicaContext) -> bool {
+fn run(
+    instance: &dyn Instance,
+    lane: &Lane,
+    replica: &Replica,
+    taken: Taken,
+    context: &ReplicaContext,
+) -> bool {
     let Taken { batch, at, free_since } = taken;
     // Timings of the jobs that carry any.
     let mut timed = Vec::new();
@@ -272,7 +282,7 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, contex
         }
         job.reply.begins();
         waiters.push(Waiter { reply: job.reply, request_id: job.request_id });
-        inputs.push((job.input, job.item));
+        inputs.push((job.input, job.decoded));
     }
     if waiters.is_empty() {
         return true;
@@ -280,9 +290,9 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, contex
     // From here on plugin code runs, and the fleet watches the time.
     *lane.running.lock() = Some(Running { started: Instant::now(), waiters });
     let (mut items, mut refused) = (Vec::with_capacity(inputs.len()), Vec::new());
-    for (place, (input, item)) in inputs.into_iter().enumerate() {
-        match item_of(instance, item, &input, &context.generation) {
-            Ok(item) => items.push(item),
+    for (place, (input, decoded)) in inputs.into_iter().enumerate() {
+        match decoded_for(instance, decoded, &input, &context.generation) {
+            Ok(decoded) => items.push(decoded),
             Err(error) => refused.push((place, error)),
         }
     }
@@ -318,7 +328,7 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, contex
     match outcomes {
         Ok(outcomes) if outcomes.len() == waiters.len() => {
             for (waiter, outcome) in waiters.into_iter().zip(outcomes) {
-                waiter.reply.send(outcome.map(Bytes::from_owner).map_err(JobError::Failed));
+                waiter.reply.send(outcome.map_err(JobError::Failed));
             }
         }
         Ok(outcomes) => fail(waiters, context, wrong_count(size, outcomes.len())),
@@ -329,7 +339,7 @@ fn run(instance: &Instance, lane: &Lane, replica: &Replica, taken: Taken, contex
 
 /// Asks the driver what a failure on these devices means, and says so in it.
 pub(super) fn judge(lease: &Lease, failure: &mut Failure) {
-    let claim = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.to_string());
+    let claim = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.clone());
     correct(failure, lease.examine(claim.as_deref()));
 }
 
@@ -342,26 +352,26 @@ fn correct(failure: &mut Failure, lost: bool) {
     };
 }
 
-/// The job's item: decoded before, or now where another library did, and validated now where nobody could before.
-fn item_of(
-    instance: &Instance,
-    item: Option<Item>,
-    input: &[u8],
+/// A job's input for this instance: decoded before, or now where another plugin did, and validated now where nobody could before.
+fn decoded_for(
+    instance: &dyn Instance,
+    decoded: Option<Decoded>,
+    input: &Payload,
     generation: &Generation,
-) -> Result<Item, JobError> {
-    let item = match item.filter(|item| instance.owns(item)) {
-        Some(item) => item,
+) -> Result<Decoded, JobError> {
+    let decoded = match decoded.filter(|decoded| instance.owns(decoded)) {
+        Some(decoded) => decoded,
         None => {
-            let decoded = generation.plugin.decode(None, input);
-            let item = decoded.map_err(|rejection| generation.rejected(rejection, input))?;
+            let decoded = generation.plugin.decode(input);
+            let decoded = decoded.map_err(|rejection| generation.rejected(rejection, input))?;
             generation.check_schema(input)?;
-            item
+            decoded
         }
     };
-    if !item.is_validated() {
-        instance.validate(&item).map_err(|rejection| generation.rejected(rejection, input))?;
+    if !decoded.is_validated {
+        instance.validate(&decoded).map_err(|rejection| generation.rejected(rejection, input))?;
     }
-    Ok(item)
+    Ok(decoded)
 }
 
 /// When stages ended.
@@ -372,12 +382,12 @@ struct StageTimes {
 }
 
 fn stages(
-    instance: &Instance,
-    items: Vec<Item>,
+    instance: &dyn Instance,
+    items: Vec<Decoded>,
     metrics: &ModelMetrics,
     times: &mut StageTimes,
 ) -> Result<Vec<Outcome>, Failure> {
-    let mut batch = instance.begin(items).expect("`item_of` made them all of this plugin");
+    let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
     let begun = Instant::now();
     batch.preprocess()?;
     let preprocessed = Instant::now();
@@ -436,7 +446,7 @@ fn thread_name(context: &ReplicaContext, replica: u64, lane: usize) -> String {
 fn wrong_count(expected: usize, found: usize) -> Failure {
     Failure {
         kind: FailureKind::Permanent,
-        message: format!("the plugin returned {found} outcomes for a batch of {expected}").into(),
+        message: format!("the plugin returned {found} outcomes for a batch of {expected}"),
     }
 }
 

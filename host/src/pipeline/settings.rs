@@ -1,7 +1,7 @@
 //! Explains a model's own keys that its pipeline doesn't take: in the form of the configuration's faults, with file, line and
 //! column. Made from the schema of the pipeline's settings, on the failure path only.
 
-use modalkit_loader::Plugin;
+use modalkit_engine::Plugin;
 
 use super::input_faults;
 use crate::{
@@ -13,10 +13,10 @@ use crate::{
 ///
 /// # Errors
 /// Everything that is wrong with them.
-pub fn check_settings(plugin: &Plugin, settings: &Settings) -> Result<(), Faults> {
+pub fn check_settings(plugin: &dyn Plugin, settings: &Settings) -> Result<(), Faults> {
     let json = settings.json();
     let Err(failure) = plugin.check_settings(&json) else { return Ok(()) };
-    let schema = serde_json::from_str(plugin.settings_schema()).unwrap_or_default();
+    let schema = serde_json::from_str(&plugin.description().settings_schema).unwrap_or_default();
     let validator = jsonschema::validator_for(&schema).ok();
     let details = input_faults::malformed(validator.as_ref(), json.as_bytes(), &failure.message);
     Err(details.into_iter().map(|detail| fault(detail, settings, &schema)).collect::<Vec<_>>().into())

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
-use modalkit_loader::Failure;
+use modalkit_engine::Failure;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{

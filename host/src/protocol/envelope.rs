@@ -1,12 +1,16 @@
 //! The envelope of an asynchronous request, taken apart by slicing, and the messages that its result goes in. It never knows what is inside.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
+use modalkit_engine::Payload;
 use serde::{Deserialize, Serialize, de::Error};
 use serde_json::value::RawValue;
 
-use super::json::{object, raw_json};
+use super::{
+    answer::Answer,
+    json::{object, raw_json},
+};
 
 /// What `/predict_async` takes, and nothing else.
 #[derive(Deserialize)]
@@ -57,16 +61,27 @@ impl Envelope {
     }
 }
 
-/// The answer with the caller's `meta` attached.
+/// What a successful asynchronous job leaves: its answer with the caller's `meta` attached, where there is any.
 #[must_use]
-pub fn with_meta(answer: &[u8], meta: &[u8]) -> Bytes {
-    let open = answer.strip_suffix(b"}").unwrap_or(answer);
-    let mut body = Vec::with_capacity(open.len() + meta.len() + 10);
-    body.extend_from_slice(open);
-    body.extend_from_slice(b",\"meta\":");
-    body.extend_from_slice(meta);
-    body.push(b'}');
+pub fn succeeded_job(output: Payload, meta: Option<&[u8]>) -> Bytes {
+    const META: &[u8] = b",\"meta\":";
+    let answer = Answer::of(output);
+    let meta_bytes = meta.map_or(0, |meta| META.len() + meta.len());
+    let mut body = Vec::with_capacity(answer.remaining() + meta_bytes);
+    answer.put_into(&mut body);
+    if let Some(meta) = meta {
+        body.pop();
+        body.extend_from_slice(META);
+        body.extend_from_slice(meta);
+        body.push(b'}');
+    }
     body.into()
+}
+
+/// What the caller of an asynchronous request is told.
+#[must_use]
+pub fn accepted(id: impl fmt::Display) -> Bytes {
+    format!("{{\"job_id\":\"{id}\"}}").into()
 }
 
 /// What a failed asynchronous job leaves: the reference's message for failures, with what came in. What isn't JSON is told as a text.
@@ -100,7 +115,8 @@ mod tests {
 
     #[test]
     fn meta_is_attached_to_an_answer_of_any_size() {
-        let answer = with_meta(br#"{"status":"success"}"#, br#"{"k":1}"#);
-        assert_eq!(answer, br#"{"status":"success","meta":{"k":1}}"#.as_slice());
+        let message = |output: &'static str| succeeded_job(Payload::Json(output.into()), Some(br#"{"k":1}"#));
+        assert_eq!(message("{}"), br#"{"status":"success","meta":{"k":1}}"#.as_slice());
+        assert_eq!(message(r#"{"a":2}"#), br#"{"status":"success","a":2,"meta":{"k":1}}"#.as_slice());
     }
 }

@@ -1,9 +1,11 @@
 //! What callers write and read, as bytes and words: envelopes, messages, problems. It knows neither sockets nor models' insides.
 
+mod answer;
 mod envelope;
 mod json;
 mod problem;
 
-pub use envelope::{Envelope, failed_job, with_meta};
+pub use answer::Answer;
+pub use envelope::{Envelope, accepted, failed_job, succeeded_job};
 pub use json::{object, raw_json};
 pub use problem::{describe, failed_item, internal, invalid_item, job_failure};

@@ -2,7 +2,7 @@
 //! transport's.
 
 use bytes::Bytes;
-use modalkit_loader::{Failure, FailureKind};
+use modalkit_engine::{Failure, FailureKind};
 use serde_json::json;
 
 use super::json::object;
@@ -30,7 +30,7 @@ pub fn describe(job_error: &JobError) -> String {
         JobError::BatchTimedOut(limit) => {
             format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
         }
-        JobError::Failed(failure) => failure.message.to_string(),
+        JobError::Failed(failure) => failure.message.clone(),
         JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
     }
 }
@@ -40,7 +40,7 @@ pub fn describe(job_error: &JobError) -> String {
 pub fn job_failure(job_error: &JobError) -> String {
     match job_error {
         // Its own input's fault is none of the server's.
-        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => failure.message.to_string(),
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => failure.message.clone(),
         JobError::Failed(failure) => internal(failure),
         other => describe(other),
     }

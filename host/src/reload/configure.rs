@@ -32,6 +32,20 @@ impl ModelChanges {
         }
     }
 
+    /// What became of them, with their names; nothing where nothing has changed.
+    #[must_use]
+    pub fn in_words(&self) -> Option<String> {
+        let lists = [
+            ("added", &self.added),
+            ("removed", &self.removed),
+            ("changed", &self.changed),
+            ("reloading", &self.reloading),
+        ];
+        let words = lists.iter().filter(|(_, names)| !names.is_empty());
+        let words: Vec<String> = words.map(|(word, names)| format!("{word} {}", names.join(", "))).collect();
+        (!words.is_empty()).then(|| words.join("; "))
+    }
+
     /// Whether nothing has changed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -51,7 +65,7 @@ impl Loop {
         let mut changes = ModelChanges::default();
         // What plugins log is a part of the configuration too. Their code, so not on this thread; nobody waits for it.
         let builder = Arc::clone(&self.builder);
-        drop(tokio::task::spawn_blocking(move || builder.tell_log_level()));
+        drop(tokio::task::spawn_blocking(move || builder.engine.log_level_changed()));
         let entries_before = std::mem::replace(&mut self.config.models, models);
         self.config.defaults = defaults;
         for name in self.machines.keys().cloned().collect::<Vec<_>>() {

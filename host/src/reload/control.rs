@@ -1,9 +1,9 @@
 //! What people ask of reloads, on its way to the loop: a report, a reload, a rollback, a scan, an unload, another configuration. It carries
 //! nothing out.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use modalkit_loader::Plugin;
+use modalkit_engine::Plugin;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,8 +23,13 @@ pub struct Control(pub(super) mpsc::Sender<Command>);
 /// Why nothing was done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ControlError {
-    /// No such model or volume; there are these.
-    Unknown(Vec<String>),
+    /// No model or volume has this name; there are these.
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: Vec<String>,
+    },
     /// The model has an entry in the configuration, which says that it is served.
     Configured(String),
     /// The host, or the model, is going away.
@@ -59,7 +64,7 @@ pub(super) enum Command {
     /// Unload a model.
     Unload(String, Reply<Unloaded>),
     /// Report the open plugins.
-    Plugins(oneshot::Sender<BTreeMap<String, Plugin>>),
+    Plugins(oneshot::Sender<BTreeMap<String, Arc<dyn Plugin>>>),
     /// Serve these models; those without an entry like this.
     Configure(BTreeMap<String, ModelSpec>, Box<ModelSpec>, oneshot::Sender<ModelChanges>),
 }
@@ -120,7 +125,7 @@ impl Control {
     ///
     /// # Errors
     /// The host is going away.
-    pub async fn plugins(&self) -> Result<BTreeMap<String, Plugin>, ControlError> {
+    pub async fn plugins(&self) -> Result<BTreeMap<String, Arc<dyn Plugin>>, ControlError> {
         let (reply, plugins) = oneshot::channel();
         self.send(Command::Plugins(reply)).await?;
         plugins.await.map_err(|_| ControlError::Stopping)

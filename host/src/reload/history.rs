@@ -1,10 +1,6 @@
 //! What became of each change, for people: the outcomes and their times, the last ones remembered. It decides nothing.
 
-use std::{
-    collections::VecDeque,
-    path::PathBuf,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{collections::VecDeque, path::PathBuf};
 
 use serde::Serialize;
 
@@ -195,11 +191,6 @@ impl History {
     pub(super) fn last(&self) -> Option<&ReloadRecord> {
         self.entries.back().map(|(_, entry)| entry)
     }
-}
-
-pub(super) fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Outcome {

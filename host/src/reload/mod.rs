@@ -17,7 +17,7 @@ use std::{
 };
 
 use modalkit_device::Devices;
-use modalkit_loader::{LoadError, Store};
+use modalkit_engine::{Engine, LoadError};
 use tokio::{
     sync::{mpsc, oneshot},
     task::{self, JoinHandle, JoinSet},
@@ -106,7 +106,7 @@ impl Reload {
     /// A thread can't be started.
     pub fn start(
         config: Config,
-        store: Store,
+        engine: Arc<dyn Engine>,
         models: Arc<Models>,
         metrics: Arc<Metrics>,
         devices: Arc<Devices>,
@@ -118,13 +118,7 @@ impl Reload {
             path: folder.clone(),
             source,
         })?;
-        let builder = Arc::new(Builder::new(
-            store,
-            fence,
-            server.preflight_timeout,
-            server.generations_max,
-            metrics.libraries.clone(),
-        ));
+        let builder = Arc::new(Builder::new(engine, fence, metrics.libraries.clone()));
         let (volume_event, volume_events) = mpsc::channel(COMMANDS_MAX);
         let mut watches = Vec::new();
         for (index, volume) in config.volumes.iter().enumerate() {
@@ -274,7 +268,7 @@ impl Loop {
                     }
                     None => {
                         let known = self.volumes.iter().map(|volume| volume.name.clone()).collect();
-                        let _ = reply.send(Err(ControlError::Unknown(known)));
+                        let _ = reply.send(Err(ControlError::Unknown { name, known }));
                     }
                 }
             }
@@ -282,7 +276,7 @@ impl Loop {
             Command::Plugins(reply) => {
                 let opened = |(name, files): (&String, &Vec<PluginFile>)| {
                     let (_, staged) = files.first()?;
-                    Some((name.clone(), self.builder.opened(staged.as_ref().ok()?.sha256())?))
+                    Some((name.clone(), self.builder.engine.opened(staged.as_ref().ok()?.sha256())?))
                 };
                 // Whoever asked may have left.
                 let _ = reply.send(self.files.iter().filter_map(opened).collect());
@@ -298,7 +292,10 @@ impl Loop {
     async fn on_tell(&mut self, model: &str, event: Event) -> Result<(), ControlError> {
         let Some(event) = self.take_again(model, event).await else { return Ok(()) };
         match self.machines.get(model) {
-            None => Err(ControlError::Unknown(self.models.all().keys().cloned().collect())),
+            None => {
+                let known = self.models.all().keys().cloned().collect();
+                Err(ControlError::Unknown { name: model.to_owned(), known })
+            }
             Some(machine) => machine.events.send(event).await.map_err(|_| ControlError::Stopping),
         }
     }

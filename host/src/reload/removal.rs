@@ -211,7 +211,7 @@ impl Loop {
         let Some(model) = self.models.all().get(name).cloned() else {
             let known = self.models.all().keys().cloned().collect();
             // Whoever asked may have left.
-            let _ = reply.send(Err(ControlError::Unknown(known)));
+            let _ = reply.send(Err(ControlError::Unknown { name: name.to_owned(), known }));
             return;
         };
         if model.spec().configured {

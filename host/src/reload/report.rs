@@ -1,6 +1,8 @@
-//! How one model's reloads stand, for `GET /models/{name}`. It holds what was seen, and asks nobody.
+//! How one model's reloads stand, for `GET /models/{name}`. It holds what was seen, and never changes anything.
 
-use modalkit_loader::Plugin;
+use std::sync::Arc;
+
+use modalkit_engine::{Engine, Staged};
 use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 use super::history::{HookReport, ReloadRecord, Source};
@@ -19,11 +21,12 @@ pub struct Report {
     pub source: Option<Source>,
     /// Whether the model's entry pins its content.
     pub plugin_pinned: bool,
+    /// Whether what serves was loaded as the configuration has it now; `None` where nothing serves, or something is on its way.
+    pub as_configured: Option<bool>,
     /// Generations there ever were.
     pub generations: u64,
-    /// Libraries that no generation serves with, and that stay mapped.
-    #[serde(serialize_with = "retired")]
-    pub retired: Vec<Plugin>,
+    /// What no generation serves with, and stays open.
+    pub retired: Retired,
     /// How the generation that serves does; `None` where none does.
     #[serde(serialize_with = "snapshot")]
     #[serde(rename = "vitals")]
@@ -42,11 +45,21 @@ pub struct Report {
     pub data_history: Vec<HookReport>,
 }
 
-fn retired<S: Serializer>(libraries: &[Plugin], serializer: S) -> Result<S::Ok, S::Error> {
-    let mut object = serializer.serialize_struct("Retired", 2)?;
-    object.serialize_field("libraries", &libraries.len())?;
-    object.serialize_field("bytes", &modalkit_loader::mapped_bytes(libraries))?;
-    object.end()
+/// Opened files that no generation serves with. What they cost is looked at when it is written, which takes some milliseconds.
+pub struct Retired {
+    /// The files.
+    pub files: Vec<Staged>,
+    /// What has opened them.
+    pub engine: Arc<dyn Engine>,
+}
+
+impl Serialize for Retired {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut object = serializer.serialize_struct("Retired", 2)?;
+        object.serialize_field("libraries", &self.files.len())?;
+        object.serialize_field("bytes", &self.engine.resident_bytes(&self.files))?;
+        object.end()
+    }
 }
 
 fn snapshot<S: Serializer>(snapshot: &Option<StatsSnapshot>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use modalkit_loader::Failure;
+use modalkit_engine::Failure;
 use serde::Serialize;
 
 /// Why a job has no answer; each variant asks something else of the caller.

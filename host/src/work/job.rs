@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use modalkit_loader::Item;
+use modalkit_engine::{Decoded, Payload};
 
 use super::ReplyHandle;
 use crate::insight::JobTimings;
@@ -12,10 +12,10 @@ use crate::insight::JobTimings;
 pub struct Job {
     /// Names the request in logs.
     pub request_id: RequestId,
-    /// The input as it came; a generation that didn't decode `item` decodes these bytes again.
-    pub input: Bytes,
+    /// The input as it came; a generation that didn't decode it decodes this again.
+    pub input: Payload,
     /// The decoded input: a cache that belongs to the generation that made it.
-    pub item: Option<Item>,
+    pub decoded: Option<Decoded>,
     /// Where the answer goes.
     pub reply: ReplyHandle,
     /// Where its time goes, where somebody wants to know.

@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use modalkit_engine::Payload;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use super::JobError;
 
-/// The answer to a job: the JSON object that the caller gets.
-pub type Reply = Result<Bytes, JobError>;
+/// The answer to a job: the pipeline's output; of one that was accepted and runs later, what its caller is told.
+pub type Reply = Result<Payload, JobError>;
 
 /// Sends a reply, once. Dropped unused, it says that the job was lost.
 pub struct ReplyHandle(To);

@@ -254,8 +254,8 @@ pub struct VolumeChange<'a> {
     pub changed: RSlice<'a, RStr<'a>>,
 }
 
-/// What became of a batch: one entry an item, in order. A success is a whole JSON object that starts with
-/// `{"status":"success"` and has no member `error` or `meta`.
+/// What became of a batch: one entry an item, in order. A success is the output: a JSON object without white space around it or behind its first brace, and without
+/// members named `status`, `error` and `meta`, which the host adds.
 pub type Outcomes = RVec<RResult<RVec<u8>, Failure>>;
 
 /// The functions of a plugin.

@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use modalkit_loader::LogLevel;
+use modalkit_engine::LogLevel;
 use parking_lot::RwLock;
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{

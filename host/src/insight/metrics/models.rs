@@ -16,7 +16,7 @@ families! {
         batch_size: items("modalkit_batch_size_items", "items in a batch", ["model"]);
         batches_closed: counters("modalkit_batches_closed_total", "batches by why they closed", ["model", "reason"]);
         jobs_skipped: counters("modalkit_jobs_skipped_total", "jobs dropped before they took a slot", ["model", "reason"]);
-        batches_failed: counters("modalkit_batches_failed_total", "batches that failed whole", ["model", "reason"]);
+        batches_failed: counters("modalkit_batches_failed_total", "batches that failed whole, and not those whose items failed one by one", ["model", "reason"]);
         queued: gauges("modalkit_queued_jobs", "jobs that wait", ["model"]);
         replicas: gauges("modalkit_replicas", "replicas that serve", ["model"]);
         replicas_stuck: gauges("modalkit_replicas_stuck", "threads that overran their time and have not come back, of earlier generations too", ["model"]);

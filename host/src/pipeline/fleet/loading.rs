@@ -6,35 +6,34 @@ use std::{
 };
 
 use modalkit_device::{Holder, Lease, NoLease};
-use modalkit_loader::Failure;
+use modalkit_engine::Failure;
 
 use super::{Loading, Loop, Progress};
-use crate::pipeline::{
-    Status,
-    order::{VolumeChange, failure},
-    replica::Replica,
+use crate::{
+    backoff::backoff,
+    pipeline::{
+        Status,
+        order::{VolumeChange, failure},
+        replica::Replica,
+    },
 };
 
-/// After a failed load, the wait until the next try; it doubles with each failure up to the maximum.
-const RETRY_MIN: Duration = Duration::from_secs(1);
+/// The wait after a failed load, and the longest after several; see [`backoff`].
+const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// When a failed load is tried again.
+#[derive(Default)]
 pub(super) struct Retry {
     not_before: Option<Instant>,
-    pause: Duration,
-}
-
-impl Default for Retry {
-    fn default() -> Self {
-        Self { not_before: None, pause: RETRY_MIN }
-    }
+    /// Loads that failed in a row.
+    failures: u32,
 }
 
 impl Retry {
     /// A load went well: the next one that fails is tried again soon.
-    pub(super) fn pause_shortly(&mut self) {
-        self.pause = RETRY_MIN;
+    pub(super) fn succeeded(&mut self) {
+        self.failures = 0;
     }
 }
 
@@ -134,7 +133,7 @@ impl Loop {
 
     pub(super) fn on_load_failed(&mut self, failure: &Failure) {
         let pause = self.pause_retries();
-        let reason = failure.message.to_string();
+        let reason = failure.message.clone();
         tracing::error!(
             model = self.model.name,
             generation = self.context.generation.number,
@@ -172,8 +171,9 @@ impl Loop {
     }
 
     fn pause_retries(&mut self) -> Duration {
-        let pause = self.retry.pause;
-        self.retry = Retry { not_before: Some(Instant::now() + pause), pause: (pause * 2).min(RETRY_MAX) };
+        let failures = self.retry.failures.saturating_add(1);
+        let pause = backoff(failures, RETRY_FIRST, RETRY_MAX);
+        self.retry = Retry { not_before: Some(Instant::now() + pause), failures };
         pause
     }
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use modalkit_device::Lease;
-use modalkit_loader::{Failure, Instance};
+use modalkit_engine::Failure;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -24,7 +24,7 @@ use tokio::{
 
 use self::loading::Retry;
 use super::{
-    Generation, Model, Status,
+    Generation, Model, SharedInstance, Status,
     order::{Leases, Order, VolumeChange},
     replica::{Event, Replica, ReplicaContext},
     scale::{self, Observed, Step},
@@ -152,7 +152,7 @@ impl Fleet {
     }
 
     /// An instance, to ask it something beside its work. `None` where there is none.
-    pub async fn instance(&self) -> Option<Arc<Instance>> {
+    pub async fn instance(&self) -> Option<SharedInstance> {
         let (reply, instance) = oneshot::channel();
         self.orders.send(Order::Instance(reply)).await.ok()?;
         instance.await.ok()?
@@ -279,7 +279,7 @@ impl Loop {
                     self.on_replicas_changed();
                     return;
                 };
-                self.retry.pause_shortly();
+                self.retry.succeeded();
                 tracing::info!(
                     model = self.model.name,
                     generation = self.context.generation.number,

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use modalkit_loader::{LoadError, Plugin};
+use modalkit_engine::{LoadError, Plugin};
 use tokio::sync::oneshot;
 
 use super::{
@@ -79,7 +79,7 @@ impl Machine {
                     return Err(LoadError::Fenced(why));
                 }
                 let plugin = builder.build(&staged, &mut phases)?;
-                match check_settings(&plugin, &settings) {
+                match check_settings(&*plugin, &settings) {
                     Ok(()) => Ok(plugin),
                     Err(faults) => Err(LoadError::Refused(faults.to_string())),
                 }
@@ -100,7 +100,11 @@ impl Machine {
         });
     }
 
-    pub(super) async fn on_built(&mut self, number: u64, built: Result<(Plugin, Phases), LoadError>) {
+    pub(super) async fn on_built(
+        &mut self,
+        number: u64,
+        built: Result<(Arc<dyn Plugin>, Phases), LoadError>,
+    ) {
         let mut candidate = match std::mem::replace(&mut self.state, State::Idle) {
             State::Building(candidate) if candidate.number == number => candidate,
             // Of one that was given up.
@@ -112,22 +116,19 @@ impl Machine {
         match built {
             Ok((plugin, phases)) => {
                 candidate.phases = phases;
-                candidate.sha256 = Some(plugin.sha256().to_owned());
-                tracing::info!(
-                    model = self.model.name,
-                    sha256 = plugin.sha256(),
-                    version = plugin.version(),
-                    "plugin opened"
-                );
-                if plugin.has_debug_assertions() {
+                let about = plugin.description();
+                let sha256 = about.sha256();
+                candidate.sha256 = Some(sha256.to_owned());
+                tracing::info!(model = self.model.name, sha256, version = about.version, "plugin opened");
+                if about.has_debug_assertions {
                     tracing::warn!(
                         model = self.model.name,
                         "the plugin was built for debugging and is many times slower than it need be; build it with --release"
                     );
                 }
                 self.generations += 1;
-                if !self.libraries.iter().any(|known| known.is_same(&plugin)) {
-                    self.libraries.push(plugin.clone());
+                if !self.plugins.iter().any(|known| known.description().sha256() == sha256) {
+                    self.plugins.push(Arc::clone(&plugin));
                 }
                 let spec = ModelSpec::clone(&self.model.spec());
                 let generation =
@@ -215,7 +216,8 @@ impl Machine {
     pub(super) async fn bring_back(&mut self) {
         let (State::Idle, Serving::Stopped(stopped)) = (&self.state, &self.serving) else { return };
         let before = Arc::clone(&stopped.generation);
-        let mut candidate = self.candidate(Cause::Recovery, Some(before.plugin.sha256().to_owned()));
+        let mut candidate =
+            self.candidate(Cause::Recovery, Some(before.plugin.description().sha256().to_owned()));
         candidate.back = Some("what was to take its place failed".to_owned());
         let generation = self.again(&before);
         self.load(candidate, generation).await;
@@ -224,7 +226,7 @@ impl Machine {
     /// A generation of the same content and settings, with nothing else in common.
     pub(super) fn again(&self, before: &Generation) -> Arc<Generation> {
         let fence = Arc::clone(&self.builder.fence);
-        Generation::new(before.number, before.plugin.clone(), before.spec.clone(), fence)
+        Generation::new(before.number, Arc::clone(&before.plugin), before.spec.clone(), fence)
     }
 
     /// Takes the content that served in an earlier run, where the file's may not be loaded and nothing serves.
@@ -240,9 +242,9 @@ impl Machine {
     /// Keeps a copy of what serves, should a later start need it.
     pub(super) fn keep_what_serves(&self) {
         let Some(generation) = self.generation() else { return };
-        let (fence, plugin) = (Arc::clone(&self.builder.fence), generation.plugin.clone());
+        let (fence, plugin) = (Arc::clone(&self.builder.fence), Arc::clone(&generation.plugin));
         let (name, order) = (self.model.name.clone(), self.builder.fence.order());
-        tokio::task::spawn_blocking(move || fence.keep(&name, &plugin, order));
+        tokio::task::spawn_blocking(move || fence.keep(&name, &*plugin, order));
     }
 
     pub(super) async fn on_progress(&mut self, progress: Progress) {
@@ -308,7 +310,6 @@ impl Machine {
                         let ask = Ask {
                             number: candidate.number,
                             limit: self.model.spec().replicas.load_timeout,
-                            generation: Arc::clone(&fleet.generation),
                             myself: self.myself.clone(),
                         };
                         self.state = State::Golden(candidate, fleet);
@@ -372,7 +373,7 @@ impl Machine {
         let outcome = if let Some(reason) = candidate.back.take() {
             // The content in the volume isn't taken again by itself: whoever asked for this rejected it.
             if let Some(before) = before.filter(|_| candidate.cause != Cause::Recovery) {
-                let sha256 = before.plugin.sha256().to_owned();
+                let sha256 = before.plugin.description().sha256().to_owned();
                 self.refused = Some(Refused { sha256, by_data: false });
             }
             Outcome::RolledBack { reason }

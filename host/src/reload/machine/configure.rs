@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use modalkit_loader::Plugin;
+use modalkit_engine::Plugin;
 
 use super::{Candidate, Machine, PluginFile, Source, every, plugin_source::PluginSource};
 use crate::{
@@ -96,7 +96,7 @@ impl Machine {
     }
 
     /// The library that serves, with what the model's entry says now.
-    async fn load_again(&mut self, candidate: Candidate, plugin: Plugin) {
+    async fn load_again(&mut self, candidate: Candidate, plugin: Arc<dyn Plugin>) {
         self.generations += 1;
         let spec = ModelSpec::clone(&self.model.spec());
         let generation = Generation::new(self.generations, plugin, spec, Arc::clone(&self.builder.fence));

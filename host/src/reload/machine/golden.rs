@@ -1,32 +1,28 @@
 //! Asks a candidate's golden requests on a thread of its own, within a time. It never knows what follows.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use modalkit_loader::Instance;
 use tokio::sync::{mpsc, oneshot};
 
 use super::Event;
 use crate::{
     config::GoldenSpec,
-    pipeline::{Generation, Golden, GoldenError},
+    pipeline::{Golden, GoldenError, SharedInstance},
 };
 
 /// Asks a loaded instance golden requests on a thread of its own.
 pub(super) struct Ask {
     pub(super) number: u64,
     pub(super) limit: Duration,
-    pub(super) generation: Arc<Generation>,
     pub(super) myself: mpsc::WeakSender<Event>,
 }
 
 impl Ask {
     /// Asks, and tells the machine what came of it.
-    pub(super) async fn golden(self, spec: GoldenSpec, instance: Arc<Instance>) {
+    pub(super) async fn golden(self, spec: GoldenSpec, instance: SharedInstance) {
         let (done, asked) = oneshot::channel();
-        let generation = self.generation;
         let ask = move || {
-            let asked = Golden::read(&spec.file, spec.latency_max)
-                .and_then(|golden| golden.ask(&generation, &instance));
+            let asked = Golden::read(&spec.file, spec.latency_max).and_then(|golden| golden.ask(&**instance));
             // Before the answer, so that nobody waits for this look at the instance.
             drop(instance);
             // The receiver is gone when the limit has passed.

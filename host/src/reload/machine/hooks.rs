@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use modalkit_loader::Failure;
+use modalkit_engine::Failure;
+use modalkit_journal::unix_ms;
 
 use super::{Event, HookReply, Machine, Serving};
-use crate::{
-    pipeline::VolumeChange,
-    reload::history::{HookReport, unix_ms},
-};
+use crate::{pipeline::VolumeChange, reload::history::HookReport};
 
 /// A call of `on_volume_reload` under way, and what came meanwhile.
 #[derive(Default)]
@@ -84,10 +82,7 @@ impl Machine {
             at_unix_ms: unix_ms(),
             volume: change.volume,
             changed: change.changed,
-            errors: results
-                .into_iter()
-                .map(|result| result.err().map(|failure| failure.message.into()))
-                .collect(),
+            errors: results.into_iter().map(|result| result.err().map(|failure| failure.message)).collect(),
         }
     }
 }

@@ -28,7 +28,7 @@ use std::{
 };
 
 use modalkit_device::Reservation;
-use modalkit_loader::{Failure, LoadError, Plugin, Staged};
+use modalkit_engine::{Failure, LoadError, Plugin, Staged};
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinSet,
@@ -38,7 +38,7 @@ use tokio::{
 use super::{
     build::Builder,
     history::{Cause, History, HookReport, Outcome, Phase, Phases, ReloadRecord, Source},
-    report::Report,
+    report::{Report, Retired},
     watch::WatchHandle,
 };
 use crate::{
@@ -81,7 +81,7 @@ pub(super) enum Event {
     /// Somebody wants to know how things stand.
     Report(oneshot::Sender<Report>),
     /// The candidate of this number has been built, or not.
-    Built(u64, Result<(Plugin, Phases), LoadError>),
+    Built(u64, Result<(Arc<dyn Plugin>, Phases), LoadError>),
     /// The candidate's first replicas have come this far.
     Progress(Progress),
     /// The candidate of this number was asked golden requests.
@@ -164,7 +164,7 @@ pub(super) struct Machine {
     candidates: u64,
     generations: u64,
     /// Every library that it ever served with, by content.
-    libraries: Vec<Plugin>,
+    plugins: Vec<Arc<dyn Plugin>>,
     probation_tick: Interval,
     hook_tick: Option<Interval>,
 }
@@ -208,7 +208,7 @@ impl Machine {
             hook: Hook::default(),
             candidates: 0,
             generations: 0,
-            libraries: Vec::new(),
+            plugins: Vec::new(),
         }
     }
 
@@ -440,7 +440,7 @@ impl Machine {
     }
 
     fn serving_sha256(&self) -> Option<&str> {
-        self.generation().map(|generation| generation.plugin.sha256())
+        self.generation().map(|generation| generation.plugin.description().sha256())
     }
 
     fn report(&self) -> Report {
@@ -456,18 +456,28 @@ impl Machine {
             Serving::OnProbation { standby, .. } => Some(&standby.fleet.generation),
             _ => None,
         };
-        let in_use: Vec<&Plugin> =
-            self.generation().into_iter().chain(standby).map(|generation| &generation.plugin).collect();
-        let retired =
-            self.libraries.iter().filter(|known| !in_use.iter().any(|plugin| plugin.is_same(known)));
+        let in_use: Vec<&str> = self
+            .generation()
+            .into_iter()
+            .chain(standby)
+            .map(|generation| generation.plugin.description().sha256())
+            .collect();
+        let retired = self.plugins.iter().filter(|known| !in_use.contains(&known.description().sha256()));
         Report {
             reload,
             standby: standby.map(|generation| generation.number),
             previous: self.previous.last().map(|generation| generation.number),
             source: self.source.clone(),
             plugin_pinned: self.model.spec().plugin_sha256.is_some(),
+            as_configured: matches!(self.state, State::Idle)
+                .then(|| self.generation())
+                .flatten()
+                .map(|_| self.serves_as_configured()),
             generations: self.generations,
-            retired: retired.cloned().collect(),
+            retired: Retired {
+                files: retired.map(|plugin| plugin.description().staged.clone()).collect(),
+                engine: Arc::clone(&self.builder.engine),
+            },
             batch_stats: self.generation().map(|generation| generation.batch_stats.snapshot()),
             hook: self.history.hook.clone(),
             hooks: self.history.hooks,

@@ -103,7 +103,7 @@ impl Machine {
         match self.previous.pop() {
             Some(before) => {
                 self.give_up_candidate(Outcome::Superseded);
-                candidate.sha256 = Some(before.plugin.sha256().to_owned());
+                candidate.sha256 = Some(before.plugin.description().sha256().to_owned());
                 // Its fleet may still be leaving, with threads that hang: they must have nothing in common with the new one.
                 let generation = self.again(&before);
                 self.load(candidate, generation).await;

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use modalkit_loader::{LoadError, Staged};
+use modalkit_engine::{LoadError, Staged};
 
 use crate::reload::{
     build::{Builder, milliseconds},
@@ -27,7 +27,7 @@ impl PluginSource {
             Self::Staged(staged) => Ok(staged),
             Self::File(file) => {
                 let begun = Instant::now();
-                let staged = builder.stage(&file)?;
+                let staged = builder.engine.stage(&file)?;
                 phases.stage_ms = Some(milliseconds(begun));
                 Ok(staged)
             }

@@ -3,12 +3,14 @@
 
 use std::{sync::Arc, time::Instant};
 
+use modalkit_journal::unix_ms;
+
 use super::{Event, Machine, OutcomeReply, Serving, candidate::Refused, hooks::Changes};
 use crate::{
     pipeline::Fleet,
     reload::{
         build::milliseconds,
-        history::{Cause, Outcome, unix_ms},
+        history::{Cause, Outcome},
     },
 };
 
@@ -71,8 +73,11 @@ impl Machine {
         self.model.swap(Some(&fleet), &standby.fleet);
         self.metrics.generation.set(generation.number as i64);
         self.previous.pop();
-        self.refused = Some(Refused { sha256: fleet.generation.plugin.sha256().to_owned(), by_data: false });
-        let mut candidate = self.candidate(cause, Some(generation.plugin.sha256().to_owned()));
+        self.refused = Some(Refused {
+            sha256: fleet.generation.plugin.description().sha256().to_owned(),
+            by_data: false,
+        });
+        let mut candidate = self.candidate(cause, Some(generation.plugin.description().sha256().to_owned()));
         candidate.phases.swap_ms = Some(milliseconds(begun));
         let entry = self.entry(&candidate, Some(generation.number), Outcome::RolledBack { reason });
         let entry = self.write_down(entry, waiting);

@@ -1,7 +1,9 @@
 //! How changes end: their record in the history, their line in the log, their counter, and the answer to who waits for them.
 
+use modalkit_journal::unix_ms;
+
 use super::{Machine, OutcomeReply, candidate::Candidate};
-use crate::reload::history::{Outcome, Phase, Phases, ReloadRecord, unix_ms};
+use crate::reload::history::{Outcome, Phase, Phases, ReloadRecord};
 
 impl Machine {
     pub(super) fn entry(

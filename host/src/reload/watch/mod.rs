@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_loader::{LoadError, Staged, lower_thread_priority};
+use modalkit_engine::{LoadError, Staged};
 use notify::{
     EventKind, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
@@ -153,7 +153,7 @@ impl Thread {
     fn run(mut self, woken: &Receiver<()>, wake: &SyncSender<()>) {
         let mut watcher = self.watcher(wake);
         // After the watcher, whose thread only wakes this one: what it starts inherits the priority.
-        lower_thread_priority();
+        self.scanner.builder.engine.lower_thread_priority();
         let mut reported_quiet = false;
         let mut completed = 0;
         let mut watched = self.scanner.identity();

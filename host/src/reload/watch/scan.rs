@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_loader::LoadError;
+use modalkit_engine::LoadError;
 
 use super::{
     VolumeEvent,
@@ -44,7 +44,7 @@ pub(super) struct Scanner {
     settle_timeout: Duration,
     /// [`RETRY`], or less where volumes are polled more often.
     retry: Duration,
-    builder: Arc<Builder>,
+    pub(super) builder: Arc<Builder>,
     plugins: HashMap<PathBuf, FileState>,
     data: HashMap<PathBuf, FileState>,
     /// The first scan finds what was there before: that is no change.
@@ -179,16 +179,16 @@ impl Scanner {
                 false => self.settle,
             };
             let unfinished = hints.writing.contains(path) && !file.finished;
-            if still >= wait && (unfinished || !modalkit_loader::is_whole(path).unwrap_or(true)) {
+            if still >= wait && (unfinished || !self.builder.engine.is_whole(path).unwrap_or(true)) {
                 wait = self.settle_timeout;
             }
             if still < wait {
                 earlier_of(next, wait - still);
                 continue;
             }
-            let staged = self.builder.stage(path);
+            let staged = self.builder.engine.stage(path);
             let is_queue = match &staged {
-                Ok(staged) => modalkit_loader::exports_queue(staged.path()),
+                Ok(staged) => self.builder.engine.exports_queue(staged),
                 Err(_) => Ok(false),
             };
             let Ok(is_queue) = is_queue else {

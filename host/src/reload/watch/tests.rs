@@ -2,8 +2,6 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::SystemTime};
 
-use modalkit_loader::{Store, Trust};
-
 use super::{
     files::plugin_name,
     scan::{RETRY, earlier_of},
@@ -22,12 +20,12 @@ impl Watched {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let server = config::load(&[], &config::Environment::default()).unwrap().config.server;
-        let store = Store::new(Trust { any_owner: false, any_mode: false }).unwrap();
+        let engine = crate::app::engine(&server, None).unwrap();
         let gauge = crate::insight::metrics::Metrics::new(crate::insight::traces::Traces::default())
             .libraries
             .clone();
         let fence = Fence::open(tempfile::tempdir().unwrap().path()).unwrap();
-        let builder = Arc::new(Builder::new(store, fence, Duration::from_secs(1), 1, gauge));
+        let builder = Arc::new(Builder::new(engine, fence, gauge));
         let volume =
             Volume { name: "v".into(), mount_point: folder.path().to_owned(), watch: Watching::Poll };
         Self { scanner: Scanner::new(&volume, &server, builder), folder, begun: Instant::now() }

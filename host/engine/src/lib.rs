@@ -1,0 +1,25 @@
+//! What the host knows of any pipeline, whatever runs it: an [`Engine`] takes files and opens them as a [`Plugin`], which loads an
+//! [`Instance`], which runs batches. It calls neither `dlopen` nor processes, and never knows HTTP or queues of jobs; of how files are opened it has the
+//! words of [`LoadError`] alone.
+//!
+//! In the order in which a file meets them:
+//!
+//! 1. [`Engine::stage`] makes a private copy, named by its content.
+//! 2. [`Engine::open`] tries the copy where a crash harms nobody, then opens it. What comes of it describes itself.
+//! 3. [`Plugin::load`] builds an [`Instance`] of it with a model's settings.
+//! 4. [`Plugin::decode`] or [`Instance::decode`] makes a [`Decoded`] input of a [`Payload`]; [`Instance::begin`] makes a [`Batch`] of
+//!    them, which runs through the stages and gives one [`Outcome`] each.
+
+#![forbid(unsafe_code)]
+
+mod failure;
+mod file;
+mod instance;
+mod plugin;
+mod queue;
+
+pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
+pub use file::{LoadError, Staged};
+pub use instance::{Batch, Decoded, Foreign, Input, Instance, Outcome, Payload};
+pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
+pub use queue::{Outgoing, QueueBackend, QueuePlugin};
