@@ -21,13 +21,11 @@ use crate::{
     work::{Detail, JobError, Reply},
 };
 
-/// What this host sends.
+/// What this host sends: JSON, where it doesn't name another type.
 pub type HttpResponse = Response<Answer>;
 
 /// How long a caller that finds the host busy, or not ready, should wait before it comes back.
 pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
-
-const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// The answer to `/predict_sync`.
 #[must_use]
@@ -265,7 +263,6 @@ pub fn without_body(response: HttpResponse) -> HttpResponse {
 fn json_response(status: StatusCode, body: Answer) -> HttpResponse {
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, JSON);
     response
 }
 

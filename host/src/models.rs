@@ -11,7 +11,6 @@ use std::{
 use arc_swap::ArcSwap;
 
 use crate::{
-    config::ModelSpec,
     pipeline::{Model, Status},
     work::JobError,
 };
@@ -84,23 +83,17 @@ impl Models {
         });
     }
 
-    /// Adds a model, unless one of this name is there; returns the one that is there now.
-    pub fn add(&self, spec: ModelSpec, make: impl Fn(ModelSpec) -> Arc<Model>) -> Arc<Model> {
-        let mut model = None;
+    /// Adds a model; no other has its name.
+    pub fn add(&self, model: Arc<Model>) {
         self.by_name.rcu(|models| {
             let mut models = BTreeMap::clone(models);
-            let entry = models
-                .entry(spec.name.clone())
-                .or_insert_with(|| model.get_or_insert_with(|| make(spec.clone())).clone());
-            model = Some(Arc::clone(entry));
+            models.insert(model.name.clone(), Arc::clone(&model));
             models
         });
-        let model = model.expect("the closure ran");
         // After it was added: a drain that begins meanwhile sees the model, or this sees the drain.
         if self.draining.load(Ordering::SeqCst) {
             model.queue.drain();
         }
-        model
     }
 
     /// The host is shutting down: from now on no batch of any model waits to be filled, of models that come later neither.
@@ -132,12 +125,13 @@ mod tests {
         spec.batch.max_batch_size = 8;
         spec.batch.wait = Duration::from_secs(60);
         let metrics = Metrics::new(Traces::default());
-        let make = |spec| Model::new(spec, &metrics, Devices::none());
+        let make = |name| Model::new(spec.named(name), &metrics, Devices::none()).0;
         let mailbox = Arc::new(Mailbox::default());
         let models = Models::default();
-        let before = models.add(spec.named("before"), make);
+        let (before, after) = (make("before"), make("after"));
+        models.add(Arc::clone(&before));
         models.drain();
-        let after = models.add(spec.named("after"), make);
+        models.add(Arc::clone(&after));
         for model in [before, after] {
             let queue = &model.queue;
             queue.open();

@@ -74,6 +74,27 @@ fn files_that_are_no_whole_library_of_this_machine() {
     neighbour.stop().assert_faultless();
 }
 
+/// A configured model, so that it stays while its file is away.
+#[test]
+fn content_that_was_refused_is_refused_again_where_it_is_put_back() {
+    let config = "[model_settings.model_entries.wrong]\nplugin = \"wrong\"\nrequired = false";
+    let host = Setup::new().plugin("echo").config(config).ready();
+    let file = host.volume().join("wrong.so");
+    let expected = ["it exports no modalkit plugin"];
+    install(&library("no_symbol"), &file);
+    says(&refused(&host, "wrong"), &expected);
+    fs::remove_file(&file).unwrap();
+    wait_until("it waits for its file", || host.model("wrong")["state"] == "waiting");
+    install(&library("no_symbol"), &file);
+    says(&refused(&host, "wrong"), &expected);
+    // Also where another content has failed in between.
+    install(&library("bad_output"), &file);
+    wait_until("the other one was refused", || {
+        host.model("wrong")["reason"].as_str().is_some_and(|reason| reason.contains("member `meta`"))
+    });
+    host.stop().assert_faultless();
+}
+
 #[test]
 fn libraries_that_are_no_plugin_for_this_host() {
     let host = Setup::new().plugin("echo").ready();

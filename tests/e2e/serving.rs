@@ -125,7 +125,8 @@ fn an_asynchronous_job_can_be_asked_for_until_it_is_done() {
         let (status, accepted) = host.post("/predict_async", &envelope);
         assert_eq!(status, 200, "{accepted}");
         let path = format!("/jobs/{}", accepted["job_id"].as_str().unwrap());
-        wait_until("the job is done", || host.get(&path).1["state"] != "queued");
+        let ended = || !["queued", "running"].contains(&host.get(&path).1["state"].as_str().unwrap());
+        wait_until("the job is done", ended);
         host.get(&path).1
     };
     let job = done(json!({"message": {"value": 7}, "meta": {"order": 12}}));

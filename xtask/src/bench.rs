@@ -1,14 +1,20 @@
 //! `bench`: the host beside a bare hyper server that does the same work, under the same load, in the same minutes.
 //!
 //! Rounds are interleaved and medians compared, since machines are shared and noisy. The load comes from `wrk` in a process
-//! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads.
+//! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads. A host that was
+//! built before may take part, so that a change is measured against the state before it.
 
 mod insight;
 mod jobs;
 mod process;
 mod wrk;
 
-use std::{collections::BTreeMap, fs, net::TcpListener, path::Path, process::Command};
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, bail};
 
@@ -53,7 +59,20 @@ struct Figures {
     idle_bytes: f64,
 }
 
-pub(crate) fn run(only: &[String], rounds: usize, seconds: usize) -> anyhow::Result<()> {
+/// How long and against what is measured.
+pub(crate) struct Options {
+    pub(crate) rounds: usize,
+    pub(crate) seconds: usize,
+    /// A folder with another build of the host and the plugins that the workloads ask.
+    pub(crate) against: Option<PathBuf>,
+}
+
+pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
+    let Options { rounds, seconds, .. } = *options;
+    let has_others = only.iter().any(|name| !WORKLOADS.iter().any(|known| known.name == *name));
+    if options.against.is_some() && has_others {
+        bail!("--against: expected with echo, batched and big, found it with {only:?}");
+    }
     if only == ["insight"] {
         return insight::run(rounds, seconds);
     }
@@ -71,55 +90,44 @@ pub(crate) fn run(only: &[String], rounds: usize, seconds: usize) -> anyhow::Res
     for workload in
         WORKLOADS.iter().filter(|workload| only.is_empty() || only.iter().any(|name| name == workload.name))
     {
-        measure(workload, rounds, seconds)?;
+        measure(workload, options)?;
     }
     Ok(())
 }
 
-fn measure(workload: &Workload, rounds: usize, seconds: usize) -> anyhow::Result<()> {
+fn measure(workload: &Workload, options: &Options) -> anyhow::Result<()> {
     let folder = std::env::temp_dir().join(format!("modalkit-bench-{}", std::process::id()));
-    let volume = folder.join("volume");
-    fs::create_dir_all(&volume)?;
-    let measured = measure_in(workload, rounds, seconds, &folder, &volume);
+    fs::create_dir_all(&folder)?;
+    let measured = measure_in(workload, options, &folder);
     // Left alone where it can't be removed: it is in the system's folder for such things.
     let _ = fs::remove_dir_all(&folder);
     measured
 }
 
-fn measure_in(
-    w: &Workload,
-    rounds: usize,
-    seconds: usize,
-    folder: &Path,
-    volume: &Path,
-) -> anyhow::Result<()> {
-    fs::copy(build::release().join(format!("lib{}.so", w.plugin)), volume.join(format!("{}.so", w.plugin)))?;
-    let config = folder.join("bench.toml");
-    let (host_port, bare_port) = (free_port()?, free_port()?);
-    fs::write(
-        &config,
-        format!(
-            "[server]\nlisten = \"127.0.0.1:{host_port}\"\nlog = \"warn\"\nstate_folder = {:?}\n{}\n\
-             [app_settings.deployment_config.volumes]\n{:?} = \"bench\"\n",
-            folder.join("state").display().to_string(),
-            w.config,
-            volume.display().to_string()
-        ),
-    )?;
+fn measure_in(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<()> {
     let body = folder.join("body.json");
     fs::write(&body, request(w.name))?;
+    let bare_port = free_port()?;
     let mut bare = Command::new(build::release().join("bare"));
-    let mut host = Command::new(build::release().join("modalkit"));
-    let bare = Server::start("bare", bare.args([w.name, &bare_port.to_string()]), bare_port)?;
-    let host = Server::start("host", host.arg("--config").arg(&config), host_port)?;
-    println!("\n{}: {}; {rounds} rounds of {seconds} s each, medians", w.name, w.note);
-    println!("            c  requests/s      p50 ms      p99 ms   CPU s/1000    peak MiB  (over idle)");
+    let mut servers = vec![Server::start("bare", bare.args([w.name, &bare_port.to_string()]), bare_port)?];
+    if let Some(against) = &options.against {
+        servers.push(start_host("before", against, w, folder)?);
+    }
+    servers.push(start_host("host", &build::release(), w, folder)?);
+    let Options { rounds, seconds, .. } = *options;
+    println!(
+        "\n{}: {}; {rounds} rounds of {seconds} s each, medians; ratios are medians of the rounds' own",
+        w.name, w.note
+    );
+    println!("                c  requests/s      p50 ms      p99 ms   CPU s/1000    peak MiB  (over idle)");
     for &concurrency in w.concurrency {
-        let mut figures: BTreeMap<&str, Figures> = BTreeMap::new();
-        for _ in 0..rounds {
-            for server in [&bare, &host] {
+        let mut figures: Vec<Figures> = servers.iter().map(|_| Figures::default()).collect();
+        for number in 0..rounds {
+            // Each goes first as often as the others do.
+            for place in 0..servers.len() {
+                let at = (place + number) % servers.len();
                 let load = Load {
-                    port: server.port,
+                    port: servers[at].port,
                     path: "/predict_sync",
                     concurrency,
                     seconds,
@@ -127,12 +135,32 @@ fn measure_in(
                     script: &folder.join("post.lua"),
                     header: None,
                 };
-                round(server, &load, figures.entry(server.name).or_default())?;
+                round(&servers[at], &load, &mut figures[at])?;
             }
         }
-        report(concurrency, &figures["bare"], &figures["host"]);
+        report(concurrency, &servers, &figures);
     }
     Ok(())
+}
+
+/// Starts the host that lies in this folder, with the workload's plugin beside it.
+fn start_host(name: &'static str, built: &Path, w: &Workload, folder: &Path) -> anyhow::Result<Server> {
+    let (volume, state) = (folder.join(name).join("volume"), folder.join(name).join("state"));
+    fs::create_dir_all(&volume)?;
+    let plugin = built.join(format!("lib{}.so", w.plugin));
+    fs::copy(&plugin, volume.join(format!("{}.so", w.plugin)))
+        .with_context(|| format!("can't copy {}; build it there first", plugin.display()))?;
+    let config = folder.join(format!("{name}.toml"));
+    let port = free_port()?;
+    fs::write(
+        &config,
+        format!(
+            "[server]\nlisten = \"127.0.0.1:{port}\"\nlog = \"warn\"\nstate_folder = {state:?}\n{}\n\
+             [app_settings.deployment_config.volumes]\n{volume:?} = \"bench\"\n",
+            w.config
+        ),
+    )?;
+    Server::start(name, Command::new(built.join("modalkit")).arg("--config").arg(&config), port)
 }
 
 fn round(server: &Server, load: &Load<'_>, figures: &mut Figures) -> anyhow::Result<()> {
@@ -157,29 +185,33 @@ fn round(server: &Server, load: &Load<'_>, figures: &mut Figures) -> anyhow::Res
     Ok(())
 }
 
-fn report(concurrency: usize, bare: &Figures, host: &Figures) {
-    let values = |figures: &Figures| {
-        [
-            median(&figures.requests_per_second),
-            median(&figures.p50_ms),
-            median(&figures.p99_ms),
-            median(&figures.cpu_seconds_per_1000),
-            median(&figures.peak_bytes) / MIB,
-        ]
-    };
-    let (bare_values, host_values) = (values(bare), values(host));
-    for (name, v, idle) in [("bare", bare_values, bare.idle_bytes), ("host", host_values, host.idle_bytes)] {
-        let over = v[4] - idle / MIB;
+impl Figures {
+    fn columns(&self) -> [&[f64]; 5] {
+        [&self.requests_per_second, &self.p50_ms, &self.p99_ms, &self.cpu_seconds_per_1000, &self.peak_bytes]
+    }
+}
+
+/// The medians of each server, and those of the host's share of each other's figures in the same round.
+fn report(concurrency: usize, servers: &[Server], figures: &[Figures]) {
+    for (server, of_server) in servers.iter().zip(figures) {
+        let [rate, p50, p99, cpu, peak] = of_server.columns().map(median);
+        let (peak, over) = (peak / MIB, (peak - of_server.idle_bytes) / MIB);
+        let name = server.name;
         println!(
-            "{name:>6} {concurrency:>6} {:>11.0} {:>11.3} {:>11.3} {:>12.5} {:>11.1} {over:>12.1}",
-            v[0], v[1], v[2], v[3], v[4]
+            "{name:>10} {concurrency:>6} {rate:>11.0} {p50:>11.3} {p99:>11.3} {cpu:>12.5} {peak:>11.1} {over:>12.1}"
         );
     }
-    let r: Vec<f64> = host_values.iter().zip(bare_values).map(|(host, bare)| host / bare).collect();
-    println!(
-        " ratio {concurrency:>6} {:>11.3} {:>11.3} {:>11.3} {:>12.3} {:>11.2}",
-        r[0], r[1], r[2], r[3], r[4]
-    );
+    let Some((host, others)) = figures.split_last() else { return };
+    for (server, other) in servers.iter().zip(others) {
+        let paired = |(host, other): (&[f64], &[f64])| {
+            let ratios: Vec<f64> = host.iter().zip(other).map(|(host, other)| host / other).collect();
+            median(&ratios)
+        };
+        let columns: Vec<f64> = host.columns().into_iter().zip(other.columns()).map(paired).collect();
+        let [rate, p50, p99, cpu, peak] = columns[..] else { return };
+        let name = format!("/{}", server.name);
+        println!("{name:>10} {concurrency:>6} {rate:>11.3} {p50:>11.3} {p99:>11.3} {cpu:>12.3} {peak:>11.2}");
+    }
 }
 
 const MIB: f64 = 1024.0 * 1024.0;

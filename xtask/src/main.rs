@@ -33,7 +33,8 @@ cargo xtask COMMAND
   ci                            formatting, lints, documentation, dependencies, then every test
   audit                         what is linked in: published advisories, yanked versions, licences, bans and sources
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
-                                (--rounds N, --seconds N, default 5 and 4)
+                                (--rounds N, --seconds N, default 5 and 4; --against FOLDER: beside the host and the
+                                plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
@@ -120,12 +121,16 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
         "bench" => {
             let rounds = take_number(&mut args, "--rounds", 5)?;
             let seconds = take_number(&mut args, "--seconds", 4)?;
+            let against = take(&mut args, "--against")?.map(PathBuf::from);
+            if against.is_some() && (args == ["similarity"] || args == ["reload"]) {
+                bail!("--against: expected with echo, batched and big, found it with {args:?}");
+            }
             if args == ["similarity"] {
                 gpu::bench()?;
             } else if args == ["reload"] {
                 soak::run(&["reload".to_owned(), "neighbour".to_owned()])?;
             } else {
-                bench::run(&args, rounds, seconds)?;
+                bench::run(&args, &bench::Options { rounds, seconds, against })?;
             }
         }
         "help" | "--help" | "-h" => println!("{USAGE}"),

@@ -1,6 +1,6 @@
 //! What the host knows of any pipeline, whatever runs it: an [`Engine`] takes files and opens them as a [`Plugin`], which loads an
 //! [`Instance`], which runs batches. It calls neither `dlopen` nor processes, and never knows HTTP or queues of jobs; of how files are opened it has the
-//! words of [`LoadError`] alone.
+//! words of [`LoadError`], and the times and questions that every kind of file has.
 //!
 //! In the order in which a file meets them:
 //!

@@ -204,3 +204,112 @@ fn timed<T>(took: &mut Option<Duration>, work: impl FnOnce() -> T) -> T {
     *took = Some(begun.elapsed());
     done
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        path::PathBuf,
+        sync::{Barrier, atomic::AtomicU8},
+    };
+
+    use modalkit_engine::LogLevel;
+
+    use super::*;
+
+    const LEVELS: [LogLevel; 2] = [LogLevel::Info, LogLevel::Debug];
+    /// The place in [`LEVELS`] of the one that is wanted now.
+    static LEVEL: AtomicU8 = AtomicU8::new(0);
+
+    /// Remembers the level that it was told last.
+    #[derive(Clone)]
+    struct Fake(Arc<Mutex<Option<LogLevel>>>);
+
+    impl Library for Fake {
+        fn attach(&self, level: LogLevel, _: &PluginLog) {
+            *self.0.lock() = Some(level);
+        }
+    }
+
+    fn fake() -> Fake {
+        Fake(Arc::default())
+    }
+
+    fn libraries(libraries_max: usize) -> Libraries {
+        Libraries::new(Settings {
+            trust: Trust { any_owner: false, any_mode: false },
+            preflight: Preflight { program: PathBuf::new(), argument: "", limit: Duration::ZERO },
+            libraries_max,
+            log: Some(PluginLog {
+                level: || LEVELS[usize::from(LEVEL.load(Ordering::SeqCst))],
+                sink: |_, _, _, _, _| {},
+            }),
+        })
+        .unwrap()
+    }
+
+    fn staged(libraries: &Libraries, content: &str) -> Staged {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.so");
+        fs::write(&file, content).unwrap();
+        libraries.stage(&file).unwrap()
+    }
+
+    #[test]
+    fn two_who_want_the_same_content_open_it_once() {
+        let libraries = libraries(8);
+        let staged = staged(&libraries, "content");
+        let (opened, times, both) = (Opened::default(), AtomicUsize::new(0), Barrier::new(2));
+        let open = |_: &Staged| {
+            // The other one waits for the entry meanwhile.
+            thread::sleep(Duration::from_millis(20));
+            times.fetch_add(1, Ordering::SeqCst);
+            Ok(fake())
+        };
+        let open_it = || {
+            both.wait();
+            libraries.open_once(&staged, &opened, &libraries.resident, open).unwrap()
+        };
+        let (one, other) = thread::scope(|scope| {
+            let (one, other) = (scope.spawn(open_it), scope.spawn(open_it));
+            (one.join().unwrap(), other.join().unwrap())
+        });
+        assert!(Arc::ptr_eq(&one.0, &other.0));
+        assert_eq!((times.load(Ordering::SeqCst), libraries.resident()), (1, 1));
+    }
+
+    #[test]
+    fn no_more_are_opened_than_the_limit_and_one_that_fails_leaves_its_place() {
+        let libraries = libraries(1);
+        let (first, second) = (staged(&libraries, "first"), staged(&libraries, "second"));
+        let opened = Opened::default();
+        let open = |staged: &Staged, result: Result<Fake, LoadError>| {
+            libraries.open_once(staged, &opened, &libraries.resident, |_| result)
+        };
+        let failed = open(&first, Err(LoadError::Refused("no luck".into())));
+        assert!(matches!(failed, Err(LoadError::Refused(_))));
+        assert_eq!(libraries.resident(), 0);
+        assert!(open(&first, Ok(fake())).is_ok());
+        let full = open(&second, Ok(fake()));
+        assert!(matches!(full, Err(LoadError::TooManyLibraries { found: 1, limit: 1 })));
+        assert!(open(&first, Err(LoadError::Refused("it is open".into()))).is_ok());
+    }
+
+    #[test]
+    fn a_level_that_changes_while_a_library_is_opened_is_heard() {
+        let libraries = libraries(8);
+        let staged = staged(&libraries, "content");
+        let opened = Opened::default();
+        let open = |_: &Staged| {
+            LEVEL.store(1, Ordering::SeqCst);
+            // Doesn't wait for this opening for ever.
+            libraries.attach_all(&opened);
+            Ok(fake())
+        };
+        let library = libraries.open_once(&staged, &opened, &libraries.resident, open).unwrap();
+        assert_eq!(*library.0.lock(), Some(LogLevel::Debug));
+        LEVEL.store(0, Ordering::SeqCst);
+        libraries.attach_all(&opened);
+        assert_eq!(*library.0.lock(), Some(LogLevel::Info));
+    }
+}

@@ -13,6 +13,9 @@ use modalkit_engine::{
 
 use crate::{convert, ending::Entered, library::PipelineLibrary};
 
+/// Outputs up to this many bytes are copied: an owner for the plugin's own bytes is an allocation as well, and it would be given back to
+/// the plugin's allocator by another thread.
+const COPIED_BYTES: usize = 4 << 10;
 /// Bytes shown of an output that is no object.
 const SHOWN_BYTES: usize = 40;
 
@@ -171,7 +174,9 @@ impl Batch for LibraryBatch<'_> {
 /// An output as the host takes it: it looks at both ends, where members are to be added, and at nothing between them.
 fn output(json: RVec<u8>) -> Outcome {
     if *json == *b"{}" || json.starts_with(b"{\"") && json.ends_with(b"}") {
-        return Ok(Payload::Json(Bytes::from_owner(json)));
+        let bytes =
+            if json.len() <= COPIED_BYTES { Bytes::copy_from_slice(&json) } else { Bytes::from_owner(json) };
+        return Ok(Payload::Json(bytes));
     }
     let begins = String::from_utf8_lossy(&json[..json.len().min(SHOWN_BYTES)]);
     let message = format!(

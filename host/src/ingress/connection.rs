@@ -1,5 +1,5 @@
-//! Speaks HTTP/1.1 or HTTP/2 on a connection. It owns the connection's timeouts, what it may buffer, and its end, and
-//! never knows what is asked.
+//! Speaks HTTP/1.1 or HTTP/2 on a connection. It owns the connection's timeouts, what it may buffer, and its end. What is asked it knows of
+//! connections for probes alone, which get nothing else.
 
 use std::{
     convert::Infallible,
@@ -30,8 +30,14 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    connection_slots::ConnectionSlot, exchange::Exchange, lingering_close, peer::Peer,
-    response_body::respond, router, write_limit::WriteLimit,
+    connection_slots::ConnectionSlot,
+    exchange::Exchange,
+    lingering_close,
+    peer::Peer,
+    request_headers::{Known, put_headers},
+    response_body::respond,
+    router,
+    write_limit::WriteLimit,
 };
 use crate::{
     egress::{self, HttpResponse, and_close},
@@ -67,7 +73,7 @@ pub(super) async fn run(
     stream: std::net::TcpStream,
     http2: bool,
     tls: Option<TlsAcceptor>,
-    _place: ConnectionSlot,
+    _slot: ConnectionSlot,
     shutdown: watch::Receiver<bool>,
 ) {
     begin(Arc::clone(&peer), stream, http2, tls, shutdown).await;
@@ -158,11 +164,16 @@ async fn answer_probe(exchange: &Exchange, request: Request<Incoming>) -> HttpRe
     {
         return and_close(router::answer(exchange, request).await);
     }
-    exchange.context.metrics.connections_refused.with_label_values(&["unavailable"]).inc();
+    let context = &exchange.context;
+    context.metrics.connections_refused.with_label_values(&["unavailable"]).inc();
     let full = JobError::Unavailable(
         "too many connections are open (server.connections_max, server.connections_per_address_max)".into(),
     );
-    and_close(egress::error(&full))
+    let mut response = and_close(egress::error(&full));
+    let headers = request.into_parts().0.headers;
+    let id = context.ids.of(&Known::of(&headers));
+    put_headers(&mut response, &id, headers);
+    response
 }
 
 /// Drives a connection to its end. HTTP/1 has a header timeout of its own; HTTP/2 has none before its first request.

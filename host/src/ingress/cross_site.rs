@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use hyper::header::HeaderValue;
 
-use super::request::{Head, Known};
+use super::request_headers::{Head, Known};
 use crate::config::Server;
 
 /// Paths of probes, which disclose nothing else.

@@ -14,7 +14,7 @@ use serde_json::{json, value::RawValue};
 
 use crate::{
     pipeline::{Generation, malformed, too_many},
-    protocol::Envelope,
+    protocol::{Envelope, envelope_schema},
     work::{Detail, JobError, Location},
 };
 
@@ -109,6 +109,7 @@ pub(super) fn decode_envelope(
 pub(super) fn open_envelope(body: &Bytes) -> Result<Envelope, JobError> {
     let parts = Envelope::of(body)
         .map_err(|error| JobError::Invalid(malformed(envelope_schema(), body, &error.to_string())))?;
+    // Looked at by itself: a message may be JSON that the schema's check can't hold, such as 1e999.
     if parts.meta.as_ref().is_some_and(|meta| !meta.starts_with(b"{")) {
         return Err(JobError::Invalid(vec![Detail {
             loc: vec!["body".into(), "meta".into()],
@@ -117,25 +118,6 @@ pub(super) fn open_envelope(body: &Bytes) -> Result<Envelope, JobError> {
         }]));
     }
     Ok(parts)
-}
-
-fn envelope_schema() -> Option<&'static Validator> {
-    static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
-    let compile = || {
-        let schema = json!({
-            "type": "object",
-            "required": ["message"],
-            "additionalProperties": false,
-            "properties": {
-                "message": {},
-                "success_queue": {"type": "string"},
-                "failure_queue": {"type": "string"},
-                "meta": {"type": "object"}
-            }
-        });
-        jsonschema::validator_for(&schema).ok()
-    };
-    SCHEMA.get_or_init(compile).as_ref()
 }
 
 #[cfg(test)]
@@ -190,6 +172,31 @@ mod tests {
     /// More where somebody wants more: `MODALKIT_TEST_CASES=1000000`.
     fn cases() -> u32 {
         std::env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(10_000)
+    }
+
+    #[test]
+    fn what_is_no_envelope_is_told_member_by_member() {
+        let kinds = |body: &'static str| match open_envelope(&body.into()) {
+            Ok(_) => Vec::new(),
+            Err(JobError::Invalid(details)) => details
+                .into_iter()
+                .map(|detail| (serde_json::to_string(&detail.loc).unwrap(), detail.kind))
+                .collect(),
+            Err(other) => panic!("{other:?}"),
+        };
+        let fault = |loc: &str, kind: &'static str| (loc.to_owned(), kind);
+        assert_eq!(kinds(r#"{"message": 1, "success_queue": "a", "meta": {}}"#), []);
+        assert_eq!(kinds(r#"{"message": null, "meta": null}"#), []);
+        assert_eq!(kinds(r#"{"message": 1e999, "meta": 1}"#), [fault(r#"["body","meta"]"#, "dict_type")]);
+        assert_eq!(kinds(r#"{"message": 1, "meta": []}"#), [fault(r#"["body","meta"]"#, "dict_type")]);
+        let faults = [
+            fault(r#"["body","message"]"#, "missing"),
+            fault(r#"["body","queue"]"#, "extra_forbidden"),
+            fault(r#"["body","success_queue"]"#, "string_type"),
+        ];
+        let mut found = kinds(r#"{"success_queue": 1, "queue": "a"}"#);
+        found.sort();
+        assert_eq!(found, faults);
     }
 
     proptest! {

@@ -1,5 +1,5 @@
-//! One request and its answer, until the answer's last byte is written: what it holds of the host's limits, and how it gives that
-//! back. It never knows what is asked.
+//! One request and its answer, until the answer's last byte is written: what it holds of the host's limits, and when it gives that
+//! back, which is earlier for small answers of HTTP/1. It never knows what is asked.
 
 use std::{
     ops::Deref,
@@ -25,7 +25,7 @@ pub(super) struct Exchange {
     /// It counts among the requests in flight.
     admitted: AtomicBool,
     /// Its permit among its key's calls.
-    place: OnceLock<Arc<ConcurrencyPermit>>,
+    key_permit: OnceLock<Arc<ConcurrencyPermit>>,
     /// Its part of the budget.
     bytes: AtomicUsize,
 }
@@ -41,7 +41,7 @@ impl Exchange {
             http2,
             answers: false,
             admitted: AtomicBool::new(false),
-            place: OnceLock::new(),
+            key_permit: OnceLock::new(),
             bytes: AtomicUsize::new(0),
         }
     }
@@ -64,10 +64,10 @@ impl Exchange {
     }
 
     /// Holds a permit among a key's calls until this is over.
-    pub(super) fn keep(&self, place: Option<&Arc<ConcurrencyPermit>>) {
-        if let Some(place) = place {
+    pub(super) fn keep(&self, key_permit: Option<&Arc<ConcurrencyPermit>>) {
+        if let Some(key_permit) = key_permit {
             // Set once: a request has one caller.
-            let _ = self.place.set(Arc::clone(place));
+            let _ = self.key_permit.set(Arc::clone(key_permit));
         }
     }
 
@@ -109,7 +109,7 @@ impl Exchange {
         if bytes > 0 {
             context.budget.give_back(bytes);
         }
-        self.place.take();
+        self.key_permit.take();
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     exchange::Exchange,
     query::{Query, invalid},
     refusal::refuse,
-    request::Headers,
+    request_headers::Headers,
 };
 use crate::{
     access::{Caller, Origin},

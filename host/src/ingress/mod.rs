@@ -1,4 +1,4 @@
-//! From connections to jobs: connections, routes, bodies and the predict endpoints. It never knows how a batch is
+//! From connections to jobs: connections, routes, bodies, the predict endpoints, management, and requests from queues. It never knows how a batch is
 //! run, and leaves the statuses of job errors to egress.
 
 mod body;
@@ -13,14 +13,14 @@ mod io_watchdog;
 mod jobs;
 mod lingering_close;
 mod listener;
-mod manage;
+mod management;
 mod management_socket;
 mod peer;
 mod predict;
 mod query;
 pub mod queue_consumer;
 mod refusal;
-mod request;
+mod request_headers;
 mod request_timings;
 mod response_body;
 mod router;
@@ -49,7 +49,7 @@ use crate::{
 use cross_site::PageRules;
 pub use listener::Listener;
 pub use management_socket::{ManagementSocket, Serving, SocketError};
-use request::RequestIds;
+use request_headers::RequestIds;
 pub use tls::{Certificate, TlsError};
 
 /// Inputs that are parsed at once on the blocking pool, of all models together. Plugins that hang there hold their threads until they

@@ -1,4 +1,4 @@
-//! What the requests of one connection share. It never knows the protocol, nor what is asked.
+//! What the requests of one connection share, and how many there are where HTTP/2 has several at once. It never knows what is asked.
 
 use std::{
     net::SocketAddr,

@@ -16,7 +16,7 @@ use super::{
     peer::Peer,
     query::Query,
     refusal::refuse,
-    request::{self, Head},
+    request_headers::{self, Head},
     request_timings::RequestTimings,
 };
 use crate::{
@@ -116,7 +116,7 @@ fn admit(
     let context = &*exchange.context;
     let begun = Instant::now();
     let caller =
-        context.access.admit(&exchange.from, &request::Headers(&head.headers)).map_err(|denied| {
+        context.access.admit(&exchange.from, &request_headers::Headers(&head.headers)).map_err(|denied| {
             let (method, endpoint) = (head.method.as_str(), endpoint.pattern);
             let action = Action { method, endpoint, name: "", effect: Effect::Look };
             Box::new(Refused { response: refuse(context, &exchange.from, action, &denied), model: None })
@@ -142,7 +142,7 @@ fn admit(
         Ok(found) => found,
         Err(error) => return Err(refused(&error, None, timings)),
     };
-    let limits = request::deadline(&head.known, &context.server, begun)
+    let limits = request_headers::deadline(&head.known, &context.server, begun)
         .and_then(|deadline| Ok((deadline, query.switch("partial")?)));
     match limits {
         Ok((deadline, partial)) => {
@@ -238,7 +238,7 @@ async fn asynchronous(
 ) -> Result<HttpResponse, JobError> {
     let jobs = &peer.context.jobs;
     let (key, model) = (call.caller.key.clone(), call.model.name.clone());
-    let name = request::idempotency_key(&head.headers)?.map(ToOwned::to_owned);
+    let name = request_headers::idempotency_key(&head.headers)?.map(ToOwned::to_owned);
     // A large body is digested where it is parsed.
     let envelope = move |generation: &Generation, body: &Payload| {
         let (parts, decoded) = decode_envelope(generation, body.json())?;
@@ -254,10 +254,10 @@ async fn asynchronous(
         key: call.caller.key.clone(),
         parts,
         decoded: Some(decoded),
-        deadline: request::own_deadline(&head.known, call.deadline),
-        trace: traced.or_else(|| request::traceparent(&head.headers)),
+        deadline: request_headers::own_deadline(&head.known, call.deadline),
+        trace: traced.or_else(|| request_headers::traceparent(&head.headers)),
         timings: call.timings(),
-        place: call.caller.permit.clone(),
+        key_permit: call.caller.permit.clone(),
         idempotency,
         from_queue: false,
         envelope: input,

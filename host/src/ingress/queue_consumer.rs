@@ -169,7 +169,7 @@ impl Consumer {
             deadline: None,
             trace: traceparent.clone(),
             timings: None,
-            place: None,
+            key_permit: None,
             idempotency: Some(idempotency.clone()),
             from_queue: true,
         };

@@ -10,7 +10,7 @@ use opentelemetry::propagation::Extractor;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Context, peer::Peer, request::Head};
+use super::{Context, peer::Peer, request_headers::Head};
 use crate::{
     access::Caller,
     egress::HttpResponse,

@@ -1,4 +1,4 @@
-//! Which path is answered by whom, and what every answer has: an id, a count, a line in the log when it failed.
+//! Which path is answered by whom, and what every answer has: an id and a type; what is no prediction is counted here.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -11,10 +11,10 @@ use super::{
     cross_site::Foreign,
     endpoints::{Endpoint, Route, Target, no_such_path},
     exchange::Exchange,
-    jobs, lingering_close, manage, predict,
+    jobs, lingering_close, management, predict,
     query::Query,
     refusal::{refuse, wrong_method},
-    request::{Head, Headers, put_id},
+    request_headers::{Head, Headers, put_headers},
 };
 use crate::{
     access::{Origin, Visibility},
@@ -23,10 +23,10 @@ use crate::{
     egress::{self, HttpResponse, and_close, object_response, without_body},
 };
 
-pub(super) async fn answer(peer: &Exchange, request: Request<Incoming>) -> HttpResponse {
+pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
     let (mut parts, body) = request.into_parts();
     let mut body = RequestBody::new(body);
-    let context = &*peer.context;
+    let context = &*exchange.context;
     let asks_for_head = takes_for_get(&mut parts);
     let head = Head::of(&parts);
     let id = context.ids.of(&head.known);
@@ -34,17 +34,17 @@ pub(super) async fn answer(peer: &Exchange, request: Request<Incoming>) -> HttpR
     let looked_at = if context.access.is_keyless() { context.pages.check(&head) } else { Ok(()) };
     let target = Target::of(head.uri.path());
     let mut response = match (target, looked_at) {
-        (_, Err(foreign)) => refuse_page(context, &peer.from, &head, target, &foreign),
+        (_, Err(foreign)) => refuse_page(context, &exchange.from, &head, target, &foreign),
         (Some(target), _) if is_post && let Some(prediction) = target.route().prediction() => {
-            predict::answer(peer, &head, &mut body, &id, target.endpoint, prediction).await
+            predict::answer(exchange, &head, &mut body, &id, target.endpoint, prediction).await
         }
-        _ => Box::pin(beside_predictions(context, &peer.from, Some(peer), &head)).await,
+        _ => Box::pin(beside_predictions(context, &exchange.from, Some(exchange), &head)).await,
     };
-    put_id(&id, response.headers_mut());
+    put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
-        peer.sends_on.store(false, Ordering::Relaxed);
-    } else if peer.is_http2() {
-        lingering_close::read_on(body, Arc::clone(peer.peer()));
+        exchange.sends_on.store(false, Ordering::Relaxed);
+    } else if exchange.is_http2() {
+        lingering_close::read_on(body, Arc::clone(exchange.peer()));
     } else {
         // What is unread of the body stands before the next request.
         response = and_close(response);
@@ -81,7 +81,7 @@ pub(super) async fn beside_predictions(
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
                 jobs::answer(context, from, exchange, head, target).await
             }
-            _ => manage::answer(context, from, head, target).await,
+            _ => management::answer(context, from, head, target).await,
         }
     } else {
         wrong_method(endpoint.methods)

@@ -45,7 +45,7 @@ pub struct Incoming {
     /// Timings of its first attempt, where somebody wants to know.
     pub timings: Option<Arc<JobTimings>>,
     /// Its permit among its key's calls.
-    pub place: Option<Arc<ConcurrencyPermit>>,
+    pub key_permit: Option<Arc<ConcurrencyPermit>>,
     /// The key under which it is accepted only once.
     pub idempotency: Option<IdempotencyKey>,
     /// It was taken from a queue: no caller asks for its result, and what fails goes to the dead-letter queue where it names no other.
@@ -56,7 +56,9 @@ impl Incoming {
     /// The same once more, without what only saves work.
     #[must_use]
     pub fn again(&self) -> Self {
-        let Self { model, key, envelope, parts, deadline, trace, place, idempotency, from_queue, .. } = self;
+        let Self {
+            model, key, envelope, parts, deadline, trace, key_permit, idempotency, from_queue, ..
+        } = self;
         Self {
             model: Arc::clone(model),
             key: key.clone(),
@@ -66,7 +68,7 @@ impl Incoming {
             deadline: *deadline,
             trace: trace.clone(),
             timings: None,
-            place: place.clone(),
+            key_permit: key_permit.clone(),
             idempotency: idempotency.clone(),
             from_queue: *from_queue,
         }
@@ -92,13 +94,15 @@ impl Jobs {
             deadline,
             trace,
             timings,
-            place,
+            key_permit,
             idempotency,
             from_queue,
         } = incoming;
         let id = journal.next_id();
         let accepted = unix_ms();
-        let input = Some(Input { envelope: envelope.clone(), parts });
+        let mut progress = JobProgress::new(JobPhase::Accepting);
+        (progress.input, progress.key_permit) =
+            (Some(Input { envelope: envelope.clone(), parts }), key_permit);
         let live_job = Arc::new(LiveJob {
             id,
             model: Arc::clone(&model),
@@ -107,7 +111,7 @@ impl Jobs {
             trace: trace.clone(),
             from_queue,
             cancelled: AtomicBool::new(false),
-            progress: Mutex::new(JobProgress { input, place, ..JobProgress::new(JobPhase::Accepting) }),
+            progress: Mutex::new(progress),
         });
         if let Err(error) = self.shared.admit(&live_job, envelope.len()) {
             return done(Err(error));

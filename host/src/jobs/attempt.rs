@@ -9,7 +9,7 @@ use modalkit_journal::Slot;
 
 use super::{
     inbox::{Event, Inbox},
-    live_job::{JobPhase, LiveJob},
+    live_job::LiveJob,
 };
 use crate::{
     insight::metrics::Metrics,
@@ -33,10 +33,7 @@ impl Recorder for Attempt {
         self.slot.begins();
         self.began.store(true, Ordering::SeqCst);
         self.metrics.jobs.running.inc();
-        let mut progress = self.live_job.progress.lock();
-        progress.phase = JobPhase::Running;
-        progress.queued = None;
-        progress.started = Some(modalkit_journal::unix_ms());
+        self.live_job.progress.lock().begin();
     }
 
     fn answered(mut self: Box<Self>, reply: Reply) {

@@ -15,7 +15,7 @@ use super::{
     attempt::Attempt,
     ending::{Ending, end, ending_without_run, input},
     inbox::Inbox,
-    live_job::{FirstAttempt, JobPhase, LiveJob},
+    live_job::{FirstAttempt, LiveJob},
 };
 use crate::{
     config::ModelSpec,
@@ -151,8 +151,7 @@ impl ModelBacklog {
         let mut progress = live_job.progress.lock();
         match model.queue.push([job], live_job.deadline.map(Deadline)) {
             Ok(queued) => {
-                progress.phase = JobPhase::Handed;
-                progress.queued = Some((Arc::clone(&model.queue), queued.first));
+                progress.hand_over(Arc::clone(&model.queue), queued.first);
                 HandoverResult::Queued { must_wake: queued.must_wake, slot }
             }
             Err(_) => HandoverResult::Refused,

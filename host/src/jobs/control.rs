@@ -171,7 +171,7 @@ impl Jobs {
         }
         let Some(live_job) = self.shared.find(id) else { return self.how_it_ended(id).await };
         let Some(ended) = live_job.wait() else { return self.how_it_ended(id).await };
-        if live_job.progress.lock().phase != JobPhase::Ending {
+        if !matches!(live_job.progress.lock().phase(), JobPhase::Ending) {
             // Where it runs, it is the journal that keeps it from being run again by the next host.
             let (tell, told) = oneshot::channel();
             {
@@ -184,7 +184,7 @@ impl Jobs {
             if timeout(WRITE_TIME_MAX, told).await.is_err() {
                 return Ok(Cancelled::Unwritten);
             }
-            if live_job.progress.lock().phase == JobPhase::Running {
+            if live_job.progress.lock().is_running() {
                 return Ok(Cancelled::Soon);
             }
             self.inbox.put(Event::Cancel(Arc::clone(&live_job)));

@@ -9,7 +9,7 @@ use modalkit_journal::{Finish, Journal, State, Unfit, unix_ms};
 
 use super::{
     Jobs,
-    live_job::{Input, JobPhase, LiveJob},
+    live_job::{Input, LiveJob},
 };
 use crate::{
     config::ModelSpec,
@@ -84,11 +84,9 @@ pub(super) fn end(
     let (finished, since) = (unix_ms(), journal.clock().now());
     let (attempts, started) = {
         let mut progress = live_job.progress.lock();
-        if matches!(progress.phase, JobPhase::Ending | JobPhase::Ended) {
+        if !progress.end() {
             return;
         }
-        progress.phase = JobPhase::Ending;
-        progress.queued = None;
         (progress.attempts, progress.started)
     };
     jobs.shared.metrics.jobs.ended(&live_job.model, state.word()).inc();

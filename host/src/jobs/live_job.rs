@@ -1,4 +1,5 @@
-//! One job from its acceptance until it has ended and its result is delivered, as this process knows it beside the journal.
+//! One job from its acceptance until it has ended and its result is delivered, as this process knows it beside the journal. It owns the
+//! job's phase: each change of it is a function here.
 
 use std::{
     sync::{
@@ -9,8 +10,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use modalkit_batch::ArrivalId;
 use modalkit_engine::Decoded;
-use modalkit_journal::JobId;
+use modalkit_journal::{JobId, unix_ms};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -34,9 +36,7 @@ pub(super) struct LiveJob {
 
 /// What changes about it.
 pub(super) struct JobProgress {
-    pub(super) phase: JobPhase,
-    /// The queue that it is in, and its number there: a model that comes again has another.
-    pub(super) queued: Option<(Arc<Queue>, modalkit_batch::ArrivalId)>,
+    phase: JobPhase,
     /// It was running when the host died last, and has not run to an end since.
     pub(super) suspect: bool,
     /// How often a host died while it was running, and how often it was the only job that was.
@@ -54,7 +54,7 @@ pub(super) struct JobProgress {
     /// Those who wait for its end.
     pub(super) waiting: Vec<oneshot::Sender<()>>,
     /// It counts among its key's calls until it has ended.
-    pub(super) place: Option<Arc<ConcurrencyPermit>>,
+    pub(super) key_permit: Option<Arc<ConcurrencyPermit>>,
     /// Attempts to deliver its message.
     pub(super) delivery_attempts: u32,
     /// Why the last of these failed.
@@ -62,14 +62,14 @@ pub(super) struct JobProgress {
 }
 
 /// Where it stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub(super) enum JobPhase {
     /// It is being written to the journal for the first time.
     Accepting,
     /// It waits for room in its model's queue, or for its next attempt.
     Waiting,
-    /// It is in its model's queue.
-    Handed,
+    /// It is in this queue, under this number: a model that comes again has another.
+    Handed(Arc<Queue>, ArrivalId),
     /// Its batch runs.
     Running,
     /// It has ended, and its end is being written.
@@ -115,7 +115,7 @@ impl LiveJob {
     /// `None` where its end is on disk; else a receiver that is told when it is.
     pub(super) fn wait(&self) -> Option<oneshot::Receiver<()>> {
         let mut progress = self.progress.lock();
-        if progress.phase == JobPhase::Ended {
+        if matches!(progress.phase, JobPhase::Ended) {
             return None;
         }
         // Callers that came and went would add up while it waits.
@@ -132,14 +132,61 @@ impl JobProgress {
         match self.phase {
             JobPhase::Running => true,
             JobPhase::Ending | JobPhase::Ended => self.started.is_some(),
-            JobPhase::Accepting | JobPhase::Waiting | JobPhase::Handed => false,
+            JobPhase::Accepting | JobPhase::Waiting | JobPhase::Handed(..) => false,
         }
+    }
+
+    pub(super) fn phase(&self) -> &JobPhase {
+        &self.phase
+    }
+
+    /// Whether its batch runs.
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.phase, JobPhase::Running)
+    }
+
+    /// It waits for its turn: it is accepted, or came back without having run.
+    pub(super) fn wait_for_turn(&mut self) {
+        self.phase = JobPhase::Waiting;
+    }
+
+    /// Its model's queue has taken it.
+    pub(super) fn hand_over(&mut self, queue: Arc<Queue>, number: ArrivalId) {
+        self.phase = JobPhase::Handed(queue, number);
+    }
+
+    /// Its batch begins.
+    pub(super) fn begin(&mut self) {
+        self.phase = JobPhase::Running;
+        self.started = Some(unix_ms());
+    }
+
+    /// Its attempt failed with this, and another may begin at that time, in milliseconds since 1970.
+    pub(super) fn retry_at(&mut self, next: u64, error: String) {
+        self.phase = JobPhase::Waiting;
+        self.next = Some(next);
+        self.error = Some(error);
+    }
+
+    /// It has ended, and its end is about to be written; `false` where that was so before.
+    pub(super) fn end(&mut self) -> bool {
+        let ends = !matches!(self.phase, JobPhase::Ending | JobPhase::Ended);
+        if ends {
+            self.phase = JobPhase::Ending;
+        }
+        ends
+    }
+
+    /// Its end is on disk. Gives those who wait for that.
+    pub(super) fn conclude(&mut self) -> Vec<oneshot::Sender<()>> {
+        self.phase = JobPhase::Ended;
+        self.key_permit = None;
+        std::mem::take(&mut self.waiting)
     }
 
     pub(super) fn new(phase: JobPhase) -> Self {
         Self {
             phase,
-            queued: None,
             suspect: false,
             crashes: 0,
             crashes_alone: 0,
@@ -149,7 +196,7 @@ impl JobProgress {
             error: None,
             input: None,
             waiting: Vec::new(),
-            place: None,
+            key_permit: None,
             delivery_attempts: 0,
             delivery_error: None,
         }

@@ -49,7 +49,7 @@ use crate::{
 };
 use delivery::{Deliveries, PendingDelivery};
 use inbox::{Event, Inbox};
-use live_job::{FirstAttempt, JobPhase, LiveJob};
+use live_job::{FirstAttempt, LiveJob};
 use open_jobs::Shared;
 use runner::Runner;
 
@@ -158,12 +158,7 @@ impl Jobs {
 
     /// A job has ended, on disk; its delivery counts from this moment of the journal's time.
     fn ended(&self, live_job: &Arc<LiveJob>, queue: Option<String>, since: u64, message: Bytes) {
-        let waiting = {
-            let mut progress = live_job.progress.lock();
-            progress.phase = JobPhase::Ended;
-            progress.place = None;
-            std::mem::take(&mut progress.waiting)
-        };
+        let waiting = live_job.progress.lock().conclude();
         match queue {
             Some(queue) => {
                 self.deliveries.add(PendingDelivery::new(Arc::clone(live_job), queue, since, Some(message)));

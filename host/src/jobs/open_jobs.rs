@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use modalkit_batch::ArrivalId;
 use modalkit_journal::{JobId, OpenJob, State, unix_ms};
 use parking_lot::Mutex;
 
@@ -97,13 +98,21 @@ impl Shared {
     }
 
     /// Where the jobs wait that were handed to models and haven't begun.
-    pub(super) fn handed(&self) -> Vec<(Arc<Queue>, modalkit_batch::ArrivalId)> {
+    pub(super) fn handed(&self) -> Vec<(Arc<Queue>, ArrivalId)> {
         let open = self.open.lock();
-        open.by_id.values().filter_map(|live_job| live_job.progress.lock().queued.clone()).collect()
+        let queued = |live_job: &Arc<LiveJob>| match live_job.progress.lock().phase() {
+            JobPhase::Handed(queue, number) => Some((Arc::clone(queue), *number)),
+            _ => None,
+        };
+        open.by_id.values().filter_map(queued).collect()
     }
 
     pub(super) fn remember(&self, job: &OpenJob) -> Arc<LiveJob> {
         let phase = if job.state == State::Queued { JobPhase::Waiting } else { JobPhase::Ended };
+        let mut progress = JobProgress::new(phase);
+        (progress.attempts, progress.next) = (job.attempts, job.next);
+        (progress.suspect, progress.crashes, progress.crashes_alone) =
+            (job.suspect, job.crashes, job.crashes_alone);
         let live_job = Arc::new(LiveJob {
             id: job.id,
             model: Arc::clone(&job.model),
@@ -112,14 +121,7 @@ impl Shared {
             trace: job.trace.clone(),
             from_queue: job.from_queue,
             cancelled: AtomicBool::new(job.cancelled),
-            progress: Mutex::new(JobProgress {
-                attempts: job.attempts,
-                next: job.next,
-                suspect: job.suspect,
-                crashes: job.crashes,
-                crashes_alone: job.crashes_alone,
-                ..JobProgress::new(phase)
-            }),
+            progress: Mutex::new(progress),
         });
         self.open.lock().by_id.insert(job.id, Arc::clone(&live_job));
         live_job

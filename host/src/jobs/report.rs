@@ -4,7 +4,7 @@ use modalkit_journal::{State, Stored};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::live_job::{JobPhase, LiveJob};
+use super::live_job::LiveJob;
 use crate::protocol;
 
 /// The state that isn't written: only this process knows it.
@@ -96,7 +96,7 @@ impl Report {
             if progress.runs() {
                 report.state = RUNNING;
                 // An attempt is counted when it ends, so the one that runs is added.
-                report.attempts += u32::from(progress.phase == JobPhase::Running);
+                report.attempts += u32::from(progress.is_running());
                 report.next_attempt_unix_ms = None;
             }
         } else {

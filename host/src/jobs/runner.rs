@@ -135,7 +135,7 @@ impl Runner {
     fn accepted(&mut self, live_job: Arc<LiveJob>, first_attempt: FirstAttempt) {
         let (next, suspect) = {
             let mut progress = live_job.progress.lock();
-            progress.phase = JobPhase::Waiting;
+            progress.wait_for_turn();
             (progress.next, progress.suspect)
         };
         if suspect {
@@ -188,8 +188,7 @@ impl Runner {
             // Nobody ran it: it waits for its turn again, in front of those that came later.
             let suspect = {
                 let mut progress = live_job.progress.lock();
-                progress.phase = JobPhase::Waiting;
-                progress.queued = None;
+                progress.wait_for_turn();
                 progress.suspect
             };
             if suspect {
@@ -210,9 +209,7 @@ impl Runner {
             tracing::info!(model = &*live_job.model, job_id = %live_job.id, attempts, next_in = ?wait, error = text, "an attempt failed and is repeated");
             let started = {
                 let mut progress = live_job.progress.lock();
-                progress.phase = JobPhase::Waiting;
-                progress.next = Some(next);
-                progress.error = Some(text.clone());
+                progress.retry_at(next, text.clone());
                 progress.started
             };
             journal.retry(Retry { id: live_job.id, attempts, started, next, error: text });
@@ -225,13 +222,11 @@ impl Runner {
 
     /// One that waits ends now; one in the model's queue is taken out, which tells its end; one that runs ends with its batch.
     fn cancel(&mut self, live_job: &Arc<LiveJob>, jobs: &Arc<Jobs>, journal: &Journal) {
-        let (phase, queued) = {
-            let progress = live_job.progress.lock();
-            (progress.phase, progress.queued.clone())
-        };
-        if let (JobPhase::Handed, Some((queue, number))) = (phase, queued) {
+        // Without the lock: what the queue gives back takes it.
+        let phase = live_job.progress.lock().phase().clone();
+        if let JobPhase::Handed(queue, number) = phase {
             queue.cancel(number, 1);
-        } else if phase == JobPhase::Waiting {
+        } else if matches!(phase, JobPhase::Waiting) {
             if self.suspects.remove(live_job.id) {
                 return end(live_job, Ending::cancelled(), None, jobs, journal);
             }

@@ -25,11 +25,11 @@ pub struct Queue {
 struct State {
     batcher: Batcher<Job>,
     /// Lanes that want a batch, and since when.
-    free: Vec<(Lane, Instant)>,
+    free: Vec<(LaneId, Instant)>,
     /// Of those, the lanes that wait on a condition variable.
     waiting_lanes: usize,
     /// The lane that will wake when the oldest incomplete batch has waited long enough.
-    timer: Option<Lane>,
+    timer: Option<LaneId>,
     next_lane: u64,
     /// Whether jobs are taken: somebody will run them.
     open: bool,
@@ -39,7 +39,7 @@ struct State {
 
 /// One thread that runs batches, as the queue knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lane(u64);
+pub struct LaneId(u64);
 
 /// What a lane is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ pub struct Taken {
 
 /// How busy a model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Load {
+pub struct QueueLoad {
     /// Jobs that wait.
     pub queued: usize,
     /// Lanes that want work now.
@@ -191,19 +191,19 @@ impl Queue {
 
     /// How busy the model is, and was since this was last asked; for the fleet alone.
     #[must_use]
-    pub fn load(&self) -> Load {
+    pub fn load(&self) -> QueueLoad {
         let mut state = self.state.lock();
         let free_lanes = state.free.len();
         let spare_lanes = std::mem::replace(&mut state.fewest_free, free_lanes);
-        Load { queued: state.batcher.len(), free_lanes, spare_lanes }
+        QueueLoad { queued: state.batcher.len(), free_lanes, spare_lanes }
     }
 
     /// A new lane.
     #[must_use]
-    pub fn lane(&self) -> Lane {
+    pub fn lane(&self) -> LaneId {
         let mut state = self.state.lock();
         state.next_lane += 1;
-        Lane(state.next_lane)
+        LaneId(state.next_lane)
     }
 
     /// Changes what the states of lanes depend on. No lane takes a batch meanwhile, so that all see the change at once, and every lane
@@ -216,9 +216,11 @@ impl Queue {
     }
 
     /// Waits for the next batch for a lane, while `state_of_lane` is active. `None` when it is stopped.
-    pub fn next_batch(&self, lane: Lane, state_of_lane: impl Fn() -> LaneState) -> Option<Taken> {
+    pub fn next_batch(&self, lane: LaneId, state_of_lane: impl Fn() -> LaneState) -> Option<Taken> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
+        // The clock is read again after each wait, and not before.
+        let mut now = free_since;
         state.free.push((lane, free_since));
         loop {
             match state_of_lane() {
@@ -228,7 +230,8 @@ impl Queue {
                     // Another lane takes over the timer or the work that this one was woken for.
                     self.notify_next(&state);
                     self.paused.wait(&mut state);
-                    state.free.push((lane, Instant::now()));
+                    now = Instant::now();
+                    state.free.push((lane, now));
                     continue;
                 }
                 LaneState::Stopped => {
@@ -237,10 +240,10 @@ impl Queue {
                     return None;
                 }
             }
-            let now = Instant::now();
             let expired = state.batcher.expire(now);
             if !expired.is_empty() {
                 MutexGuard::unlocked(&mut state, || self.answer_expired(expired));
+                now = Instant::now();
                 continue;
             }
             let since = state.free.iter().map(|(_, since)| *since).min().unwrap_or(free_since);
@@ -262,6 +265,7 @@ impl Queue {
                 }
                 Next::Wait(_) | Next::Idle => self.sleep(&mut state),
             }
+            now = Instant::now();
         }
     }
 
@@ -309,7 +313,7 @@ impl State {
         self.waiting_lanes > 0 && (self.batcher.is_ready() || waiting)
     }
 
-    fn remove_free(&mut self, lane: Lane) {
+    fn remove_free(&mut self, lane: LaneId) {
         self.free.retain(|(free, _)| *free != lane);
         self.fewest_free = self.fewest_free.min(self.free.len());
         if self.timer == Some(lane) {

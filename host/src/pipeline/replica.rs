@@ -38,7 +38,7 @@ pub(super) struct Replica {
     /// `None` when its last lane has left.
     instance: Mutex<Option<SharedInstance>>,
     pub(super) number: u64,
-    lanes: Vec<Lane>,
+    lanes: Vec<LaneSlot>,
     stopping: AtomicBool,
     /// Its instance is changing: batches wait in the queue, for other replicas or for the end of this.
     paused: AtomicBool,
@@ -49,7 +49,7 @@ pub(super) struct Replica {
 
 /// What one of its threads runs.
 #[derive(Default)]
-struct Lane {
+struct LaneSlot {
     running: Mutex<Option<Running>>,
 }
 
@@ -110,7 +110,7 @@ impl Replica {
         lease: Option<Arc<Lease>>,
     ) {
         let count = context.generation.spec.replicas.batches_in_flight;
-        let lanes: Vec<Lane> = (0..count).map(|_| Lane::default()).collect();
+        let lanes: Vec<LaneSlot> = (0..count).map(|_| LaneSlot::default()).collect();
         let replica = Arc::new(Self {
             instance: Mutex::new(Some(Arc::new(instance))),
             number,
@@ -246,7 +246,7 @@ impl Replica {
     }
 }
 
-impl Lane {
+impl LaneSlot {
     /// Answers the waiters whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
     fn refuse(&self, refused: Vec<(usize, JobError)>) -> bool {
         let mut running = self.running.lock();
@@ -262,7 +262,7 @@ impl Lane {
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
 fn run(
     instance: &dyn Instance,
-    lane: &Lane,
+    lane: &LaneSlot,
     replica: &Replica,
     taken: Taken,
     context: &ReplicaContext,
@@ -288,7 +288,7 @@ fn run(
         return true;
     }
     // From here on plugin code runs, and the fleet watches the time.
-    *lane.running.lock() = Some(Running { started: Instant::now(), waiters });
+    *lane.running.lock() = Some(Running { started: at, waiters });
     let (mut items, mut refused) = (Vec::with_capacity(inputs.len()), Vec::new());
     for (place, (input, decoded)) in inputs.into_iter().enumerate() {
         match decoded_for(instance, decoded, &input, &context.generation) {
@@ -302,8 +302,11 @@ fn run(
     let size = items.len();
     let begun = Instant::now();
     let mut times = StageTimes::default();
-    let mut outcomes =
-        if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &context.metrics, &mut times) };
+    let mut outcomes = if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &mut times) };
+    let ended = Instant::now();
+    if outcomes.is_ok() {
+        context.observe(begun, &times, ended);
+    }
     replica.examine(&mut outcomes);
     if size > 0 && !timed.is_empty() {
         let batch = BatchTimings {
@@ -316,14 +319,14 @@ fn run(
             begun,
             preprocessed: times.preprocessed,
             predicted: times.predicted,
-            ended: Instant::now(),
+            ended,
             span: None,
         };
         context.record_timings(batch, timed);
     }
     let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
     if size > 0 {
-        context.count(begun.elapsed(), counts_as_healthy(&outcomes, waiters.len()));
+        context.count(ended - begun, counts_as_healthy(&outcomes, waiters.len()));
     }
     match outcomes {
         Ok(outcomes) if outcomes.len() == waiters.len() => {
@@ -384,22 +387,14 @@ struct StageTimes {
 fn stages(
     instance: &dyn Instance,
     items: Vec<Decoded>,
-    metrics: &ModelMetrics,
     times: &mut StageTimes,
 ) -> Result<Vec<Outcome>, Failure> {
     let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
-    let begun = Instant::now();
     batch.preprocess()?;
-    let preprocessed = Instant::now();
-    times.preprocessed = Some(preprocessed);
+    times.preprocessed = Some(Instant::now());
     batch.predict()?;
-    let predicted = Instant::now();
-    times.predicted = Some(predicted);
-    let outcomes = batch.postprocess()?;
-    metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
-    metrics.predict.observe((predicted - preprocessed).as_secs_f64());
-    metrics.postprocess.observe(predicted.elapsed().as_secs_f64());
-    Ok(outcomes)
+    times.predicted = Some(Instant::now());
+    batch.postprocess()
 }
 
 /// Whether anything in a batch succeeded; failures that an input caused count as success.
@@ -419,6 +414,14 @@ impl ReplicaContext {
     /// reload decides what serves then.
     pub(super) fn count(&self, took: Duration, succeeded: bool) {
         self.generation.batch_stats.count(took, succeeded, || self.generation.set_serves(false));
+    }
+
+    /// Counts what each stage took.
+    fn observe(&self, begun: Instant, times: &StageTimes, ended: Instant) {
+        let (Some(preprocessed), Some(predicted)) = (times.preprocessed, times.predicted) else { return };
+        self.metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
+        self.metrics.predict.observe((predicted - preprocessed).as_secs_f64());
+        self.metrics.postprocess.observe((ended - predicted).as_secs_f64());
     }
 
     /// Records a batch's timings for those of its jobs that carry some.

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Model, VolumeChange,
-    order::{Order, failure},
+    command::{FleetCommand, failure},
     replica::{Replica, judge},
 };
 
@@ -16,7 +16,7 @@ use super::{
 /// runs, and the others go on taking batches.
 pub(super) struct Walk {
     pub(super) model: Arc<Model>,
-    pub(super) orders: mpsc::WeakSender<Order>,
+    pub(super) commands: mpsc::WeakSender<FleetCommand>,
     /// For each hook.
     pub(super) limit: Duration,
 }
@@ -43,8 +43,8 @@ impl Walk {
         // One that has left meanwhile has nothing to change.
         let Some(instance) = replica.instance() else { return Ok(()) };
         let (done, mut result) = oneshot::channel();
-        let (change, orders, lease) =
-            (Arc::clone(change), self.orders.clone(), replica.lease().map(Arc::clone));
+        let (change, commands, lease) =
+            (Arc::clone(change), self.commands.clone(), replica.lease().map(Arc::clone));
         let stuck = self.model.metrics.replicas_stuck.clone();
         let run = move || {
             let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
@@ -55,8 +55,8 @@ impl Walk {
             // The receiver is gone when the limit has passed, and the fleet perhaps too.
             if done.send(result).is_err() {
                 stuck.dec();
-                if let Some(orders) = orders.upgrade() {
-                    let _ = orders.blocking_send(Order::ThreadReturned);
+                if let Some(commands) = commands.upgrade() {
+                    let _ = commands.blocking_send(FleetCommand::ThreadReturned);
                 }
             }
         };
@@ -81,8 +81,8 @@ impl Walk {
     async fn give_up(&self, replica: &Arc<Replica>) -> Result<(), Failure> {
         self.model.metrics.replicas_stuck.inc();
         replica.stop();
-        if let Some(orders) = self.orders.upgrade() {
-            let _ = orders.send(Order::GiveUp(Arc::clone(replica))).await;
+        if let Some(commands) = self.commands.upgrade() {
+            let _ = commands.send(FleetCommand::GiveUp(Arc::clone(replica))).await;
         }
         Err(failure(format!(
             "on_volume_reload did not return within {:?} (load_timeout_seconds); its replica is replaced",

@@ -1,28 +1,32 @@
 //! The envelope of an asynchronous request, taken apart by slicing, and the messages that its result goes in. It never knows what is inside.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, sync::OnceLock};
 
 use bytes::{Buf, Bytes};
+use jsonschema::Validator;
 use modalkit_engine::Payload;
+use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize, de::Error};
-use serde_json::value::RawValue;
+use serde_json::{Map, Value, value::RawValue};
 
 use super::{
     answer::Answer,
     json::{object, raw_json},
 };
 
-/// What `/predict_async` takes, and nothing else.
-#[derive(Deserialize)]
+/// What `/predict_async` takes, and nothing else. Its schema comes from here as well.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Members<'a> {
     #[serde(borrow)]
+    #[schemars(with = "Value")]
     message: &'a RawValue,
     #[serde(default)]
     success_queue: String,
     #[serde(default)]
     failure_queue: String,
     #[serde(borrow, default)]
+    #[schemars(with = "Map<String, Value>")]
     meta: Option<&'a RawValue>,
 }
 
@@ -49,8 +53,8 @@ impl Envelope {
     /// Takes an envelope apart.
     ///
     /// # Errors
-    /// `serde_json::Error` where the bytes are no envelope object. A list is refused: serde would take its elements for the members, in
-    /// the order in which they stand above.
+    /// `serde_json::Error` where the bytes are no envelope object; what its `meta` is, isn't looked at. A list is refused: serde would
+    /// take its elements for the members, in the order in which they stand above.
     pub fn of(envelope: &Bytes) -> serde_json::Result<Self> {
         if envelope.trim_ascii_start().starts_with(b"[") {
             return Err(serde_json::Error::custom("expected an object, found a list"));
@@ -59,6 +63,14 @@ impl Envelope {
         let slice = |raw: &RawValue| envelope.slice_ref(raw.get().as_bytes());
         Ok(Self { message: slice(message), success_queue, failure_queue, meta: meta.map(slice) })
     }
+}
+
+/// The envelope's JSON Schema, for the details of one that [`Envelope::of`] refuses.
+#[must_use]
+pub fn envelope_schema() -> Option<&'static Validator> {
+    static SCHEMA: OnceLock<Option<Validator>> = OnceLock::new();
+    let compile = || jsonschema::validator_for(schema_for!(Members<'static>).as_value()).ok();
+    SCHEMA.get_or_init(compile).as_ref()
 }
 
 /// What a successful asynchronous job leaves: its answer with the caller's `meta` attached, where there is any.

@@ -6,6 +6,6 @@ mod json;
 mod problem;
 
 pub use answer::Answer;
-pub use envelope::{Envelope, accepted, failed_job, succeeded_job};
+pub use envelope::{Envelope, accepted, envelope_schema, failed_job, succeeded_job};
 pub use json::{object, raw_json};
 pub use problem::{describe, failed_item, internal, invalid_item, job_failure};

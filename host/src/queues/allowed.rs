@@ -1,5 +1,5 @@
 //! Which queues a job may name. Whoever reaches a host could write to, and make, any queue of its brokers otherwise. It never knows
-//! who asks.
+//! how a caller was let in.
 
 use super::{Queues, Route, RouteError};
 

@@ -28,7 +28,7 @@ use crate::{
     fence::Fence,
     insight::metrics::Metrics,
     models::Models,
-    pipeline::{Model, Status, VolumeChange},
+    pipeline::{Model, VolumeChange},
 };
 use build::Builder;
 use control::{Command, Reply};
@@ -72,6 +72,8 @@ struct Loop {
     watches: Arc<[WatchHandle]>,
     /// Volumes that haven't been scanned yet.
     unscanned: Vec<bool>,
+    /// All have been, and the machines were asked whether they have taken what was found.
+    completes: bool,
     machines: HashMap<String, Running>,
     running: JoinSet<()>,
     removal: Removal,
@@ -139,6 +141,7 @@ impl Reload {
         let mut state = Loop {
             volumes: config.volumes.clone(),
             unscanned: vec![true; watches.len()],
+            completes: false,
             watches: watches.into(),
             config,
             models,
@@ -214,10 +217,6 @@ impl Loop {
                     return;
                 }
                 for model in self.models_of(&name) {
-                    // So that nobody takes the host for ready before this file has been taken or refused.
-                    if matches!(*model.status(), Status::Waiting { .. }) {
-                        model.set_status(Status::Loading, None);
-                    }
                     for scan in self.scans.iter_mut().filter(|scan| scan.volume == volume) {
                         scan.found.push(model.name.clone());
                     }
@@ -240,11 +239,29 @@ impl Loop {
             VolumeEvent::ScanDone { quiet, requested } => {
                 self.unscanned[volume] &= !quiet;
                 if !self.unscanned.contains(&true) {
-                    self.models.set_complete();
+                    self.complete_when_taken();
                 }
                 self.conclude_scans(volume, requested).await;
             }
         }
+    }
+
+    /// Marks the models as complete when each machine has taken the files that it was told of: nobody takes the host for ready before.
+    fn complete_when_taken(&mut self) {
+        if std::mem::replace(&mut self.completes, true) {
+            return;
+        }
+        let machines: Vec<_> = self.machines.values().map(|machine| machine.events.clone()).collect();
+        let models = Arc::clone(&self.models);
+        tokio::spawn(async move {
+            for machine in machines {
+                let (reply, taken) = oneshot::channel();
+                // One that has ended takes nothing any more.
+                let _ = machine.send(Event::Taken(reply)).await;
+                let _ = taken.await;
+            }
+            models.set_complete();
+        });
     }
 
     async fn on_command(&mut self, command: Command) {
@@ -350,28 +367,30 @@ impl Loop {
         }
     }
 
+    /// The model of this name; where there is none, a new one with a machine of its own.
     fn add(&mut self, spec: ModelSpec) -> Arc<Model> {
-        if self.removal.is_leaving(&spec.name) && !self.machines.contains_key(&spec.name) {
+        if let Some(model) = self.models.all().get(&spec.name) {
+            return Arc::clone(model);
+        }
+        let name = spec.name.clone();
+        if self.removal.is_leaving(&name) {
             // The series of the one that leaves are not continued: what it still counts would be counted as this one's.
-            self.metrics.forget(&spec.name);
+            self.metrics.forget(&name);
         }
-        let (metrics, devices) = (&self.metrics, &self.devices);
-        let model = self.models.add(spec, |spec| Model::new(spec, metrics, Arc::clone(devices)));
-        let name = &model.name;
-        if !self.machines.contains_key(name) {
-            let (events, inbox) = mpsc::channel(INBOX_MAX);
-            let used = self.volumes.iter().filter(|volume| usage::uses(&model.spec(), volume));
-            let machine = Machine::new(
-                Arc::clone(&model),
-                Arc::clone(&self.builder),
-                self.metrics.reloads(name),
-                Arc::clone(&self.watches),
-                used.cloned().collect(),
-                (events.downgrade(), inbox),
-            );
-            let task = self.running.spawn(machine.run()).id();
-            self.machines.insert(name.clone(), Running { events, task });
-        }
+        let used = self.volumes.iter().filter(|volume| usage::uses(&spec, volume)).cloned().collect();
+        let (model, status) = Model::new(spec, &self.metrics, Arc::clone(&self.devices));
+        self.models.add(Arc::clone(&model));
+        let (events, inbox) = mpsc::channel(INBOX_MAX);
+        let machine = Machine::new(
+            (Arc::clone(&model), status),
+            Arc::clone(&self.builder),
+            self.metrics.reloads(&name),
+            Arc::clone(&self.watches),
+            used,
+            (events.downgrade(), inbox),
+        );
+        let task = self.running.spawn(machine.run()).id();
+        self.machines.insert(name, Running { events, task });
         model
     }
 

@@ -1,5 +1,5 @@
-//! The unit of work that everything else hands on: a job, the reply that it owns, and admission control. It never knows HTTP, models
-//! or disks.
+//! The unit of work that everything else hands on: a job, the reply that it owns, and admission control. It never knows HTTP or disks, and of models
+//! their names.
 
 mod admission;
 mod error;

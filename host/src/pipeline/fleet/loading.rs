@@ -13,7 +13,7 @@ use crate::{
     backoff::backoff,
     pipeline::{
         Status,
-        order::{VolumeChange, failure},
+        command::{VolumeChange, failure},
         replica::Replica,
     },
 };
@@ -127,7 +127,7 @@ impl Loop {
             changes
         });
         if self.replicas.is_empty() {
-            self.says(Status::Failed { reason });
+            self.set_condition(Status::Failed { reason });
         }
     }
 
@@ -150,7 +150,7 @@ impl Loop {
             loading
         });
         if self.replicas.is_empty() {
-            self.says(Status::Failed { reason });
+            self.set_condition(Status::Failed { reason });
         }
     }
 

@@ -1,6 +1,6 @@
 //! Keeps as many replicas of a generation as are wanted: leases their devices, starts, replaces, gives up and retires them, and
 //! has them walked through changes of their data. One loop over one enum of events; it never runs a batch itself, and never decides
-//! whether its generation serves.
+//! whether its generation serves, but for a probation that its failures end.
 
 mod loading;
 mod retiring;
@@ -25,7 +25,7 @@ use tokio::{
 use self::loading::Retry;
 use super::{
     Generation, Model, SharedInstance, Status,
-    order::{Leases, Order, VolumeChange},
+    command::{FleetCommand, Leases, VolumeChange},
     replica::{Event, Replica, ReplicaContext},
     scale::{self, Observed, Step},
     walk::Walk,
@@ -36,15 +36,16 @@ use super::{
 const TICK: Duration = Duration::from_millis(50);
 /// Threads write here when they start or fail; a full channel makes them wait.
 const EVENTS_MAX: usize = 64;
-/// Orders that wait for the loop, which carries each out at once.
-const ORDERS_MAX: usize = 16;
+/// Commands that wait for the loop, which carries each out at once.
+const COMMANDS_MAX: usize = 16;
 
 /// The running loop of one generation. Dropped, it ends as by [`Fleet::stop`], and nobody waits for it.
 pub struct Fleet {
     /// Whose replicas these are.
     pub generation: Arc<Generation>,
-    orders: mpsc::Sender<Order>,
+    commands: mpsc::Sender<FleetCommand>,
     progress: watch::Receiver<Progress>,
+    condition: watch::Receiver<Status>,
     live: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
@@ -66,10 +67,10 @@ struct Loop {
     model: Arc<Model>,
     context: Arc<ReplicaContext>,
     /// For walks, which may outlive the fleet.
-    orders: mpsc::WeakSender<Order>,
+    commands: mpsc::WeakSender<FleetCommand>,
     progress: watch::Sender<Progress>,
-    /// It was told to end, and only waits for those that are still there.
-    stopping: bool,
+    /// Where the model stands while its generation serves.
+    condition: watch::Sender<Status>,
     /// Replicas to be loaded before anything else is decided.
     first: usize,
     /// The length of `replicas`, for others to read.
@@ -105,8 +106,9 @@ impl Fleet {
     #[must_use]
     pub fn start(model: Arc<Model>, generation: Arc<Generation>, replicas: usize, inherited: Leases) -> Self {
         let (events, received) = mpsc::channel(EVENTS_MAX);
-        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
+        let (commands, commanded) = mpsc::channel(COMMANDS_MAX);
         let (report, progress) = watch::channel(Progress::Loading);
+        let (tell_condition, condition) = watch::channel(Status::Loading);
         let context = Arc::new(ReplicaContext {
             generation: Arc::clone(&generation),
             queue: Arc::clone(&model.queue),
@@ -118,9 +120,9 @@ impl Fleet {
             live: Arc::clone(&live),
             model,
             context,
-            orders: orders.downgrade(),
+            commands: commands.downgrade(),
             progress: report,
-            stopping: false,
+            condition: tell_condition,
             first: replicas.max(1),
             replicas: Vec::new(),
             leaving: Vec::new(),
@@ -134,7 +136,14 @@ impl Fleet {
             short_since: None,
             spare_since: None,
         };
-        Self { generation, orders, progress, live, task: tokio::spawn(fleet.run(received, ordered)) }
+        Self {
+            generation,
+            commands,
+            progress,
+            condition,
+            live,
+            task: tokio::spawn(fleet.run(received, commanded)),
+        }
     }
 
     /// Waits until the first replicas have come further than this; returns how far.
@@ -142,6 +151,20 @@ impl Fleet {
         match self.progress.wait_for(|progress| progress != seen).await {
             Ok(progress) => progress.clone(),
             Err(_) => Progress::Failed("the host's loop that loads replicas ended".into()),
+        }
+    }
+
+    /// Where the model stands while this serves.
+    #[must_use]
+    pub fn condition(&self) -> Status {
+        self.condition.borrow().clone()
+    }
+
+    /// Waits until that is something else than this.
+    pub async fn leaves_condition(&self, known: &Status) {
+        if self.condition.clone().wait_for(|condition| condition != known).await.is_err() {
+            // A loop that has ended says nothing any more.
+            std::future::pending().await
         }
     }
 
@@ -154,7 +177,7 @@ impl Fleet {
     /// An instance, to ask it something beside its work. `None` where there is none.
     pub async fn instance(&self) -> Option<SharedInstance> {
         let (reply, instance) = oneshot::channel();
-        self.orders.send(Order::Instance(reply)).await.ok()?;
+        self.commands.send(FleetCommand::Instance(reply)).await.ok()?;
         instance.await.ok()?
     }
 
@@ -162,7 +185,7 @@ impl Fleet {
     pub async fn leases(&self) -> Leases {
         let (reply, leases) = oneshot::channel();
         // A fleet that has ended has none.
-        let _ = self.orders.send(Order::Leases(reply)).await;
+        let _ = self.commands.send(FleetCommand::Leases(reply)).await;
         leases.await.unwrap_or_default()
     }
 
@@ -171,14 +194,14 @@ impl Fleet {
     pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), Failure>>> {
         let (reply, results) = oneshot::channel();
         // A fleet that has ended drops the reply, which says so.
-        let _ = self.orders.send(Order::VolumeReload(change, reply)).await;
+        let _ = self.commands.send(FleetCommand::VolumeReload(change, reply)).await;
         results
     }
 
     /// Lets every replica finish what it runs, and waits until they have left, but for those that hang.
     pub async fn stop(self) {
         // A loop that has ended needs no word.
-        let _ = self.orders.send(Order::Stop).await;
+        let _ = self.commands.send(FleetCommand::Stop).await;
         if let Err(error) = self.task.await {
             tracing::error!(%error, "a fleet's loop ended before it was told to");
         }
@@ -186,7 +209,7 @@ impl Fleet {
 }
 
 impl Loop {
-    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut orders: mpsc::Receiver<Order>) {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>, mut commands: mpsc::Receiver<FleetCommand>) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The first load is tried even where no replica is kept without work: a model that can't load should say so.
@@ -195,9 +218,9 @@ impl Loop {
             tokio::select! {
                 Some(event) = events.recv() => self.on_event(event),
                 _ = tick.tick() => self.on_tick(),
-                order = orders.recv() => match order {
-                    Some(order) => {
-                        if !self.on_order(order) {
+                command = commands.recv() => match command {
+                    Some(command) => {
+                        if !self.on_command(command) {
                             break;
                         }
                     }
@@ -205,9 +228,8 @@ impl Loop {
                 },
             }
         }
-        // Orders that come now are dropped, and their senders with them.
-        drop(orders);
-        self.stopping = true;
+        // Commands that come now are dropped, and their senders with them.
+        drop(commands);
         self.retire_all();
         while self.leaving.iter().any(|replica| !replica.has_stopped())
             || self.given_up.iter().any(|replica| replica.is_running())
@@ -234,26 +256,26 @@ impl Loop {
     }
 
     /// `false` when it is to end.
-    fn on_order(&mut self, order: Order) -> bool {
-        match order {
-            Order::Stop => return false,
-            Order::Instance(reply) => {
+    fn on_command(&mut self, command: FleetCommand) -> bool {
+        match command {
+            FleetCommand::Stop => return false,
+            FleetCommand::Instance(reply) => {
                 // Whoever asked may have left.
                 let _ = reply.send(self.replicas.first().and_then(|replica| replica.instance()));
             }
-            Order::Leases(reply) => {
+            FleetCommand::Leases(reply) => {
                 let leases = self.replicas.iter().filter_map(|replica| replica.lease()).map(Arc::downgrade);
                 // Whoever asked may have left.
                 let _ = reply.send(leases.collect());
             }
-            Order::VolumeReload(change, reply) => {
+            FleetCommand::VolumeReload(change, reply) => {
                 for loading in &mut self.loading {
                     loading.missed.push(change.clone());
                 }
                 tokio::spawn(self.walk().through(self.replicas.clone(), change, reply));
             }
-            Order::ThreadReturned => self.thread_returned(),
-            Order::GiveUp(replica) => {
+            FleetCommand::ThreadReturned => self.thread_returned(),
+            FleetCommand::GiveUp(replica) => {
                 let known = self.replicas.len();
                 self.replicas.retain(|other| !Arc::ptr_eq(other, &replica));
                 if self.replicas.len() < known {
@@ -297,10 +319,11 @@ impl Loop {
                 }
                 self.replicas.push(replica);
                 self.on_replicas_changed();
+                // First: what is loaded may be swapped in, and is ready then.
+                self.set_condition(Status::Ready);
                 if self.replicas.len() >= self.first {
                     self.progress.send_replace(Progress::Loaded);
                 }
-                self.says(Status::Ready);
             }
             Event::Failed(replica, failure) => {
                 if self.has_loaded(replica).is_some() {
@@ -316,17 +339,17 @@ impl Loop {
     fn walk(&self) -> Walk {
         Walk {
             model: Arc::clone(&self.model),
-            orders: self.orders.clone(),
+            commands: self.commands.clone(),
             limit: self.model.spec().replicas.load_timeout,
         }
     }
 
-    /// Where the model stands, said by the generation that serves.
-    fn says(&self, status: Status) {
-        let generation = &self.context.generation;
-        if generation.serves() && !self.stopping {
-            self.model.set_status(status, Some(generation));
-        }
+    fn set_condition(&self, condition: Status) {
+        self.condition.send_if_modified(|known| {
+            let changes = *known != condition;
+            *known = condition;
+            changes
+        });
     }
 
     fn on_tick(&mut self) {
@@ -354,7 +377,7 @@ impl Loop {
         keep(&mut self.spare_since, now, load.spare_lanes >= lanes);
         let since = |moment: Option<Instant>| moment.map_or(Duration::ZERO, |moment| now - moment);
         // A model that takes no jobs can't be woken by one: it is brought back as if one waited.
-        let refuses = self.model.serving().is_err();
+        let refuses = *self.condition.borrow() != Status::Ready;
         let observed = Observed {
             live: self.replicas.len(),
             starting: self.loading.len(),

@@ -81,17 +81,16 @@ impl Loop {
         self.leaving.extend(lost);
         self.on_replicas_changed();
         if self.replicas.is_empty() {
-            let reason = "its device is lost until this host has been started again".to_owned();
-            self.says(Status::Failed { reason });
+            self.set_condition(Status::lost_device());
         }
     }
 
-    /// Sets the model's status where too many threads hang to start a replica. Checked at each tick: a generation that takes over may be stuck
+    /// Says so where too many threads hang to start a replica. Checked at each tick: a generation that takes over may be stuck
     /// already.
     pub(super) fn say_if_stuck(&self) {
         let bound = self.model.spec().replicas.stuck_max;
         let hangs = self.stuck > bound && self.replicas.is_empty() && self.loading.is_empty();
-        if !hangs || self.model.serving().is_err() {
+        if !hangs || *self.condition.borrow() != Status::Ready {
             return;
         }
         let reason = format!(
@@ -99,7 +98,7 @@ impl Loop {
             self.stuck
         );
         tracing::error!(model = self.model.name, reason, "the model is stuck");
-        self.says(Status::Stuck { reason });
+        self.set_condition(Status::Stuck { reason });
     }
 
     pub(super) fn thread_returned(&mut self) {

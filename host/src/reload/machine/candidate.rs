@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{ModelSpec, ReloadDevices},
-    pipeline::{Fleet, Generation, GoldenError, Leases, Progress, Status, check_settings, examine},
+    pipeline::{Fleet, Generation, GoldenError, Leases, Progress, check_settings, examine},
     reload::{
         build::milliseconds,
         history::{Cause, Outcome, Phase, Phases},
@@ -42,6 +42,8 @@ pub(super) struct Candidate {
 /// Content that is not taken again by itself.
 pub(super) struct Refused {
     pub(super) sha256: String,
+    /// Why it was refused.
+    pub(super) reason: String,
     /// It didn't load or answer, for which its data may be to blame: a change of them is another chance.
     pub(super) by_data: bool,
 }
@@ -62,10 +64,8 @@ impl Machine {
         }
     }
 
-    pub(super) fn build(&mut self, candidate: Candidate, from: PluginSource) {
-        if matches!(self.serving, Serving::Nothing) {
-            self.model.set_status(Status::Loading, None);
-        }
+    pub(super) fn build(&mut self, candidate: Candidate, from: PluginSource) -> State {
+        self.trouble = None;
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
         let spec = self.model.spec();
         let (pin, settings) = (spec.plugin_sha256.clone(), spec.settings.clone());
@@ -87,7 +87,6 @@ impl Machine {
             // A machine that has ended wants no plugin.
             let _ = done.send(built.map(|plugin| (plugin, phases)));
         };
-        self.state = State::Building(candidate);
         // A thread of its own: a library that takes long to be tried must not keep large requests from being parsed. Where
         // there is none, or it ends early, the sender's end says so.
         drop(std::thread::Builder::new().name("build".into()).spawn(work));
@@ -98,22 +97,21 @@ impl Machine {
                 let _ = myself.send(Event::Built(number, built)).await;
             }
         });
+        State::Building(candidate)
     }
 
     pub(super) async fn on_built(
         &mut self,
+        state: State,
         number: u64,
         built: Result<(Arc<dyn Plugin>, Phases), LoadError>,
-    ) {
-        let mut candidate = match std::mem::replace(&mut self.state, State::Idle) {
+    ) -> State {
+        let mut candidate = match state {
             State::Building(candidate) if candidate.number == number => candidate,
             // Of one that was given up.
-            other => {
-                self.state = other;
-                return;
-            }
+            other => return other,
         };
-        match built {
+        let state = match built {
             Ok((plugin, phases)) => {
                 candidate.phases = phases;
                 let about = plugin.description();
@@ -133,28 +131,27 @@ impl Machine {
                 let spec = ModelSpec::clone(&self.model.spec());
                 let generation =
                     Generation::new(self.generations, plugin, spec, Arc::clone(&self.builder.fence));
-                self.load(candidate, generation).await;
+                self.load(candidate, generation).await
             }
             Err(error) => {
                 let file = self.source.as_ref().map(|source| source.path.display().to_string());
                 let reason = format!("{} was refused: {}", file.unwrap_or_default(), error.chain());
                 if !error.may_pass() {
-                    self.remember_refused(&candidate, false);
+                    self.remember_refused(&candidate, &reason, false);
                 }
                 let is_fenced = matches!(error, LoadError::Fenced(_)) && candidate.cause == Cause::File;
                 self.refuse(candidate, Phase::Build, reason);
-                if is_fenced {
-                    self.serve_what_served();
-                }
+                if is_fenced { self.serve_what_served() } else { State::Idle }
             }
-        }
-        if let Some((path, staged)) = self.later.take() {
-            self.on_file(path, Ok(staged));
+        };
+        match self.later.take() {
+            Some((path, staged)) => self.on_file(state, path, Ok(staged)),
+            None => state,
         }
     }
 
     /// Loads as many replicas as serve now, so that the swap changes nothing but what they run.
-    pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) {
+    pub(super) async fn load(&mut self, mut candidate: Candidate, generation: Arc<Generation>) -> State {
         // Three generations at once would be too much for most machines' memory.
         self.end_probation().await;
         let spec = self.model.spec();
@@ -176,7 +173,7 @@ impl Machine {
         };
         candidate.begun = Instant::now();
         let fleet = Fleet::start(Arc::clone(&self.model), generation, replicas, inherited);
-        self.state = State::Loading(candidate, fleet);
+        State::Loading(candidate, fleet)
     }
 
     /// Stops what serves, where that gives the candidate the devices that it waits for; callers wait meanwhile.
@@ -213,14 +210,14 @@ impl Machine {
 
     /// Loads again what has stopped for a candidate that is no more. It counts as stopped until it serves, so that its callers wait, and
     /// another candidate may still take its place.
-    pub(super) async fn bring_back(&mut self) {
-        let (State::Idle, Serving::Stopped(stopped)) = (&self.state, &self.serving) else { return };
+    pub(super) async fn bring_back(&mut self, state: State) -> State {
+        let (State::Idle, Serving::Stopped(stopped)) = (&state, &self.serving) else { return state };
         let before = Arc::clone(&stopped.generation);
         let mut candidate =
             self.candidate(Cause::Recovery, Some(before.plugin.description().sha256().to_owned()));
         candidate.back = Some("what was to take its place failed".to_owned());
         let generation = self.again(&before);
-        self.load(candidate, generation).await;
+        self.load(candidate, generation).await
     }
 
     /// A generation of the same content and settings, with nothing else in common.
@@ -230,13 +227,12 @@ impl Machine {
     }
 
     /// Takes the content that served in an earlier run, where the file's may not be loaded and nothing serves.
-    fn serve_what_served(&mut self) {
+    fn serve_what_served(&mut self) -> State {
         let kept = self.builder.fence.kept(&self.model.name);
-        if let (Serving::Nothing, State::Idle, Some(kept)) = (&self.serving, &self.state, kept) {
-            tracing::warn!(model = self.model.name, "what served before is taken from the host's own copy");
-            let candidate = self.candidate(Cause::Fence, None);
-            self.build(candidate, PluginSource::File(kept));
-        }
+        let (Serving::Nothing, Some(kept)) = (&self.serving, kept) else { return State::Idle };
+        tracing::warn!(model = self.model.name, "what served before is taken from the host's own copy");
+        let candidate = self.candidate(Cause::Fence, None);
+        self.build(candidate, PluginSource::File(kept))
     }
 
     /// Keeps a copy of what serves, should a later start need it.
@@ -247,87 +243,76 @@ impl Machine {
         tokio::task::spawn_blocking(move || fence.keep(&name, &*plugin, order));
     }
 
-    pub(super) async fn on_progress(&mut self, progress: Progress) {
-        let State::Loading(mut candidate, fleet) = std::mem::replace(&mut self.state, State::Idle) else {
-            return;
-        };
+    pub(super) async fn on_progress(&mut self, state: State, progress: Progress) -> State {
+        let State::Loading(mut candidate, fleet) = state else { return state };
         let failed_before = matches!(candidate.seen, Progress::Failed(_));
         candidate.seen = progress.clone();
         match progress {
-            Progress::Loading => {
-                if matches!(self.serving, Serving::Nothing) {
-                    self.model.set_status(Status::Loading, None);
+            Progress::Loading => State::Loading(candidate, fleet),
+            Progress::Waits(_) => {
+                if self.model.spec().reload.devices == ReloadDevices::StopFirst {
+                    self.make_room(&fleet.generation).await;
                 }
-                self.state = State::Loading(candidate, fleet);
-            }
-            Progress::Waits(reason) => {
-                let lost = self.model.devices.lost().borrow().is_some();
-                match self.serving {
-                    Serving::Nothing => self.model.set_status(Status::Failed { reason }, None),
-                    // Nobody will run what waits for it.
-                    Serving::Stopped(_) if lost => self.model.set_status(Status::Failed { reason }, None),
-                    Serving::Alone(_) if self.model.spec().reload.devices == ReloadDevices::StopFirst => {
-                        self.make_room(&fleet.generation).await;
-                    }
-                    // What serves goes on until a device is free.
-                    _ => {}
-                }
-                self.state = State::Loading(candidate, fleet);
+                // What serves goes on until a device is free.
+                State::Loading(candidate, fleet)
             }
             // What had stopped doesn't load again either: as with a first one, there is nothing better.
             Progress::Failed(reason) if candidate.cause == Cause::Recovery => {
                 self.serving = Serving::Nothing;
-                self.model.set_status(Status::Failed { reason }, None);
-                self.state = State::Loading(candidate, fleet);
+                self.trouble = Some(reason);
+                State::Loading(candidate, fleet)
             }
+            // There is nothing better: the fleet tries again, and its first replica serves.
             Progress::Failed(reason) if matches!(self.serving, Serving::Nothing) => {
-                // There is nothing better: the fleet tries again, and its first replica serves.
-                self.model.set_status(Status::Failed { reason: reason.clone() }, None);
+                self.trouble = Some(reason.clone());
                 if !failed_before {
                     let refused = Outcome::Refused { phase: Phase::Load, reason };
                     let waiting = std::mem::take(&mut candidate.waiting);
-                    let entry = self.entry(&candidate, Some(fleet.generation.number), refused);
-                    self.write_down(entry, waiting);
+                    let record = self.record(&candidate, Some(fleet.generation.number), refused);
+                    self.write_down(record, waiting);
                 }
-                self.state = State::Loading(candidate, fleet);
+                State::Loading(candidate, fleet)
             }
             Progress::Failed(reason) => {
                 if candidate.back.is_some() {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
                 } else {
-                    self.remember_refused(&candidate, true);
+                    self.remember_refused(&candidate, &reason, true);
                 }
                 self.drop_fleet(fleet);
                 self.refuse(candidate, Phase::Load, reason);
+                State::Idle
             }
-            Progress::Loaded => {
-                candidate.phases.load_ms = Some(milliseconds(candidate.begun));
-                candidate.begun = Instant::now();
-                let instance = fleet.instance().await;
-                match (self.model.spec().golden.clone(), instance) {
-                    (Some(golden), Some(instance)) if candidate.back.is_none() => {
-                        let ask = Ask {
-                            number: candidate.number,
-                            limit: self.model.spec().replicas.load_timeout,
-                            myself: self.myself.clone(),
-                        };
-                        self.state = State::Golden(candidate, fleet);
-                        tokio::spawn(ask.golden(golden, instance));
-                    }
-                    _ => self.swap(candidate, fleet).await,
-                }
-            }
+            Progress::Loaded => self.on_loaded(candidate, fleet).await,
         }
     }
 
-    pub(super) async fn on_asked(&mut self, number: u64, asked: Result<(), GoldenError>) {
-        let (mut candidate, fleet) = match std::mem::replace(&mut self.state, State::Idle) {
-            State::Golden(candidate, fleet) if candidate.number == number => (candidate, fleet),
-            other => {
-                self.state = other;
-                return;
+    async fn on_loaded(&mut self, mut candidate: Candidate, fleet: Fleet) -> State {
+        candidate.phases.load_ms = Some(milliseconds(candidate.begun));
+        candidate.begun = Instant::now();
+        let spec = self.model.spec();
+        match (spec.golden.clone(), fleet.instance().await) {
+            (Some(golden), Some(instance)) if candidate.back.is_none() => {
+                let number = candidate.number;
+                let ask = Ask { number, limit: spec.replicas.load_timeout, myself: self.myself.clone() };
+                tokio::spawn(ask.golden(golden, instance));
+                State::Golden(candidate, fleet)
             }
+            _ => self.swap(candidate, fleet).await,
+        }
+    }
+
+    pub(super) async fn on_asked(
+        &mut self,
+        state: State,
+        number: u64,
+        asked: Result<(), GoldenError>,
+    ) -> State {
+        let (mut candidate, fleet) = match state {
+            State::Golden(candidate, fleet) if candidate.number == number => (candidate, fleet),
+            // Of one that was given up.
+            other => return other,
         };
         candidate.phases.golden_ms = Some(milliseconds(candidate.begun));
         match asked {
@@ -337,16 +322,18 @@ impl Machine {
                 if let Some(cause) = std::error::Error::source(&error) {
                     reason = format!("{reason}: {cause}");
                 }
-                self.remember_refused(&candidate, true);
+                self.remember_refused(&candidate, &reason, true);
                 // A request that fails on a device may have broken it for what serves there as well.
                 fleet.leases().await.iter().for_each(|lease| examine(lease.upgrade()));
                 self.drop_fleet(fleet);
                 self.refuse(candidate, Phase::Golden, reason);
+                State::Idle
             }
         }
     }
 
-    pub(super) async fn swap(&mut self, mut candidate: Candidate, fleet: Fleet) {
+    /// Lets a loaded candidate serve. Nothing is on its way afterwards.
+    async fn swap(&mut self, mut candidate: Candidate, fleet: Fleet) -> State {
         let begun = Instant::now();
         let probation = self.model.spec().reload.probation;
         let (old, before) = match std::mem::replace(&mut self.serving, Serving::Nothing) {
@@ -354,7 +341,7 @@ impl Machine {
             Serving::Stopped(stopped) => (None, Some(stopped.generation)),
             Serving::Alone(old) => (Some(old), None),
             Serving::OnProbation { fleet: old, standby } => {
-                self.retire(standby.fleet, standby.entry);
+                self.retire(standby.fleet, standby.record);
                 (Some(old), None)
             }
         };
@@ -366,7 +353,8 @@ impl Machine {
         }
         let on_probation = on_probation.is_some();
         // The point of no return: from here on the new generation answers.
-        self.model.swap(old.as_ref(), &fleet);
+        self.status.swap(old.as_ref(), &fleet);
+        self.trouble = None;
         self.metrics.generation.set(fleet.generation.number as i64);
         candidate.phases.swap_ms = Some(milliseconds(begun));
         let missed = std::mem::take(&mut candidate.missed);
@@ -374,7 +362,7 @@ impl Machine {
             // The content in the volume isn't taken again by itself: whoever asked for this rejected it.
             if let Some(before) = before.filter(|_| candidate.cause != Cause::Recovery) {
                 let sha256 = before.plugin.description().sha256().to_owned();
-                self.refused = Some(Refused { sha256, by_data: false });
+                self.refused = Some(Refused { sha256, reason: reason.clone(), by_data: false });
             }
             Outcome::RolledBack { reason }
         } else {
@@ -388,19 +376,19 @@ impl Machine {
             Outcome::Swapped
         };
         let waiting = std::mem::take(&mut candidate.waiting);
-        let entry = self.entry(&candidate, Some(fleet.generation.number), outcome);
-        let entry = self.write_down(entry, waiting);
+        let record = self.record(&candidate, Some(fleet.generation.number), outcome);
+        let record = self.write_down(record, waiting);
         self.serving = match old {
             None => Serving::Alone(fleet),
             Some(old) if on_probation => {
                 let until = Instant::now() + probation.time;
                 Serving::OnProbation {
                     fleet,
-                    standby: Standby { fleet: old, entry, until, missed: Changes::default() },
+                    standby: Standby { fleet: old, record, until, missed: Changes::default() },
                 }
             }
             Some(old) => {
-                self.retire(old, entry);
+                self.retire(old, record);
                 Serving::Alone(fleet)
             }
         };
@@ -410,37 +398,38 @@ impl Machine {
         for (missed, _) in missed.0 {
             self.call_hook(missed, Vec::new()).await;
         }
+        State::Idle
     }
 
-    pub(super) fn give_up_candidate(&mut self, outcome: Outcome) {
-        let candidate = match std::mem::replace(&mut self.state, State::Idle) {
-            State::Idle => return,
+    /// Gives up what is on its way. Nothing is afterwards.
+    pub(super) fn give_up(&mut self, state: State, outcome: Outcome) -> State {
+        let candidate = match state {
+            State::Idle => return State::Idle,
             State::Building(candidate) => candidate,
             State::Loading(candidate, fleet) | State::Golden(candidate, fleet) => {
                 if candidate.back.is_some() && candidate.cause != Cause::Recovery {
                     // It may be gone back to another time.
                     self.previous.push(Arc::clone(&fleet.generation));
-                } else if matches!(candidate.seen, Progress::Failed(_)) {
+                } else if let Progress::Failed(reason) = &candidate.seen {
                     // It was tried again and again, and nobody does that any more: a change of its data is a chance.
-                    self.remember_refused(&candidate, true);
+                    self.remember_refused(&candidate, reason, true);
                 }
                 self.drop_fleet(fleet);
                 candidate
             }
         };
         self.conclude(candidate, outcome);
+        State::Idle
     }
 
     pub(super) fn refuse(&mut self, candidate: Candidate, phase: Phase, reason: String) {
-        if matches!(self.serving, Serving::Nothing) && matches!(self.state, State::Idle) {
-            self.model.set_status(Status::Failed { reason: reason.clone() }, None);
-        }
+        self.trouble = Some(reason.clone());
         self.conclude(candidate, Outcome::Refused { phase, reason });
     }
 
-    pub(super) fn remember_refused(&mut self, candidate: &Candidate, by_data: bool) {
+    pub(super) fn remember_refused(&mut self, candidate: &Candidate, reason: &str, by_data: bool) {
         if let Some(sha256) = candidate.sha256.clone() {
-            self.refused = Some(Refused { sha256, by_data });
+            self.refused = Some(Refused { sha256, reason: reason.to_owned(), by_data });
         }
     }
 }

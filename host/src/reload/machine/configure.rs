@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use modalkit_engine::Plugin;
 
-use super::{Candidate, Machine, PluginFile, Source, every, plugin_source::PluginSource};
+use super::{Candidate, Machine, PluginFile, Source, State, every, plugin_source::PluginSource};
 use crate::{
     config::{ModelSpec, Volume},
-    pipeline::{Generation, Status},
+    pipeline::Generation,
     reload::history::{Cause, Outcome, Phase},
 };
 
@@ -36,23 +36,24 @@ pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpe
 impl Machine {
     pub(super) async fn on_configure(
         &mut self,
+        state: State,
         before: &ModelSpec,
         volumes: Vec<Volume>,
         file: Option<PluginFile>,
-    ) {
+    ) -> State {
         let spec = self.model.spec();
         self.volumes = volumes;
         if *before == *spec {
-            return;
+            return state;
         }
         tracing::info!(model = self.model.name, "the model's configuration has changed");
         if before.reload.hook_interval != spec.reload.hook_interval {
             self.hook_tick = spec.reload.hook_interval.map(every);
         }
         if !needs_a_generation(before, &spec) {
-            return;
+            return state;
         }
-        self.give_up_candidate(Outcome::Superseded);
+        let state = self.give_up(state, Outcome::Superseded);
         if before.plugin != spec.plugin {
             (self.source, self.passed_over, self.later) = (None, None, None);
         }
@@ -68,38 +69,39 @@ impl Machine {
         match (file, serving) {
             (Some((path, Ok(staged))), Some(plugin)) if is_out(staged.sha256()) => {
                 self.source = Some(Source { path, present: true });
-                self.load_again(candidate, plugin).await;
+                self.load_again(candidate, plugin).await
             }
             (Some((path, Ok(staged))), _) => {
                 self.refused = None;
                 self.source = Some(Source { path, present: true });
-                self.build(candidate, PluginSource::Staged(staged));
+                self.build(candidate, PluginSource::Staged(staged))
             }
             (Some((path, Err(error))), _) => {
                 self.source = Some(Source { path, present: true });
                 self.refuse(candidate, Phase::Build, error.chain());
+                state
             }
             // The file has gone since it was opened.
             (None, Some(plugin)) => self.load_again(candidate, plugin).await,
             (None, None) => {
-                let expected = format!("{}.so", spec.plugin);
+                self.trouble = None;
                 if self.generation().is_some() {
+                    let plugin = &spec.plugin;
                     let reason = format!(
-                        "no volume holds {expected} or lib{expected}; what serves goes on until one does"
+                        "no volume holds {plugin}.so or lib{plugin}.so; what serves goes on until one does"
                     );
                     self.refuse(candidate, Phase::Build, reason);
-                } else {
-                    self.model.set_status(Status::Waiting { expected }, None);
                 }
+                state
             }
         }
     }
 
     /// The library that serves, with what the model's entry says now.
-    async fn load_again(&mut self, candidate: Candidate, plugin: Arc<dyn Plugin>) {
+    async fn load_again(&mut self, candidate: Candidate, plugin: Arc<dyn Plugin>) -> State {
         self.generations += 1;
         let spec = ModelSpec::clone(&self.model.spec());
         let generation = Generation::new(self.generations, plugin, spec, Arc::clone(&self.builder.fence));
-        self.load(candidate, generation).await;
+        self.load(candidate, generation).await
     }
 }

@@ -19,6 +19,8 @@ mod orders;
 mod plugin_source;
 mod probation;
 mod records;
+mod report;
+mod state;
 
 use std::{
     collections::VecDeque,
@@ -27,7 +29,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_device::Reservation;
 use modalkit_engine::{Failure, LoadError, Plugin, Staged};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -38,13 +39,13 @@ use tokio::{
 use super::{
     build::Builder,
     history::{Cause, History, HookReport, Outcome, Phase, Phases, ReloadRecord, Source},
-    report::{Report, Retired},
+    report::Report,
     watch::WatchHandle,
 };
 use crate::{
     config::{ModelSpec, Volume},
     insight::metrics::ReloadMetrics,
-    pipeline::{Fleet, Generation, GoldenError, Model, Progress, Status, VolumeChange},
+    pipeline::{Generation, GoldenError, Model, Progress, Status, StatusWriter, VolumeChange},
 };
 pub(super) use configure::needs_a_generation;
 
@@ -52,7 +53,7 @@ use candidate::{Candidate, Refused};
 use hooks::Hook;
 pub(super) use orders::{Order, What};
 use plugin_source::PluginSource;
-use probation::Standby;
+use state::{Serving, Standby, State, Stopped};
 
 /// Events that wait; senders wait where there are more.
 pub(super) const INBOX_MAX: usize = 64;
@@ -78,6 +79,8 @@ pub(super) enum Event {
     Hook(VolumeChange, HookReply),
     /// Somebody waits until nothing is under way.
     Settled(oneshot::Sender<Option<ReloadRecord>>),
+    /// Somebody waits until what came before this has been taken.
+    Taken(oneshot::Sender<()>),
     /// Somebody wants to know how things stand.
     Report(oneshot::Sender<Report>),
     /// The candidate of this number has been built, or not.
@@ -90,6 +93,8 @@ pub(super) enum Event {
     Left(u64),
     /// A hook has run on every replica.
     Hooked(Vec<Result<(), Failure>>),
+    /// The fleet that serves says something else of the model's status.
+    Condition,
     /// The generation failed its probation.
     ProbationFailed,
     /// Time to check the probation.
@@ -105,39 +110,6 @@ pub(super) enum Event {
 pub(super) type OutcomeReply = oneshot::Sender<ReloadRecord>;
 pub(super) type HookReply = oneshot::Sender<HookReport>;
 
-/// What is on its way to serve.
-enum State {
-    /// Nothing.
-    Idle,
-    /// A file is copied, tried in a process of its own and opened.
-    Building(Candidate),
-    /// Replicas load and warm up; they take no work.
-    Loading(Candidate, Fleet),
-    /// One of them is asked golden requests.
-    Golden(Candidate, Fleet),
-}
-
-/// What serves.
-enum Serving {
-    Nothing,
-    /// It has stopped, so that the next one gets its devices; callers wait. It is loaded again where the next one fails.
-    Stopped(Stopped),
-    Alone(Fleet),
-    /// It serves, and the one before is on standby until it has passed.
-    OnProbation {
-        fleet: Fleet,
-        standby: Standby,
-    },
-}
-
-/// A generation without replicas, and what is needed to bring it back.
-struct Stopped {
-    generation: Arc<Generation>,
-    replicas: usize,
-    /// Its devices are this model's until something serves on them again.
-    _reservation: Reservation,
-}
-
 pub(super) struct Machine {
     model: Arc<Model>,
     builder: Arc<Builder>,
@@ -146,8 +118,12 @@ pub(super) struct Machine {
     volumes: Vec<Volume>,
     inbox: mpsc::Receiver<Event>,
     myself: mpsc::WeakSender<Event>,
-    state: State,
+    status: StatusWriter,
     serving: Serving,
+    /// Why nothing serves, where a change was refused since the plugin's file was looked for.
+    trouble: Option<String>,
+    /// Changes that have ended, and who waits for that.
+    ended: Vec<(ReloadRecord, Vec<OutcomeReply>)>,
     previous: Vec<Arc<Generation>>,
     orders: VecDeque<(What, Vec<OutcomeReply>)>,
     settled: Vec<oneshot::Sender<Option<ReloadRecord>>>,
@@ -177,7 +153,7 @@ fn every(period: Duration) -> Interval {
 
 impl Machine {
     pub(super) fn new(
-        model: Arc<Model>,
+        (model, status): (Arc<Model>, StatusWriter),
         builder: Arc<Builder>,
         metrics: ReloadMetrics,
         watches: Arc<[WatchHandle]>,
@@ -194,8 +170,10 @@ impl Machine {
             volumes,
             inbox,
             myself,
-            state: State::Idle,
+            status,
             serving: Serving::Nothing,
+            trouble: None,
+            ended: Vec::new(),
             previous: Vec::new(),
             orders: VecDeque::new(),
             settled: Vec::new(),
@@ -214,24 +192,34 @@ impl Machine {
 
     /// Runs until it is told to end, and then until every replica has left, but for those that hang.
     pub(super) async fn run(mut self) {
+        let mut state = State::Idle;
         let unload = loop {
-            match self.next().await {
+            state = match self.next(&mut state).await {
                 Event::Stop => break None,
                 Event::Unload(limit) => break Some(limit),
-                event => self.on(event).await,
-            }
-            self.bring_back().await;
-            self.next_order().await;
+                event => self.on(state, event).await,
+            };
+            self.announce(&state);
+            state = self.bring_back(state).await;
+            state = self.next_order(state).await;
+            self.announce(&state);
         };
-        self.leave(unload).await;
+        self.leave(state, unload).await;
     }
 
-    async fn next(&mut self) -> Event {
+    async fn next(&mut self, state: &mut State) -> Event {
         let candidate = async {
-            match &mut self.state {
+            match state {
                 State::Loading(candidate, fleet) => Event::Progress(fleet.beyond(&candidate.seen).await),
                 _ => std::future::pending().await,
             }
+        };
+        let condition = async {
+            match self.serving.fleet().filter(|fleet| fleet.generation.serves()) {
+                Some(fleet) => fleet.leaves_condition(&self.model.status()).await,
+                None => std::future::pending().await,
+            }
+            Event::Condition
         };
         let probation = async {
             match &self.serving {
@@ -255,6 +243,7 @@ impl Machine {
             biased;
             // First, so that no more callers than needed meet a generation that fails.
             event = probation => event,
+            event = condition => event,
             event = candidate => event,
             // The channel ends with the host.
             event = self.inbox.recv() => event.unwrap_or(Event::Stop),
@@ -262,37 +251,86 @@ impl Machine {
         }
     }
 
-    async fn on(&mut self, event: Event) {
+    async fn on(&mut self, mut state: State, event: Event) -> State {
         match event {
-            Event::File(path, staged) => self.on_file(path, staged),
-            Event::Gone(path) => self.on_gone(&path),
-            Event::Data(change) => self.on_data(change, Vec::new()).await,
-            Event::Configure(spec, volumes, file) => self.on_configure(&spec, volumes, file).await,
-            Event::Order(order) => self.on_order(order),
+            Event::File(path, staged) => return self.on_file(state, path, staged),
+            Event::Gone(path) => return self.on_gone(state, &path),
+            Event::Configure(spec, volumes, file) => {
+                return self.on_configure(state, &spec, volumes, file).await;
+            }
+            Event::Built(number, built) => return self.on_built(state, number, built).await,
+            Event::Progress(progress) => return self.on_progress(state, progress).await,
+            Event::Asked(number, asked) => return self.on_asked(state, number, asked).await,
+            Event::Data(change) => self.on_data(&mut state, change, Vec::new()).await,
             Event::Hook(change, reply) if change.changed.is_empty() => {
                 self.call_hook(change, vec![reply]).await;
             }
-            Event::Hook(change, reply) => self.on_data(change, vec![reply]).await,
+            Event::Hook(change, reply) => self.on_data(&mut state, change, vec![reply]).await,
+            Event::Order(order) => self.on_order(order),
             Event::Settled(reply) => self.settled.push(reply),
             // Whoever asked may have left.
-            Event::Report(reply) => drop(reply.send(self.report())),
-            Event::Built(number, built) => self.on_built(number, built).await,
-            Event::Progress(progress) => self.on_progress(progress).await,
-            Event::Asked(number, asked) => self.on_asked(number, asked).await,
+            Event::Report(reply) => drop(reply.send(self.report(&state))),
+            Event::Taken(reply) => drop(reply.send(())),
             Event::Left(entry) => self.on_left(entry),
             Event::Hooked(results) => self.on_hooked(results).await,
             Event::ProbationFailed => self.end_probation().await,
             Event::ProbationTick => self.on_probation_tick().await,
             Event::Interval => self.on_interval().await,
+            // Announced after each event.
+            Event::Condition => {}
             Event::Unload(_) | Event::Stop => unreachable!("`run` ends with them"),
+        }
+        state
+    }
+
+    /// Says where the model stands, and then to those who wait what became of the changes that have ended.
+    fn announce(&mut self, state: &State) {
+        let status = self.status_of(state);
+        self.status.publish(status, self.generation());
+        self.answer_ended();
+    }
+
+    /// Where the model stands: by what serves; where nothing does, by what is on its way.
+    fn status_of(&self, state: &State) -> Status {
+        let seen = match state {
+            State::Loading(candidate, _) => Some(&candidate.seen),
+            _ => None,
+        };
+        match (&self.serving, state, seen) {
+            (Serving::Alone(fleet) | Serving::OnProbation { fleet, .. }, ..) => {
+                // One that has just failed its probation says nothing any more: what is on standby takes over.
+                if fleet.generation.serves() {
+                    fleet.condition()
+                } else {
+                    Status::clone(&self.model.status())
+                }
+            }
+            // Nobody will run what waits for it.
+            (Serving::Stopped(_), ..) if self.has_lost_devices() => Status::lost_device(),
+            (Serving::Stopped(_), ..) => Status::Ready,
+            // There is nothing better: the fleet tries again, and its first replica serves.
+            (Serving::Nothing, _, Some(Progress::Failed(reason) | Progress::Waits(reason))) => {
+                Status::Failed { reason: reason.clone() }
+            }
+            (Serving::Nothing, State::Building(_) | State::Loading(..) | State::Golden(..), _) => {
+                Status::Loading
+            }
+            (Serving::Nothing, State::Idle, _) => match &self.trouble {
+                Some(reason) => Status::Failed { reason: reason.clone() },
+                None => Status::waiting(&self.model.spec()),
+            },
         }
     }
 
-    fn on_file(&mut self, path: PathBuf, staged: Result<Staged, Arc<LoadError>>) {
+    fn has_lost_devices(&self) -> bool {
+        self.model.devices.lost().borrow().is_some()
+    }
+
+    fn on_file(&mut self, state: State, path: PathBuf, staged: Result<Staged, Arc<LoadError>>) -> State {
         if let Some(source) = self.source.as_ref().filter(|source| source.present && source.path != path) {
             tracing::warn!(model = self.model.name, serves = %source.path.display(), passed_over = %path.display(), "two files in the volumes have the name of this model's plugin; remove one");
             self.passed_over = Some((path, staged));
-            return;
+            return state;
         }
         self.source = Some(Source { path: path.clone(), present: true });
         let staged = match staged {
@@ -300,62 +338,62 @@ impl Machine {
             Err(error) => {
                 let candidate = self.candidate(Cause::File, None);
                 self.refuse(candidate, Phase::Build, error.chain());
-                return;
+                return state;
             }
         };
         let sha256 = Some(staged.sha256());
         let serves = self.serving_sha256() == sha256 && self.serves_as_configured();
-        let refused = self.refused.as_ref().map(|refused| refused.sha256.as_str()) == sha256;
-        match &self.state {
+        let refused = self.refused.as_ref().filter(|refused| Some(refused.sha256.as_str()) == sha256);
+        let refused = refused.map(|refused| refused.reason.clone());
+        let gives_way = match &state {
+            State::Idle => false,
             State::Building(candidate) if candidate.sha256.is_none() => {
                 self.later = Some((path, staged));
-                return;
+                return state;
             }
             State::Building(candidate) | State::Loading(candidate, _) | State::Golden(candidate, _) => {
                 if candidate.sha256.as_deref() == sha256 {
-                    return;
+                    return state;
                 }
                 // What came from the volume is no longer in it. What somebody asked for gives way to new content only.
-                if candidate.cause != Cause::Request || !serves && !refused {
-                    self.give_up_candidate(Outcome::Superseded);
-                }
+                candidate.cause != Cause::Request || !serves && refused.is_none()
             }
-            State::Idle => {}
-        }
+        };
+        let state = if gives_way { self.give_up(state, Outcome::Superseded) } else { state };
         if serves {
             tracing::debug!(model = self.model.name, "the file has the content that serves");
-            return;
+            return state;
         }
-        if refused {
+        if let Some(reason) = refused {
+            self.trouble = Some(reason);
             tracing::info!(
                 model = self.model.name,
                 sha256,
                 "the file has content that was refused before; POST /models/NAME/reload tries it again"
             );
-            return;
+            return state;
         }
         let candidate = self.candidate(Cause::File, Some(staged.sha256().to_owned()));
-        self.build(candidate, PluginSource::Staged(staged));
+        self.build(candidate, PluginSource::Staged(staged))
     }
 
-    fn on_gone(&mut self, path: &Path) {
+    fn on_gone(&mut self, state: State, path: &Path) -> State {
         if self.passed_over.as_ref().is_some_and(|(other, _)| other == path) {
             self.passed_over = None;
         }
-        let Some(source) = self.source.as_mut().filter(|source| source.path == path) else { return };
+        let Some(source) = self.source.as_mut().filter(|source| source.path == path) else { return state };
         source.present = false;
         if let Some((path, staged)) = self.passed_over.take() {
-            self.on_file(path, staged);
-        } else if matches!((&self.serving, &self.state), (Serving::Nothing, State::Idle)) {
-            // What was wrong with the file isn't any more.
-            let expected = format!("{}.so", self.model.spec().plugin);
-            self.model.set_status(Status::Waiting { expected }, None);
+            return self.on_file(state, path, staged);
         }
+        // What was wrong with the file isn't any more.
+        self.trouble = None;
+        state
     }
 
-    async fn on_data(&mut self, change: VolumeChange, waiting: Vec<HookReply>) {
+    async fn on_data(&mut self, state: &mut State, change: VolumeChange, waiting: Vec<HookReply>) {
         let another_chance = self.refused.as_ref().is_some_and(|refused| refused.by_data);
-        match &mut self.state {
+        match state {
             State::Loading(candidate, _) | State::Golden(candidate, _) => {
                 candidate.missed.add(change.clone(), Vec::new());
             }
@@ -384,8 +422,8 @@ impl Machine {
         }
     }
 
-    async fn leave(mut self, unload: Option<Duration>) {
-        self.give_up_candidate(Outcome::Stopped);
+    async fn leave(mut self, state: State, unload: Option<Duration>) {
+        self.give_up(state, Outcome::Stopped);
         // Whoever serves now does so to the end.
         self.end_probation().await;
         for (_, waiting) in std::mem::take(&mut self.orders) {
@@ -393,17 +431,19 @@ impl Machine {
             candidate.waiting = waiting;
             self.conclude(candidate, Outcome::Stopped);
         }
+        self.answer_ended();
         // Whoever waits for a machine that has ended hears so.
         self.settled.clear();
         self.model.queue.drain();
         if let Some(limit) = unload.filter(|_| matches!(self.serving, Serving::Alone(_))) {
             let begun = Instant::now();
-            while begun.elapsed() < limit && self.model.queue.load().queued > 0 {
+            let may_run = || self.serving.fleet().is_some_and(|fleet| fleet.condition() == Status::Ready);
+            while begun.elapsed() < limit && self.model.queue.load().queued > 0 && may_run() {
                 tokio::time::sleep(PROBATION_TICK).await;
             }
         }
         // Nothing is taken any more that no lane would run.
-        self.model.set_status(if unload.is_some() { Status::Removed } else { Status::Stopping }, None);
+        self.status.publish(if unload.is_some() { Status::Removed } else { Status::Stopping }, None);
         let mut leaving = JoinSet::new();
         match self.serving {
             Serving::Nothing | Serving::Stopped(..) => {}
@@ -423,11 +463,7 @@ impl Machine {
     }
 
     fn generation(&self) -> Option<&Arc<Generation>> {
-        match &self.serving {
-            Serving::Nothing => None,
-            Serving::Stopped(stopped) => Some(&stopped.generation),
-            Serving::Alone(fleet) | Serving::OnProbation { fleet, .. } => Some(&fleet.generation),
-        }
+        self.serving.generation()
     }
 
     /// Whether what serves was loaded as the model's entry says now.
@@ -441,50 +477,5 @@ impl Machine {
 
     fn serving_sha256(&self) -> Option<&str> {
         self.generation().map(|generation| generation.plugin.description().sha256())
-    }
-
-    fn report(&self) -> Report {
-        let reload = match (&self.state, &self.serving) {
-            (State::Building(_), _) => "building",
-            (State::Loading(Candidate { seen: Progress::Waits(_), .. }, _), _) => "waits_for_device",
-            (State::Loading(..), _) => "loading",
-            (State::Golden(..), _) => "golden",
-            (State::Idle, Serving::OnProbation { .. }) => "probation",
-            (State::Idle, _) => "idle",
-        };
-        let standby = match &self.serving {
-            Serving::OnProbation { standby, .. } => Some(&standby.fleet.generation),
-            _ => None,
-        };
-        let in_use: Vec<&str> = self
-            .generation()
-            .into_iter()
-            .chain(standby)
-            .map(|generation| generation.plugin.description().sha256())
-            .collect();
-        let retired = self.plugins.iter().filter(|known| !in_use.contains(&known.description().sha256()));
-        Report {
-            reload,
-            standby: standby.map(|generation| generation.number),
-            previous: self.previous.last().map(|generation| generation.number),
-            source: self.source.clone(),
-            plugin_pinned: self.model.spec().plugin_sha256.is_some(),
-            as_configured: matches!(self.state, State::Idle)
-                .then(|| self.generation())
-                .flatten()
-                .map(|_| self.serves_as_configured()),
-            generations: self.generations,
-            retired: Retired {
-                files: retired.map(|plugin| plugin.description().staged.clone()).collect(),
-                engine: Arc::clone(&self.builder.engine),
-            },
-            batch_stats: self.generation().map(|generation| generation.batch_stats.snapshot()),
-            hook: self.history.hook.clone(),
-            hooks: self.history.hooks,
-            hooks_failed: self.history.hooks_failed,
-            last: self.history.last().cloned(),
-            history: self.history.history(),
-            data_history: self.history.data_history(),
-        }
     }
 }

@@ -1,7 +1,6 @@
 //! What somebody asked for: a reload or a rollback, one after the other.
 
 use super::{Machine, OutcomeReply, Serving, State, plugin_source::PluginSource};
-use crate::pipeline::Progress;
 use crate::reload::history::{Cause, Outcome, Phase, Source};
 
 /// Orders that wait for the change under way.
@@ -39,47 +38,37 @@ impl Machine {
         }
     }
 
-    pub(super) async fn next_order(&mut self) {
-        while self.is_settled() {
+    pub(super) async fn next_order(&mut self, mut state: State) -> State {
+        while state.is_settled() {
             let Some((what, waiting)) = self.orders.pop_front() else {
+                self.announce(&state);
                 let last = self.history.last().cloned();
                 // Whoever asked may have left.
                 self.settled.drain(..).for_each(|reply| drop(reply.send(last.clone())));
-                return;
+                break;
             };
-            match what {
-                What::Reload => self.reload(waiting),
-                What::RollBack => self.roll_back(waiting).await,
-            }
+            state = match what {
+                What::Reload => self.reload(state, waiting),
+                What::RollBack => self.roll_back(state, waiting).await,
+            };
         }
+        state
     }
 
-    /// Whether nothing is under way but what may go on for ever: a first generation that is tried again and again, or a wait for a device.
-    pub(super) fn is_settled(&self) -> bool {
-        match &self.state {
-            State::Idle => true,
-            State::Loading(candidate, _) => match candidate.seen {
-                // For a lease that may never end.
-                Progress::Failed(_) | Progress::Waits(_) => true,
-                Progress::Loading | Progress::Loaded => false,
-            },
-            State::Building(_) | State::Golden(..) => false,
-        }
-    }
-
-    pub(super) fn reload(&mut self, waiting: Vec<OutcomeReply>) {
+    fn reload(&mut self, state: State, waiting: Vec<OutcomeReply>) -> State {
         self.gone_back_from = None;
         self.builder.fence.lift(&self.model.name);
         let mut candidate = self.candidate(Cause::Request, None);
         candidate.waiting = waiting;
         match self.source.clone() {
             Some(Source { path, present: true }) => {
-                self.give_up_candidate(Outcome::Superseded);
-                self.build(candidate, PluginSource::File(path));
+                self.give_up(state, Outcome::Superseded);
+                self.build(candidate, PluginSource::File(path))
             }
             Some(Source { path, .. }) => {
                 let reason = format!("expected the plugin at {}, and there is no file", path.display());
                 self.refuse(candidate, Phase::Build, reason);
+                state
             }
             None => {
                 let reason = format!(
@@ -87,26 +76,27 @@ impl Machine {
                     plugin = self.model.spec().plugin
                 );
                 self.refuse(candidate, Phase::Build, reason);
+                state
             }
         }
     }
 
-    pub(super) async fn roll_back(&mut self, waiting: Vec<OutcomeReply>) {
+    async fn roll_back(&mut self, state: State, waiting: Vec<OutcomeReply>) -> State {
         self.gone_back_from = self.serving_sha256().map(ToOwned::to_owned);
         if matches!(self.serving, Serving::OnProbation { .. }) {
             self.back_to_standby(ASKED_FOR.into(), Cause::Request, waiting).await;
-            return;
+            return state;
         }
         let mut candidate = self.candidate(Cause::Request, None);
         candidate.waiting = waiting;
         candidate.back = Some(ASKED_FOR.to_owned());
         match self.previous.pop() {
             Some(before) => {
-                self.give_up_candidate(Outcome::Superseded);
+                self.give_up(state, Outcome::Superseded);
                 candidate.sha256 = Some(before.plugin.description().sha256().to_owned());
                 // Its fleet may still be leaving, with threads that hang: they must have nothing in common with the new one.
                 let generation = self.again(&before);
-                self.load(candidate, generation).await;
+                self.load(candidate, generation).await
             }
             None => {
                 let outcome = Outcome::Refused {
@@ -114,6 +104,7 @@ impl Machine {
                     reason: "there is no generation to go back to".into(),
                 };
                 self.conclude(candidate, outcome);
+                state
             }
         }
     }

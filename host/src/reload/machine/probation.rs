@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use modalkit_journal::unix_ms;
 
-use super::{Event, Machine, OutcomeReply, Serving, candidate::Refused, hooks::Changes};
+use super::{Event, Machine, OutcomeReply, Serving, candidate::Refused};
 use crate::{
     pipeline::Fleet,
     reload::{
@@ -13,16 +13,6 @@ use crate::{
         history::{Cause, Outcome},
     },
 };
-
-/// The generation before, loaded, its lanes paused.
-pub(super) struct Standby {
-    pub(super) fleet: Fleet,
-    /// The record of the swap, in the history.
-    pub(super) entry: u64,
-    pub(super) until: Instant,
-    /// What it was not told of.
-    pub(super) missed: Changes,
-}
 
 impl Machine {
     pub(super) async fn on_probation_tick(&mut self) {
@@ -51,7 +41,7 @@ impl Machine {
     fn retire_standby(&mut self) {
         self.serving = match std::mem::replace(&mut self.serving, Serving::Nothing) {
             Serving::OnProbation { fleet, standby } => {
-                self.retire(standby.fleet, standby.entry);
+                self.retire(standby.fleet, standby.record);
                 Serving::Alone(fleet)
             }
             other => other,
@@ -70,31 +60,32 @@ impl Machine {
         // So that nothing of it can stop lanes any more.
         let _ = fleet.generation.batch_stats.end_probation();
         let generation = Arc::clone(&standby.fleet.generation);
-        self.model.swap(Some(&fleet), &standby.fleet);
+        self.status.swap(Some(&fleet), &standby.fleet);
         self.metrics.generation.set(generation.number as i64);
         self.previous.pop();
         self.refused = Some(Refused {
             sha256: fleet.generation.plugin.description().sha256().to_owned(),
+            reason: reason.clone(),
             by_data: false,
         });
         let mut candidate = self.candidate(cause, Some(generation.plugin.description().sha256().to_owned()));
         candidate.phases.swap_ms = Some(milliseconds(begun));
-        let entry = self.entry(&candidate, Some(generation.number), Outcome::RolledBack { reason });
-        let entry = self.write_down(entry, waiting);
+        let record = self.record(&candidate, Some(generation.number), Outcome::RolledBack { reason });
+        let record = self.write_down(record, waiting);
         self.serving = Serving::Alone(standby.fleet);
-        self.retire(fleet, entry);
+        self.retire(fleet, record);
         for (missed, _) in standby.missed.0 {
             self.call_hook(missed, Vec::new()).await;
         }
     }
 
-    pub(super) fn retire(&self, fleet: Fleet, entry: u64) {
+    pub(super) fn retire(&self, fleet: Fleet, record: u64) {
         let myself = self.myself.clone();
         tokio::spawn(async move {
             fleet.stop().await;
             if let Some(myself) = myself.upgrade() {
                 // A machine that has ended keeps no history.
-                let _ = myself.send(Event::Left(entry)).await;
+                let _ = myself.send(Event::Left(record)).await;
             }
         });
     }
@@ -103,10 +94,10 @@ impl Machine {
         tokio::spawn(fleet.stop());
     }
 
-    pub(super) fn on_left(&mut self, entry: u64) {
-        let since = self.history.ended_at(entry).map(|at| unix_ms().saturating_sub(at));
+    pub(super) fn on_left(&mut self, record: u64) {
+        let since = self.history.ended_at(record).map(|at| unix_ms().saturating_sub(at));
         if let Some(took) = since {
-            self.history.drained(entry, took as f64);
+            self.history.drained(record, took as f64);
         }
     }
 }

@@ -6,7 +6,7 @@ use super::{Machine, OutcomeReply, candidate::Candidate};
 use crate::reload::history::{Outcome, Phase, Phases, ReloadRecord};
 
 impl Machine {
-    pub(super) fn entry(
+    pub(super) fn record(
         &self,
         candidate: &Candidate,
         generation: Option<u64>,
@@ -22,13 +22,15 @@ impl Machine {
         }
     }
 
-    pub(super) fn write_down(&mut self, entry: ReloadRecord, waiting: Vec<OutcomeReply>) -> u64 {
+    /// Adds a change that has ended to the history; who waits for it is told when the model's status says so too. Gives the record's
+    /// number.
+    pub(super) fn write_down(&mut self, record: ReloadRecord, waiting: Vec<OutcomeReply>) -> u64 {
         let model = &self.model.name;
-        let (generation, outcome) = (entry.generation, entry.outcome.word());
-        match &entry.outcome {
+        let (generation, outcome) = (record.generation, record.outcome.word());
+        match &record.outcome {
             Outcome::Swapped => {
                 let Phases { stage_ms, preflight_ms, open_ms, load_ms, golden_ms, swap_ms, drain_ms: _ } =
-                    entry.phases;
+                    record.phases;
                 tracing::info!(
                     model,
                     generation,
@@ -55,14 +57,21 @@ impl Machine {
             }
         }
         self.metrics.outcome(outcome).inc();
-        // Whoever asked may have left.
-        waiting.into_iter().for_each(|reply| drop(reply.send(entry.clone())));
-        self.history.add(entry)
+        self.ended.push((record.clone(), waiting));
+        self.history.add(record)
+    }
+
+    /// Tells those who wait what became of the changes that have ended.
+    pub(super) fn answer_ended(&mut self) {
+        for (record, waiting) in self.ended.drain(..) {
+            // Whoever asked may have left.
+            waiting.into_iter().for_each(|reply| drop(reply.send(record.clone())));
+        }
     }
 
     pub(super) fn conclude(&mut self, mut candidate: Candidate, outcome: Outcome) {
         let waiting = std::mem::take(&mut candidate.waiting);
-        let entry = self.entry(&candidate, None, outcome);
-        self.write_down(entry, waiting);
+        let record = self.record(&candidate, None, outcome);
+        self.write_down(record, waiting);
     }
 }

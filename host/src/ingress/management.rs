@@ -1,4 +1,4 @@
-//! What operators ask of single models and volumes: how they stand, a reload, a rollback. It asks, and waits as long as it takes; who may ask
+//! What operators ask: how models, devices and the configuration stand, metrics, reloads, rollbacks. It asks, and waits as long as it takes; who may ask
 //! is decided by access.
 
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use super::{
     Context,
     endpoints::{Route, Target},
     refusal::refuse,
-    request::Headers,
+    request_headers::Headers,
 };
 use crate::{
     access::Origin,

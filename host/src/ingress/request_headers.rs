@@ -9,16 +9,18 @@ use std::{
 use bytes::Bytes;
 use hyper::{
     HeaderMap,
-    header::{HeaderName, HeaderValue},
+    header::{CONTENT_TYPE, HeaderName, HeaderValue},
     http::request::Parts,
 };
 
 use crate::{
     access::Shown,
     config::Server,
+    egress::HttpResponse,
     work::{Deadline, Detail, JobError, RequestId},
 };
 
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
 /// Names a request in logs and answers.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The name under which a request counts once, however often it is sent.
@@ -27,6 +29,8 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 /// The length of a `traceparent` of version 00.
 const TRACEPARENT_BYTES: usize = 55;
+/// A request's map of more headers is not kept: connections hold on to what they answered with last.
+const HEADERS_KEPT_MAX: usize = 32;
 /// The longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -114,8 +118,26 @@ impl Shown for Headers<'_> {
     }
 }
 
-/// Adds the id to an answer.
-pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
+/// Gives an answer the headers that every answer has: its id and its type. They are put into the request's own map, which is there
+/// already and is no longer needed.
+pub(super) fn put_headers(response: &mut HttpResponse, id: &RequestId, mut of_request: HeaderMap) {
+    if of_request.capacity() > HEADERS_KEPT_MAX {
+        of_request = HeaderMap::new();
+    }
+    of_request.clear();
+    let own = std::mem::replace(response.headers_mut(), of_request);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, JSON);
+    for (name, value) in own {
+        // One without a name would be a second value of the name before: no answer has any.
+        if let Some(name) = name {
+            headers.insert(name, value);
+        }
+    }
+    put_id(id, headers);
+}
+
+fn put_id(id: &RequestId, headers: &mut HeaderMap) {
     let value = match id {
         RequestId::Given(bytes) => HeaderValue::from_maybe_shared(bytes.clone()),
         RequestId::Made { process, number } => {

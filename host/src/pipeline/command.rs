@@ -1,4 +1,4 @@
-//! What a fleet is told, by those who hold it and by those whom it has started. It carries nothing out.
+//! What a fleet is told from outside: by those who hold it, and by walks that it has started. It carries nothing out.
 
 use std::sync::{Arc, Weak};
 
@@ -22,7 +22,7 @@ pub struct VolumeChange {
 /// Devices that may be shared while their holders are there.
 pub type Leases = Vec<Weak<Lease>>;
 
-pub(super) enum Order {
+pub(super) enum FleetCommand {
     VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), Failure>>>),
     /// A hook overran its time; its replica is given up.
     GiveUp(Arc<Replica>),
