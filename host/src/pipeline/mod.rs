@@ -12,6 +12,7 @@ mod queue;
 mod replica;
 mod scale;
 mod settings;
+mod stages;
 mod walk;
 
 pub use batch_stats::StatsSnapshot;

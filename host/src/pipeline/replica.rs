@@ -12,11 +12,14 @@ use std::{
 
 use modalkit_batch::Waiting;
 use modalkit_device::Lease;
-use modalkit_engine::{Decoded, Failure, FailureKind, Instance, Outcome, Payload};
+use modalkit_engine::{Failure, FailureKind, Instance, Outcome};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{Generation, SharedInstance};
+use super::{
+    Generation, SharedInstance,
+    stages::{StageTimes, counts_as_healthy, decoded_for, stages, wrong_count},
+};
 use crate::{
     insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
     pipeline::{LaneState, Queue, Taken},
@@ -355,60 +358,6 @@ fn correct(failure: &mut Failure, lost: bool) {
     };
 }
 
-/// A job's input for this instance: decoded before, or now where another plugin did, and validated now where nobody could before.
-fn decoded_for(
-    instance: &dyn Instance,
-    decoded: Option<Decoded>,
-    input: &Payload,
-    generation: &Generation,
-) -> Result<Decoded, JobError> {
-    let decoded = match decoded.filter(|decoded| instance.owns(decoded)) {
-        Some(decoded) => decoded,
-        None => {
-            let decoded = generation.plugin.decode(input);
-            let decoded = decoded.map_err(|rejection| generation.rejected(rejection, input))?;
-            generation.check_schema(input)?;
-            decoded
-        }
-    };
-    if !decoded.is_validated {
-        instance.validate(&decoded).map_err(|rejection| generation.rejected(rejection, input))?;
-    }
-    Ok(decoded)
-}
-
-/// When stages ended.
-#[derive(Default)]
-struct StageTimes {
-    preprocessed: Option<Instant>,
-    predicted: Option<Instant>,
-}
-
-fn stages(
-    instance: &dyn Instance,
-    items: Vec<Decoded>,
-    times: &mut StageTimes,
-) -> Result<Vec<Outcome>, Failure> {
-    let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
-    batch.preprocess()?;
-    times.preprocessed = Some(Instant::now());
-    batch.predict()?;
-    times.predicted = Some(Instant::now());
-    batch.postprocess()
-}
-
-/// Whether anything in a batch succeeded; failures that an input caused count as success.
-fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>, waiters: usize) -> bool {
-    let fit = |failure: &Failure| failure.kind == FailureKind::InvalidInput;
-    match outcomes {
-        Ok(outcomes) => {
-            outcomes.len() == waiters
-                && outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(fit, |_| true))
-        }
-        Err(failure) => fit(failure),
-    }
-}
-
 impl ReplicaContext {
     /// Counts a batch. The one that fails its generation's probation is its last: the generation stops serving with it, and the
     /// reload decides what serves then.
@@ -444,13 +393,6 @@ impl ReplicaContext {
 fn thread_name(context: &ReplicaContext, replica: u64, lane: usize) -> String {
     let name: String = context.generation.spec.name.chars().filter(char::is_ascii_graphic).take(8).collect();
     format!("{name}.{replica}.{lane}")
-}
-
-fn wrong_count(expected: usize, found: usize) -> Failure {
-    Failure {
-        kind: FailureKind::Permanent,
-        message: format!("the plugin returned {found} outcomes for a batch of {expected}"),
-    }
 }
 
 fn fail(waiters: Vec<Waiter>, context: &ReplicaContext, failure: Failure) {
