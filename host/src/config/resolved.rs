@@ -1,5 +1,5 @@
 //! What the configuration means: every value present, in its unit and within its range. It knows nothing of how it was
-//! written.
+//! written. One list of plain data, and long for that.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 

@@ -267,7 +267,12 @@ mod tests {
     fn nobody_waits_for_a_reader_and_what_was_dropped_is_said_where_it_is_missing() {
         let (sink, let_read, read) = started();
         let line = [&[b'x'; 1023], b"\n".as_slice()].concat();
-        for _ in 0..3000 {
+        sink.push(&line);
+        // From here on the writer hangs in its first write: what is dropped is missing in one place.
+        while sink.waiting.lock().taken == 0 {
+            thread::yield_now();
+        }
+        for _ in 1..3000 {
             sink.push(&line);
         }
         let dropped = sink.dropped();
