@@ -85,7 +85,7 @@ impl Loop {
         }
     }
 
-    /// Says so where too many threads hang to start a replica. Checked at each tick: a generation that takes over may be stuck
+    /// Sets the condition to stuck where too many threads hang to start a replica. Checked at each tick: a generation that takes over may be stuck
     /// already.
     pub(super) fn say_if_stuck(&self) {
         let bound = self.model.spec().replicas.stuck_max;

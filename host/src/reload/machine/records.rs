@@ -22,7 +22,7 @@ impl Machine {
         }
     }
 
-    /// Adds a change that has ended to the history; who waits for it is told when the model's status says so too. Gives the record's
+    /// Adds a change that has ended to the history; who waits for it is told after the model's status was published. Gives the record's
     /// number.
     pub(super) fn write_down(&mut self, record: ReloadRecord, waiting: Vec<OutcomeReply>) -> u64 {
         let model = &self.model.name;
