@@ -259,10 +259,13 @@ mod tests {
     fn two_who_want_the_same_content_open_it_once() {
         let libraries = libraries(8);
         let staged = staged(&libraries, "content");
-        let (opened, times, both) = (Opened::default(), AtomicUsize::new(0), Barrier::new(2));
+        let opened: Opened<Fake> = Opened::default();
+        let (times, both) = (AtomicUsize::new(0), Barrier::new(2));
         let open = |_: &Staged| {
-            // The other one waits for the entry meanwhile.
-            thread::sleep(Duration::from_millis(20));
+            // Until the other one has the entry as well, and waits for it: the map holds it too.
+            while Arc::strong_count(&opened.lock()[staged.sha256()]) < 3 {
+                thread::yield_now();
+            }
             times.fetch_add(1, Ordering::SeqCst);
             Ok(fake())
         };
