@@ -5,7 +5,7 @@ use std::{convert::Infallible, future::Future, io, net::SocketAddr, path::Path, 
 use modalkit_device::Devices;
 use modalkit_engine::{Engine, LoadError, OpenTimings, Plugin, PluginLog};
 use modalkit_journal::FolderLock;
-pub use modalkit_loader::ABI_VERSION;
+pub use modalkit_loader::abi;
 use modalkit_loader::{Libraries, Preflight, Settings, Trust};
 use tokio::{
     net::TcpListener,

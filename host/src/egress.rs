@@ -6,7 +6,9 @@ use std::{borrow::Cow, time::Duration};
 use bytes::{Buf, Bytes};
 use hyper::{
     Response, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE},
+    header::{
+        CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+    },
 };
 use modalkit_engine::{FailureKind, Payload};
 use modalkit_queue::{Held, Lease};
@@ -15,7 +17,10 @@ use serde_json::{json, value::RawValue};
 
 use crate::{
     access::AccessError,
-    protocol::{Answer, describe, failed_item, internal, invalid_item, object, raw_json},
+    protocol::{
+        Answer, describe, failed_item, internal, invalid_item, object, raw_json,
+        v2::{InferAnswer, JSON_BYTES_HEADER, problem},
+    },
     reconfigure::Change,
     reload::{ControlError, Outcome, ReloadRecord, Unloaded, VolumeModel, VolumeReport},
     work::{Detail, JobError, Reply},
@@ -30,7 +35,7 @@ pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
 /// The answer to `/predict_sync`.
 #[must_use]
 pub fn reply(reply: Reply) -> HttpResponse {
-    match reply {
+    match reply.and_then(|output| output.into_json().map_err(JobError::Failed)) {
         Ok(output) => json_response(StatusCode::OK, Answer::of(output)),
         Err(job_error) => error(&job_error),
     }
@@ -46,7 +51,7 @@ pub fn accepted(body: Bytes) -> HttpResponse {
 /// `partial` what isn't an input of it too; any other error is the whole request's.
 #[must_use]
 pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
-    let output_bytes = |Payload::Json(json): &Payload| Answer::OPENING_BYTES_MAX + json.len() + 1;
+    let output_bytes = |output: &Payload| Answer::OPENING_BYTES_MAX + output.json().map_or(0, Bytes::len) + 1;
     let outputs: usize = replies.iter().flatten().map(output_bytes).sum();
     let mut body = Vec::with_capacity(outputs + 2);
     body.push(b'[');
@@ -54,7 +59,7 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
         if body.len() > 1 {
             body.push(b',');
         }
-        match reply {
+        match reply.and_then(|output| output.into_json().map_err(JobError::Failed)) {
             Ok(output) => Answer::of(output).put_into(&mut body),
             Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
             Err(JobError::Invalid(details)) if partial => body.extend_from_slice(&invalid_item(details)),
@@ -63,6 +68,28 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
     }
     body.push(b']');
     json_response(StatusCode::OK, Bytes::from(body).into())
+}
+
+/// The answer to an inference request of the Open Inference Protocol.
+#[must_use]
+pub fn inferred(answer: InferAnswer) -> HttpResponse {
+    let mut response = json_response(StatusCode::OK, answer.body);
+    if let Some(json_bytes) = answer.json_bytes {
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        headers.insert(HeaderName::from_static(JSON_BYTES_HEADER), HeaderValue::from(json_bytes));
+    }
+    response
+}
+
+/// An error's answer as the Open Inference Protocol has it.
+#[must_use]
+pub fn in_v2(response: HttpResponse) -> HttpResponse {
+    let (mut head, body) = response.into_parts();
+    if head.status == StatusCode::UNPROCESSABLE_ENTITY {
+        head.status = StatusCode::BAD_REQUEST;
+    }
+    Response::from_parts(head, problem(&body.into_bytes()).into())
 }
 
 /// What a queue in memory holds, or gave away under a receipt.

@@ -1,6 +1,6 @@
 //! The device that a replica was given, and what errors of it mean. With the feature `cuda`, the way to it through cudarc.
 
-use modalkit_abi::LeasedDevice;
+use serde::{Deserialize, Serialize};
 
 use crate::ErrorKind;
 
@@ -15,7 +15,7 @@ use crate::ErrorKind;
 ///     Ok(format!("device {} ({})", device.ordinal(), device.name()))
 /// }
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     ordinal: usize,
     name: String,
@@ -35,26 +35,6 @@ impl Device {
     /// ```
     pub fn new(ordinal: usize, name: impl Into<String>, uuid: impl Into<String>, memory_bytes: u64) -> Self {
         Self { ordinal, name: name.into(), uuid: uuid.into(), memory_bytes, memory_budget_bytes: None }
-    }
-
-    pub(crate) fn of(leased: &LeasedDevice<'_>) -> Self {
-        Self {
-            ordinal: leased.ordinal as usize,
-            name: leased.name.into(),
-            uuid: leased.uuid.into(),
-            memory_bytes: leased.memory_bytes,
-            memory_budget_bytes: leased.memory_budget_bytes.into_option(),
-        }
-    }
-
-    pub(crate) fn leased(&self) -> LeasedDevice<'_> {
-        LeasedDevice {
-            ordinal: u32::try_from(self.ordinal).unwrap_or(u32::MAX),
-            name: self.name.as_str().into(),
-            uuid: self.uuid.as_str().into(),
-            memory_bytes: self.memory_bytes,
-            memory_budget_bytes: self.memory_budget_bytes.into(),
-        }
     }
 
     /// Its number in this process, from 0: what cudarc, candle and ONNX Runtime want to be told.

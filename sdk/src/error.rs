@@ -2,7 +2,9 @@
 
 use std::{error::Error, fmt};
 
-use modalkit_abi::{Failure, FailureKind, InputFault, PathSegment, abi_stable::std_types::RVec};
+use modalkit_abi::{Failure, FailureKind};
+use serde::Serialize;
+use serde_json::json;
 
 use crate::device::{kind_of_code, kind_of_text};
 
@@ -142,13 +144,13 @@ impl PipelineError {
 
     pub(crate) fn into_failure(self) -> Failure {
         let kind = match self.kind {
-            ErrorKind::InvalidInput => FailureKind::InvalidInput,
-            ErrorKind::Permanent => FailureKind::Permanent,
-            ErrorKind::Transient => FailureKind::Transient,
-            ErrorKind::DeviceLost if self.by_words => FailureKind::DeviceSuspected,
-            ErrorKind::DeviceLost => FailureKind::DeviceLost,
+            ErrorKind::InvalidInput => FailureKind::INVALID_INPUT,
+            ErrorKind::Permanent => FailureKind::PERMANENT,
+            ErrorKind::Transient => FailureKind::TRANSIENT,
+            ErrorKind::DeviceLost if self.by_words => FailureKind::DEVICE_SUSPECTED,
+            ErrorKind::DeviceLost => FailureKind::DEVICE_LOST,
         };
-        Failure { kind, message: self.message.into() }
+        failure(kind, self.message)
     }
 }
 
@@ -213,7 +215,7 @@ pub struct Invalid {
     more: Vec<Fault>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Fault {
     path: Vec<PathStep>,
     message: String,
@@ -262,15 +264,20 @@ impl Invalid {
         faults.into_iter().reduce(Self::and).map_or(Ok(()), Err)
     }
 
-    pub(crate) fn into_faults(self) -> RVec<InputFault> {
-        std::iter::once(self.first).chain(self.more).map(Into::into).collect()
+    pub(crate) fn into_failure(self) -> Failure {
+        let faults: Vec<&Fault> = std::iter::once(&self.first).chain(&self.more).collect();
+        let details = json!({ "faults": faults }).to_string();
+        Failure {
+            kind: FailureKind::INVALID_INPUT,
+            message: self.to_string().into(),
+            details: details.into(),
+        }
     }
 }
 
-impl From<Fault> for InputFault {
-    fn from(fault: Fault) -> Self {
-        Self { path: fault.path.into_iter().map(Into::into).collect(), message: fault.message.into() }
-    }
+/// A failure that its message says all of.
+pub(crate) fn failure(kind: FailureKind, message: String) -> Failure {
+    Failure { kind, message: message.into(), details: Default::default() }
 }
 
 impl fmt::Display for Invalid {
@@ -302,7 +309,8 @@ impl fmt::Display for Fault {
 /// assert_eq!(PathStep::from("pixels"), PathStep::Key("pixels".into()));
 /// assert_eq!(PathStep::from(7), PathStep::Index(7));
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum PathStep {
     /// A member of an object.
     Key(String),
@@ -325,14 +333,5 @@ impl From<String> for PathStep {
 impl From<usize> for PathStep {
     fn from(index: usize) -> Self {
         Self::Index(index)
-    }
-}
-
-impl From<PathStep> for PathSegment {
-    fn from(step: PathStep) -> Self {
-        match step {
-            PathStep::Key(key) => Self::Key(key.into()),
-            PathStep::Index(index) => Self::Index(index as u64),
-        }
     }
 }

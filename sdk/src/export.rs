@@ -8,23 +8,28 @@ use std::{
 };
 
 use modalkit_abi::{
-    ABI_VERSION, BatchHandle, Description, Failure, FailureKind, Handshake, HostApi, InstanceHandle,
-    ItemHandle, LoadArgs, MAGIC, Outcomes, PluginModule, PluginModuleRef, Rejection, StaticStr, VolumeChange,
+    ABI_MAJOR, ABI_MINOR, BatchHandle, DecodedItem, Failure, FailureKind, Features, Handshake, HostApiRef,
+    InstanceHandle, ItemHandle, LogLevel, MAGIC, Measure, OutcomeSinkRef, PluginModule, PluginModuleRef,
+    SinkHandle, StaticStr, Tensor,
     abi_stable::{
         abi_stability::StableAbi,
         library::{LibHeader, RootModuleResult},
         marker_type::ErasedPrefix,
         prefix_type::{PrefixRefTrait, PrefixTypeTrait},
-        std_types::{RErr, ROk, ROption, RResult, RSlice, RStr, RString},
+        std_types::{RErr, ROk, ROption, RResult, RSlice, RStr, RString, RVec},
     },
 };
+
+use serde_json::json;
 
 use crate::{
     ErrorKind, InferencePipeline, PipelineError, VolumeReload,
     context::parse_settings,
     device::kind_of_text,
+    document,
+    error::failure,
     forward::{self, serving},
-    instance::{Batch, Instance, Refusal, parse, render},
+    instance::{Batch, Instance, Item, Refusal, Rendered},
     schema,
 };
 
@@ -87,11 +92,14 @@ pub const fn header_of(constructor: extern "C" fn() -> RootModuleResult) -> LibH
 pub const fn handshake_of(header: &'static LibHeader, panic_aborts: bool) -> Handshake {
     Handshake {
         magic: MAGIC,
-        abi_version: ABI_VERSION,
+        abi_major: ABI_MAJOR,
         panic_aborts: panic_aborts as u32,
         sdk_version: StaticStr::new(env!("CARGO_PKG_VERSION")),
         rustc_version: StaticStr::new(env!("MODALKIT_RUSTC_VERSION")),
         header,
+        abi_minor: ABI_MINOR,
+        reserved: 0,
+        needs: Features::NONE,
     }
 }
 
@@ -104,8 +112,10 @@ pub fn constructor_of<P: InferencePipeline>(name: &'static str, version: &'stati
         check_settings: check_settings::<P>,
         load: load::<P>,
         warmup: warmup::<P>,
+        signature: signature::<P>,
         volume_reload: volume_reload::<P>,
         decode: decode::<P>,
+        decode_tensors: decode_tensors::<P>,
         validate: validate::<P>,
         begin: begin::<P>,
         preprocess: preprocess::<P>,
@@ -119,22 +129,23 @@ pub fn constructor_of<P: InferencePipeline>(name: &'static str, version: &'stati
     ROk(unsafe { module.leak_into_prefix().to_prefix_ref().cast::<ErasedPrefix>() })
 }
 
-extern "C" fn describe<P: InferencePipeline>() -> RResult<Description, Failure> {
+extern "C" fn describe<P: InferencePipeline>() -> RResult<RString, Failure> {
     guarded(|| {
         let (name, version) = forward::plugin();
-        Ok(Description {
-            name: name.into(),
-            version: version.into(),
-            input_schema: schema::of_input::<P::Input>().to_string().into(),
-            output_schema: schema::of_output::<P::Output>()?.to_string().into(),
-            settings_schema: schema::of_settings::<P::Settings>().to_string().into(),
-        })
+        let description = json!({
+            "name": name,
+            "version": version,
+            "input_schema": schema::of_input::<P::Input>(),
+            "output_schema": schema::of_output::<P::Output>()?,
+            "settings_schema": schema::of_settings::<P::Settings>(),
+        });
+        Ok(description.to_string().into())
     })
 }
 
-pub(crate) extern "C" fn attach(host: HostApi) {
+pub(crate) extern "C" fn attach(host: HostApiRef, level: LogLevel) {
     let attached = guarded(|| {
-        forward::attach(host);
+        forward::attach(host, level);
         Ok(())
     });
     // A plugin whose log can't be connected still serves; there is nowhere to say so.
@@ -145,9 +156,12 @@ extern "C" fn check_settings<P: InferencePipeline>(json: RStr<'_>) -> RResult<()
     guarded(|| parse_settings::<P::Settings>(&json).map(drop))
 }
 
-extern "C" fn load<P: InferencePipeline>(args: LoadArgs<'_>) -> RResult<InstanceHandle, Failure> {
-    serving(args.model_name.as_str());
-    guarded(|| Ok(InstanceHandle::from_raw(into_raw(Instance::<P>::load(&args)?))))
+extern "C" fn load<P: InferencePipeline>(given: RStr<'_>) -> RResult<InstanceHandle, Failure> {
+    guarded(|| {
+        let given: document::Load<'_> = document::read("load", given.as_str())?;
+        serving(&given.model_name);
+        Ok(InstanceHandle::from_raw(into_raw(Instance::<P>::load(given)?)))
+    })
 }
 
 unsafe extern "C" fn warmup<P: InferencePipeline>(instance: InstanceHandle) -> RResult<(), Failure> {
@@ -157,43 +171,79 @@ unsafe extern "C" fn warmup<P: InferencePipeline>(instance: InstanceHandle) -> R
     guarded(|| instance.warmup())
 }
 
+unsafe extern "C" fn signature<P: InferencePipeline>(instance: InstanceHandle) -> RResult<RString, Failure> {
+    // SAFETY: a live instance of this library.
+    let instance = unsafe { instance_ref::<P>(instance) };
+    serving(&instance.model);
+    guarded(|| match instance.signature() {
+        Some(signature) => Ok(serde_json::to_string(&signature)?.into()),
+        None => Ok(RString::new()),
+    })
+}
+
 unsafe extern "C" fn volume_reload<P: InferencePipeline>(
     instance: InstanceHandle,
-    change: &VolumeChange<'_>,
+    change: RStr<'_>,
 ) -> RResult<(), Failure> {
     // SAFETY: a live instance of this library.
     let instance = unsafe { instance_ref::<P>(instance) };
     serving(&instance.model);
     guarded(|| {
-        let changed = change.changed.iter().map(|file| file.as_str());
-        instance.volume_reload(&VolumeReload::new(change.volume, change.mount_point.as_str(), changed))
+        let change: document::VolumeChange = document::read("volume_reload", change.as_str())?;
+        instance.volume_reload(&VolumeReload::new(change.volume, change.mount_point, change.changed))
     })
 }
 
 unsafe extern "C" fn decode<P: InferencePipeline>(
     instance: ROption<InstanceHandle>,
     json: RSlice<'_, u8>,
-) -> RResult<ItemHandle, Rejection> {
+) -> RResult<DecodedItem, Failure> {
     // SAFETY: a live instance of this library.
+    unsafe { decoded::<P>(instance, || Item::parse(json.as_slice())) }
+}
+
+unsafe extern "C" fn decode_tensors<P: InferencePipeline>(
+    instance: ROption<InstanceHandle>,
+    tensors: RVec<Tensor>,
+    _parameters: RStr<'_>,
+) -> RResult<DecodedItem, Failure> {
+    let item = || {
+        let tensors: Result<Vec<_>, _> = tensors.into_iter().map(crate::Tensor::from_abi).collect();
+        Item::of_tensors(tensors.map_err(Refusal::Invalid)?.into())
+    };
+    // SAFETY: a live instance of this library.
+    unsafe { decoded::<P>(instance, item) }
+}
+
+/// Makes an item, and has the instance look at it.
+///
+/// # Safety
+/// The instance is a live one of this library.
+unsafe fn decoded<P: InferencePipeline>(
+    instance: ROption<InstanceHandle>,
+    item: impl FnOnce() -> Result<Item<P>, Refusal>,
+) -> RResult<DecodedItem, Failure> {
+    // SAFETY: by the caller's promise.
     let instance = instance.into_option().map(|instance| unsafe { instance_ref::<P>(instance) });
     serving(instance.map_or("", |instance| &instance.model));
     examined(|| {
-        let input = parse::<P>(json.as_slice())?;
-        if let Some(instance) = instance {
-            instance.try_validate(&input)?;
-        }
-        Ok(ItemHandle::from_raw(into_raw(input)))
+        let item = item()?;
+        let measure = match instance {
+            Some(instance) => instance.try_validate(&item)?,
+            None => Measure::default(),
+        };
+        Ok(DecodedItem { item: ItemHandle::from_raw(into_raw(item)), measure })
     })
 }
 
 unsafe extern "C" fn validate<P: InferencePipeline>(
     instance: InstanceHandle,
     item: ItemHandle,
-) -> RResult<(), Rejection> {
+) -> RResult<Measure, Failure> {
     // SAFETY: a live instance and a live item of this library.
-    let (instance, input) = unsafe { (instance_ref::<P>(instance), &*item.into_raw().cast::<P::Input>()) };
+    let (instance, item) = unsafe { (instance_ref::<P>(instance), &*item.into_raw().cast::<Item<P>>()) };
     serving(&instance.model);
-    examined(|| instance.validate(input))
+    examined(|| instance.validate(item))
 }
 
 unsafe extern "C" fn begin<P: InferencePipeline>(
@@ -203,39 +253,53 @@ unsafe extern "C" fn begin<P: InferencePipeline>(
     // SAFETY: a live instance of this library.
     let instance = unsafe { instance_ref::<P>(instance) };
     // SAFETY: live items of this library, each named once; the caller gives them up.
-    let inputs = items.iter().map(|item| unsafe { *from_raw::<P::Input>(item.into_raw()) }).collect();
-    BatchHandle::from_raw(into_raw(instance.begin(inputs)))
+    let items = items.iter().map(|item| unsafe { *from_raw::<Item<P>>(item.into_raw()) });
+    BatchHandle::from_raw(into_raw(instance.begin(items)))
 }
 
 unsafe extern "C" fn preprocess<P: InferencePipeline>(batch: BatchHandle) -> RResult<(), Failure> {
-    // SAFETY: a live batch of this library, used by one thread.
+    // SAFETY: a live batch of this library, used by one thread at a time.
     let batch = unsafe { batch_mut::<P>(batch) };
     serving(&batch.model);
     guarded(|| batch.preprocess())
 }
 
 unsafe extern "C" fn predict<P: InferencePipeline>(batch: BatchHandle) -> RResult<(), Failure> {
-    // SAFETY: a live batch of this library, used by one thread.
+    // SAFETY: a live batch of this library, used by one thread at a time.
     let batch = unsafe { batch_mut::<P>(batch) };
     serving(&batch.model);
     guarded(|| batch.predict())
 }
 
-unsafe extern "C" fn postprocess<P: InferencePipeline>(batch: BatchHandle) -> RResult<Outcomes, Failure> {
-    // SAFETY: a live batch of this library, used by one thread.
+unsafe extern "C" fn postprocess<P: InferencePipeline>(
+    batch: BatchHandle,
+    handle: SinkHandle,
+    sink: OutcomeSinkRef,
+) -> RResult<(), Failure> {
+    // SAFETY: a live batch of this library, used by one thread at a time.
     let batch = unsafe { batch_mut::<P>(batch) };
     serving(&batch.model);
     guarded(|| {
-        let outcomes = render(batch.postprocess()?);
-        Ok(outcomes
-            .map(|outcome| outcome.map(Into::into).map_err(PipelineError::into_failure).into())
-            .collect())
+        for (item, outcome) in batch.postprocess()?.into_iter().enumerate() {
+            match batch.render(item, outcome) {
+                // SAFETY: the handle that goes with the table, on the thread and in the call that it was given for.
+                Ok(Rendered::Json(json)) => unsafe { sink.json()(handle, item, json.into()) },
+                Ok(Rendered::Tensors(tensors)) => {
+                    let tensors = tensors.into_iter().map(crate::Tensor::into_abi).collect();
+                    // SAFETY: as above.
+                    unsafe { sink.tensors()(handle, item, tensors, RString::new()) };
+                }
+                // SAFETY: as above.
+                Err(error) => unsafe { sink.failed()(handle, item, error.into_failure()) },
+            }
+        }
+        Ok(())
     })
 }
 
 unsafe extern "C" fn drop_item<P: InferencePipeline>(item: ItemHandle) {
     // SAFETY: a live item of this library, given up by the caller.
-    discard(|| unsafe { from_raw::<P::Input>(item.into_raw()) });
+    discard(|| unsafe { from_raw::<Item<P>>(item.into_raw()) });
 }
 
 unsafe extern "C" fn drop_batch<P: InferencePipeline>(batch: BatchHandle) {
@@ -250,7 +314,8 @@ unsafe extern "C" fn drop_instance<P: InferencePipeline>(instance: InstanceHandl
     discard(|| unsafe { from_raw::<Instance<P>>(instance.into_raw()) });
 }
 
-pub(crate) fn into_raw<T>(value: T) -> *mut () {
+/// A value that any thread may use next: the host says which.
+pub(crate) fn into_raw<T: Send>(value: T) -> *mut () {
     Box::into_raw(Box::new(value)).cast()
 }
 
@@ -284,16 +349,14 @@ pub(crate) fn guarded<T>(run: impl FnOnce() -> Result<T, PipelineError>) -> RRes
     }
 }
 
-/// Looks at an input; refusals and panics come back as a [`Rejection`].
-fn examined<T>(run: impl FnOnce() -> Result<T, Refusal>) -> RResult<T, Rejection> {
+/// Looks at an input; refusals and panics come back as a [`Failure`].
+fn examined<T>(run: impl FnOnce() -> Result<T, Refusal>) -> RResult<T, Failure> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(value)) => ROk(value),
-        Ok(Err(Refusal::Malformed(error))) => {
-            RErr(Rejection::Malformed { message: error.to_string().into() })
-        }
-        Ok(Err(Refusal::Invalid(invalid))) => RErr(Rejection::Invalid { faults: invalid.into_faults() }),
-        Ok(Err(Refusal::Busy)) => RErr(Rejection::Busy),
-        Err(panic) => RErr(Rejection::Failed(panicked(panic))),
+        Ok(Err(Refusal::Malformed(error))) => RErr(failure(FailureKind::MALFORMED_INPUT, error.to_string())),
+        Ok(Err(Refusal::Invalid(invalid))) => RErr(invalid.into_failure()),
+        Ok(Err(Refusal::Busy)) => RErr(failure(FailureKind::BUSY, "the pipeline is changing".into())),
+        Err(panic) => RErr(panicked(panic)),
     }
 }
 
@@ -316,8 +379,8 @@ fn panicked(panic: Box<dyn Any + Send>) -> Failure {
     std::mem::forget(panic);
     // A pipeline that unwraps what CUDA says panics with it.
     let lost = kind_of_text(&message) == Some(ErrorKind::DeviceLost);
-    let kind = if lost { FailureKind::DeviceSuspected } else { FailureKind::Panicked };
-    Failure { kind, message: RString::from(message) }
+    let kind = if lost { FailureKind::DEVICE_SUSPECTED } else { FailureKind::PANICKED };
+    failure(kind, message)
 }
 
 const _: () = {

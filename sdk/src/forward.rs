@@ -8,11 +8,11 @@ use std::{
     fmt::{self, Write as _},
     sync::{
         Once, OnceLock,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
 };
 
-use modalkit_abi::{HostApi, LogLevel, LogRecord};
+use modalkit_abi::{HostApiRef, LogLevel};
 use tracing::{
     Event, Level, Metadata, Subscriber,
     field::{Field, Visit},
@@ -27,8 +27,8 @@ use tracing_subscriber::{
 };
 
 static PLUGIN: OnceLock<(&str, &str)> = OnceLock::new();
-static HOST: OnceLock<HostApi> = OnceLock::new();
-static LEVEL: AtomicU8 = AtomicU8::new(LogLevel::Off as u8);
+static HOST: OnceLock<HostApiRef> = OnceLock::new();
+static LEVEL: AtomicU32 = AtomicU32::new(LogLevel::OFF.0);
 static INSTALL: Once = Once::new();
 
 thread_local! {
@@ -45,19 +45,19 @@ pub(crate) fn plugin() -> (&'static str, &'static str) {
 }
 
 /// Connects this library's log to the host, or changes its level.
-pub(crate) fn attach(host: HostApi) {
+pub(crate) fn attach(host: HostApiRef, level: LogLevel) {
     HOST.get_or_init(|| host);
-    LEVEL.store(host.level as u8, Ordering::Relaxed);
+    LEVEL.store(level.0, Ordering::Relaxed);
     INSTALL.call_once(|| {
         // Either may be taken already by a library the plugin uses; that one's choice stands.
         let _ = tracing::subscriber::set_global_default(Registry::default().with(ToHost));
         let _ = log::set_logger(&ToHost);
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(ToString::to_string).unwrap_or_default();
-            send(LogLevel::Error, "panic", &panic.payload_as_str().unwrap_or("a panic"), &place);
+            send(LogLevel::ERROR, "panic", &panic.payload_as_str().unwrap_or("a panic"), &place);
         }));
     });
-    log::set_max_level(log_filter(host.level));
+    log::set_max_level(log_filter(level));
     tracing::callsite::rebuild_interest_cache();
 }
 
@@ -74,7 +74,7 @@ pub(crate) fn serving(model: &str) {
 
 fn send(level: LogLevel, target: &str, message: &dyn fmt::Display, fields: &str) {
     let Some(host) = HOST.get() else { return };
-    if level as u8 > LEVEL.load(Ordering::Relaxed) {
+    if level.0 > LEVEL.load(Ordering::Relaxed) {
         return;
     }
     let message = message.to_string();
@@ -84,13 +84,8 @@ fn send(level: LogLevel, target: &str, message: &dyn fmt::Display, fields: &str)
         // A thread of the plugin's own, which serves no model in particular.
         plugin().0.clone_into(&mut model);
     }
-    (host.log)(&LogRecord {
-        level,
-        model: model.as_str().into(),
-        target: target.into(),
-        message: message.as_str().into(),
-        fields: fields.trim_end().into(),
-    });
+    let (model, message, fields) = (model.as_str(), message.as_str(), fields.trim_end());
+    host.log()(level, model.into(), target.into(), message.into(), fields.into());
 }
 
 struct ToHost;
@@ -118,16 +113,16 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for ToHost {
     }
 
     fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
-        level_of(*metadata.level()) as u8 <= LEVEL.load(Ordering::Relaxed)
+        level_of(*metadata.level()).0 <= LEVEL.load(Ordering::Relaxed)
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(match LEVEL.load(Ordering::Relaxed) {
-            0 => LevelFilter::OFF,
-            1 => LevelFilter::ERROR,
-            2 => LevelFilter::WARN,
-            3 => LevelFilter::INFO,
-            4 => LevelFilter::DEBUG,
+        Some(match LogLevel(LEVEL.load(Ordering::Relaxed)) {
+            LogLevel::OFF => LevelFilter::OFF,
+            LogLevel::ERROR => LevelFilter::ERROR,
+            LogLevel::WARN => LevelFilter::WARN,
+            LogLevel::INFO => LevelFilter::INFO,
+            LogLevel::DEBUG => LevelFilter::DEBUG,
             _ => LevelFilter::TRACE,
         })
     }
@@ -167,11 +162,11 @@ impl log::Log for ToHost {
 
     fn log(&self, record: &log::Record<'_>) {
         let level = match record.level() {
-            log::Level::Error => LogLevel::Error,
-            log::Level::Warn => LogLevel::Warn,
-            log::Level::Info => LogLevel::Info,
-            log::Level::Debug => LogLevel::Debug,
-            log::Level::Trace => LogLevel::Trace,
+            log::Level::Error => LogLevel::ERROR,
+            log::Level::Warn => LogLevel::WARN,
+            log::Level::Info => LogLevel::INFO,
+            log::Level::Debug => LogLevel::DEBUG,
+            log::Level::Trace => LogLevel::TRACE,
         };
         send(level, record.target(), record.args(), "");
     }
@@ -181,21 +176,21 @@ impl log::Log for ToHost {
 
 fn level_of(level: Level) -> LogLevel {
     match level {
-        Level::ERROR => LogLevel::Error,
-        Level::WARN => LogLevel::Warn,
-        Level::INFO => LogLevel::Info,
-        Level::DEBUG => LogLevel::Debug,
-        Level::TRACE => LogLevel::Trace,
+        Level::ERROR => LogLevel::ERROR,
+        Level::WARN => LogLevel::WARN,
+        Level::INFO => LogLevel::INFO,
+        Level::DEBUG => LogLevel::DEBUG,
+        Level::TRACE => LogLevel::TRACE,
     }
 }
 
 fn log_filter(level: LogLevel) -> log::LevelFilter {
     match level {
-        LogLevel::Off => log::LevelFilter::Off,
-        LogLevel::Error => log::LevelFilter::Error,
-        LogLevel::Warn => log::LevelFilter::Warn,
-        LogLevel::Info => log::LevelFilter::Info,
-        LogLevel::Debug => log::LevelFilter::Debug,
-        LogLevel::Trace => log::LevelFilter::Trace,
+        LogLevel::OFF => log::LevelFilter::Off,
+        LogLevel::ERROR => log::LevelFilter::Error,
+        LogLevel::WARN => log::LevelFilter::Warn,
+        LogLevel::INFO => log::LevelFilter::Info,
+        LogLevel::DEBUG => log::LevelFilter::Debug,
+        _ => log::LevelFilter::Trace,
     }
 }

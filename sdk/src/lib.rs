@@ -52,6 +52,7 @@
 
 mod context;
 mod device;
+mod document;
 mod error;
 mod export;
 mod finite;
@@ -62,6 +63,7 @@ mod pipeline;
 mod queue;
 mod schema;
 mod strict;
+mod tensor;
 pub mod testkit;
 
 pub use context::{LoadContext, NoSettings, VolumeReload};
@@ -69,6 +71,7 @@ pub use device::Device;
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};
 pub use pipeline::{InferencePipeline, Outcome};
 pub use queue::{QueueBackend, QueueContext, QueueError, QueuedMessage};
+pub use tensor::{Datatype, Element, Signature, Tensor, Tensors};
 
 /// The CUDA bindings whose types [`Device::cuda`] speaks. A pipeline that wants more of them (`cublas`, `nvrtc`) depends on the same
 /// version with those features.

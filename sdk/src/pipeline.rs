@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Invalid, LoadContext, PipelineError, VolumeReload};
+use crate::{Invalid, LoadContext, PipelineError, Signature, Tensor, Tensors, VolumeReload};
 
 /// What became of one item of a batch. An `Err` fails this item alone; its neighbours are answered.
 ///
@@ -133,6 +133,96 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     fn validate(&self, input: &Self::Input) -> Result<(), Invalid> {
         let _ = input;
         Ok(())
+    }
+
+    /// How much work an input is, in a unit of the pipeline's own: tokens, pixels, rows. Asked once, after `validate`, under the same
+    /// terms. The host counts it (`modalkit_cost_total`).
+    ///
+    /// ```
+    /// # struct Input { text: String }
+    /// # struct Tagger;
+    /// # impl Tagger {
+    /// fn cost(&self, input: &Input) -> u64 {
+    ///     input.text.split_whitespace().count().max(1) as u64
+    /// }
+    /// # }
+    /// # assert_eq!(Tagger.cost(&Input { text: "a b".into() }), 2);
+    /// ```
+    fn cost(&self, input: &Self::Input) -> u64 {
+        let _ = input;
+        1
+    }
+
+    /// A key of an input's shape: inputs with the same key fit into one batch without padding. Asked as [`InferencePipeline::cost`] is.
+    fn shape(&self, input: &Self::Input) -> u64 {
+        let _ = input;
+        0
+    }
+
+    /// The tensors that the pipeline takes and gives, as it is loaded now, where it takes any (`POST /v2/models/{name}/infer`): then
+    /// [`InferencePipeline::input_from_tensors`] and [`InferencePipeline::output_to_tensors`] are to be there as well. The host holds requests
+    /// against it, and asks again after `on_volume_reload`.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{Datatype, InferencePipeline, Invalid, LoadContext, NoSettings, Outcome, PipelineError};
+    /// # use modalkit_sdk::{Signature, Tensor, Tensors, testkit::TestKit};
+    /// # #[derive(serde::Deserialize, schemars::JsonSchema)]
+    /// # struct Input { values: Vec<f32> }
+    /// # #[derive(serde::Serialize, schemars::JsonSchema)]
+    /// # struct Output { sum: f32 }
+    /// # struct Sum;
+    /// # impl InferencePipeline for Sum {
+    /// #     type Settings = NoSettings;
+    /// #     type Input = Input;
+    /// #     type Output = Output;
+    /// #     type Preprocessed = ();
+    /// #     type RawOutput = ();
+    /// #     fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> { Ok(Self) }
+    /// #     fn preprocess(&self, _: &[Input]) -> Result<(), PipelineError> { Ok(()) }
+    /// #     fn predict(&self, _: &[Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
+    /// #     fn postprocess(&self, inputs: &[Input], (): ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
+    /// #         Ok(inputs.iter().map(|input| Ok(Output { sum: input.values.iter().sum() })).collect())
+    /// #     }
+    /// fn signature(&self) -> Option<Signature> {
+    ///     Some(Signature::new().input("values", Datatype::Fp32, [-1]).output("sum", Datatype::Fp32, [1]))
+    /// }
+    ///
+    /// fn input_from_tensors(mut tensors: Tensors) -> Result<Input, Invalid> {
+    ///     Ok(Input { values: tensors.take("values")?.values()?.to_vec() })
+    /// }
+    ///
+    /// fn output_to_tensors(&self, output: Output) -> Result<Vec<Tensor>, PipelineError> {
+    ///     Ok(vec![Tensor::new("sum", [1], vec![output.sum])?])
+    /// }
+    /// # }
+    ///
+    /// # let model = TestKit::new().load::<Sum>()?;
+    /// let values = Tensor::new("values", [2], vec![1.0_f32, 2.0])?;
+    /// let answers = model.run_tensors(vec![vec![values]]);
+    /// assert_eq!(answers[0].as_ref().unwrap()[0].values::<f32>().unwrap(), [3.0]);
+    /// # Ok::<(), PipelineError>(())
+    /// ```
+    fn signature(&self) -> Option<Signature> {
+        None
+    }
+
+    /// Makes an input of tensors that fit the signature; runs where `Input` would be parsed. A [`Tensor`] may be kept as it is: its bytes are
+    /// those that the host has received.
+    ///
+    /// # Errors
+    /// What is wrong with them, and in which.
+    fn input_from_tensors(tensors: Tensors) -> Result<Self::Input, Invalid> {
+        let _ = tensors;
+        Err(Invalid::new("this pipeline takes no tensors"))
+    }
+
+    /// Makes tensors of an output, for a request that came with tensors.
+    ///
+    /// # Errors
+    /// Fails the item.
+    fn output_to_tensors(&self, output: Self::Output) -> Result<Vec<Tensor>, PipelineError> {
+        let _ = output;
+        Err(PipelineError::permanent("this pipeline gives no tensors: `output_to_tensors` is missing"))
     }
 
     /// Prepares a batch for the model.

@@ -2,23 +2,25 @@
 //!
 //! Every `unsafe` here rests on the ownership rules in `modalkit_abi::QueueModule`, which the host's loader keeps.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use modalkit_abi::{
-    Failure, QueueDescription, QueueHandle, QueueMessage, QueueModule, QueueModuleRef, QueueOpenArgs, Sent,
+    Failure, QueueHandle, QueueMessage, QueueModule, QueueModuleRef, Sent,
     abi_stable::{
         library::{LibHeader, RootModuleResult},
         marker_type::ErasedPrefix,
         prefix_type::{PrefixRefTrait, PrefixTypeTrait},
-        std_types::{ROk, RResult, RSlice, RStr},
+        std_types::{ROk, RResult, RSlice, RStr, RString},
     },
 };
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use crate::{
     PipelineError,
     context::{Secrets, parse_settings},
+    document,
     export::{attach, discard, from_raw, guarded, into_raw},
     forward::{self, serving},
     schema,
@@ -239,29 +241,27 @@ struct Opened<B> {
     name: String,
 }
 
-extern "C" fn describe<B: QueueBackend>() -> RResult<QueueDescription, Failure> {
+extern "C" fn describe<B: QueueBackend>() -> RResult<RString, Failure> {
     guarded(|| {
         let (name, version) = forward::plugin();
-        Ok(QueueDescription {
-            name: name.into(),
-            version: version.into(),
-            settings_schema: schema::of_settings::<B::Settings>().to_string().into(),
-        })
+        let settings_schema = schema::of_settings::<B::Settings>();
+        let description = json!({"name": name, "version": version, "settings_schema": settings_schema});
+        Ok(description.to_string().into())
     })
 }
 
-extern "C" fn open<B: QueueBackend>(args: QueueOpenArgs<'_>) -> RResult<QueueHandle, Failure> {
-    serving(args.backend_name.as_str());
+extern "C" fn open<B: QueueBackend>(given: RStr<'_>) -> RResult<QueueHandle, Failure> {
     guarded(|| {
-        let secrets: BTreeMap<String, String> =
-            args.secrets.iter().map(|secret| (secret.name.into(), secret.value.into())).collect();
+        let given: document::OpenQueue<'_> = document::read("open", given.as_str())?;
+        let name = given.backend_name;
+        serving(&name);
         let context = QueueContext {
-            backend_name: args.backend_name.to_string(),
-            settings: parse_settings(&args.settings)?,
-            secrets: Secrets(secrets),
+            backend_name: name.clone(),
+            settings: parse_settings(given.settings.get())?,
+            secrets: Secrets(given.secrets),
         };
         let backend = B::open(context).map_err(QueueError::into_pipeline_error)?;
-        let opened = Opened { backend, name: args.backend_name.to_string() };
+        let opened = Opened { backend, name };
         Ok(QueueHandle::from_raw(into_raw(opened)))
     })
 }

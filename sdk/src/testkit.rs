@@ -4,13 +4,13 @@
 
 use std::path::PathBuf;
 
-use modalkit_abi::{LeasedDevice, LoadArgs, Secret};
-use serde_json::{Value, json};
+use serde_json::{Value, json, value::to_raw_value};
 
 use crate::{
-    Device, InferencePipeline, Outcome, PipelineError, VolumeReload,
+    Device, InferencePipeline, Outcome, PipelineError, Tensor, VolumeReload,
     context::Secrets,
-    instance::{Instance, parse, render},
+    document,
+    instance::{Batch, Instance, Item, Refusal, Rendered},
     schema,
 };
 
@@ -125,22 +125,13 @@ impl TestKit {
     /// What `load` or `warmup` return, settings that don't fit, or an `Output` that the host would refuse.
     pub fn load<P: InferencePipeline>(&self) -> Result<LoadedPipeline<P>, PipelineError> {
         schema::of_output::<P::Output>()?;
-        let folder = self.all_model_data_folder.to_string_lossy();
-        let (common, settings) = (self.common_settings.to_string(), self.settings.to_string());
-        let secrets: Vec<Secret<'_>> = self
-            .secrets
-            .0
-            .iter()
-            .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
-            .collect();
-        let devices: Vec<LeasedDevice<'_>> = self.devices.iter().map(Device::leased).collect();
-        let instance = Instance::load(&LoadArgs {
-            model_name: self.model_name.as_str().into(),
-            all_model_data_folder: folder.as_ref().into(),
-            common_settings: common.as_str().into(),
-            settings: settings.as_str().into(),
-            secrets: secrets.as_slice().into(),
-            devices: devices.as_slice().into(),
+        let instance = Instance::load(document::Load {
+            model_name: self.model_name.clone(),
+            all_model_data_folder: self.all_model_data_folder.to_string_lossy().into_owned(),
+            common_settings: &to_raw_value(&self.common_settings)?,
+            settings: &to_raw_value(&self.settings)?,
+            secrets: self.secrets.0.clone(),
+            devices: self.devices.clone(),
         })?;
         instance.warmup()?;
         Ok(LoadedPipeline { instance })
@@ -183,13 +174,12 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
     /// What a stage returns for the whole batch, an input that `validate` refuses, or a count of outcomes that differs
     /// from the inputs'.
     pub fn run(&self, inputs: Vec<P::Input>) -> Result<Vec<Outcome<P::Output>>, PipelineError> {
-        for input in &inputs {
-            self.instance.validate(input).map_err(|refusal| refusal.into_error())?;
+        let items: Vec<Item<P>> =
+            inputs.into_iter().map(|input| Item { input, is_of_tensors: false }).collect();
+        for item in &items {
+            self.instance.validate(item).map_err(Refusal::into_error)?;
         }
-        let mut batch = self.instance.begin(inputs);
-        batch.preprocess()?;
-        batch.predict()?;
-        batch.postprocess()
+        self.stages(items).map(|(_, outcomes)| outcomes)
     }
 
     /// Runs a batch of JSON inputs and gives the outputs, which are what a caller reads beside `status`. As for callers that come one by one,
@@ -197,31 +187,62 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
     /// each.
     #[must_use]
     pub fn run_json(&self, inputs: &[Value]) -> Vec<Outcome<Value>> {
-        let mut answers = Vec::with_capacity(inputs.len());
-        let mut batch = Vec::new();
-        for input in inputs {
-            let parsed = parse::<P>(input.to_string().as_bytes())
-                .and_then(|input| self.instance.validate(&input).map(|()| input))
-                .map_err(|refusal| refusal.into_error());
-            answers.push(match parsed {
-                Ok(input) => {
-                    batch.push(input);
+        let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
+        let read = |rendered| match rendered {
+            Rendered::Json(json) => Ok(serde_json::from_slice(&json)?),
+            Rendered::Tensors(_) => unreachable!("no item was made of tensors"),
+        };
+        self.run_items(parsed, read)
+    }
+
+    /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Otherwise as [`LoadedPipeline::run_json`]; that they fit
+    /// the pipeline's signature, which the host looks at, nobody looks at here.
+    #[must_use]
+    pub fn run_tensors(&self, inputs: Vec<Vec<Tensor>>) -> Vec<Outcome<Vec<Tensor>>> {
+        let made = inputs.into_iter().map(|tensors| Item::of_tensors(tensors.into()));
+        let read = |rendered| match rendered {
+            Rendered::Tensors(tensors) => Ok(tensors),
+            Rendered::Json(_) => unreachable!("every item was made of tensors"),
+        };
+        self.run_items(made, read)
+    }
+
+    fn run_items<T>(
+        &self,
+        items: impl Iterator<Item = Result<Item<P>, Refusal>>,
+        read: impl Fn(Rendered) -> Outcome<T>,
+    ) -> Vec<Outcome<T>> {
+        let (mut answers, mut batch) = (Vec::new(), Vec::new());
+        for item in items {
+            let valid = item.and_then(|item| self.instance.validate(&item).map(|_| item));
+            answers.push(match valid {
+                Ok(item) => {
+                    batch.push(item);
                     None
                 }
-                Err(error) => Some(Err(error)),
+                Err(refusal) => Some(Err(refusal.into_error())),
             });
         }
         let size = batch.len();
-        let outcomes: Vec<Outcome<Vec<u8>>> = match self.run(batch) {
-            Ok(outcomes) => render(outcomes).collect(),
-            Err(error) => vec![Err(error); size],
+        let outcomes: Vec<Outcome<Rendered>> = match self.stages(batch) {
+            Ok((batch, outcomes)) => {
+                let outcomes = outcomes.into_iter().enumerate();
+                outcomes.map(|(place, outcome)| batch.render(place, outcome)).collect()
+            }
+            Err(error) => std::iter::repeat_with(|| Err(error.clone())).take(size).collect(),
         };
         let mut outcomes = outcomes.into_iter();
-        let mut next = || -> Outcome<Value> {
-            let json = outcomes.next().expect("one outcome for each input of the batch")?;
-            Ok(serde_json::from_slice(&json)?)
-        };
+        let mut next = || read(outcomes.next().expect("one outcome for each input of the batch")?);
         answers.into_iter().map(|answer| answer.unwrap_or_else(&mut next)).collect()
+    }
+
+    #[expect(clippy::type_complexity, reason = "a batch and what came of it, in one place")]
+    fn stages(&self, items: Vec<Item<P>>) -> Result<(Batch<P>, Vec<Outcome<P::Output>>), PipelineError> {
+        let mut batch = self.instance.begin(items.into_iter());
+        batch.preprocess()?;
+        batch.predict()?;
+        let outcomes = batch.postprocess()?;
+        Ok((batch, outcomes))
     }
 
     /// Calls the pipeline's `on_volume_reload`.

@@ -38,7 +38,7 @@ fn a_plugin_is_inspected_without_being_served() {
     let (code, said, _) = modalkit(&["inspect", path_of(&echo)], &[]);
     assert_eq!(code, 0, "{said}");
     for part in
-        ["echo 0.1.0, this host would take it", "abi     5", "text  string  required", "translated_text"]
+        ["echo 0.1.0, this host would take it", "abi     5.0", "text  string  required", "translated_text"]
     {
         assert!(said.contains(part), "{part:?} is not in {said}");
     }

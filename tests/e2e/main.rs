@@ -32,3 +32,4 @@ mod removal;
 mod serving;
 mod similarity;
 mod state;
+mod tensors;

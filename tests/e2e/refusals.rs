@@ -112,23 +112,47 @@ fn libraries_that_are_no_plugin_for_this_host() {
 }
 
 #[test]
-fn another_abi_number_is_named_with_who_built_it() {
+fn another_abi_number_or_a_feature_that_is_missing_is_named_with_who_built_it() {
     let host = Setup::new().plugin("echo").ready();
     let neighbour = neighbour(&host);
     // What stays readable for ever: plain C data behind one symbol.
-    let source = r#"
-        #include <stdint.h>
-        struct text { const char *start; uint64_t length; };
-        const struct { char magic[16]; uint32_t abi, aborts; struct text sdk, rustc; const void *header; }
-            modalkit_plugin_handshake = { "modalkit plugin", 999, 0, {"9.9.9", 5}, {"rustc 9.0.0", 11}, 0 };
-    "#;
+    let source = |abi: u32, minor: u32, needs: &str| {
+        format!(
+            r#"
+            #include <stdint.h>
+            struct text {{ const char *start; uint64_t length; }};
+            const struct {{
+                char magic[16]; uint32_t abi, aborts; struct text sdk, rustc; const void *header;
+                uint32_t minor, reserved; uint64_t needs;
+            }} modalkit_plugin_handshake = {{
+                "modalkit plugin", {abi}, 0, {{"9.9.9", 5}}, {{"rustc 9.0.0", 11}}, 0, {minor}, 0, {needs}
+            }};
+            "#
+        )
+    };
+    let host_takes = "(SDK 9.9.9, rustc 9.0.0), and this host takes ABI 5.";
     let folder = tempfile::tempdir().unwrap();
-    install(&compile(source, folder.path(), "newer", &[]), &host.volume().join("newer.so"));
-    let reason = refused(&host, "newer");
-    says(
-        &reason,
-        &["built for plugin ABI 999 (SDK 9.9.9, rustc 9.0.0)", "this host has ABI 5", "rebuild it"],
-    );
+    for (name, source, expected) in [
+        ("newer", source(999, 0, "0"), ["built for plugin ABI 999 ", host_takes, "update this host"]),
+        (
+            "older",
+            source(4, 0, "0"),
+            ["built for plugin ABI 4 ", host_takes, "rebuild it with the SDK of this host"],
+        ),
+        ("later", source(5, 777, "0"), ["built for plugin ABI 5.777 ", host_takes, "update this host"]),
+        (
+            "needy",
+            source(5, 0, "1ull << 63 | 1ull << 62"),
+            [
+                "it needs what this host doesn't have: feature 62, feature 63;",
+                "run a host that has it",
+                "build the plugin without it",
+            ],
+        ),
+    ] {
+        install(&compile(&source, folder.path(), name, &[]), &host.volume().join(format!("{name}.so")));
+        says(&refused(&host, name), &expected);
+    }
     neighbour.stop().assert_faultless();
 }
 

@@ -1,29 +1,69 @@
 //! A loaded pipeline and what goes through it: inputs, batches, outcomes.
 
-use std::any::Any;
+use std::{any::Any, sync::Arc};
 
 use bytes::Bytes;
 
-use crate::{Failure, Rejection};
+use crate::{Failure, FailureKind, Rejection, Signature, Tensor};
 
-/// What goes into a pipeline and comes out of it. A clone shares the bytes.
+/// What goes into a pipeline and comes out of it: outputs are of the inputs' form. A clone shares the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Payload {
     /// A JSON text. As an output it is an object.
     Json(Bytes),
+    /// Tensors, without the dimension of the batch.
+    Tensors(Arc<[Tensor]>),
 }
 
 impl Payload {
-    /// The payload as a JSON text.
+    /// The JSON text, where it is one.
     #[must_use]
-    pub fn json(&self) -> &Bytes {
-        let Self::Json(json) = self;
-        json
+    pub fn json(&self) -> Option<&Bytes> {
+        match self {
+            Self::Json(json) => Some(json),
+            Self::Tensors(_) => None,
+        }
     }
+
+    /// The output to an input that was a JSON text.
+    ///
+    /// # Errors
+    /// The plugin has mixed them up.
+    pub fn into_json(self) -> Result<Bytes, Failure> {
+        match self {
+            Self::Json(json) => Ok(json),
+            Self::Tensors(_) => Err(mixed_up("JSON", "tensors")),
+        }
+    }
+
+    /// The output to an input of tensors.
+    ///
+    /// # Errors
+    /// The plugin has mixed them up.
+    pub fn into_tensors(self) -> Result<Arc<[Tensor]>, Failure> {
+        match self {
+            Self::Tensors(tensors) => Ok(tensors),
+            Self::Json(_) => Err(mixed_up("tensors", "JSON")),
+        }
+    }
+}
+
+fn mixed_up(expected: &str, found: &str) -> Failure {
+    let message = format!("the plugin gave {found} for an input that was {expected}");
+    Failure { kind: FailureKind::Permanent, message }
 }
 
 /// What became of one item: its output, or why there is none.
 pub type Outcome = Result<Payload, Failure>;
+
+/// How much work an input is, and what it can be batched with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measure {
+    /// How much work, in a unit of the pipeline's own; 1 where it doesn't say.
+    pub cost: u64,
+    /// Inputs with the same key fit into one batch without padding; 0 where the pipeline doesn't say.
+    pub shape: u64,
+}
 
 /// A decoded input, in the form of its engine.
 pub trait Input: Any + Send {}
@@ -32,6 +72,8 @@ pub trait Input: Any + Send {}
 pub struct Decoded {
     /// The input.
     pub input: Box<dyn Input>,
+    /// By the instance that has validated it.
+    pub measure: Measure,
     /// Whether an instance has validated it.
     pub is_validated: bool,
 }
@@ -42,6 +84,9 @@ pub struct Foreign;
 
 /// A loaded pipeline; dropped, it is gone with its memory and its device.
 pub trait Instance: Any + Send + Sync {
+    /// The tensors that the pipeline takes and gives, as it is loaded now; `None` where it takes none.
+    fn signature(&self) -> Option<Arc<Signature>>;
+
     /// Runs the pipeline's `on_volume_reload`: waits for batches under way, and batches wait for it.
     ///
     /// `changed`: files relative to the mount point; none where nobody knows which.
@@ -59,14 +104,14 @@ pub trait Instance: Any + Send + Sync {
     /// Whether this instance can run the input.
     fn owns(&self, decoded: &Decoded) -> bool;
 
-    /// Validates an input that was decoded without an instance, and waits where the pipeline is changing.
+    /// Validates and measures an input that was decoded without an instance, and waits where the pipeline is changing.
     ///
     /// # Errors
     /// Why the pipeline turns it down.
     ///
     /// # Panics
     /// Where the input is not this plugin's; ask [`Instance::owns`] first.
-    fn validate(&self, decoded: &Decoded) -> Result<(), Rejection>;
+    fn validate(&self, decoded: &Decoded) -> Result<Measure, Rejection>;
 
     /// Makes a batch of inputs, in order; waits where the pipeline is changing.
     ///
@@ -75,8 +120,14 @@ pub trait Instance: Any + Send + Sync {
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign>;
 }
 
-/// Inputs on their way through the stages, which are called in order and once each. It stays on the thread that began it.
-pub trait Batch {
+/// Takes the outcomes of a batch's items, which are named by their place in it, from 0.
+pub trait OutcomeSink {
+    /// An item's outcome. How often that is said of an item, and of which, is the plugin's word: compare.
+    fn end(&mut self, item: usize, outcome: Outcome);
+}
+
+/// Inputs on their way through the stages, which are called in order and once each, on any thread.
+pub trait Batch: Send {
     /// First stage.
     ///
     /// # Errors
@@ -89,9 +140,9 @@ pub trait Batch {
     /// What the pipeline said; the batch is over then.
     fn predict(&mut self) -> Result<(), Failure>;
 
-    /// Third stage: one outcome an input, in order. How many there are is the plugin's word: compare.
+    /// Third stage: gives one outcome an input.
     ///
     /// # Errors
     /// What the pipeline said of the whole batch; it is over then.
-    fn postprocess(&mut self) -> Result<Vec<Outcome>, Failure>;
+    fn postprocess(&mut self, outcomes: &mut dyn OutcomeSink) -> Result<(), Failure>;
 }

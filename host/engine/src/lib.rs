@@ -8,7 +8,7 @@
 //! 2. [`Engine::open`] tries the copy where a crash harms nobody, then opens it. What comes of it describes itself.
 //! 3. [`Plugin::load`] builds an [`Instance`] of it with a model's settings.
 //! 4. [`Plugin::decode`] or [`Instance::decode`] makes a [`Decoded`] input of a [`Payload`]; [`Instance::begin`] makes a [`Batch`] of
-//!    them, which runs through the stages and gives one [`Outcome`] each.
+//!    them, which runs through the stages and gives an [`OutcomeSink`] one [`Outcome`] each.
 
 #![forbid(unsafe_code)]
 
@@ -17,9 +17,11 @@ mod file;
 mod instance;
 mod plugin;
 mod queue;
+mod tensor;
 
 pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
-pub use instance::{Batch, Decoded, Foreign, Input, Instance, Outcome, Payload};
+pub use instance::{Batch, Decoded, Foreign, Input, Instance, Measure, Outcome, OutcomeSink, Payload};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
+pub use tensor::{Datatype, Signature, Tensor, TensorError, TensorSpec};

@@ -98,6 +98,8 @@ pub struct Description {
     pub name: String,
     /// The plugin's version.
     pub version: String,
+    /// The boundary that it was built for, as `5.0`.
+    pub abi: String,
     /// The version of the SDK that it was made with.
     pub sdk: String,
     /// The compiler of that SDK.

@@ -1,9 +1,10 @@
 //! What crosses the boundary in the ABI's types, in the host's, and back.
 
-use std::collections::BTreeMap;
+use bytes::Bytes;
+use modalkit_abi::{Buffer, FailureKind as Kind, abi_stable::std_types::RResult};
+use modalkit_engine::{Datatype, Failure, FailureKind, LogLevel, Measure, Rejection, Tensor};
 
-use modalkit_abi::{Secret, abi_stable::std_types::RResult};
-use modalkit_engine::{Failure, FailureKind, InputFault, LogLevel, PathSegment, Rejection};
+use crate::document;
 
 /// A call's result, with the failure as the host knows it.
 pub(crate) fn result<T>(result: RResult<T, modalkit_abi::Failure>) -> Result<T, Failure> {
@@ -11,65 +12,101 @@ pub(crate) fn result<T>(result: RResult<T, modalkit_abi::Failure>) -> Result<T, 
 }
 
 pub(crate) fn failure(failure: modalkit_abi::Failure) -> Failure {
-    use modalkit_abi::FailureKind as Kind;
     let kind = match failure.kind {
-        Kind::InvalidInput => FailureKind::InvalidInput,
-        Kind::Permanent => FailureKind::Permanent,
-        Kind::Transient => FailureKind::Transient,
-        Kind::DeviceLost => FailureKind::DeviceLost,
-        Kind::DeviceSuspected => FailureKind::DeviceSuspected,
-        Kind::Panicked => FailureKind::Panicked,
+        Kind::INVALID_INPUT | Kind::MALFORMED_INPUT => FailureKind::InvalidInput,
+        Kind::TRANSIENT | Kind::BUSY => FailureKind::Transient,
+        Kind::DEVICE_LOST => FailureKind::DeviceLost,
+        Kind::DEVICE_SUSPECTED => FailureKind::DeviceSuspected,
+        Kind::PANICKED => FailureKind::Panicked,
+        _ => FailureKind::Permanent,
     };
     Failure { kind, message: failure.message.into() }
 }
 
-pub(crate) fn rejection(rejection: modalkit_abi::Rejection) -> Rejection {
-    match rejection {
-        modalkit_abi::Rejection::Malformed { message } => Rejection::Malformed { message: message.into() },
-        modalkit_abi::Rejection::Invalid { faults } => {
-            let fault = |fault: modalkit_abi::InputFault| InputFault {
-                path: fault.path.into_iter().map(segment).collect(),
-                message: fault.message.into(),
-            };
-            Rejection::Invalid { faults: faults.into_iter().map(fault).collect() }
+/// A failure of a call that looks at an input.
+pub(crate) fn rejection(refused: modalkit_abi::Failure) -> Rejection {
+    match refused.kind {
+        Kind::MALFORMED_INPUT => Rejection::Malformed { message: refused.message.into() },
+        Kind::INVALID_INPUT => {
+            Rejection::Invalid { faults: document::faults(refused.message.into(), &refused.details) }
         }
-        modalkit_abi::Rejection::Failed(failed) => Rejection::Failed(failure(failed)),
-        modalkit_abi::Rejection::Busy => Rejection::Busy,
+        Kind::BUSY => Rejection::Busy,
+        _ => Rejection::Failed(failure(refused)),
     }
 }
 
-fn segment(segment: modalkit_abi::PathSegment) -> PathSegment {
-    match segment {
-        modalkit_abi::PathSegment::Key(key) => PathSegment::Key(key.into()),
-        modalkit_abi::PathSegment::Index(index) => PathSegment::Index(index),
+pub(crate) fn measure(measure: modalkit_abi::Measure) -> Measure {
+    Measure { cost: measure.cost, shape: measure.shape }
+}
+
+/// A tensor on its way to a plugin, which shares the bytes.
+pub(crate) fn tensor_of_plugins(tensor: &Tensor) -> modalkit_abi::Tensor {
+    modalkit_abi::Tensor {
+        name: tensor.name().into(),
+        datatype: number(tensor.datatype()),
+        shape: tensor.shape().to_vec().into(),
+        data: Buffer::from_owner(tensor.data().clone()),
+        parameters: Default::default(),
+    }
+}
+
+/// A tensor that a plugin gave. Its bytes stay where they are.
+///
+/// # Errors
+/// It is none.
+pub(crate) fn tensor(tensor: modalkit_abi::Tensor) -> Result<Tensor, Failure> {
+    let unfit = |reason: String| Failure {
+        kind: FailureKind::Permanent,
+        message: format!("the plugin's tensor `{}`: {reason}", tensor.name),
+    };
+    let known = Datatype::ALL.iter().copied().find(|known| number(*known) == tensor.datatype);
+    let datatype =
+        known.ok_or_else(|| unfit(format!("this host doesn't know the datatype {}", tensor.datatype.0)))?;
+    let name = tensor.name.as_str().into();
+    let made = Tensor::of_output(name, datatype, tensor.shape.to_vec(), Bytes::from_owner(tensor.data));
+    made.map_err(|error| Failure {
+        kind: FailureKind::Permanent,
+        message: format!("the plugin's tensor `{}`: {error}", tensor.name),
+    })
+}
+
+fn number(datatype: Datatype) -> modalkit_abi::Datatype {
+    match datatype {
+        Datatype::Bool => modalkit_abi::Datatype::BOOL,
+        Datatype::Uint8 => modalkit_abi::Datatype::UINT8,
+        Datatype::Uint16 => modalkit_abi::Datatype::UINT16,
+        Datatype::Uint32 => modalkit_abi::Datatype::UINT32,
+        Datatype::Uint64 => modalkit_abi::Datatype::UINT64,
+        Datatype::Int8 => modalkit_abi::Datatype::INT8,
+        Datatype::Int16 => modalkit_abi::Datatype::INT16,
+        Datatype::Int32 => modalkit_abi::Datatype::INT32,
+        Datatype::Int64 => modalkit_abi::Datatype::INT64,
+        Datatype::Fp16 => modalkit_abi::Datatype::FP16,
+        Datatype::Bf16 => modalkit_abi::Datatype::BF16,
+        Datatype::Fp32 => modalkit_abi::Datatype::FP32,
+        Datatype::Fp64 => modalkit_abi::Datatype::FP64,
+        Datatype::Bytes => modalkit_abi::Datatype::BYTES,
     }
 }
 
 pub(crate) fn level_of_plugins(level: LogLevel) -> modalkit_abi::LogLevel {
     match level {
-        LogLevel::Off => modalkit_abi::LogLevel::Off,
-        LogLevel::Error => modalkit_abi::LogLevel::Error,
-        LogLevel::Warn => modalkit_abi::LogLevel::Warn,
-        LogLevel::Info => modalkit_abi::LogLevel::Info,
-        LogLevel::Debug => modalkit_abi::LogLevel::Debug,
-        LogLevel::Trace => modalkit_abi::LogLevel::Trace,
+        LogLevel::Off => modalkit_abi::LogLevel::OFF,
+        LogLevel::Error => modalkit_abi::LogLevel::ERROR,
+        LogLevel::Warn => modalkit_abi::LogLevel::WARN,
+        LogLevel::Info => modalkit_abi::LogLevel::INFO,
+        LogLevel::Debug => modalkit_abi::LogLevel::DEBUG,
+        LogLevel::Trace => modalkit_abi::LogLevel::TRACE,
     }
 }
 
 pub(crate) fn level(level: modalkit_abi::LogLevel) -> LogLevel {
     match level {
-        modalkit_abi::LogLevel::Off => LogLevel::Off,
-        modalkit_abi::LogLevel::Error => LogLevel::Error,
-        modalkit_abi::LogLevel::Warn => LogLevel::Warn,
-        modalkit_abi::LogLevel::Info => LogLevel::Info,
-        modalkit_abi::LogLevel::Debug => LogLevel::Debug,
-        modalkit_abi::LogLevel::Trace => LogLevel::Trace,
+        modalkit_abi::LogLevel::OFF => LogLevel::Off,
+        modalkit_abi::LogLevel::ERROR => LogLevel::Error,
+        modalkit_abi::LogLevel::WARN => LogLevel::Warn,
+        modalkit_abi::LogLevel::INFO => LogLevel::Info,
+        modalkit_abi::LogLevel::DEBUG => LogLevel::Debug,
+        _ => LogLevel::Trace,
     }
-}
-
-pub(crate) fn secrets(secrets: &BTreeMap<String, String>) -> Vec<Secret<'_>> {
-    secrets
-        .iter()
-        .map(|(name, value)| Secret { name: name.as_str().into(), value: value.as_str().into() })
-        .collect()
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use modalkit_abi::ABI_VERSION;
+use modalkit_abi::{ABI_MAJOR, ABI_MINOR, Features};
 use modalkit_engine::LoadError;
 
 /// Why a library was not taken into this process.
@@ -68,14 +68,24 @@ pub(crate) enum OpenError {
     )]
     IsAQueue,
     /// It was built for another boundary.
-    #[error("it was built for plugin ABI {found} (SDK {sdk}, {rustc}), and this host has ABI {expected}; rebuild it with the SDK of this host", expected = ABI_VERSION)]
+    #[error("it was built for plugin ABI {found} (SDK {sdk}, {rustc}), and this host takes {taken}; {hint}", taken = taken(), hint = abi_hint(*.is_newer))]
     AbiVersion {
         /// The plugin's number.
-        found: u32,
+        found: String,
+        /// Whether the host is the older one.
+        is_newer: bool,
         /// The plugin's SDK.
         sdk: String,
         /// The compiler of the plugin's SDK.
         rustc: String,
+    },
+    /// It needs what this host can't do.
+    #[error(
+        "it needs what this host doesn't have: {}; run a host that has it, or build the plugin without it", missing.names().join(", ")
+    )]
+    Features {
+        /// What.
+        missing: Features,
     },
     /// A panic in it would end this process.
     #[error(
@@ -83,7 +93,7 @@ pub(crate) enum OpenError {
     )]
     PanicAborts,
     /// Its types are laid out differently.
-    #[error("its layout differs from this host's although both say ABI {abi}; rebuild it with the SDK of this host: {difference}", abi = ABI_VERSION)]
+    #[error("its layout differs from this host's although both say ABI {abi}; rebuild it with the SDK of this host: {difference}", abi = ABI_MAJOR)]
     Layout {
         /// abi_stable's first difference.
         difference: String,
@@ -94,6 +104,27 @@ pub(crate) enum OpenError {
         /// What the plugin said.
         reason: String,
     },
+}
+
+/// An ABI number in words.
+pub(crate) fn number(major: u32, minor: u32) -> String {
+    format!("{major}.{minor}")
+}
+
+/// What is taken, in words.
+fn taken() -> String {
+    match ABI_MINOR {
+        0 => format!("ABI {}", number(ABI_MAJOR, 0)),
+        _ => format!("ABI {} to {}", number(ABI_MAJOR, 0), number(ABI_MAJOR, ABI_MINOR)),
+    }
+}
+
+fn abi_hint(is_newer: bool) -> &'static str {
+    if is_newer {
+        "update this host, or build the plugin with an SDK that is as old as it"
+    } else {
+        "rebuild it with the SDK of this host"
+    }
 }
 
 fn missing_hint(beside: bool) -> &'static str {

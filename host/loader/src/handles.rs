@@ -1,17 +1,25 @@
 //! Safe owners of the plugin's handles: each gives its handle back exactly once, to the library that made it.
 
-use std::{any::Any, marker::PhantomData, sync::Arc};
+use std::{
+    any::Any,
+    sync::{Arc, LazyLock},
+};
 
 use bytes::Bytes;
 use modalkit_abi::{
-    BatchHandle, InstanceHandle, ItemHandle, VolumeChange,
-    abi_stable::std_types::{ROption, RSlice, RStr, RVec},
+    BatchHandle, InstanceHandle, ItemHandle, OutcomeSinkRef, SinkHandle, Tensor,
+    abi_stable::{
+        prefix_type::PrefixTypeTrait,
+        std_types::{ROption, RSlice, RStr, RString, RVec},
+    },
 };
 use modalkit_engine::{
-    Batch, Decoded, Failure, FailureKind, Foreign, Input, Instance, Outcome, Payload, Rejection,
+    Batch, Decoded, Failure, FailureKind, Foreign, Input, Instance, Measure, Outcome, OutcomeSink, Payload,
+    Rejection, Signature,
 };
+use parking_lot::RwLock;
 
-use crate::{convert, ending::Entered, library::PipelineLibrary};
+use crate::{convert, document, ending::Entered, library::PipelineLibrary};
 
 /// Outputs up to this many bytes are copied: an owner for the plugin's own bytes is an allocation as well, and it would be given back to
 /// the plugin's allocator by another thread.
@@ -23,6 +31,8 @@ pub(crate) struct LibraryInstance {
     library: PipelineLibrary,
     model: Arc<str>,
     handle: InstanceHandle,
+    /// As it was when the pipeline changed last.
+    signature: RwLock<Option<Arc<Signature>>>,
 }
 
 /// It belongs to its library, not to an instance.
@@ -34,13 +44,11 @@ struct LibraryInput {
 struct LibraryBatch<'i> {
     instance: &'i LibraryInstance,
     handle: BatchHandle,
-    /// A batch holds a lock of the plugin's, which is released on the thread that took it.
-    _stays_on_its_thread: PhantomData<*mut ()>,
 }
 
 impl LibraryInstance {
     pub(crate) fn new(library: PipelineLibrary, model: Arc<str>, handle: InstanceHandle) -> Self {
-        Self { library, model, handle }
+        Self { library, model, handle, signature: RwLock::default() }
     }
 
     /// Runs the pipeline's `warmup`.
@@ -53,6 +61,20 @@ impl LibraryInstance {
         convert::result(unsafe { self.library.module().warmup()(self.handle) })
     }
 
+    /// Asks the pipeline for its signature.
+    ///
+    /// # Errors
+    /// What it said, or its signature is none that this host reads.
+    pub(crate) fn ask_for_signature(&self) -> Result<(), Failure> {
+        let said = {
+            let _code = Entered::new(&self.model, "signature");
+            // SAFETY: the handle is live until `drop`.
+            convert::result(unsafe { self.library.module().signature()(self.handle) })?
+        };
+        *self.signature.write() = document::signature(&said)?.map(Arc::new);
+        Ok(())
+    }
+
     /// The input, where this library decoded it.
     fn downcast_own<'d>(&self, decoded: &'d Decoded) -> Option<&'d LibraryInput> {
         let input: &dyn Any = &*decoded.input;
@@ -61,16 +83,21 @@ impl LibraryInstance {
 }
 
 impl Instance for LibraryInstance {
+    fn signature(&self) -> Option<Arc<Signature>> {
+        self.signature.read().clone()
+    }
+
     fn volume_reload(&self, volume: &str, mount_point: &str, changed: &[String]) -> Result<(), Failure> {
-        let changed: Vec<RStr<'_>> = changed.iter().map(|file| file.as_str().into()).collect();
-        let change = VolumeChange {
-            volume: volume.into(),
-            mount_point: mount_point.into(),
-            changed: RSlice::from_slice(&changed),
+        let change = document::volume_change(volume, mount_point, changed)?;
+        let changed = {
+            let _code = Entered::new(&self.model, "on_volume_reload");
+            // SAFETY: the handle is live until `drop`.
+            convert::result(unsafe {
+                self.library.module().volume_reload()(self.handle, change.as_str().into())
+            })
         };
-        let _code = Entered::new(&self.model, "on_volume_reload");
-        // SAFETY: the handle is live until `drop`.
-        convert::result(unsafe { self.library.module().volume_reload()(self.handle, &change) })
+        // Of a hook that failed half-way, too.
+        changed.and(self.ask_for_signature())
     }
 
     fn decode(&self, payload: &Payload) -> Result<Decoded, Rejection> {
@@ -81,12 +108,12 @@ impl Instance for LibraryInstance {
         self.downcast_own(decoded).is_some()
     }
 
-    fn validate(&self, decoded: &Decoded) -> Result<(), Rejection> {
+    fn validate(&self, decoded: &Decoded) -> Result<Measure, Rejection> {
         let input = self.downcast_own(decoded).expect("an input is validated by the library that decoded it");
         let _code = Entered::new(&self.model, "validate");
         // SAFETY: both handles are live and, by the line before, of the same library.
         let validated = unsafe { self.library.module().validate()(self.handle, input.handle) };
-        validated.into_result().map_err(convert::rejection)
+        validated.into_result().map(convert::measure).map_err(convert::rejection)
     }
 
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign> {
@@ -101,7 +128,7 @@ impl Instance for LibraryInstance {
         let _code = Entered::new(&self.model, "begin");
         // SAFETY: live items of the same library, each given up once by `into_handle`.
         let handle = unsafe { self.library.module().begin()(self.handle, RSlice::from_slice(&handles)) };
-        Ok(Box::new(LibraryBatch { instance: self, handle, _stays_on_its_thread: PhantomData }))
+        Ok(Box::new(LibraryBatch { instance: self, handle }))
     }
 }
 
@@ -119,15 +146,21 @@ pub(crate) fn decode(
     instance: Option<&LibraryInstance>,
     payload: &Payload,
 ) -> Result<Decoded, Rejection> {
-    let Payload::Json(json) = payload;
     let instance = instance.filter(|instance| instance.library.is_same(library));
     let handle = instance.map(|instance| instance.handle);
     let _code = Entered::new(instance.map_or(library.name(), |instance| &instance.model), "decode");
-    // SAFETY: the handle is of a live instance of this library, looked at before.
-    let decoded = unsafe { library.module().decode()(ROption::from(handle), (&**json).into()) };
-    let handle = decoded.into_result().map_err(convert::rejection)?;
-    let input = Box::new(LibraryInput { library: library.clone(), handle });
-    Ok(Decoded { input, is_validated: instance.is_some() })
+    let decoded = match payload {
+        // SAFETY: the handle is of a live instance of this library, looked at before.
+        Payload::Json(json) => unsafe { library.module().decode()(ROption::from(handle), (&**json).into()) },
+        Payload::Tensors(tensors) => {
+            let tensors: RVec<Tensor> = tensors.iter().map(convert::tensor_of_plugins).collect();
+            // SAFETY: as above.
+            unsafe { library.module().decode_tensors()(ROption::from(handle), tensors, RStr::from_str("")) }
+        }
+    };
+    let decoded = decoded.into_result().map_err(convert::rejection)?;
+    let input = Box::new(LibraryInput { library: library.clone(), handle: decoded.item });
+    Ok(Decoded { input, measure: convert::measure(decoded.measure), is_validated: instance.is_some() })
 }
 
 impl LibraryInput {
@@ -152,7 +185,7 @@ impl Drop for LibraryInput {
 impl Batch for LibraryBatch<'_> {
     fn preprocess(&mut self) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "preprocess");
-        // SAFETY: the handle is live until `drop` and used by this thread alone.
+        // SAFETY: the handle is live until `drop` and used by one thread at a time, as `&mut self` says.
         convert::result(unsafe { self.instance.library.module().preprocess()(self.handle) })
     }
 
@@ -162,13 +195,46 @@ impl Batch for LibraryBatch<'_> {
         convert::result(unsafe { self.instance.library.module().predict()(self.handle) })
     }
 
-    fn postprocess(&mut self) -> Result<Vec<Outcome>, Failure> {
+    fn postprocess(&mut self, mut outcomes: &mut dyn OutcomeSink) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "postprocess");
-        // SAFETY: as in `preprocess`.
-        let outcomes = unsafe { self.instance.library.module().postprocess()(self.handle) };
-        let outcome = |outcome| convert::result(outcome).and_then(output);
-        Ok(convert::result(outcomes)?.into_iter().map(outcome).collect())
+        let sink = SinkHandle::from_raw((&raw mut outcomes).cast());
+        // SAFETY: as in `preprocess`; the plugin calls the sink on this thread and in this call, while `outcomes` is borrowed for nothing else.
+        convert::result(unsafe { self.instance.library.module().postprocess()(self.handle, sink, *SINK) })
     }
+}
+
+/// What plugins give outcomes to.
+static SINK: LazyLock<OutcomeSinkRef> = LazyLock::new(|| {
+    modalkit_abi::OutcomeSink { json: take_json, tensors: take_tensors, failed: take_failure }
+        .leak_into_prefix()
+});
+
+unsafe extern "C" fn take_json(sink: SinkHandle, item: usize, json: RVec<u8>) {
+    // SAFETY: by the plugin's promise.
+    unsafe { outcomes(sink) }.end(item, output(json));
+}
+
+unsafe extern "C" fn take_tensors(
+    sink: SinkHandle,
+    item: usize,
+    tensors: RVec<Tensor>,
+    _parameters: RString,
+) {
+    let tensors: Result<Arc<[_]>, Failure> = tensors.into_iter().map(convert::tensor).collect();
+    // SAFETY: by the plugin's promise.
+    unsafe { outcomes(sink) }.end(item, tensors.map(Payload::Tensors));
+}
+
+unsafe extern "C" fn take_failure(sink: SinkHandle, item: usize, failure: modalkit_abi::Failure) {
+    // SAFETY: by the plugin's promise.
+    unsafe { outcomes(sink) }.end(item, Err(convert::failure(failure)));
+}
+
+/// # Safety
+/// The handle is one that `postprocess` has made, its call has not returned, and this is its thread.
+unsafe fn outcomes<'a>(sink: SinkHandle) -> &'a mut dyn OutcomeSink {
+    // SAFETY: by the caller's promise.
+    unsafe { &mut **sink.into_raw().cast::<&mut dyn OutcomeSink>() }
 }
 
 /// An output as the host takes it: it looks at both ends, where members are to be added, and at nothing between them.
@@ -189,7 +255,7 @@ fn output(json: RVec<u8>) -> Outcome {
 impl Drop for LibraryBatch<'_> {
     fn drop(&mut self) {
         let _code = Entered::new(&self.instance.model, "drop");
-        // SAFETY: this is the handle's only owner, on the thread that made it.
+        // SAFETY: this is the handle's only owner.
         unsafe { self.instance.library.module().drop_batch()(self.handle) }
     }
 }

@@ -6,6 +6,7 @@
 //! `store`, `preflight`, `library` (handshake, layout, description), `pipeline` (load), `handles` (instances, inputs, batches).
 
 mod convert;
+mod document;
 mod elf;
 pub mod ending;
 mod engine;
@@ -22,6 +23,11 @@ mod thread_priority;
 mod trust;
 
 pub use engine::{Libraries, Settings};
-pub use modalkit_abi::ABI_VERSION;
 pub use preflight::{Preflight, child as preflight_child};
 pub use trust::Trust;
+
+/// The boundary that this host has, as `5.0`; it takes what was built for an older minor number as well.
+#[must_use]
+pub fn abi() -> String {
+    error::number(modalkit_abi::ABI_MAJOR, modalkit_abi::ABI_MINOR)
+}

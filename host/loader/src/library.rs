@@ -7,20 +7,22 @@ use std::{
 
 use libloading::os::unix::{Library as DynamicLibrary, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
-    ABI_VERSION, DEBUG_ASSERTIONS_SYMBOL, HANDSHAKE_SYMBOL, Handshake, HostApi, LogRecord, MAGIC,
-    PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL,
+    ABI_MAJOR, ABI_MINOR, DEBUG_ASSERTIONS_SYMBOL, Features, HANDSHAKE_SYMBOL, Handshake, HostApi,
+    HostApiRef, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL,
     abi_stable::{
         library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
-        std_types::RResult,
+        prefix_type::PrefixTypeTrait,
+        std_types::{RResult, RStr, RString},
     },
 };
 use modalkit_engine::{Description, LogLevel, PluginLog, Staged};
 use rustix::fs::StatVfsMountFlags;
+use serde::Deserialize;
 
 use crate::{
-    convert, elf,
+    convert, document, elf,
     ending::{self, Entered},
-    error::OpenError,
+    error::{self, OpenError},
 };
 
 static LOG: OnceLock<PluginLog> = OnceLock::new();
@@ -54,21 +56,20 @@ impl PipelineLibrary {
         let Taken { module, handshake, has_debug_assertions } =
             take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
         let _code = Entered::new("", "description");
-        let described = match module.describe()() {
-            RResult::ROk(described) => described,
-            RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),
-        };
+        let described = described(module.describe()())?;
+        let said: document::Description<'_> = described_in(&described)?;
         let description = Description {
-            name: described.name.into(),
-            version: described.version.into(),
+            name: said.name,
+            version: said.version,
+            abi: error::number(handshake.abi_major, handshake.abi_minor),
             // SAFETY: the magic was checked, and the library is never closed.
             sdk: unsafe { handshake.sdk_version.get() }.to_owned(),
             // SAFETY: as above.
             rustc: unsafe { handshake.rustc_version.get() }.to_owned(),
             has_debug_assertions,
-            input_schema: described.input_schema.into(),
-            output_schema: described.output_schema.into(),
-            settings_schema: described.settings_schema.into(),
+            input_schema: said.input_schema.get().to_owned(),
+            output_schema: said.output_schema.get().to_owned(),
+            settings_schema: said.settings_schema.get().to_owned(),
             staged: staged.clone(),
         };
         Ok(Self { shared: Arc::new(Shared { module, description }) })
@@ -95,8 +96,19 @@ impl PipelineLibrary {
 
 impl Library for PipelineLibrary {
     fn attach(&self, level: LogLevel, log: &PluginLog) {
-        self.module().attach()(host_api(level, log));
+        self.module().attach()(host_api(log), convert::level_of_plugins(level));
     }
+}
+
+/// A description, or why there is none.
+pub(crate) fn described(said: RResult<RString, modalkit_abi::Failure>) -> Result<RString, OpenError> {
+    said.into_result().map_err(|failure| OpenError::Description { reason: failure.message.into() })
+}
+
+/// Reads a description.
+pub(crate) fn described_in<'a, T: Deserialize<'a>>(document: &'a RString) -> Result<T, OpenError> {
+    let reason = |error| format!("its description is none that this host reads: {error}");
+    serde_json::from_str(document).map_err(|error| OpenError::Description { reason: reason(error) })
 }
 
 /// What a library exports.
@@ -154,21 +166,34 @@ unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, Open
     if magic != MAGIC || !handshake.is_aligned() {
         return Err(OpenError::NotAPlugin);
     }
-    // SAFETY: with our magic it has the fields that are frozen for all ABI versions. Each is read by itself, since what the last
+    // SAFETY: with our magic it has the fields that are frozen for all ABI numbers. Each is read by itself, since what the last
     // one, a reference, leads to is not.
-    let (abi_version, panic_aborts, sdk, rustc, header) = unsafe {
+    let (abi_major, panic_aborts, sdk, rustc, header) = unsafe {
         (
-            (&raw const (*handshake).abi_version).read(),
+            (&raw const (*handshake).abi_major).read(),
             (&raw const (*handshake).panic_aborts).read(),
             (&raw const (*handshake).sdk_version).read(),
             (&raw const (*handshake).rustc_version).read(),
             (&raw const (*handshake).header).cast::<*const LibHeader>().read(),
         )
     };
-    if abi_version != ABI_VERSION {
+    let another = |found: String, is_newer: bool| {
         // SAFETY: the magic was checked, and the library is never closed.
         let (sdk, rustc) = unsafe { (sdk.get(), rustc.get()) };
-        return Err(OpenError::AbiVersion { found: abi_version, sdk: sdk.into(), rustc: rustc.into() });
+        Err(OpenError::AbiVersion { found, is_newer, sdk: sdk.into(), rustc: rustc.into() })
+    };
+    if abi_major != ABI_MAJOR {
+        return another(abi_major.to_string(), abi_major > ABI_MAJOR);
+    }
+    // SAFETY: with our major number it has these as well.
+    let (abi_minor, needs) =
+        unsafe { ((&raw const (*handshake).abi_minor).read(), (&raw const (*handshake).needs).read()) };
+    if abi_minor > ABI_MINOR {
+        return another(error::number(abi_major, abi_minor), true);
+    }
+    let missing = needs.missing_in(Features::ALL);
+    if !missing.is_empty() {
+        return Err(OpenError::Features { missing });
     }
     if panic_aborts != 0 {
         return Err(OpenError::PanicAborts);
@@ -248,21 +273,23 @@ fn brief(lines: &[&str]) -> String {
 /// What is shown of each side of a difference.
 const DIFFERENCE_CHARS: usize = 120;
 
-/// What a plugin is given to log with.
-pub(crate) fn host_api(level: LogLevel, log: &PluginLog) -> HostApi {
+/// What plugins are given of this host; their lines go to the first log of the process.
+pub(crate) fn host_api(log: &PluginLog) -> HostApiRef {
+    static API: OnceLock<HostApiRef> = OnceLock::new();
     LOG.get_or_init(|| *log);
-    HostApi { log: forward, level: convert::level_of_plugins(level) }
+    *API.get_or_init(|| HostApi { features: Features::ALL.0, log: forward }.leak_into_prefix())
 }
 
-extern "C" fn forward(record: &LogRecord<'_>) {
+extern "C" fn forward(
+    level: modalkit_abi::LogLevel,
+    model: RStr<'_>,
+    target: RStr<'_>,
+    message: RStr<'_>,
+    fields: RStr<'_>,
+) {
     if let Some(log) = LOG.get() {
-        (log.sink)(
-            convert::level(record.level),
-            record.model.as_str(),
-            record.target.as_str(),
-            record.message.as_str(),
-            record.fields.as_str(),
-        );
+        let level = convert::level(level);
+        (log.sink)(level, model.as_str(), target.as_str(), message.as_str(), fields.as_str());
     }
 }
 
@@ -286,11 +313,14 @@ mod tests {
     fn handshake() -> Handshake {
         Handshake {
             magic: MAGIC,
-            abi_version: ABI_VERSION,
+            abi_major: ABI_MAJOR,
             panic_aborts: 0,
             sdk_version: StaticStr::new("7.8.9"),
             rustc_version: StaticStr::new("rustc 1.2.3"),
             header: &HEADER,
+            abi_minor: ABI_MINOR,
+            reserved: 0,
+            needs: Features::NONE,
         }
     }
 
@@ -313,11 +343,20 @@ mod tests {
     fn a_handshake_is_refused_for_what_it_says_before_anything_is_called() {
         let text = |handshake: Handshake| text(&raw const handshake);
         assert_eq!(text(handshake()), "");
-        let older = text(Handshake { abi_version: 99, ..handshake() });
-        assert!(
-            older.contains("plugin ABI 99 (SDK 7.8.9, rustc 1.2.3)") && older.contains("rebuild it"),
-            "{older}"
-        );
+        let older = text(Handshake { abi_major: ABI_MAJOR - 1, ..handshake() });
+        let said = format!("plugin ABI {} (SDK 7.8.9, rustc 1.2.3)", ABI_MAJOR - 1);
+        assert!(older.contains(&said) && older.contains("rebuild it"), "{older}");
+        for (newer, number) in [
+            (Handshake { abi_major: 99, ..handshake() }, "99".to_owned()),
+            (Handshake { abi_minor: ABI_MINOR + 1, ..handshake() }, error::number(ABI_MAJOR, ABI_MINOR + 1)),
+        ] {
+            let newer = text(newer);
+            let said =
+                format!("plugin ABI {number} (SDK 7.8.9, rustc 1.2.3), and this host takes ABI {ABI_MAJOR}.");
+            assert!(newer.contains(&said) && newer.contains("update this host"), "{newer}");
+        }
+        let needs = text(Handshake { needs: Features(1 << 63), ..handshake() });
+        assert!(needs.contains("it needs what this host doesn't have: feature 63;"), "{needs}");
         let aborts = text(Handshake { panic_aborts: 1, ..handshake() });
         assert!(aborts.contains("panic = \"abort\"") && aborts.contains("\"unwind\""), "{aborts}");
         assert!(text(Handshake { magic: [0; 16], ..handshake() }).contains("exports no modalkit plugin"));
@@ -335,11 +374,11 @@ mod tests {
         assert!(text(bytes[odd..].as_ptr().cast()).contains(no_plugin));
         // Of another ABI, with a header that no reference could be: its words are told, and nothing more of it is touched.
         #[repr(C, align(8))]
-        struct Other([u8; 16], u32, u32, StaticStr, StaticStr, usize);
+        struct Other([u8; 16], u32, u32, StaticStr, StaticStr, usize, u32, u32, u64);
         let (sdk, rustc) = (StaticStr::new("9.9.9"), StaticStr::new("rustc 9"));
-        let other = Other(MAGIC, 999, 0, sdk, rustc, 0);
+        let other = Other(MAGIC, 999, 0, sdk, rustc, 0, 0, 0, 0);
         assert!(text((&raw const other).cast()).contains("plugin ABI 999 (SDK 9.9.9, rustc 9)"));
-        let ours = Other(MAGIC, ABI_VERSION, 0, sdk, rustc, 0);
+        let ours = Other(MAGIC, ABI_MAJOR, 0, sdk, rustc, 0, 0, 0, 0);
         assert!(text((&raw const ours).cast()).contains(no_plugin));
     }
 

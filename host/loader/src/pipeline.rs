@@ -1,10 +1,9 @@
 //! A library as the plugin of a pipeline: its description, its settings, its loads. It never knows what becomes of an instance.
 
-use modalkit_abi::{LeasedDevice, LoadArgs};
-use modalkit_engine::{Decoded, Description, Device, Failure, Instance, Load, Payload, Plugin, Rejection};
+use modalkit_engine::{Decoded, Description, Failure, Instance, Load, Payload, Plugin, Rejection};
 
 use crate::{
-    convert,
+    convert, document,
     ending::{Entered, Note},
     handles::{self, LibraryInstance},
     library::PipelineLibrary,
@@ -21,38 +20,20 @@ impl Plugin for PipelineLibrary {
     }
 
     fn load(&self, with: &Load<'_>) -> Result<Box<dyn Instance>, Failure> {
-        let secrets = convert::secrets(with.secrets);
-        let devices: Vec<LeasedDevice<'_>> = with.devices.iter().map(leased).collect();
-        let args = LoadArgs {
-            model_name: with.model_name.into(),
-            all_model_data_folder: with.all_model_data_folder.into(),
-            common_settings: with.common_settings.into(),
-            settings: with.settings.into(),
-            secrets: secrets.as_slice().into(),
-            devices: devices.as_slice().into(),
-        };
+        let document = document::load(with)?;
         let _note = with.crash_note.map(Note::new);
         let loaded = {
             let _code = Entered::new(with.model_name, "load");
-            self.module().load()(args)
+            self.module().load()(document.as_str().into())
         };
         let handle = convert::result(loaded)?;
         let instance = LibraryInstance::new(self.clone(), with.model_name.into(), handle);
         instance.warmup()?;
+        instance.ask_for_signature()?;
         Ok(Box::new(instance))
     }
 
     fn decode(&self, payload: &Payload) -> Result<Decoded, Rejection> {
         handles::decode(self, None, payload)
-    }
-}
-
-fn leased<'a>(device: &Device<'a>) -> LeasedDevice<'a> {
-    LeasedDevice {
-        ordinal: device.ordinal,
-        name: device.name.into(),
-        uuid: device.uuid.into(),
-        memory_bytes: device.memory_bytes,
-        memory_budget_bytes: device.memory_budget_bytes.into(),
     }
 }

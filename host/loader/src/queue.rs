@@ -3,17 +3,16 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use modalkit_abi::{
-    QUEUE_HANDSHAKE_SYMBOL, QueueDescription, QueueHandle, QueueMessage, QueueModuleRef, QueueOpenArgs,
-    abi_stable::std_types::{ROption, RResult},
+    QUEUE_HANDSHAKE_SYMBOL, QueueHandle, QueueMessage, QueueModuleRef, abi_stable::std_types::ROption,
 };
 use modalkit_engine::{
     Failure, FailureKind, LogLevel, Outgoing, PluginLog, QueueBackend, QueuePlugin, Staged,
 };
 
 use crate::{
-    convert,
+    convert, document,
     error::OpenError,
-    library::{Library, Taken, host_api, take},
+    library::{Library, Taken, described, described_in, host_api, take},
 };
 
 /// An opened library of a queue. It stays mapped until the process ends.
@@ -24,7 +23,7 @@ pub(crate) struct QueueLibrary {
 
 struct Shared {
     module: QueueModuleRef,
-    description: QueueDescription,
+    version: String,
     /// Keeps the file where debuggers look for it.
     staged: Staged,
 }
@@ -41,23 +40,21 @@ impl QueueLibrary {
     /// The file isn't a queue plugin that this host can use; see [`OpenError`].
     pub(crate) fn open(staged: &Staged) -> Result<Self, OpenError> {
         let Taken { module, .. } = take::<QueueModuleRef>(staged.path(), QUEUE_HANDSHAKE_SYMBOL)?;
-        let description = match module.describe()() {
-            RResult::ROk(description) => description,
-            RResult::RErr(failure) => return Err(OpenError::Description { reason: failure.message.into() }),
-        };
-        Ok(Self { shared: Arc::new(Shared { module, description, staged: staged.clone() }) })
+        let described = described(module.describe()())?;
+        let document::QueueDescription { version } = described_in(&described)?;
+        Ok(Self { shared: Arc::new(Shared { module, version, staged: staged.clone() }) })
     }
 }
 
 impl Library for QueueLibrary {
     fn attach(&self, level: LogLevel, log: &PluginLog) {
-        self.shared.module.attach()(host_api(level, log));
+        self.shared.module.attach()(host_api(log), convert::level_of_plugins(level));
     }
 }
 
 impl QueuePlugin for QueueLibrary {
     fn version(&self) -> &str {
-        &self.shared.description.version
+        &self.shared.version
     }
 
     fn sha256(&self) -> &str {
@@ -70,13 +67,8 @@ impl QueuePlugin for QueueLibrary {
         settings: &str,
         secrets: &BTreeMap<String, String>,
     ) -> Result<Box<dyn QueueBackend>, Failure> {
-        let secrets = convert::secrets(secrets);
-        let args = QueueOpenArgs {
-            backend_name: backend_name.into(),
-            settings: settings.into(),
-            secrets: secrets.as_slice().into(),
-        };
-        let handle = convert::result(self.shared.module.open()(args))?;
+        let document = document::open(backend_name, settings, secrets)?;
+        let handle = convert::result(self.shared.module.open()(document.as_str().into()))?;
         Ok(Box::new(LibraryQueue { library: self.clone(), handle }))
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use modalkit::{
-    app::{self, ABI_VERSION},
+    app,
     config::{self, Environment},
 };
 use modalkit_engine::Description;
@@ -34,7 +34,7 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
         Err(error) => {
             let reason = error.chain();
             print(&if as_json {
-                format!("{:#}\n", json!({"taken": false, "reason": reason, "abi_version": ABI_VERSION}))
+                format!("{:#}\n", json!({"taken": false, "reason": reason, "abi_version": app::abi()}))
             } else {
                 format!(
                     "{}: this host would not take {}: {reason}\n",
@@ -52,7 +52,7 @@ fn in_json(plugin: &Description) -> String {
     let schema = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
     let whole = json!({
         "taken": true, "name": plugin.name, "version": plugin.version, "sha256": plugin.sha256(),
-        "abi_version": ABI_VERSION, "sdk_version": plugin.sdk, "rustc_version": plugin.rustc,
+        "abi_version": plugin.abi, "sdk_version": plugin.sdk, "rustc_version": plugin.rustc,
         "input_schema": schema(&plugin.input_schema), "output_schema": schema(&plugin.output_schema),
         "settings_schema": schema(&plugin.settings_schema),
     });
@@ -61,11 +61,12 @@ fn in_json(plugin: &Description) -> String {
 
 fn for_people(plugin: &Description) -> String {
     let mut text = format!(
-        "{} {}, {}\n\nsha256  {}\nabi     {ABI_VERSION}\nsdk     {}\nrustc   {}\n",
+        "{} {}, {}\n\nsha256  {}\nabi     {}\nsdk     {}\nrustc   {}\n",
         plugin.name,
         plugin.version,
         coloured("this host would take it", Colour::Green),
         plugin.sha256(),
+        plugin.abi,
         plugin.sdk,
         plugin.rustc,
     );

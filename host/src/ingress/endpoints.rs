@@ -41,6 +41,8 @@ pub(super) enum Prediction {
     Batch,
     /// An asynchronous job.
     Async,
+    /// Tensors, by the Open Inference Protocol.
+    Infer,
 }
 
 impl Route {
@@ -50,6 +52,11 @@ impl Route {
             Self::Predict(prediction) => Some(prediction),
             _ => None,
         }
+    }
+
+    /// Whether its errors are in the form of the Open Inference Protocol.
+    pub(super) fn speaks_v2(self) -> bool {
+        self == Self::Predict(Prediction::Infer)
     }
 }
 
@@ -84,7 +91,7 @@ const POST: &str = "POST";
 const GET_OR_DELETE: &str = "GET, HEAD, DELETE";
 
 /// All of them, those first that are asked for most.
-static ENDPOINTS: [Endpoint; 21] = [
+static ENDPOINTS: [Endpoint; 22] = [
     Endpoint {
         route: Route::Predict(Prediction::Sync),
         pattern: "/predict_sync",
@@ -108,6 +115,14 @@ static ENDPOINTS: [Endpoint; 21] = [
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
         about: "`{\"message\": input, \"success_queue\", \"failure_queue\", \"meta\": {…}}` in, `{\"job_id\"}` out",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Infer),
+        pattern: "/v2/models/{name}/infer",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "tensors in, tensors out, by the Open Inference Protocol: JSON, or bytes behind it (`Inference-Header-Content-Length`). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
     },
     Endpoint {
         route: Route::Jobs,

@@ -1,4 +1,4 @@
-//! The three predict endpoints: from a request to jobs, and from their replies to an answer.
+//! The endpoints that run pipelines: from a request to jobs, and from their replies to an answer.
 
 use std::{pin::pin, sync::Arc, time::Instant};
 
@@ -10,8 +10,8 @@ use modalkit_engine::Payload;
 use super::{
     Context,
     body::{self, RequestBody},
-    endpoints::{Endpoint, Prediction},
-    envelope::{decode_envelope, decode_list},
+    endpoints::{Endpoint, Prediction, Target},
+    envelope::{ListItem, decode_envelope, decode_list},
     exchange::Exchange,
     peer::Peer,
     query::Query,
@@ -26,9 +26,9 @@ use crate::{
     insight::JobTimings,
     jobs::{self, Jobs},
     pipeline::{Generation, Model, Queued},
-    protocol::{self, Envelope},
+    protocol::{self, Envelope, v2},
     queues::Allowed,
-    work::{Deadline, Detail, Job, JobError, Location, RequestId, reply},
+    work::{Deadline, Detail, Job, JobError, Location, Reply, RequestId, reply},
 };
 
 /// An admitted request for predictions: what is known of it before its body is read.
@@ -44,17 +44,18 @@ struct Call {
     begun: Instant,
 }
 
-/// Answers one of the three paths.
+/// Answers one of these paths.
 pub(super) async fn answer(
     exchange: &Exchange,
     head: &Head<'_>,
     body: &mut RequestBody,
     id: &RequestId,
-    endpoint: &'static Endpoint,
+    target: Target<'_>,
     prediction: Prediction,
 ) -> HttpResponse {
     let context = &*exchange.context;
-    let call = match admit(exchange, head, id, endpoint) {
+    let endpoint = target.endpoint;
+    let call = match admit(exchange, head, id, target) {
         Ok(call) => call,
         Err(refused) => {
             let Refused { response, model } = *refused;
@@ -76,6 +77,7 @@ pub(super) async fn answer(
                 Prediction::Sync => sync(exchange, &call, &generation, input).await,
                 Prediction::Batch => Box::pin(batch(exchange, &call, &generation, input)).await,
                 Prediction::Async => Box::pin(asynchronous(exchange, &call, &generation, input, head)).await,
+                Prediction::Infer => Box::pin(infer(exchange, &call, &generation, input, head)).await,
             }
         });
         tokio::select! {
@@ -111,9 +113,9 @@ fn admit(
     exchange: &Exchange,
     head: &Head<'_>,
     id: &RequestId,
-    endpoint: &'static Endpoint,
+    target: Target<'_>,
 ) -> Result<Call, Box<Refused>> {
-    let context = &*exchange.context;
+    let (context, endpoint) = (&*exchange.context, target.endpoint);
     let begun = Instant::now();
     let caller =
         context.access.admit(&exchange.from, &request_headers::Headers(&head.headers)).map_err(|denied| {
@@ -135,7 +137,9 @@ fn admit(
     }
     exchange.keep(caller.permit.as_ref());
     let found = Query::parse(head.uri.query(), endpoint.parameters).and_then(|query| {
-        let model = context.models.find(query.get("model_name").as_deref())?;
+        // Where the path has no name, it may stand in the query.
+        let in_path = Some(target.name()).filter(|name| !name.is_empty());
+        let model = context.models.find(in_path.or_else(|| query.get("model_name")).as_deref())?;
         Ok((query, model))
     });
     let (query, model) = match found {
@@ -166,8 +170,9 @@ async fn sync(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
-    let input = Payload::Json(input);
-    let decoded = decode_body(peer, generation, &input, |generation, input| generation.decode(input)).await?;
+    let (bytes, input) = (input.len(), Payload::Json(input));
+    let decode = |generation: &Generation, input: &Payload| generation.decode(input);
+    let decoded = decode_body(peer, generation, &input, bytes, decode).await?;
     let (handle, mut pending) = reply(&peer.io.mailbox);
     let timings = call.timings();
     let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
@@ -186,10 +191,13 @@ async fn batch(
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
     let (queue_max, partial) = (call.model.spec().batch.queue_max, call.partial);
-    let list = move |generation: &Generation, body: &Payload| {
-        decode_list(generation, body.json(), queue_max, partial)
-    };
-    let items = decode_body(peer, generation, &Payload::Json(input), list).await?;
+    let list = move |generation: &Generation, body: &Bytes| decode_list(generation, body, queue_max, partial);
+    let items = decode_body(peer, generation, &input, input.len(), list).await?;
+    Ok(egress::replies(run_all(peer, call, items).await?, partial))
+}
+
+/// Runs the items of one request, and gives their answers in order; those that are wrong have theirs.
+async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<Reply>, JobError> {
     let (mut jobs, mut pending) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
     for item in items {
         pending.push(match item {
@@ -224,7 +232,34 @@ async fn batch(
     if let Some(cancel_on_drop) = cancel_on_drop {
         cancel_on_drop.done();
     }
-    Ok(egress::replies(answers, partial))
+    Ok(answers)
+}
+
+/// `POST /v2/models/{name}/infer`: tensors, one answer of tensors.
+async fn infer(
+    peer: &Peer,
+    call: &Call,
+    generation: &Arc<Generation>,
+    body: Bytes,
+    head: &Head<'_>,
+) -> Result<HttpResponse, JobError> {
+    let (json_bytes, signature) = (request_headers::json_bytes(&head.headers)?, generation.signature()?);
+    let queue_max = call.model.spec().batch.queue_max;
+    let read = move |generation: &Generation, body: &Bytes| {
+        let request = v2::read_infer(body, json_bytes, &signature, queue_max)?;
+        let decode = |tensors| {
+            let input = Payload::Tensors(tensors);
+            generation.decode(&input).map(|decoded| Ok((input, decoded)))
+        };
+        let items = request.inputs.into_iter().map(decode).collect::<Result<Vec<ListItem>, _>>()?;
+        Ok((items, request.wanted))
+    };
+    let (items, wanted) = decode_body(peer, generation, &body, body.len(), read).await?;
+    let outputs = run_all(peer, call, items).await?;
+    let tensors = |reply: Reply| reply.and_then(|output| output.into_tensors().map_err(JobError::Failed));
+    let outputs = outputs.into_iter().map(tensors).collect::<Result<Vec<_>, _>>()?;
+    let answer = v2::write_infer(&call.model.name, generation.number, wanted, &outputs);
+    answer.map(egress::inferred).map_err(JobError::Failed)
 }
 
 /// `POST /predict_async`: a wrapped input, the id of its job, which is on disk then. A deadline that the caller sets counts for the
@@ -240,13 +275,12 @@ async fn asynchronous(
     let (key, model) = (call.caller.key.clone(), call.model.name.clone());
     let name = request_headers::idempotency_key(&head.headers)?.map(ToOwned::to_owned);
     // A large body is digested where it is parsed.
-    let envelope = move |generation: &Generation, body: &Payload| {
-        let (parts, decoded) = decode_envelope(generation, body.json())?;
-        let idempotency = name.map(|name| jobs::idempotency_key(key.as_deref(), &model, &name, body.json()));
+    let envelope = move |generation: &Generation, body: &Bytes| {
+        let (parts, decoded) = decode_envelope(generation, body)?;
+        let idempotency = name.map(|name| jobs::idempotency_key(key.as_deref(), &model, &name, body));
         Ok((parts, decoded, idempotency))
     };
-    let body = Payload::Json(input.clone());
-    let (parts, decoded, idempotency) = decode_body(peer, generation, &body, envelope).await?;
+    let (parts, decoded, idempotency) = decode_body(peer, generation, &input, input.len(), envelope).await?;
     check_queues(jobs, &parts, &call.caller)?;
     let traced = call.timings.as_deref().and_then(RequestTimings::traceparent);
     let incoming = jobs::Incoming {
@@ -266,7 +300,7 @@ async fn asynchronous(
     jobs.accept(incoming, move |accepted| {
         handle.send(accepted.map(|id| Payload::Json(protocol::accepted(id))));
     });
-    pending.wait().await.map(|Payload::Json(body)| egress::accepted(body))
+    pending.wait().await?.into_json().map(egress::accepted).map_err(JobError::Failed)
 }
 
 /// A name that leads nowhere, or that this caller may not say, is told before the job is taken, and not when its result has nowhere to go.
@@ -288,17 +322,18 @@ fn check_queues(jobs: &Jobs, parts: &Envelope, caller: &Caller) -> Result<(), Jo
     if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
 }
 
-/// Decodes a body: a small one on this thread; a large one, and any of a generation that has held an io thread for too long, on the blocking
+/// Decodes a body of so many bytes: a small one on this thread; a large one, and any of a generation that has held an io thread for too long, on the blocking
 /// pool, as many of a generation at once as there are cores. The permit belongs to the work and not to the caller, who may leave before it
 /// is done.
-async fn decode_body<T: Send + 'static>(
+async fn decode_body<B: Clone + Send + 'static, T: Send + 'static>(
     peer: &Peer,
     generation: &Arc<Generation>,
-    body: &Payload,
-    work: impl FnOnce(&Generation, &Payload) -> Result<T, JobError> + Send + 'static,
+    body: &B,
+    bytes: usize,
+    work: impl FnOnce(&Generation, &B) -> Result<T, JobError> + Send + 'static,
 ) -> Result<T, JobError> {
     let context = &*peer.context;
-    if body.json().len() <= context.server.decode_inline_bytes_max && !generation.decodes_elsewhere() {
+    if bytes <= context.server.decode_inline_bytes_max && !generation.decodes_elsewhere() {
         let _decodes = peer.io.decodes(generation);
         return work(generation, body);
     }
@@ -354,6 +389,7 @@ fn count(
         (Some(model), StatusCode::OK, Prediction::Sync) => model.metrics.ok_sync.inc(),
         (Some(model), StatusCode::OK, Prediction::Batch) => model.metrics.ok_batch.inc(),
         (Some(model), StatusCode::OK, Prediction::Async) => model.metrics.ok_async.inc(),
+        (Some(model), StatusCode::OK, Prediction::Infer) => model.metrics.ok_infer.inc(),
         (model, ..) => {
             let name = model.map_or("", |model| &model.name);
             context.metrics.requests(name, endpoint.pattern, status.as_u16()).inc();

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use hyper::{
     HeaderMap,
-    header::{CONTENT_TYPE, HeaderName, HeaderValue},
+    header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue},
     http::request::Parts,
 };
 
@@ -17,6 +17,7 @@ use crate::{
     access::Shown,
     config::Server,
     egress::HttpResponse,
+    protocol::v2::JSON_BYTES_HEADER,
     work::{Deadline, Detail, JobError, RequestId},
 };
 
@@ -116,6 +117,26 @@ impl Shown for Headers<'_> {
     fn header(&self, name: &str) -> Option<&[u8]> {
         self.0.get(name).map(HeaderValue::as_bytes)
     }
+}
+
+/// Where the JSON part of a request of the Open Inference Protocol ends; `None` where it is all JSON.
+///
+/// # Errors
+/// [`JobError::Invalid`] where that is no number, or the body is compressed.
+pub(super) fn json_bytes(headers: &HeaderMap) -> Result<Option<usize>, JobError> {
+    let invalid = |header: &str, msg: String| {
+        let loc = vec!["header".into(), header.into()];
+        JobError::Invalid(vec![Detail { loc, msg, kind: "value_error" }])
+    };
+    if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
+        let msg = format!("expected a body that isn't compressed, found {encoding:?}");
+        return Err(invalid("content-encoding", msg));
+    }
+    let Some(value) = headers.get(JSON_BYTES_HEADER) else { return Ok(None) };
+    let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    number.map(Some).ok_or_else(|| {
+        invalid(JSON_BYTES_HEADER, format!("expected the number of bytes of the JSON part, found {value:?}"))
+    })
 }
 
 /// Gives an answer the headers that every answer has: its id and its type. They are put into the request's own map, which is there

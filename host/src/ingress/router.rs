@@ -36,10 +36,13 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
     let mut response = match (target, looked_at) {
         (_, Err(foreign)) => refuse_page(context, &exchange.from, &head, target, &foreign),
         (Some(target), _) if is_post && let Some(prediction) = target.route().prediction() => {
-            predict::answer(exchange, &head, &mut body, &id, target.endpoint, prediction).await
+            predict::answer(exchange, &head, &mut body, &id, target, prediction).await
         }
         _ => Box::pin(beside_predictions(context, &exchange.from, Some(exchange), &head)).await,
     };
+    if !response.status().is_success() && target.is_some_and(|target| target.route().speaks_v2()) {
+        response = egress::in_v2(response);
+    }
     put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
         exchange.sends_on.store(false, Ordering::Relaxed);

@@ -35,7 +35,10 @@ impl Ending {
 
     /// With the pipeline's answer, where that is no larger than may be kept.
     pub(super) fn answered(live_job: &LiveJob, journal: &Journal, output: Payload, bytes_max: usize) -> Self {
-        let ending = Self::succeeded(live_job, journal, output);
+        let ending = match output.into_json() {
+            Ok(output) => Self::succeeded(live_job, journal, output),
+            Err(failure) => return Self::failed(live_job, journal, failure.message),
+        };
         match ending.message.as_ref().map_or(0, Bytes::len) {
             found if found > bytes_max => {
                 let error = format!(
@@ -47,7 +50,7 @@ impl Ending {
         }
     }
 
-    fn succeeded(live_job: &LiveJob, journal: &Journal, output: Payload) -> Self {
+    fn succeeded(live_job: &LiveJob, journal: &Journal, output: Bytes) -> Self {
         let parts = input_or_log(live_job, journal).map(|input| input.parts);
         let meta = parts.as_ref().and_then(|parts| parts.meta.as_deref());
         let message = Some(protocol::succeeded_job(output, meta));

@@ -8,7 +8,9 @@ use std::sync::{
 use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_device::Lease;
-use modalkit_engine::{Decoded, Device, Failure, FailureKind, Instance, Load, Payload, Plugin, Rejection};
+use modalkit_engine::{
+    Decoded, Device, Failure, FailureKind, Instance, Load, Payload, Plugin, Rejection, Signature,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{batch_stats::BatchStats, input_faults};
@@ -113,14 +115,33 @@ impl Generation {
         Ok(decoded)
     }
 
+    /// The tensors that it takes and gives, as its pipeline is loaded now.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where no replica serves, [`JobError::Invalid`] where it takes none.
+    pub fn signature(&self) -> Result<Arc<Signature>, JobError> {
+        let instance = self.validating.load();
+        let Some(instance) = &*instance else {
+            return Err(JobError::Unavailable(format!("no replica of {} serves now", self.spec.name)));
+        };
+        instance.signature().ok_or_else(|| {
+            let msg = format!(
+                "the model {} takes no tensors; send JSON to /predict_sync?model_name={}",
+                self.spec.name, self.spec.name
+            );
+            JobError::Invalid(vec![Detail { loc: vec!["body".into()], msg, kind: "value_error" }])
+        })
+    }
+
     /// Compares an input that was decoded with its schema, where the model's entry asks for that.
     ///
     /// # Errors
     /// [`JobError::Invalid`].
     pub fn check_schema(&self, input: &Payload) -> Result<(), JobError> {
-        match self.input_schema().filter(|_| self.spec.enforce_schema) {
-            Some(schema) => input_faults::check(schema, input.json()).map_err(JobError::Invalid),
-            None => Ok(()),
+        // Tensors are held against the signature.
+        match (self.input_schema().filter(|_| self.spec.enforce_schema), input.json()) {
+            (Some(schema), Some(json)) => input_faults::check(schema, json).map_err(JobError::Invalid),
+            _ => Ok(()),
         }
     }
 
@@ -129,7 +150,8 @@ impl Generation {
     pub fn rejected(&self, rejection: Rejection, input: &Payload) -> JobError {
         match rejection {
             Rejection::Malformed { message } => {
-                JobError::Invalid(input_faults::malformed(self.input_schema(), input.json(), &message))
+                let json = input.json().map_or(&[][..], |json| json);
+                JobError::Invalid(input_faults::malformed(self.input_schema(), json, &message))
             }
             Rejection::Invalid { faults } => JobError::Invalid(
                 faults

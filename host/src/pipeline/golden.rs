@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Failure, FailureKind, Instance, Payload};
+use modalkit_engine::{Failure, FailureKind, Instance, Outcome, OutcomeSink, Payload};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
@@ -143,6 +143,15 @@ impl Golden {
     }
 }
 
+/// The outcome of a batch of one.
+struct Answer(Option<Outcome>);
+
+impl OutcomeSink for Answer {
+    fn end(&mut self, _: usize, outcome: Outcome) {
+        self.0 = Some(outcome);
+    }
+}
+
 fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
     let failure = |message: String| Failure { kind: FailureKind::Permanent, message };
     let decoded = instance.decode(&case.input);
@@ -151,9 +160,10 @@ fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
     let mut batch = instance.begin(vec![decoded]).expect("the same plugin decoded it");
     batch.preprocess()?;
     batch.predict()?;
-    let outcome = batch.postprocess()?.pop();
-    let output = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
-    serde_json::from_slice(output.json()).map_err(|error| failure(error.to_string()))
+    let mut outcome = Answer(None);
+    batch.postprocess(&mut outcome)?;
+    let output = outcome.0.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
+    serde_json::from_slice(&output.into_json()?).map_err(|error| failure(error.to_string()))
 }
 
 /// The first place where two values differ: where, what was expected, what was found.

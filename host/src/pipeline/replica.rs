@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::{
     Generation, SharedInstance,
-    stages::{StageTimes, counts_as_healthy, decoded_for, stages, wrong_count},
+    stages::{StageTimes, counts_as_healthy, decoded_for, stages},
 };
 use crate::{
     insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
@@ -292,10 +292,13 @@ fn run(
     }
     // From here on plugin code runs, and the fleet watches the time.
     *lane.running.lock() = Some(Running { started: at, waiters });
-    let (mut items, mut refused) = (Vec::with_capacity(inputs.len()), Vec::new());
+    let (mut items, mut refused, mut cost) = (Vec::with_capacity(inputs.len()), Vec::new(), 0_u64);
     for (place, (input, decoded)) in inputs.into_iter().enumerate() {
         match decoded_for(instance, decoded, &input, &context.generation) {
-            Ok(decoded) => items.push(decoded),
+            Ok(decoded) => {
+                cost = cost.saturating_add(decoded.measure.cost);
+                items.push(decoded);
+            }
             Err(error) => refused.push((place, error)),
         }
     }
@@ -308,6 +311,7 @@ fn run(
     let mut outcomes = if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &mut times) };
     let ended = Instant::now();
     if outcomes.is_ok() {
+        context.metrics.cost.inc_by(cost);
         context.observe(begun, &times, ended);
     }
     replica.examine(&mut outcomes);
@@ -329,15 +333,14 @@ fn run(
     }
     let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
     if size > 0 {
-        context.count(ended - begun, counts_as_healthy(&outcomes, waiters.len()));
+        context.count(ended - begun, counts_as_healthy(&outcomes));
     }
     match outcomes {
-        Ok(outcomes) if outcomes.len() == waiters.len() => {
+        Ok(outcomes) => {
             for (waiter, outcome) in waiters.into_iter().zip(outcomes) {
                 waiter.reply.send(outcome.map_err(JobError::Failed));
             }
         }
-        Ok(outcomes) => fail(waiters, context, wrong_count(size, outcomes.len())),
         Err(failure) => fail(waiters, context, failure),
     }
     true

@@ -1,19 +1,20 @@
 //! What callers get: any bytes, or a pipeline's output with the member before it that says that it succeeded. It never knows how it is
 //! sent.
 
-use std::io::IoSlice;
+use std::{io::IoSlice, vec};
 
 use bytes::{Buf, Bytes};
-use modalkit_engine::Payload;
 
 const OPENING: &[u8] = br#"{"status":"success","#;
 const EMPTY: &[u8] = br#"{"status":"success"}"#;
 
-/// The bytes of an answer, in two pieces, so that a large output needn't be copied behind what stands before it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The bytes of an answer, in pieces, so that large outputs needn't be copied behind what stands before them.
+#[derive(Clone, Debug, Default)]
 pub struct Answer {
     opening: &'static [u8],
     rest: Bytes,
+    /// What follows; none is empty.
+    more: vec::IntoIter<Bytes>,
 }
 
 impl Answer {
@@ -22,20 +23,26 @@ impl Answer {
 
     /// The answer with this output.
     #[must_use]
-    pub fn of(output: Payload) -> Self {
-        let Payload::Json(mut json) = output;
+    pub fn of(mut json: Bytes) -> Self {
         // An output is an object without white space around its braces: what follows the first are members, or the end.
         if *json == *b"{}" {
-            return Self { opening: EMPTY, rest: Bytes::new() };
+            return Self { opening: EMPTY, ..Self::default() };
         }
         json.advance(1);
-        Self { opening: OPENING, rest: json }
+        Self { opening: OPENING, rest: json, more: vec::IntoIter::default() }
     }
 
-    /// Both pieces in one; copied where there are two.
+    /// An answer of these pieces.
+    #[must_use]
+    pub fn in_pieces(first: Bytes, mut more: Vec<Bytes>) -> Self {
+        more.retain(|piece| !piece.is_empty());
+        Self { opening: b"", rest: first, more: more.into_iter() }
+    }
+
+    /// All pieces in one; copied where there are several.
     #[must_use]
     pub fn into_bytes(self) -> Bytes {
-        if self.opening.is_empty() {
+        if self.opening.is_empty() && self.more.len() == 0 {
             return self.rest;
         }
         let mut whole = Vec::with_capacity(self.remaining());
@@ -47,35 +54,49 @@ impl Answer {
     pub fn put_into(&self, text: &mut Vec<u8>) {
         text.extend_from_slice(self.opening);
         text.extend_from_slice(&self.rest);
+        self.more.as_slice().iter().for_each(|piece| text.extend_from_slice(piece));
     }
 }
 
 impl Buf for Answer {
     fn remaining(&self) -> usize {
-        self.opening.len() + self.rest.len()
+        let more: usize = self.more.as_slice().iter().map(Bytes::len).sum();
+        self.opening.len() + self.rest.len() + more
     }
 
     fn chunk(&self) -> &[u8] {
-        if self.opening.is_empty() { &self.rest } else { self.opening }
+        if !self.opening.is_empty() {
+            self.opening
+        } else if !self.rest.is_empty() {
+            &self.rest
+        } else {
+            self.more.as_slice().first().map_or(&[], |piece| piece)
+        }
     }
 
-    /// Both pieces, for a call of the system that writes them at once.
+    /// All pieces, for a call of the system that writes them at once.
     fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
-        let pieces = [self.opening, &self.rest].into_iter().filter(|piece| !piece.is_empty());
+        let more = self.more.as_slice().iter().map(|piece| &**piece);
+        let pieces = [self.opening, &self.rest].into_iter().chain(more).filter(|piece| !piece.is_empty());
         slices.iter_mut().zip(pieces).map(|(slice, piece)| *slice = IoSlice::new(piece)).count()
     }
 
     fn advance(&mut self, count: usize) {
         let of_opening = count.min(self.opening.len());
         self.opening = &self.opening[of_opening..];
-        self.rest.advance(count - of_opening);
+        let mut count = count - of_opening;
+        while count > self.rest.len() {
+            count -= self.rest.len();
+            self.rest = self.more.next().expect("advances no further than to the end");
+        }
+        self.rest.advance(count);
     }
 }
 
 /// What is no pipeline's output, as it stands.
 impl From<Bytes> for Answer {
     fn from(whole: Bytes) -> Self {
-        Self { opening: b"", rest: whole }
+        Self { rest: whole, ..Self::default() }
     }
 }
 
@@ -90,7 +111,7 @@ mod tests {
             (r#"{"a":1}"#, r#"{"status":"success","a":1}"#),
             (r#"{"a":{"b":[]},"c":"}"}"#, r#"{"status":"success","a":{"b":[]},"c":"}"}"#),
         ] {
-            let answer = Answer::of(Payload::Json(output.into()));
+            let answer = Answer::of(output.into());
             let mut text = b"[".to_vec();
             answer.put_into(&mut text);
             assert_eq!(text, format!("[{expected}").as_bytes());
@@ -100,17 +121,21 @@ mod tests {
 
     #[test]
     fn it_is_written_from_wherever_the_last_write_ended() {
-        let answer = Answer::of(Payload::Json(r#"{"a":1}"#.into()));
-        let whole = answer.clone().into_bytes();
-        for written in 0..=whole.len() {
-            let mut rest = answer.clone();
-            rest.advance(written);
-            let mut slices = [IoSlice::new(b""); 3];
-            let count = rest.chunks_vectored(&mut slices);
-            let gathered: Vec<u8> = slices[..count].iter().flat_map(|slice| slice.to_vec()).collect();
-            assert_eq!((gathered.as_slice(), rest.remaining()), (&whole[written..], whole.len() - written));
-            assert_eq!(rest.chunks_vectored(&mut slices[..1]), count.min(1));
-            assert!(whole[written..].starts_with(rest.chunk()));
+        let pieces = ["c", "", "de"].map(|piece| Bytes::from_static(piece.as_bytes())).to_vec();
+        for answer in [Answer::of(r#"{"a":1}"#.into()), Answer::in_pieces("ab".into(), pieces)] {
+            let whole = answer.clone().into_bytes();
+            for written in 0..=whole.len() {
+                let mut rest = answer.clone();
+                rest.advance(written);
+                let mut slices = [IoSlice::new(b""); 4];
+                let count = rest.chunks_vectored(&mut slices);
+                let gathered: Vec<u8> = slices[..count].iter().flat_map(|slice| slice.to_vec()).collect();
+                let expected = (&whole[written..], whole.len() - written);
+                assert_eq!((gathered.as_slice(), rest.remaining()), expected);
+                assert_eq!(rest.chunks_vectored(&mut slices[..1]), count.min(1));
+                assert!(whole[written..].starts_with(rest.chunk()));
+                assert_eq!(rest.chunk().is_empty(), written == whole.len());
+            }
         }
     }
 }

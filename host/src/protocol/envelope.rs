@@ -4,7 +4,6 @@ use std::{borrow::Cow, fmt, sync::OnceLock};
 
 use bytes::{Buf, Bytes};
 use jsonschema::Validator;
-use modalkit_engine::Payload;
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize, de::Error};
 use serde_json::{Map, Value, value::RawValue};
@@ -75,7 +74,7 @@ pub fn envelope_schema() -> Option<&'static Validator> {
 
 /// What a successful asynchronous job leaves: its answer with the caller's `meta` attached, where there is any.
 #[must_use]
-pub fn succeeded_job(output: Payload, meta: Option<&[u8]>) -> Bytes {
+pub fn succeeded_job(output: Bytes, meta: Option<&[u8]>) -> Bytes {
     const META: &[u8] = b",\"meta\":";
     let answer = Answer::of(output);
     let meta_bytes = meta.map_or(0, |meta| META.len() + meta.len());
@@ -127,7 +126,7 @@ mod tests {
 
     #[test]
     fn meta_is_attached_to_an_answer_of_any_size() {
-        let message = |output: &'static str| succeeded_job(Payload::Json(output.into()), Some(br#"{"k":1}"#));
+        let message = |output: &'static str| succeeded_job(output.into(), Some(br#"{"k":1}"#));
         assert_eq!(message("{}"), br#"{"status":"success","meta":{"k":1}}"#.as_slice());
         assert_eq!(message(r#"{"a":2}"#), br#"{"status":"success","a":2,"meta":{"k":1}}"#.as_slice());
     }

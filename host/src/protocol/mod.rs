@@ -4,6 +4,7 @@ mod answer;
 mod envelope;
 mod json;
 mod problem;
+pub mod v2;
 
 pub use answer::Answer;
 pub use envelope::{Envelope, accepted, envelope_schema, failed_job, succeeded_job};

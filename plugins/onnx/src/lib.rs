@@ -12,17 +12,20 @@
 //! ```
 //!
 //! A model whose inputs and outputs all begin with the same symbolic dimension runs whole batches: one request gives one
-//! row of each input, `{"pixels": [0, 3, 12, …]}`. Any other model runs its requests one after the other.
+//! row of each input, `{"pixels": [0, 3, 12, …]}`. Any other model runs its requests one after the other. The same inputs and outputs come
+//! and go as tensors, too (`/v2/models/{name}/infer`); where the model classifies, `top_labels` and `top_scores` stand beside its outputs.
 
 mod array;
 mod classify;
 mod model;
+mod signature;
 mod tensors;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 use modalkit_sdk::{
-    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, export_pipeline,
+    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor as PlainTensor,
+    Tensors, VolumeReload, export_pipeline,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -112,6 +115,18 @@ impl InferencePipeline for Pipeline {
 
     fn validate(&self, input: &Input) -> Result<(), Invalid> {
         tensors::check(&self.model, &input.0)
+    }
+
+    fn signature(&self) -> Option<Signature> {
+        signature::signature(&self.model, self.classifier.as_ref())
+    }
+
+    fn input_from_tensors(tensors: Tensors) -> Result<Input, Invalid> {
+        signature::arrays(tensors).map(Input)
+    }
+
+    fn output_to_tensors(&self, output: Output) -> Result<Vec<PlainTensor>, PipelineError> {
+        signature::tensors(&self.model, self.classifier.is_some(), output)
     }
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Group>, PipelineError> {

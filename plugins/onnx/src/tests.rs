@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use modalkit_sdk::testkit::{LoadedPipeline, TestKit};
+use modalkit_sdk::{
+    Tensor,
+    testkit::{LoadedPipeline, TestKit},
+};
 use serde_json::{Value, json};
 
 use super::Pipeline;
@@ -41,6 +44,32 @@ fn every_held_out_digit_gets_the_training_scripts_label_in_one_batch() {
         }
         assert_eq!(answer["top"].as_array().unwrap().len(), 2);
     }
+}
+
+#[test]
+fn tensors_are_answered_as_arrays_are() {
+    let model = digits(json!({"path": "digits.onnx", "top_k": 2}));
+    let pixels: Vec<f32> = (0..64).map(|pixel| (pixel % 17) as f32).collect();
+    let as_arrays = model.run_json(&[json!({"pixels": pixels})]).remove(0).unwrap();
+    let pixels = Tensor::new("pixels", [64], pixels).unwrap();
+    let as_tensors = model.run_tensors(vec![vec![pixels]]).remove(0).unwrap();
+    let [probabilities, labels, scores] = &as_tensors[..] else { panic!("{as_tensors:?}") };
+    let single = |value: &Value| value.as_f64().unwrap() as f32;
+    let expected: Vec<f32> =
+        as_arrays["outputs"]["probabilities"].as_array().unwrap().iter().map(single).collect();
+    assert_eq!(probabilities.values::<f32>().unwrap(), expected);
+    let best = as_arrays["top"].as_array().unwrap();
+    let expected: Vec<&[u8]> = best.iter().map(|best| best["label"].as_str().unwrap().as_bytes()).collect();
+    assert_eq!(labels.strings().unwrap(), expected);
+    let expected: Vec<f32> = best.iter().map(|best| single(&best["score"])).collect();
+    assert_eq!(scores.values::<f32>().unwrap(), expected);
+    // Whole numbers keep their type.
+    let answers = fixture("two_inputs.onnx").run_tensors(vec![vec![
+        Tensor::new("a", [3], vec![1.5_f32, 2.0, 3.0]).unwrap(),
+        Tensor::new("b", [2], vec![10_i64, -9_007_199_254_740_993]).unwrap(),
+    ]]);
+    let b_out = answers[0].as_ref().unwrap().iter().find(|tensor| tensor.name() == "b_out").unwrap();
+    assert_eq!(b_out.values::<i64>().unwrap(), [10, -9_007_199_254_740_993]);
 }
 
 #[test]

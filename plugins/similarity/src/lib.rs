@@ -14,7 +14,8 @@
 //! ```
 //!
 //! `{"vector": [0.12, …], "top_k": 3}` is answered by `{"neighbours": [{"row": 17, "score": 0.93, "label": "…"}, …]}`, the best first;
-//! rows with the same score stand in their own order. A new matrix in the volume takes the old one's place between two batches.
+//! rows with the same score stand in their own order. As tensors, `vector` and `top_k` are answered by `rows`, `scores` and, where there are
+//! labels, `labels`. A new matrix in the volume takes the old one's place between two batches.
 
 pub mod cpu;
 pub mod gpu;
@@ -24,7 +25,8 @@ pub mod top;
 use std::path::{Path, PathBuf};
 
 use modalkit_sdk::{
-    Device, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, export_pipeline,
+    Datatype, Device, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor,
+    Tensors, VolumeReload, export_pipeline,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -198,6 +200,42 @@ impl InferencePipeline for Similarity {
             }
             _ => Ok(()),
         }
+    }
+
+    fn signature(&self) -> Option<Signature> {
+        let width = i64::try_from(self.searchable.width).ok()?;
+        let signature = Signature::new()
+            .input("vector", Datatype::Fp32, [width])
+            .optional_input("top_k", Datatype::Int64, [1])
+            .output("rows", Datatype::Int64, [-1])
+            .output("scores", Datatype::Fp32, [-1]);
+        Some(match self.searchable.labels {
+            Some(_) => signature.output("labels", Datatype::Bytes, [-1]),
+            None => signature,
+        })
+    }
+
+    fn input_from_tensors(mut tensors: Tensors) -> Result<Input, Invalid> {
+        let vector = tensors.take("vector")?.values()?.to_vec();
+        let top_k = tensors.take_optional("top_k").map(|tensor| {
+            let wanted = tensor.values::<i64>()?.first().copied().unwrap_or_default();
+            usize::try_from(wanted)
+                .map_err(|_| Invalid::new(format!("expected 1 to {}, found {wanted}", top::MAX)).at("top_k"))
+        });
+        Ok(Input { vector, top_k: top_k.transpose()? })
+    }
+
+    fn output_to_tensors(&self, Output { neighbours }: Output) -> Result<Vec<Tensor>, PipelineError> {
+        let found = neighbours.len();
+        let mut tensors = vec![
+            Tensor::new("rows", [found], neighbours.iter().map(|found| found.row as i64).collect())?,
+            Tensor::new("scores", [found], neighbours.iter().map(|found| found.score).collect())?,
+        ];
+        if self.searchable.labels.is_some() {
+            let labels = neighbours.iter().map(|found| found.label.as_deref().unwrap_or_default());
+            tensors.push(Tensor::of_strings("labels", [found], labels)?);
+        }
+        Ok(tensors)
     }
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<f32>, PipelineError> {

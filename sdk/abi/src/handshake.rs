@@ -2,8 +2,12 @@
 
 use abi_stable::library::LibHeader;
 
-/// The number of this boundary. Host and plugin must agree exactly.
-pub const ABI_VERSION: u32 = 5;
+/// The major number of this boundary: what an older number of it says, a newer one says otherwise.
+pub const ABI_MAJOR: u32 = 5;
+
+/// The minor number: grows with each addition, and starts again at 0 with each [`ABI_MAJOR`]. A host takes plugins whose minor number
+/// is at most its own.
+pub const ABI_MINOR: u32 = 0;
 
 /// The name under which a plugin exports its [`Handshake`], NUL-terminated for `dlsym`.
 pub const HANDSHAKE_SYMBOL: &[u8] = b"modalkit_plugin_handshake\0";
@@ -13,6 +17,45 @@ pub const DEBUG_ASSERTIONS_SYMBOL: &[u8] = b"modalkit_plugin_debug_assertions\0"
 
 /// The first bytes of every [`Handshake`].
 pub const MAGIC: [u8; 16] = *b"modalkit plugin\0";
+
+/// A set of abilities that a host may have or lack, whatever its minor number: bits that are given once and never reused.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// Each with its bit and its name, which is what people read.
+    pub const NAMES: [(Self, &'static str); 0] = [];
+
+    /// What a host of this minor number can have.
+    pub const ALL: Self = Self::NONE;
+
+    /// Nothing.
+    pub const NONE: Self = Self(0);
+
+    /// Those of `self` that `offered` lacks.
+    #[must_use]
+    pub const fn missing_in(self, offered: Self) -> Self {
+        Self(self.0 & !offered.0)
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The names of those that have one here, and the numbers of the other bits.
+    #[must_use]
+    pub fn names(self) -> Vec<String> {
+        let bits = (0..u64::BITS).filter(|bit| self.0 & 1 << bit != 0);
+        bits.map(|bit| {
+            let known = Self::NAMES.iter().find(|(feature, _)| feature.0 == 1 << bit);
+            known.map_or_else(|| format!("feature {bit}"), |(_, name)| (*name).to_owned())
+        })
+        .collect()
+    }
+}
 
 /// A string that lives in the plugin's read-only data: pointer and length in bytes, always UTF-8.
 #[repr(C)]
@@ -48,13 +91,14 @@ impl StaticStr {
 
 /// What a plugin says of itself before anything of it is called.
 ///
-/// The order and types of these fields are frozen for all ABI versions: new facts go behind `header`.
+/// The order and types of the fields to `header` are frozen for all ABI numbers, those behind it for all numbers from 5 on; new facts go
+/// to the end, with a minor number from which they are there.
 #[repr(C)]
 pub struct Handshake {
     /// [`MAGIC`]; anything else is not a modalkit plugin.
     pub magic: [u8; 16],
-    /// The [`ABI_VERSION`] that the plugin was built with.
-    pub abi_version: u32,
+    /// The [`ABI_MAJOR`] that the plugin was built with.
+    pub abi_major: u32,
     /// 1 when the plugin was compiled with `panic = "abort"`, which would take the host down with it.
     pub panic_aborts: u32,
     /// Version of the SDK crate.
@@ -62,8 +106,14 @@ pub struct Handshake {
     /// What `rustc --version` printed where the SDK was compiled.
     pub rustc_version: StaticStr,
     /// abi_stable's header: type layouts and the constructor of the [`crate::PluginModuleRef`].
-    /// May be read only after `abi_version` was found equal.
+    /// May be read only after `abi_major` was found equal.
     pub header: &'static LibHeader,
+    /// The [`ABI_MINOR`] that the plugin was built with.
+    pub abi_minor: u32,
+    /// 0.
+    pub reserved: u32,
+    /// What the plugin needs of a host.
+    pub needs: Features,
 }
 
 const _: () = {

@@ -10,7 +10,7 @@ use abi_stable::{
     std_types::{ROption, RResult, RSlice, RStr, RString, RVec},
 };
 
-use crate::{Failure, HostApi, Secret};
+use crate::{Failure, HostApiRef, LogLevel};
 
 /// The name under which a queue plugin exports its [`crate::Handshake`], NUL-terminated for `dlsym`.
 pub const QUEUE_HANDSHAKE_SYMBOL: &[u8] = b"modalkit_queue_handshake\0";
@@ -39,30 +39,6 @@ unsafe impl Send for QueueHandle {}
 // SAFETY: as above.
 unsafe impl Sync for QueueHandle {}
 
-/// What a queue plugin says of itself once its layout is known to match.
-#[repr(C)]
-#[derive(StableAbi, Clone, Debug)]
-pub struct QueueDescription {
-    /// The plugin crate's name.
-    pub name: RString,
-    /// The plugin crate's version.
-    pub version: RString,
-    /// JSON Schema of the backend's own keys.
-    pub settings_schema: RString,
-}
-
-/// What a queue backend is opened with.
-#[repr(C)]
-#[derive(StableAbi, Clone, Debug)]
-pub struct QueueOpenArgs<'a> {
-    /// The backend's name in the configuration.
-    pub backend_name: RStr<'a>,
-    /// The backend's own keys, a JSON object.
-    pub settings: RStr<'a>,
-    /// The secrets that it names.
-    pub secrets: RSlice<'a, Secret<'a>>,
-}
-
 /// A message on its way to a queue.
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug)]
@@ -82,14 +58,16 @@ pub type Sent = RVec<RResult<(), Failure>>;
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = QueueModuleRef)))]
-#[sabi(missing_field(panic))]
+#[sabi(missing_field(option))]
 pub struct QueueModule {
-    /// Name, version and schema.
-    pub describe: extern "C" fn() -> RResult<QueueDescription, Failure>,
-    /// Connects the plugin's own `tracing`, `log` and panic hook to the host's log. Calling it again changes the level.
-    pub attach: extern "C" fn(HostApi),
-    /// Opens a backend.
-    pub open: extern "C" fn(QueueOpenArgs<'_>) -> RResult<QueueHandle, Failure>,
+    /// A document that describes the backend: `name` and `version` of the plugin's crate, and `settings_schema`, a JSON Schema of the
+    /// backend's own keys.
+    pub describe: extern "C" fn() -> RResult<RString, Failure>,
+    /// As in [`crate::PluginModule::attach`].
+    pub attach: extern "C" fn(HostApiRef, LogLevel),
+    /// Opens a backend of a document: `backend_name` in the configuration, `settings`, an object of the backend's own keys, and `secrets`, an
+    /// object of strings by name.
+    pub open: extern "C" fn(RStr<'_>) -> RResult<QueueHandle, Failure>,
     /// Says whether messages could be sent.
     pub check: unsafe extern "C" fn(QueueHandle) -> RResult<(), Failure>,
     /// Sends messages to a queue, in order; fails whole where the plugin panicked.

@@ -14,6 +14,7 @@ families! {
         batch_wait: seconds("modalkit_batch_wait_seconds", "how long a batch waited to be filled while a replica was free", ["model"]);
         stage: seconds("modalkit_stage_seconds", "a batch's time in one stage", ["model", "stage"]);
         batch_size: items("modalkit_batch_size_items", "items in a batch", ["model"]);
+        cost: counters("modalkit_cost_total", "cost of the items of batches that ran, in the unit of the model's pipeline (tokens, say; 1 an item where it doesn't say)", ["model"]);
         batches_closed: counters("modalkit_batches_closed_total", "batches by why they closed", ["model", "reason"]);
         jobs_skipped: counters("modalkit_jobs_skipped_total", "jobs dropped before they took a slot", ["model", "reason"]);
         batches_failed: counters("modalkit_batches_failed_total", "batches that failed whole, and not those whose items failed one by one", ["model", "reason"]);
@@ -40,6 +41,8 @@ pub struct ModelMetrics {
     pub ok_batch: IntCounter,
     /// Requests to `/predict_async` answered with 200.
     pub ok_async: IntCounter,
+    /// Requests to `/v2/models/{name}/infer` answered with 200.
+    pub ok_infer: IntCounter,
     /// From a job's arrival to its batch, seconds.
     pub queue_wait: Histogram,
     /// How long a batch waited to be filled while a replica was free, seconds.
@@ -52,6 +55,8 @@ pub struct ModelMetrics {
     pub postprocess: Histogram,
     /// Items in a batch.
     pub batch_size: Histogram,
+    /// Cost of the items of batches that ran.
+    pub cost: IntCounter,
     /// Batches closed because they were full.
     pub closed_full: IntCounter,
     /// Batches closed because `wait_ms` had passed.

@@ -1,0 +1,293 @@
+//! Takes a request apart and holds it against the model's signature: what comes out fits it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use modalkit_engine::{Signature, Tensor, TensorSpec};
+use serde::Deserialize;
+use serde_json::{Map, Value, json, value::RawValue};
+
+use super::{JSON_BYTES_HEADER, elements};
+use crate::work::{Detail, JobError, Location};
+
+/// Tensors that a request may have.
+const TENSORS_MAX: usize = 1024;
+
+#[derive(Deserialize)]
+struct Request<'a> {
+    #[serde(default)]
+    id: Option<String>,
+    #[serde(default)]
+    parameters: Map<String, Value>,
+    #[serde(borrow)]
+    inputs: Vec<InputTensor<'a>>,
+    #[serde(default)]
+    outputs: Option<Vec<WantedOutput>>,
+}
+
+#[derive(Deserialize)]
+struct InputTensor<'a> {
+    name: String,
+    datatype: String,
+    shape: Vec<u64>,
+    #[serde(default)]
+    parameters: Map<String, Value>,
+    #[serde(borrow, default)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct WantedOutput {
+    name: String,
+    #[serde(default)]
+    parameters: Map<String, Value>,
+}
+
+/// A request, taken apart.
+pub struct InferRequest {
+    /// The tensors of each input, without the dimension of the batch.
+    pub inputs: Vec<Arc<[Tensor]>>,
+    /// What is wanted back.
+    pub wanted: Wanted,
+}
+
+/// What a request wants back.
+pub struct Wanted {
+    pub(super) id: Option<String>,
+    /// The outputs, and whether as bytes.
+    pub(super) outputs: Vec<(Arc<str>, bool)>,
+    pub(super) batched: bool,
+}
+
+/// Takes a request apart and holds it against the signature.
+///
+/// # Errors
+/// [`JobError::Invalid`], or [`JobError::TooLarge`] where it has more inputs than this.
+pub fn read_infer(
+    body: &Bytes,
+    json_bytes: Option<usize>,
+    signature: &Signature,
+    inputs_max: usize,
+) -> Result<InferRequest, JobError> {
+    if json_bytes == Some(0) {
+        return bytes_alone(body, signature);
+    }
+    let json_bytes = json_bytes.unwrap_or(body.len());
+    if json_bytes > body.len() {
+        let found = format!(
+            "expected {JSON_BYTES_HEADER} to be at most the {} bytes of the body, found {json_bytes}",
+            body.len()
+        );
+        return Err(invalid(&[], found));
+    }
+    let request: Request<'_> = serde_json::from_slice(&body[..json_bytes])
+        .map_err(|error| invalid(&[], format!("expected an inference request in JSON: {error}")))?;
+    if request.inputs.len() > TENSORS_MAX {
+        let found = format!("expected at most {TENSORS_MAX} tensors, found {}", request.inputs.len());
+        return Err(invalid(&["inputs".into()], found));
+    }
+    let wanted = wanted(request.id, &request.parameters, request.outputs.as_deref(), signature)?;
+    let mut rest = body.slice(json_bytes..);
+    let mut tensors: Vec<Tensor> = Vec::with_capacity(request.inputs.len());
+    for (index, input) in request.inputs.iter().enumerate() {
+        let tensor = tensor(input, &mut rest, signature, index)?;
+        if tensors.iter().any(|known| known.name() == tensor.name()) {
+            let found = format!("expected each tensor once, found `{}` again", tensor.name());
+            return Err(at(index, "name", found));
+        }
+        tensors.push(tensor);
+    }
+    if !rest.is_empty() {
+        let found = format!("{} bytes stand behind those of the tensors (binary_data_size)", rest.len());
+        return Err(invalid(&[], found));
+    }
+    if let Some(missing) = signature
+        .inputs
+        .iter()
+        .find(|spec| !spec.optional && !tensors.iter().any(|tensor| *tensor.name() == *spec.name))
+    {
+        let expected = format!("expected a tensor `{}` of {}", missing.name, described(missing, signature));
+        return Err(invalid(&["inputs".into()], expected));
+    }
+    Ok(InferRequest { inputs: inputs(tensors, signature, inputs_max)?, wanted })
+}
+
+/// A body that is the bytes of the only input, of one row.
+fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobError> {
+    let [spec] = &signature.inputs[..] else {
+        let found = format!(
+            "expected a request in JSON, since the model has {} inputs; found {JSON_BYTES_HEADER}: 0, which is for one",
+            signature.inputs.len()
+        );
+        return Err(invalid(&[], found));
+    };
+    let unclear = || {
+        let expected = described(spec, signature);
+        invalid(
+            &[],
+            format!("{} bytes alone don't tell the shape of `{}`, {expected}", body.len(), spec.name),
+        )
+    };
+    let fixed: Option<u64> =
+        spec.shape.iter().flatten().try_fold(1, |count: u64, size| count.checked_mul(*size));
+    let shape: Vec<u64> =
+        match (spec.shape.iter().filter(|size| size.is_none()).count(), spec.datatype.element_bytes()) {
+            (0, _) => spec.shape.iter().flatten().copied().collect(),
+            (1, Some(element)) => {
+                let row = fixed
+                    .and_then(|fixed| fixed.checked_mul(element))
+                    .filter(|row| *row > 0)
+                    .ok_or_else(unclear)?;
+                spec.shape.iter().map(|size| size.unwrap_or(body.len() as u64 / row)).collect()
+            }
+            _ => return Err(unclear()),
+        };
+    let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, body.clone())
+        .map_err(|error| invalid(&[], error.to_string()))?;
+    let wanted = wanted(None, &Map::new(), None, signature)?;
+    Ok(InferRequest { inputs: vec![Arc::new([tensor])], wanted })
+}
+
+/// One tensor of a request, with its bytes from `rest` where they stand there.
+fn tensor(
+    input: &InputTensor<'_>,
+    rest: &mut Bytes,
+    signature: &Signature,
+    index: usize,
+) -> Result<Tensor, JobError> {
+    let Some(spec) = signature.inputs.iter().find(|spec| *spec.name == *input.name) else {
+        let known: Vec<&str> = signature.inputs.iter().map(|spec| &*spec.name).collect();
+        let found = format!("the model has no input `{}`; expected one of {known:?}", input.name);
+        return Err(at(index, "name", found));
+    };
+    if input.datatype != spec.datatype.name() {
+        let found = format!("expected {} for `{}`, found {}", spec.datatype, spec.name, input.datatype);
+        return Err(at(index, "datatype", found));
+    }
+    let sizes = if signature.batched { input.shape.get(1..) } else { Some(&input.shape[..]) };
+    let fits = |sizes: &[u64]| {
+        sizes.len() == spec.shape.len()
+            && sizes.iter().zip(&spec.shape).all(|(found, size)| size.is_none_or(|size| size == *found))
+    };
+    if !sizes.is_some_and(fits) {
+        let expected = described(spec, signature);
+        return Err(at(
+            index,
+            "shape",
+            format!("expected {expected} for `{}`, found {:?}", spec.name, input.shape),
+        ));
+    }
+    let data = match (binary_size(&input.parameters), input.data) {
+        (Some(size), None) => {
+            let size = size.ok_or_else(|| {
+                at(index, "parameters", "expected a number of bytes in binary_data_size".to_owned())
+            })?;
+            match usize::try_from(size) {
+                Ok(size) if size <= rest.len() => rest.split_to(size),
+                _ => {
+                    let found = format!(
+                        "expected at most the {} bytes that are left of the body, found the binary_data_size {size}",
+                        rest.len()
+                    );
+                    return Err(at(index, "parameters", found));
+                }
+            }
+        }
+        (None, Some(data)) => {
+            elements::read(data, spec.datatype).map_err(|error| at(index, "data", error))?
+        }
+        (Some(_), Some(_)) => {
+            return Err(at(index, "data", "expected data or binary_data_size, found both".into()));
+        }
+        (None, None) => return Err(at(index, "data", "expected data, or a binary_data_size".into())),
+    };
+    Tensor::new(Arc::clone(&spec.name), spec.datatype, input.shape.clone(), data)
+        .map_err(|error| at(index, "data", error.to_string()))
+}
+
+fn binary_size(parameters: &Map<String, Value>) -> Option<Option<u64>> {
+    parameters.get("binary_data_size").map(Value::as_u64)
+}
+
+/// The tensors of each input: a row of each tensor.
+fn inputs(
+    tensors: Vec<Tensor>,
+    signature: &Signature,
+    inputs_max: usize,
+) -> Result<Vec<Arc<[Tensor]>>, JobError> {
+    if !signature.batched {
+        return Ok(vec![tensors.into()]);
+    }
+    let sizes: Vec<u64> = tensors.iter().filter_map(|tensor| tensor.shape().first().copied()).collect();
+    let Some(&rows) = sizes.first() else {
+        return Err(invalid(&["inputs".into()], "expected a tensor".into()));
+    };
+    if rows == 0 || sizes.iter().any(|size| *size != rows) {
+        let found = format!("expected the same batch size in each tensor, at least 1; found {sizes:?}");
+        return Err(invalid(&["inputs".into()], found));
+    }
+    if rows > inputs_max as u64 {
+        return Err(JobError::TooLarge(format!(
+            "expected a batch of at most {inputs_max} (queue_max), found {rows}: split it over several requests"
+        )));
+    }
+    let mut by_tensor: Vec<_> = tensors.into_iter().map(|tensor| tensor.rows().into_iter()).collect();
+    Ok((0..rows).map(|_| by_tensor.iter_mut().filter_map(Iterator::next).collect()).collect())
+}
+
+fn wanted(
+    id: Option<String>,
+    parameters: &Map<String, Value>,
+    outputs: Option<&[WantedOutput]>,
+    signature: &Signature,
+) -> Result<Wanted, JobError> {
+    let as_bytes = |parameters: &Map<String, Value>, key: &str| match parameters.get(key) {
+        None => Ok(None),
+        Some(Value::Bool(as_bytes)) => Ok(Some(*as_bytes)),
+        Some(other) => {
+            Err(invalid(&["parameters".into()], format!("expected true or false for {key}, found {other}")))
+        }
+    };
+    let all_as_bytes = as_bytes(parameters, "binary_data_output")?.unwrap_or(false);
+    let outputs = match outputs {
+        None | Some([]) => {
+            signature.outputs.iter().map(|spec| (Arc::clone(&spec.name), all_as_bytes)).collect()
+        }
+        Some(outputs) => {
+            let of_request = |(index, output): (usize, &WantedOutput)| {
+                let place = ["outputs".into(), Location::Index(index as u64)];
+                let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
+                    let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
+                    let found =
+                        format!("the model has no output `{}`; expected one of {known:?}", output.name);
+                    return Err(invalid(&place, found));
+                };
+                if output.parameters.get("classification").is_some_and(|classes| *classes != json!(0)) {
+                    let found = "expected no `classification`: this host doesn't have that extension";
+                    return Err(invalid(&place, found.into()));
+                }
+                let own = as_bytes(&output.parameters, "binary_data")?;
+                Ok((Arc::clone(&spec.name), own.unwrap_or(all_as_bytes)))
+            };
+            outputs.iter().enumerate().map(of_request).collect::<Result<_, _>>()?
+        }
+    };
+    Ok(Wanted { id, outputs, batched: signature.batched })
+}
+
+fn invalid(place: &[Location], msg: String) -> JobError {
+    let detail = Detail { loc: vec!["body".into()], msg, kind: "value_error" };
+    JobError::Invalid(vec![detail.inside(place)])
+}
+
+fn at(index: usize, member: &str, msg: String) -> JobError {
+    invalid(&["inputs".into(), Location::Index(index as u64), member.into()], msg)
+}
+
+/// A tensor's datatype and shape, for people: `FP32 [batch, 3, any]`.
+fn described(spec: &TensorSpec, signature: &Signature) -> String {
+    let batch = signature.batched.then(|| "batch".to_owned());
+    let sizes = spec.shape.iter().map(|size| size.map_or_else(|| "any".to_owned(), |size| size.to_string()));
+    let shape: Vec<String> = batch.into_iter().chain(sizes).collect();
+    format!("{} [{}]", spec.datatype, shape.join(", "))
+}

@@ -1,0 +1,89 @@
+//! Puts outputs together and writes the answer.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use modalkit_engine::{Failure, FailureKind, Tensor};
+use serde::Serialize;
+use serde_json::{Value, json, value::RawValue};
+
+use super::{Wanted, elements};
+use crate::protocol::{Answer, object};
+
+#[derive(Serialize)]
+struct Response<'a> {
+    model_name: &'a str,
+    model_version: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    outputs: Vec<OutputTensor<'a>>,
+}
+
+#[derive(Serialize)]
+struct OutputTensor<'a> {
+    name: &'a str,
+    datatype: &'static str,
+    shape: &'a [u64],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Box<RawValue>>,
+}
+
+/// An answer, and where its JSON part ends when bytes follow.
+pub struct InferAnswer {
+    /// The body.
+    pub body: Answer,
+    /// Bytes of the JSON part; `None` where it is all.
+    pub json_bytes: Option<usize>,
+}
+
+/// Writes an answer of each input's output.
+///
+/// # Errors
+/// The outputs are not those of the signature, or can't be written as JSON.
+pub fn write_infer(
+    model_name: &str,
+    model_version: u64,
+    wanted: Wanted,
+    outputs: &[Arc<[Tensor]>],
+) -> Result<InferAnswer, Failure> {
+    let failed = |message: String| Failure { kind: FailureKind::Permanent, message };
+    let mut tensors = Vec::with_capacity(wanted.outputs.len());
+    for (name, as_bytes) in &wanted.outputs {
+        let named = |output: &Arc<[Tensor]>| output.iter().find(|tensor| *tensor.name() == **name).cloned();
+        let rows: Option<Vec<Tensor>> = outputs.iter().map(named).collect();
+        let rows = rows.ok_or_else(|| failed(format!("the plugin gave no tensor `{name}`")))?;
+        let whole = match (wanted.batched, &rows[..]) {
+            (false, [one]) => Some(one.clone()),
+            _ => Tensor::from_rows(&rows),
+        };
+        let whole = whole.ok_or_else(|| {
+            let shapes: Vec<&[u64]> = rows.iter().map(Tensor::shape).collect();
+            failed(format!(
+                "the tensors `{name}` of a request's inputs can't be put together, their shapes are {shapes:?}: ask for each alone"
+            ))
+        })?;
+        tensors.push((whole, *as_bytes));
+    }
+    let mut described = Vec::with_capacity(tensors.len());
+    for (tensor, as_bytes) in &tensors {
+        let (parameters, data) = if *as_bytes {
+            (Some(json!({"binary_data_size": tensor.data().len()})), None)
+        } else {
+            (None, Some(elements::write(tensor).map_err(failed)?))
+        };
+        let (datatype, shape) = (tensor.datatype().name(), tensor.shape());
+        described.push(OutputTensor { name: tensor.name(), datatype, shape, parameters, data });
+    }
+    let json = object(&Response {
+        model_name,
+        model_version: model_version.to_string(),
+        id: wanted.id,
+        outputs: described,
+    });
+    let bytes: Vec<Bytes> =
+        tensors.iter().filter(|(_, as_bytes)| *as_bytes).map(|(tensor, _)| tensor.data().clone()).collect();
+    let json_bytes = tensors.iter().any(|(_, as_bytes)| *as_bytes).then_some(json.len());
+    Ok(InferAnswer { body: Answer::in_pieces(json, bytes), json_bytes })
+}

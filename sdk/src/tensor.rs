@@ -1,0 +1,474 @@
+//! Tensors as a pipeline takes and gives them, and what it says of those that it wants. Their bytes are never copied on the way from the host.
+
+use std::{fmt, sync::Arc};
+
+use bytemuck::Pod;
+use modalkit_abi::Buffer;
+use serde::{Serialize, Serializer};
+
+use crate::{Invalid, PipelineError};
+
+macro_rules! datatypes {
+    ($($(#[$doc:meta])* $name:ident = $number:ident $size:expr;)*) => {
+        /// What a tensor's elements are. Shown, it has its name in the Open Inference Protocol.
+        ///
+        /// ```
+        /// use modalkit_sdk::Datatype;
+        ///
+        /// assert_eq!(Datatype::Fp32.to_string(), "FP32");
+        /// ```
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub enum Datatype {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Datatype {
+            fn of(number: modalkit_abi::Datatype) -> Option<Self> {
+                match number {
+                    $(modalkit_abi::Datatype::$number => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            fn number(self) -> modalkit_abi::Datatype {
+                match self {
+                    $(Self::$name => modalkit_abi::Datatype::$number,)*
+                }
+            }
+
+            /// Bytes of an element; `None` where they differ.
+            fn element_bytes(self) -> Option<usize> {
+                match self {
+                    $(Self::$name => $size,)*
+                }
+            }
+        }
+
+        impl fmt::Display for Datatype {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self {
+                    $(Self::$name => stringify!($number),)*
+                })
+            }
+        }
+    };
+}
+
+datatypes! {
+    /// A byte each, 0 or 1; read as `u8`.
+    Bool = BOOL Some(1);
+    /// `u8`.
+    Uint8 = UINT8 Some(1);
+    /// `u16`.
+    Uint16 = UINT16 Some(2);
+    /// `u32`.
+    Uint32 = UINT32 Some(4);
+    /// `u64`.
+    Uint64 = UINT64 Some(8);
+    /// `i8`.
+    Int8 = INT8 Some(1);
+    /// `i16`.
+    Int16 = INT16 Some(2);
+    /// `i32`.
+    Int32 = INT32 Some(4);
+    /// `i64`.
+    Int64 = INT64 Some(8);
+    /// 16 bits of IEEE 754; its bytes alone can be read.
+    Fp16 = FP16 Some(2);
+    /// The upper half of an `f32`; its bytes alone can be read.
+    Bf16 = BF16 Some(2);
+    /// `f32`.
+    Fp32 = FP32 Some(4);
+    /// `f64`.
+    Fp64 = FP64 Some(8);
+    /// Strings of any bytes.
+    Bytes = BYTES None;
+}
+
+impl Serialize for Datatype {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A type that elements of tensors have.
+pub trait Element: Pod + Send + Sync + sealed::Sealed {
+    /// The datatype of tensors that are made of such elements.
+    const DATATYPE: Datatype;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! elements {
+    ($($element:ty: $datatype:ident;)*) => {
+        $(
+            impl sealed::Sealed for $element {}
+
+            impl Element for $element {
+                const DATATYPE: Datatype = Datatype::$datatype;
+            }
+        )*
+    };
+}
+
+elements! {
+    u8: Uint8;
+    u16: Uint16;
+    u32: Uint32;
+    u64: Uint64;
+    i8: Int8;
+    i16: Int16;
+    i32: Int32;
+    i64: Int64;
+    f32: Fp32;
+    f64: Fp64;
+}
+
+/// A named array of one datatype. A clone shares the elements.
+///
+/// ```
+/// use modalkit_sdk::{Datatype, Tensor};
+///
+/// let tensor = Tensor::new("scores", [2, 3], vec![0.0_f32, 0.5, 1.0, 1.5, 2.0, 2.5])?;
+/// assert_eq!((tensor.datatype(), tensor.shape()), (Datatype::Fp32, &[2, 3][..]));
+/// assert_eq!(tensor.values::<f32>().unwrap()[5], 2.5);
+/// assert!(tensor.values::<i64>().unwrap_err().to_string().contains("expected INT64, found FP32"));
+/// # Ok::<(), modalkit_sdk::PipelineError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    name: String,
+    datatype: Datatype,
+    shape: Vec<usize>,
+    data: Arc<Buffer>,
+}
+
+/// Owns elements whose bytes are a tensor's.
+struct Elements<T>(Vec<T>);
+
+impl<T: Pod> AsRef<[u8]> for Elements<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// A tensor's bytes, which its clones have as well.
+struct Shared(Arc<Buffer>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Tensor {
+    /// A tensor of these elements, the last dimension's neighbours side by side.
+    ///
+    /// # Errors
+    /// The shape is of another number of elements.
+    pub fn new<T: Element>(
+        name: impl Into<String>,
+        shape: impl Into<Vec<usize>>,
+        values: Vec<T>,
+    ) -> Result<Self, PipelineError> {
+        let count = values.len();
+        Self::of(name.into(), T::DATATYPE, shape.into(), count, Buffer::from_owner(Elements(values)))
+    }
+
+    /// A tensor of truth values.
+    ///
+    /// # Errors
+    /// The shape is of another number of elements.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{Datatype, Tensor};
+    /// assert_eq!(Tensor::of_bools("fits", [2], [true, false])?.datatype(), Datatype::Bool);
+    /// # Ok::<(), modalkit_sdk::PipelineError>(())
+    /// ```
+    pub fn of_bools(
+        name: impl Into<String>,
+        shape: impl Into<Vec<usize>>,
+        values: impl IntoIterator<Item = bool>,
+    ) -> Result<Self, PipelineError> {
+        let values: Vec<u8> = values.into_iter().map(u8::from).collect();
+        let count = values.len();
+        Self::of(name.into(), Datatype::Bool, shape.into(), count, Buffer::from_owner(values))
+    }
+
+    /// A tensor of strings.
+    ///
+    /// # Errors
+    /// The shape is of another number of elements, or a string is longer than 4 GiB.
+    ///
+    /// ```
+    /// # use modalkit_sdk::Tensor;
+    /// let labels = Tensor::of_strings("labels", [2], ["cat", "dog"])?;
+    /// assert_eq!(labels.strings().unwrap(), [b"cat", b"dog"]);
+    /// # Ok::<(), modalkit_sdk::PipelineError>(())
+    /// ```
+    pub fn of_strings<S: AsRef<[u8]>>(
+        name: impl Into<String>,
+        shape: impl Into<Vec<usize>>,
+        values: impl IntoIterator<Item = S>,
+    ) -> Result<Self, PipelineError> {
+        let (mut bytes, mut count) = (Vec::new(), 0);
+        for value in values {
+            let value = value.as_ref();
+            bytes.extend_from_slice(&u32::try_from(value.len())?.to_le_bytes());
+            bytes.extend_from_slice(value);
+            count += 1;
+        }
+        Self::of(name.into(), Datatype::Bytes, shape.into(), count, Buffer::from_owner(bytes))
+    }
+
+    fn of(
+        name: String,
+        datatype: Datatype,
+        shape: Vec<usize>,
+        found: usize,
+        data: Buffer,
+    ) -> Result<Self, PipelineError> {
+        match shape.iter().try_fold(1_usize, |count, size| count.checked_mul(*size)) {
+            Some(expected) if expected == found => Ok(Self { name, datatype, shape, data: Arc::new(data) }),
+            _ => Err(PipelineError::permanent(format!(
+                "the tensor `{name}` of shape {shape:?} was given {found} elements"
+            ))),
+        }
+    }
+
+    /// Of what a host gave.
+    pub(crate) fn from_abi(tensor: modalkit_abi::Tensor) -> Result<Self, Invalid> {
+        let name: String = tensor.name.into();
+        let unfit = |what: String| Invalid::new(what).at(name.as_str());
+        let datatype = Datatype::of(tensor.datatype).ok_or_else(|| {
+            unfit(format!("this plugin's SDK doesn't know the datatype {}", tensor.datatype.0))
+        })?;
+        let sizes = tensor.shape.iter().map(|size| usize::try_from(*size).ok());
+        let shape: Option<Vec<usize>> = sizes.collect();
+        let count = shape
+            .as_ref()
+            .and_then(|shape| shape.iter().try_fold(1_usize, |count, size| count.checked_mul(*size)));
+        let bytes = match datatype.element_bytes() {
+            Some(bytes) => count.and_then(|count| count.checked_mul(bytes)),
+            None => count.map(|_| tensor.data.len()),
+        };
+        match shape {
+            Some(shape) if bytes == Some(tensor.data.len()) => {
+                Ok(Self { name, datatype, shape, data: Arc::new(tensor.data) })
+            }
+            _ => Err(unfit(format!(
+                "{} bytes are not what a tensor of {datatype} and the shape {:?} has",
+                tensor.data.len(),
+                tensor.shape.as_slice()
+            ))),
+        }
+    }
+
+    pub(crate) fn into_abi(self) -> modalkit_abi::Tensor {
+        let data = Arc::try_unwrap(self.data).unwrap_or_else(|shared| Buffer::from_owner(Shared(shared)));
+        modalkit_abi::Tensor {
+            name: self.name.into(),
+            datatype: self.datatype.number(),
+            shape: self.shape.iter().map(|size| *size as u64).collect(),
+            data,
+            parameters: Default::default(),
+        }
+    }
+
+    /// Its name in the signature.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The same elements under another name.
+    #[must_use]
+    pub fn renamed(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
+    /// What its elements are.
+    #[must_use]
+    pub fn datatype(&self) -> Datatype {
+        self.datatype
+    }
+
+    /// Its dimensions, the slowest first; without that of the batch.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Its elements, the last dimension's neighbours side by side; truth values as `u8`.
+    ///
+    /// # Errors
+    /// It has another datatype.
+    pub fn values<T: Element>(&self) -> Result<&[T], Invalid> {
+        let (expected, found) = (T::DATATYPE, self.datatype);
+        let fits = expected == found || (expected == Datatype::Uint8 && found == Datatype::Bool);
+        let values = if fits { bytemuck::try_cast_slice(&self.data).ok() } else { None };
+        values
+            .ok_or_else(|| Invalid::new(format!("expected {expected}, found {found}")).at(self.name.as_str()))
+    }
+
+    /// Its elements, where they are strings ([`Datatype::Bytes`]).
+    ///
+    /// # Errors
+    /// It has another datatype, or its bytes are not as many strings as its shape says.
+    pub fn strings(&self) -> Result<Vec<&[u8]>, Invalid> {
+        let unfit = |what: String| Invalid::new(what).at(self.name.as_str());
+        if self.datatype != Datatype::Bytes {
+            return Err(unfit(format!("expected BYTES, found {}", self.datatype)));
+        }
+        let expected: usize = self.shape.iter().product();
+        let (mut strings, mut rest) = (Vec::new(), &**self.data);
+        while let Some((length, after)) = rest.split_first_chunk::<4>() {
+            let Some((string, after)) = after.split_at_checked(u32::from_le_bytes(*length) as usize) else {
+                break;
+            };
+            strings.push(string);
+            rest = after;
+        }
+        if rest.is_empty() && strings.len() == expected {
+            return Ok(strings);
+        }
+        Err(unfit(format!("its bytes are not {expected} strings, each after its length in 32 bits")))
+    }
+
+    /// Its elements' bytes, little-endian.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+/// The tensors of one input, by name.
+///
+/// ```
+/// use modalkit_sdk::{Invalid, Tensor, Tensors};
+///
+/// fn vector(mut tensors: Tensors) -> Result<(Vec<f32>, Option<i64>), Invalid> {
+///     let vector = tensors.take("vector")?;
+///     let top_k = tensors.take_optional("top_k");
+///     let top_k = top_k.map(|tensor| Ok(tensor.values::<i64>()?[0])).transpose()?;
+///     Ok((vector.values::<f32>()?.to_vec(), top_k))
+/// }
+///
+/// let tensors = Tensors::from(vec![Tensor::new("vector", [2], vec![1.0_f32, 2.0])?]);
+/// assert_eq!(vector(tensors).unwrap(), (vec![1.0, 2.0], None));
+/// # Ok::<(), modalkit_sdk::PipelineError>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Tensors(Vec<Tensor>);
+
+impl Tensors {
+    /// The tensor of this name, taken out.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn take(&mut self, name: &str) -> Result<Tensor, Invalid> {
+        self.take_optional(name).ok_or_else(|| Invalid::new(format!("expected a tensor `{name}`")).at(name))
+    }
+
+    /// The tensor of this name, taken out where there is one.
+    pub fn take_optional(&mut self, name: &str) -> Option<Tensor> {
+        let place = self.0.iter().position(|tensor| tensor.name == name)?;
+        Some(self.0.swap_remove(place))
+    }
+}
+
+impl From<Vec<Tensor>> for Tensors {
+    fn from(tensors: Vec<Tensor>) -> Self {
+        Self(tensors)
+    }
+}
+
+impl IntoIterator for Tensors {
+    type IntoIter = std::vec::IntoIter<Tensor>;
+    type Item = Tensor;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+/// The tensors that a pipeline takes and gives. Sizes of dimensions are those of one input, and -1 stands for any.
+///
+/// Requests have one more dimension before these, that of the batch: the host takes a request apart into its inputs, batches them with
+/// those of others, and puts the outputs together again. The outputs of one request must therefore have the same shape; where they can't,
+/// or where the model has no such dimension, say [`Signature::unbatched`].
+///
+/// ```
+/// use modalkit_sdk::{Datatype, Signature};
+///
+/// let signature = Signature::new()
+///     .input("vector", Datatype::Fp32, [384])
+///     .optional_input("top_k", Datatype::Int64, [1])
+///     .output("rows", Datatype::Int64, [-1])
+///     .output("scores", Datatype::Fp32, [-1]);
+/// # let _ = signature;
+/// ```
+#[derive(Clone, Debug, Serialize)]
+pub struct Signature {
+    inputs: Vec<TensorSpec>,
+    outputs: Vec<TensorSpec>,
+    batched: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct TensorSpec {
+    name: String,
+    datatype: Datatype,
+    shape: Vec<i64>,
+    optional: bool,
+}
+
+impl Default for Signature {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Signature {
+    /// One of nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { inputs: Vec::new(), outputs: Vec::new(), batched: true }
+    }
+
+    /// A tensor that each input has.
+    #[must_use]
+    pub fn input(mut self, name: impl Into<String>, datatype: Datatype, shape: impl Into<Vec<i64>>) -> Self {
+        self.inputs.push(TensorSpec { name: name.into(), datatype, shape: shape.into(), optional: false });
+        self
+    }
+
+    /// A tensor that an input may have.
+    #[must_use]
+    pub fn optional_input(
+        mut self,
+        name: impl Into<String>,
+        datatype: Datatype,
+        shape: impl Into<Vec<i64>>,
+    ) -> Self {
+        self.inputs.push(TensorSpec { name: name.into(), datatype, shape: shape.into(), optional: true });
+        self
+    }
+
+    /// A tensor that each output has.
+    #[must_use]
+    pub fn output(mut self, name: impl Into<String>, datatype: Datatype, shape: impl Into<Vec<i64>>) -> Self {
+        self.outputs.push(TensorSpec { name: name.into(), datatype, shape: shape.into(), optional: false });
+        self
+    }
+
+    /// Says that shapes are whole: a request is one input.
+    #[must_use]
+    pub fn unbatched(mut self) -> Self {
+        self.batched = false;
+        self
+    }
+}
