@@ -25,15 +25,17 @@ use wrk::Load;
 struct Workload {
     name: &'static str,
     plugin: &'static str,
+    path: &'static str,
     concurrency: &'static [usize],
     config: &'static str,
     note: &'static str,
 }
 
-const WORKLOADS: [Workload; 3] = [
+const WORKLOADS: [Workload; 4] = [
     Workload {
         name: "echo",
         plugin: "echo",
+        path: PREDICT,
         concurrency: &[1, 32, 128],
         config: "",
         note: "max_batch_size 1",
@@ -41,12 +43,32 @@ const WORKLOADS: [Workload; 3] = [
     Workload {
         name: "batched",
         plugin: "batched",
+        path: PREDICT,
         concurrency: &[1, 32, 128],
         config: "[app_settings.batch_config]\nmax_batch_size = 32\nwait_ms = 5\n",
         note: "predict sleeps 5 ms + 0.1 ms an item, max_batch_size 32, wait_ms 5; the ceiling is 32 items in 8.2 ms: 3902/s",
     },
-    Workload { name: "big", plugin: "big", concurrency: &[8], config: "", note: "256 KiB of JSON floats in" },
+    Workload {
+        name: "big",
+        plugin: "big",
+        path: PREDICT,
+        concurrency: &[8],
+        config: "",
+        note: "256 KiB of JSON floats in",
+    },
+    Workload {
+        name: "tensors",
+        plugin: "tensors",
+        path: "/v2/models/tensors/infer",
+        concurrency: &[1, 8],
+        config: "",
+        note: "a tensor of 1 MiB in and out as bytes; bare gives the body back as it is",
+    },
 ];
+
+const PREDICT: &str = "/predict_sync";
+/// Bytes of the tensor that `tensors` sends.
+const TENSOR_BYTES: usize = 1 << 20;
 
 /// One server's figures at one concurrency, one value a round.
 #[derive(Default)]
@@ -71,7 +93,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     let Options { rounds, seconds, .. } = *options;
     let has_others = only.iter().any(|name| !WORKLOADS.iter().any(|known| known.name == *name));
     if options.against.is_some() && has_others {
-        bail!("--against: expected with echo, batched and big, found it with {only:?}");
+        bail!("--against: expected with echo, batched, big and tensors, found it with {only:?}");
     }
     if only == ["insight"] {
         return insight::run(rounds, seconds);
@@ -80,10 +102,10 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
         return jobs::run(rounds, seconds);
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
-        bail!("no workload {unknown:?}; expected echo, batched, big, insight or jobs");
+        bail!("no workload {unknown:?}; expected echo, batched, big, tensors, insight or jobs");
     }
     wrk::ensure()?;
-    let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big"];
+    let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big", "fixture-tensors"];
     let mut build = vec!["build", "--release"];
     packages.iter().for_each(|package| build.extend(["--package", package]));
     build::cargo(&build)?;
@@ -107,6 +129,8 @@ fn measure(workload: &Workload, options: &Options) -> anyhow::Result<()> {
 fn measure_in(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<()> {
     let body = folder.join("body.json");
     fs::write(&body, request(w.name))?;
+    let json_bytes = tensors_head().len().to_string();
+    let header = (w.name == "tensors").then_some(("inference-header-content-length", json_bytes.as_str()));
     let bare_port = free_port()?;
     let mut bare = Command::new(build::release().join("bare"));
     let mut servers = vec![Server::start("bare", bare.args([w.name, &bare_port.to_string()]), bare_port)?];
@@ -128,12 +152,12 @@ fn measure_in(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<
                 let at = (place + number) % servers.len();
                 let load = Load {
                     port: servers[at].port,
-                    path: "/predict_sync",
+                    path: w.path,
                     concurrency,
                     seconds,
                     body: &body,
                     script: &folder.join("post.lua"),
-                    header: None,
+                    header,
                 };
                 round(&servers[at], &load, &mut figures[at])?;
             }
@@ -223,8 +247,21 @@ fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) }
 }
 
-fn request(workload: &str) -> String {
+/// What stands before the bytes of a tensor.
+fn tensors_head() -> String {
+    format!(
+        r#"{{"inputs":[{{"name":"values","datatype":"FP32","shape":[1,{}],"parameters":{{"binary_data_size":{TENSOR_BYTES}}}}}],"outputs":[{{"name":"values","parameters":{{"binary_data":true}}}}]}}"#,
+        TENSOR_BYTES / size_of::<f32>()
+    )
+}
+
+fn request(workload: &str) -> Vec<u8> {
     match workload {
+        "tensors" => {
+            let mut body = tensors_head().into_bytes();
+            body.extend((0..TENSOR_BYTES / size_of::<f32>()).flat_map(|number| (number as f32).to_le_bytes()));
+            body
+        }
         "big" => {
             let mut body = String::from("{\"values\":[");
             let mut number: u64 = 1;
@@ -234,9 +271,9 @@ fn request(workload: &str) -> String {
                 body.push_str(&format!("{:.6},", (number >> 40) as f64 / 16_777.216));
             }
             body.push_str("0]}");
-            body
+            body.into_bytes()
         }
-        _ => "{\"text\":\"hello world\"}".to_owned(),
+        _ => b"{\"text\":\"hello world\"}".to_vec(),
     }
 }
 

@@ -32,7 +32,7 @@ cargo xtask COMMAND
   brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, dependencies, then every test
   audit                         what is linked in: published advisories, yanked versions, licences, bans and sources
-  bench [WORKLOAD...]           compare with bare hyper: echo, batched, big
+  bench [WORKLOAD...]           compare with bare hyper: echo, batched, big, tensors
                                 (--rounds N, --seconds N, default 5 and 4; --against FOLDER: beside the host and the
                                 plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
@@ -123,7 +123,7 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             let seconds = take_number(&mut args, "--seconds", 4)?;
             let against = take(&mut args, "--against")?.map(PathBuf::from);
             if against.is_some() && (args == ["similarity"] || args == ["reload"]) {
-                bail!("--against: expected with echo, batched and big, found it with {args:?}");
+                bail!("--against: expected with echo, batched, big and tensors, found it with {args:?}");
             }
             if args == ["similarity"] {
                 gpu::bench()?;

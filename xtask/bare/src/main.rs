@@ -1,4 +1,4 @@
-//! A server with nothing but hyper and serde_json, for `cargo xtask bench`: `bare echo|batched|big PORT`.
+//! A server with nothing but hyper and serde_json, for `cargo xtask bench`: `bare echo|batched|big|tensors PORT`.
 //!
 //! It does each workload's work in the shortest way one would write it, and never checks, limits, counts or logs.
 
@@ -23,6 +23,8 @@ enum Work {
     Echo,
     Batched(Arc<Batcher>),
     Big,
+    /// Gives the body back.
+    Tensors,
 }
 
 #[derive(Deserialize)]
@@ -52,12 +54,13 @@ struct Summed {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = env::args().skip(1).collect();
-    let [workload, port] = args.as_slice() else { bail!("expected: bare echo|batched|big PORT") };
+    let [workload, port] = args.as_slice() else { bail!("expected: bare echo|batched|big|tensors PORT") };
     let work = match workload.as_str() {
         "echo" => Work::Echo,
         "batched" => Work::Batched(Arc::new(Batcher::start()?)),
         "big" => Work::Big,
-        other => bail!("expected the workload echo, batched or big, found {other:?}"),
+        "tensors" => Work::Tensors,
+        other => bail!("expected the workload echo, batched, big or tensors, found {other:?}"),
     };
     let port: u16 = port.parse().context("expected a port")?;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], port))).await?;
@@ -94,6 +97,7 @@ async fn answer(work: &Work, request: Request<Incoming>) -> Result<Response<Full
             let sum = input.values.iter().map(|value| f64::from(*value)).sum();
             serde_json::to_vec(&Summed { status: "success", sum, length: input.values.len() })
         }),
+        Work::Tensors => return Ok(Response::new(Full::new(body))),
     };
     let mut response = Response::new(Full::new(Bytes::new()));
     match json {
