@@ -82,9 +82,12 @@ pub fn inferred(answer: InferAnswer) -> HttpResponse {
     response
 }
 
-/// An error's answer as the Open Inference Protocol has it.
+/// An error's answer as the Open Inference Protocol has it; an answer that is none stays.
 #[must_use]
 pub fn in_v2(response: HttpResponse) -> HttpResponse {
+    if response.status().is_success() {
+        return response;
+    }
     let (mut head, body) = response.into_parts();
     if head.status == StatusCode::UNPROCESSABLE_ENTITY {
         head.status = StatusCode::BAD_REQUEST;

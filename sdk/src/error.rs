@@ -4,7 +4,6 @@ use std::{error::Error, fmt};
 
 use modalkit_abi::{Failure, FailureKind};
 use serde::Serialize;
-use serde_json::json;
 
 use crate::device::{kind_of_code, kind_of_text};
 
@@ -265,14 +264,25 @@ impl Invalid {
     }
 
     pub(crate) fn into_failure(self) -> Failure {
-        let faults: Vec<&Fault> = std::iter::once(&self.first).chain(&self.more).collect();
-        let details = json!({ "faults": faults }).to_string();
+        // A long list may be wrong in every place; callers get the first ones anyway.
+        let faults = || std::iter::once(&self.first).chain(&self.more).take(FAULTS_MAX);
+        let message: Vec<String> = faults().map(ToString::to_string).collect();
+        let details = serde_json::to_string(&Details { faults: faults().collect() });
         Failure {
             kind: FailureKind::INVALID_INPUT,
-            message: self.to_string().into(),
-            details: details.into(),
+            message: message.join("; ").into(),
+            // Texts and numbers can be written.
+            details: details.unwrap_or_default().into(),
         }
     }
+}
+
+/// Faults that leave the plugin.
+const FAULTS_MAX: usize = 16;
+
+#[derive(Serialize)]
+struct Details<'a> {
+    faults: Vec<&'a Fault>,
 }
 
 /// A failure that its message says all of.

@@ -8,9 +8,9 @@ use std::{
 };
 
 use modalkit_abi::{
-    ABI_MAJOR, ABI_MINOR, BatchHandle, DecodedItem, Failure, FailureKind, Features, Handshake, HostApiRef,
-    InstanceHandle, ItemHandle, LogLevel, MAGIC, Measure, OutcomeSinkRef, PluginModule, PluginModuleRef,
-    SinkHandle, StaticStr, Tensor,
+    ABI_MAJOR, BatchHandle, DecodedItem, Failure, FailureKind, Features, Handshake, HostApiRef,
+    InstanceHandle, ItemHandle, LogLevel, MAGIC, Measure, Needs, OutcomeSinkRef, PluginModule,
+    PluginModuleRef, SinkHandle, StaticStr, Tensor,
     abi_stable::{
         abi_stability::StableAbi,
         library::{LibHeader, RootModuleResult},
@@ -72,6 +72,8 @@ macro_rules! export_pipeline {
 
             // Beside the handshake, whose fields are frozen.
             #[unsafe(no_mangle)]
+            static modalkit_plugin_needs: private::Needs = private::NEEDS;
+            #[unsafe(no_mangle)]
             static modalkit_plugin_debug_assertions: u8 = cfg!(debug_assertions) as u8;
         };
     };
@@ -97,11 +99,11 @@ pub const fn handshake_of(header: &'static LibHeader, panic_aborts: bool) -> Han
         sdk_version: StaticStr::new(env!("CARGO_PKG_VERSION")),
         rustc_version: StaticStr::new(env!("MODALKIT_RUSTC_VERSION")),
         header,
-        abi_minor: ABI_MINOR,
-        reserved: 0,
-        needs: Features::NONE,
     }
 }
+
+#[doc(hidden)]
+pub const NEEDS: Needs = Needs::of(Features::NONE);
 
 #[doc(hidden)]
 pub fn constructor_of<P: InferencePipeline>(name: &'static str, version: &'static str) -> RootModuleResult {
@@ -254,6 +256,7 @@ unsafe extern "C" fn begin<P: InferencePipeline>(
     let instance = unsafe { instance_ref::<P>(instance) };
     // SAFETY: live items of this library, each named once; the caller gives them up.
     let items = items.iter().map(|item| unsafe { *from_raw::<Item<P>>(item.into_raw()) });
+    serving(&instance.model);
     BatchHandle::from_raw(into_raw(instance.begin(items)))
 }
 
@@ -303,6 +306,8 @@ unsafe extern "C" fn drop_item<P: InferencePipeline>(item: ItemHandle) {
 }
 
 unsafe extern "C" fn drop_batch<P: InferencePipeline>(batch: BatchHandle) {
+    // SAFETY: a live batch of this library, used by one thread at a time.
+    serving(unsafe { &batch_mut::<P>(batch).model });
     // SAFETY: a live batch of this library, given up by the caller.
     discard(|| unsafe { from_raw::<Batch<P>>(batch.into_raw()) });
 }
@@ -387,3 +392,135 @@ const _: () = {
     const fn crosses_the_boundary<T: StableAbi>() {}
     crosses_the_boundary::<PluginModuleRef>();
 };
+
+#[cfg(test)]
+mod tests {
+    use modalkit_abi::{Buffer, Datatype, OutcomeSink, abi_stable::std_types::RNone};
+    use schemars::JsonSchema;
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::{LoadContext, NoSettings, Outcome, Tensors};
+
+    #[derive(Deserialize, JsonSchema)]
+    struct Input {
+        number: f32,
+    }
+
+    #[derive(Serialize, JsonSchema)]
+    struct Output {
+        half: f32,
+    }
+
+    /// Halves numbers; zero is none that it takes.
+    struct Half;
+
+    impl InferencePipeline for Half {
+        type Input = Input;
+        type Output = Output;
+        type Preprocessed = ();
+        type RawOutput = ();
+        type Settings = NoSettings;
+
+        fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> {
+            Ok(Self)
+        }
+
+        fn input_from_tensors(mut tensors: Tensors) -> Result<Input, crate::Invalid> {
+            Ok(Input { number: tensors.take("number")?.values::<f32>()?[0] })
+        }
+
+        fn output_to_tensors(&self, output: Output) -> Result<Vec<crate::Tensor>, PipelineError> {
+            Ok(vec![crate::Tensor::new("half", [1], vec![output.half])?])
+        }
+
+        fn preprocess(&self, _: &[Input]) -> Result<(), PipelineError> {
+            Ok(())
+        }
+
+        fn predict(&self, _: &[Input], (): ()) -> Result<(), PipelineError> {
+            Ok(())
+        }
+
+        fn postprocess(&self, inputs: &[Input], (): ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
+            let half = |input: &Input| match input.number {
+                0.0 => Err(PipelineError::invalid_input("expected another number than 0")),
+                number => Ok(Output { half: number / 2.0 }),
+            };
+            Ok(inputs.iter().map(half).collect())
+        }
+    }
+
+    type Seen = Vec<(usize, String)>;
+
+    unsafe fn seen(sink: SinkHandle, item: usize, what: String) {
+        // SAFETY: the test below makes such handles.
+        unsafe { &mut *sink.into_raw().cast::<Seen>() }.push((item, what));
+    }
+
+    unsafe extern "C" fn json(sink: SinkHandle, item: usize, json: RVec<u8>) {
+        // SAFETY: as in `seen`.
+        unsafe { seen(sink, item, String::from_utf8_lossy(&json).into_owned()) };
+    }
+
+    unsafe extern "C" fn tensors(sink: SinkHandle, item: usize, tensors: RVec<Tensor>, _: RString) {
+        // SAFETY: as in `seen`.
+        unsafe { seen(sink, item, format!("{} {:?}", tensors[0].name, &*tensors[0].data)) };
+    }
+
+    unsafe extern "C" fn failed(sink: SinkHandle, item: usize, failure: Failure) {
+        // SAFETY: as in `seen`.
+        unsafe { seen(sink, item, failure.message.into()) };
+    }
+
+    fn tensor(number: f32) -> RVec<Tensor> {
+        let tensor = Tensor {
+            name: "number".into(),
+            datatype: Datatype::FP32,
+            shape: vec![1].into(),
+            data: Buffer::from_owner(number.to_le_bytes()),
+            parameters: RString::new(),
+        };
+        vec![tensor].into()
+    }
+
+    #[test]
+    fn a_batch_of_json_and_tensors_answers_each_in_its_own_form_on_any_thread() {
+        let given = r#"{"model_name": "m", "all_model_data_folder": ".", "common_settings": {}, "settings": {}, "later": 1}"#;
+        let instance = load::<Half>(given.into()).unwrap();
+        let sink = OutcomeSink { json, tensors, failed }.leak_into_prefix();
+        // SAFETY: handles of this library, each used and given back once.
+        let item = |number: f32, is_tensor: bool| unsafe {
+            let decoded = match is_tensor {
+                true => decode_tensors::<Half>(RNone, tensor(number), "".into()),
+                false => decode::<Half>(RNone, format!(r#"{{"number": {number}}}"#).as_bytes().into()),
+            };
+            decoded.unwrap().item
+        };
+        let items = [item(1.0, false), item(2.0, true), item(0.0, true), item(4.0, false), item(8.0, true)];
+        let mut outcomes: Seen = Vec::new();
+        // SAFETY: as above; each stage has ended before the next begins.
+        unsafe {
+            let batch = begin::<Half>(instance, RSlice::from_slice(&items));
+            let elsewhere = move || preprocess::<Half>(batch).is_ok();
+            assert!(std::thread::spawn(elsewhere).join().unwrap());
+            predict::<Half>(batch).unwrap();
+            let handle = SinkHandle::from_raw((&raw mut outcomes).cast());
+            postprocess::<Half>(batch, handle, sink).unwrap();
+            let elsewhere = move || drop_batch::<Half>(batch);
+            std::thread::spawn(elsewhere).join().unwrap();
+            drop_instance::<Half>(instance);
+        }
+        let expected = [
+            r#"{"half":0.5}"#.to_owned(),
+            format!("half {:?}", 1.0_f32.to_le_bytes()),
+            "expected another number than 0".to_owned(),
+            r#"{"half":2.0}"#.to_owned(),
+            format!("half {:?}", 4.0_f32.to_le_bytes()),
+        ];
+        assert_eq!(outcomes, expected.into_iter().enumerate().collect::<Seen>());
+        // SAFETY: no handle goes with these.
+        let wrong = unsafe { decode_tensors::<Half>(RNone, RVec::new(), "".into()) };
+        assert_eq!(wrong.unwrap_err().kind, FailureKind::INVALID_INPUT);
+    }
+}

@@ -81,10 +81,10 @@ pub use cudarc;
 /// What [`export_pipeline!`] expands to; nothing here is for an author's hands.
 #[doc(hidden)]
 pub mod __private {
-    pub use crate::export::{constructor_of, handshake_of, header_of};
+    pub use crate::export::{NEEDS, constructor_of, handshake_of, header_of};
     pub use crate::queue::{queue_constructor_of, queue_header_of};
     pub use modalkit_abi::{
-        Handshake,
+        Handshake, Needs,
         abi_stable::library::{LibHeader, RootModuleResult},
     };
 }

@@ -26,6 +26,9 @@ pub type Outcome<T> = Result<T, PipelineError>;
 /// validated before; every stage sees the whole batch, in the order in which it has to be answered. A panic in a stage
 /// fails that batch and nothing else.
 ///
+/// Stages of one batch follow each other, but may run on different threads: what belongs to a thread (a current CUDA context, thread-locals) is
+/// set in each stage that wants it.
+///
 /// The crate's front page has the smallest example. One with settings, validation and outcomes of its own for each item:
 ///
 /// ```
@@ -153,7 +156,8 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         1
     }
 
-    /// A key of an input's shape: inputs with the same key fit into one batch without padding. Asked as [`InferencePipeline::cost`] is.
+    /// A key of an input's shape: inputs with the same key fit into one batch without padding. Asked as [`InferencePipeline::cost`] is. It crosses
+    /// to the host, which doesn't sort batches by it yet.
     fn shape(&self, input: &Self::Input) -> u64 {
         let _ = input;
         0
@@ -206,8 +210,8 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         None
     }
 
-    /// Makes an input of tensors that fit the signature; runs where `Input` would be parsed. A [`Tensor`] may be kept as it is: its bytes are
-    /// those that the host has received.
+    /// Makes an input of tensors; runs where `Input` would be parsed. They fit a signature that the pipeline gave: where that changes with its
+    /// data, `validate` or a stage looks again. A [`Tensor`] may be kept as it is, without a copy; the request's other tensors may be kept with it.
     ///
     /// # Errors
     /// What is wrong with them, and in which.

@@ -205,6 +205,9 @@ macro_rules! export_queue_backend {
             #[unsafe(no_mangle)]
             static modalkit_queue_handshake: private::Handshake =
                 private::handshake_of(&HEADER, cfg!(panic = "abort"));
+
+            #[unsafe(no_mangle)]
+            static modalkit_plugin_needs: private::Needs = private::NEEDS;
         };
     };
 }

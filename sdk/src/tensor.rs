@@ -224,6 +224,38 @@ impl Tensor {
         Self::of(name.into(), Datatype::Bytes, shape.into(), count, Buffer::from_owner(bytes))
     }
 
+    /// A tensor of bytes: its elements one after the other, little-endian. They stay where they are: in memory that is shared with others, say,
+    /// or of numbers that no type here stands for.
+    ///
+    /// # Errors
+    /// They are another number of elements than the shape says, or `Bytes`, which [`Tensor::of_strings`] is for.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{Datatype, Tensor};
+    /// let halves = Tensor::of_bytes("embedding", Datatype::Fp16, [2], [0x00, 0x3c, 0x00, 0xc0])?;
+    /// assert_eq!(halves.bytes()[1], 0x3c);
+    /// assert!(Tensor::of_bytes("embedding", Datatype::Fp16, [2], [0; 3]).is_err());
+    /// # Ok::<(), modalkit_sdk::PipelineError>(())
+    /// ```
+    pub fn of_bytes(
+        name: impl Into<String>,
+        datatype: Datatype,
+        shape: impl Into<Vec<usize>>,
+        bytes: impl AsRef<[u8]> + Send + Sync + 'static,
+    ) -> Result<Self, PipelineError> {
+        let (name, data) = (name.into(), Buffer::from_owner(bytes));
+        match datatype.element_bytes() {
+            Some(element) if data.len() % element == 0 => {
+                let count = data.len() / element;
+                Self::of(name, datatype, shape.into(), count, data)
+            }
+            _ => Err(PipelineError::permanent(format!(
+                "the tensor `{name}`: {} bytes are no elements of {datatype}",
+                data.len()
+            ))),
+        }
+    }
+
     fn of(
         name: String,
         datatype: Datatype,
@@ -305,12 +337,17 @@ impl Tensor {
     /// Its elements, the last dimension's neighbours side by side; truth values as `u8`.
     ///
     /// # Errors
-    /// It has another datatype.
+    /// It has another datatype, or was made by [`Tensor::of_bytes`] of bytes at a place where no such element can be.
     pub fn values<T: Element>(&self) -> Result<&[T], Invalid> {
         let (expected, found) = (T::DATATYPE, self.datatype);
         let fits = expected == found || (expected == Datatype::Uint8 && found == Datatype::Bool);
-        let values = if fits { bytemuck::try_cast_slice(&self.data).ok() } else { None };
+        // Where there are none, they may lie anywhere.
+        let values = match self.data.is_empty() {
+            true => Some(&[][..]),
+            false => bytemuck::try_cast_slice(&self.data).ok(),
+        };
         values
+            .filter(|_| fits)
             .ok_or_else(|| Invalid::new(format!("expected {expected}, found {found}")).at(self.name.as_str()))
     }
 
@@ -465,10 +502,114 @@ impl Signature {
         self
     }
 
+    /// Why tensors are not those of an input.
+    pub(crate) fn input_misfit(&self, tensors: &[Tensor]) -> Option<String> {
+        misfit("input", &self.inputs, tensors)
+    }
+
+    /// Why tensors are not those of an output.
+    pub(crate) fn output_misfit(&self, tensors: &[Tensor]) -> Option<String> {
+        misfit("output", &self.outputs, tensors)
+    }
+
     /// Says that shapes are whole: a request is one input.
     #[must_use]
     pub fn unbatched(mut self) -> Self {
         self.batched = false;
         self
+    }
+}
+
+fn misfit(kind: &str, specs: &[TensorSpec], tensors: &[Tensor]) -> Option<String> {
+    for spec in specs {
+        let mut named = tensors.iter().filter(|tensor| tensor.name == spec.name);
+        let (name, expected) = (&spec.name, format!("{} {:?}", spec.datatype, spec.shape));
+        match (named.next(), named.next()) {
+            (None, _) if spec.optional => {}
+            (None, _) => return Some(format!("the signature has an {kind} `{name}`, and there is none")),
+            (Some(_), Some(_)) => return Some(format!("the {kind} `{name}` is there twice")),
+            (Some(tensor), None) => {
+                let sizes = tensor.shape.iter().zip(&spec.shape);
+                let fits = tensor.datatype == spec.datatype
+                    && tensor.shape.len() == spec.shape.len()
+                    && sizes
+                        .into_iter()
+                        .all(|(found, size)| *size == -1 || usize::try_from(*size) == Ok(*found));
+                if !fits {
+                    let (datatype, shape) = (tensor.datatype, &tensor.shape);
+                    return Some(format!(
+                        "expected {expected} for the {kind} `{name}`, found {datatype} {shape:?}"
+                    ));
+                }
+            }
+        }
+    }
+    let unknown = tensors.iter().find(|tensor| !specs.iter().any(|spec| spec.name == tensor.name));
+    unknown.map(|tensor| format!("the signature has no {kind} `{}`", tensor.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(datatype: modalkit_abi::Datatype, shape: &[u64], data: &[u8]) -> Result<Tensor, Invalid> {
+        Tensor::from_abi(modalkit_abi::Tensor {
+            name: "t".into(),
+            datatype,
+            shape: shape.to_vec().into(),
+            data: Buffer::from_owner(data.to_vec()),
+            parameters: Default::default(),
+        })
+    }
+
+    #[test]
+    fn what_a_host_gives_is_a_tensor_or_refused() {
+        let fp32 = modalkit_abi::Datatype::FP32;
+        // Of no elements: such bytes may lie anywhere.
+        let empty = Buffer::from_owner(bytes_at_an_odd_place());
+        assert_eq!(empty.len(), 0);
+        let none =
+            Tensor { name: "t".into(), datatype: Datatype::Fp64, shape: vec![0], data: Arc::new(empty) };
+        assert!(none.values::<f64>().unwrap().is_empty());
+        assert!(given(fp32, &[0], &[]).unwrap().values::<f32>().unwrap().is_empty());
+        for (datatype, shape, data) in [
+            (modalkit_abi::Datatype(99), &[1][..], &[0; 4][..]),
+            (fp32, &[2], &[0; 7]),
+            (fp32, &[u64::MAX, 2], &[]),
+            (fp32, &[1 << 62, 4], &[]),
+        ] {
+            let invalid = given(datatype, shape, data).unwrap_err();
+            assert!(invalid.to_string().starts_with("t: "), "{invalid}");
+        }
+        let strings = given(modalkit_abi::Datatype::BYTES, &[2], b"\x01\0\0\0a\xff\0\0\0").unwrap();
+        assert!(strings.strings().unwrap_err().to_string().contains("are not 2 strings"));
+    }
+
+    fn bytes_at_an_odd_place() -> impl AsRef<[u8]> + Send + Sync {
+        struct Odd([u8; 3]);
+        impl AsRef<[u8]> for Odd {
+            fn as_ref(&self) -> &[u8] {
+                &self.0[1..1]
+            }
+        }
+        Odd([0; 3])
+    }
+
+    #[test]
+    fn tensors_are_held_against_a_signature() {
+        let signature =
+            Signature::new().input("a", Datatype::Fp32, [-1, 2]).optional_input("b", Datatype::Int64, [1]);
+        let a = |shape: [usize; 2]| Tensor::new("a", shape, vec![0.0_f32; shape[0] * shape[1]]).unwrap();
+        assert_eq!(signature.input_misfit(&[a([3, 2])]), None);
+        for (tensors, expected) in [
+            (vec![], "has an input `a`, and there is none"),
+            (vec![a([2, 3])], "expected FP32 [-1, 2] for the input `a`, found FP32 [2, 3]"),
+            (vec![a([1, 2]), a([1, 2])], "is there twice"),
+            (vec![a([1, 2]), a([1, 2]).renamed("c")], "has no input `c`"),
+            (vec![a([1, 2]), a([1, 2]).renamed("b")], "expected INT64 [1] for the input `b`"),
+        ] {
+            let said = signature.input_misfit(&tensors).unwrap();
+            assert!(said.contains(expected), "{said}");
+        }
     }
 }

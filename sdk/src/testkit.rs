@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json, value::to_raw_value};
 
 use crate::{
-    Device, InferencePipeline, Outcome, PipelineError, Tensor, VolumeReload,
+    Device, InferencePipeline, Invalid, Outcome, PipelineError, Tensor, VolumeReload,
     context::Secrets,
     document,
     instance::{Batch, Instance, Item, Refusal, Rendered},
@@ -195,13 +195,26 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         self.run_items(parsed, read)
     }
 
-    /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Otherwise as [`LoadedPipeline::run_json`]; that they fit
-    /// the pipeline's signature, which the host looks at, nobody looks at here.
+    /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Inputs and outputs are held against the pipeline's
+    /// signature, as the host does it; otherwise as [`LoadedPipeline::run_json`].
     #[must_use]
     pub fn run_tensors(&self, inputs: Vec<Vec<Tensor>>) -> Vec<Outcome<Vec<Tensor>>> {
-        let made = inputs.into_iter().map(|tensors| Item::of_tensors(tensors.into()));
+        let signature = self.instance.signature();
+        let made = inputs.into_iter().map(|tensors| {
+            let misfit = match &signature {
+                Some(signature) => signature.input_misfit(&tensors),
+                None => Some("the pipeline has no signature".into()),
+            };
+            match misfit {
+                Some(misfit) => Err(Refusal::Invalid(Invalid::new(misfit))),
+                None => Item::of_tensors(tensors.into()),
+            }
+        });
         let read = |rendered| match rendered {
-            Rendered::Tensors(tensors) => Ok(tensors),
+            Rendered::Tensors(tensors) => {
+                let misfit = signature.as_ref().and_then(|signature| signature.output_misfit(&tensors));
+                misfit.map_or(Ok(tensors), |misfit| Err(PipelineError::permanent(misfit)))
+            }
             Rendered::Json(_) => unreachable!("every item was made of tensors"),
         };
         self.run_items(made, read)

@@ -116,33 +116,52 @@ fn another_abi_number_or_a_feature_that_is_missing_is_named_with_who_built_it() 
     let host = Setup::new().plugin("echo").ready();
     let neighbour = neighbour(&host);
     // What stays readable for ever: plain C data behind one symbol.
-    let source = |abi: u32, minor: u32, needs: &str| {
+    let source = |abi: u32, needs: &str| {
         format!(
             r#"
             #include <stdint.h>
             struct text {{ const char *start; uint64_t length; }};
             const struct {{
                 char magic[16]; uint32_t abi, aborts; struct text sdk, rustc; const void *header;
-                uint32_t minor, reserved; uint64_t needs;
             }} modalkit_plugin_handshake = {{
-                "modalkit plugin", {abi}, 0, {{"9.9.9", 5}}, {{"rustc 9.0.0", 11}}, 0, {minor}, 0, {needs}
+                "modalkit plugin", {abi}, 0, {{"9.9.9", 5}}, {{"rustc 9.0.0", 11}}, 0
             }};
+            {needs}
             "#
+        )
+    };
+    // Longer than this host knows them: what follows is passed over.
+    let needs = |minor: u32, features: &str| {
+        format!(
+            "const struct {{ uint32_t bytes, minor; uint64_t features, later; }} modalkit_plugin_needs = {{ 24, {minor}, {features}, 7 }};"
         )
     };
     let host_takes = "(SDK 9.9.9, rustc 9.0.0), and this host takes ABI 5.";
     let folder = tempfile::tempdir().unwrap();
     for (name, source, expected) in [
-        ("newer", source(999, 0, "0"), ["built for plugin ABI 999 ", host_takes, "update this host"]),
+        ("newer", source(999, ""), ["built for plugin ABI 999 ", host_takes, "update this host"]),
         (
             "older",
-            source(4, 0, "0"),
+            source(4, ""),
             ["built for plugin ABI 4 ", host_takes, "rebuild it with the SDK of this host"],
         ),
-        ("later", source(5, 777, "0"), ["built for plugin ABI 5.777 ", host_takes, "update this host"]),
+        (
+            "before",
+            source(5, ""),
+            [
+                "built for plugin ABI 5 as it was before 5.0 ",
+                host_takes,
+                "rebuild it with the SDK of this host",
+            ],
+        ),
+        (
+            "later",
+            source(5, &needs(777, "0")),
+            ["built for plugin ABI 5.777 ", host_takes, "update this host"],
+        ),
         (
             "needy",
-            source(5, 0, "1ull << 63 | 1ull << 62"),
+            source(5, &needs(0, "1ull << 63 | 1ull << 62")),
             [
                 "it needs what this host doesn't have: feature 62, feature 63;",
                 "run a host that has it",

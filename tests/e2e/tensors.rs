@@ -179,7 +179,7 @@ fn tritonclient_shows_what_is_wrong() {
         ]})
     };
     for (top_k, expected) in
-        [(0, "top_k: expected 1 to 100, found 0"), (-1, "top_k: expected 1 to 100, found -1")]
+        [(0, "0.top_k: expected 1 to 100, found 0"), (-1, "0.top_k: expected 1 to 100, found -1")]
     {
         let (status, answer) = host.post("/v2/models/similarity/infer", &ask(top_k));
         assert_eq!((status, &answer), (400, &json!({ "error": expected })));
@@ -191,7 +191,32 @@ fn tritonclient_shows_what_is_wrong() {
         answer["error"],
         "the model echo takes no tensors; send JSON to /predict_sync?model_name=echo"
     );
-    assert_eq!(echo.get("/v2/models/echo/infer").0, 405);
+    // Whatever is asked below /v2, errors have the protocol's form, and are counted as what callers see.
+    let sample = |status: u16| {
+        let labels = format!("endpoint=\"/v2/models/{{name}}/infer\",model=\"echo\",status=\"{status}\"");
+        echo.metric(&format!("modalkit_requests_total{{{labels}}}"))
+    };
+    assert!(sample(400) > 0.5 && sample(422) < 0.5);
+    for (path, status) in [
+        ("/v2/models/echo/infer", 405),
+        ("/v2/models/echo", 404),
+        ("/v2/models/echo/versions/1/infer", 404),
+        ("/v2/models//infer", 404),
+    ] {
+        let (found, answer) = echo.get(path);
+        assert_eq!(found, status, "{path}");
+        assert!(answer["error"].as_str().is_some_and(|error| !error.is_empty()), "{path}: {answer}");
+    }
+    // The pattern is no path.
+    assert_eq!(echo.post("/v2/models/%7Bname%7D/infer", &json!({"inputs": []})).0, 404);
+    let headers = [("content-encoding", "gzip")];
+    let (status, answer) = echo.post_with("/v2/models/echo/infer", &json!({"inputs": []}), &headers);
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer["error"].as_str().unwrap().contains("isn't compressed"), "{answer}");
+    let keys = format!("[app_settings.auth_config.keys.caller]\napi_key = {:?}\n", modalkit_tests::KEY);
+    let guarded = Setup::new().plugin("echo").config(&keys).ready();
+    let (status, answer) = guarded.post_with("/v2/models/echo/infer", &json!({"inputs": []}), &[]);
+    assert_eq!((status, answer["error"].is_string()), (401, true), "{answer}");
 }
 
 /// A request over a connection that stays: status, headers, body.
@@ -259,7 +284,7 @@ fn bytes_come_back_as_they_were_and_cost_is_counted() {
         "/v2/models/tensors/infer",
         &json!({"inputs": [{"name": "values", "datatype": "FP32", "shape": [2, 1], "data": [1, 666]}]}),
     );
-    assert_eq!((status, answer), (400, json!({"error": "values.0: expected another number than 666"})));
+    assert_eq!((status, answer), (400, json!({"error": "1.values.0: expected another number than 666"})));
 }
 
 #[test]

@@ -259,7 +259,9 @@ fn request(workload: &str) -> Vec<u8> {
     match workload {
         "tensors" => {
             let mut body = tensors_head().into_bytes();
-            body.extend((0..TENSOR_BYTES / size_of::<f32>()).flat_map(|number| (number as f32).to_le_bytes()));
+            body.extend(
+                (0..TENSOR_BYTES / size_of::<f32>()).flat_map(|number| (number as f32).to_le_bytes()),
+            );
             body
         }
         "big" => {

@@ -24,4 +24,4 @@ pub use file::{LoadError, Staged};
 pub use instance::{Batch, Decoded, Foreign, Input, Instance, Measure, Outcome, OutcomeSink, Payload};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
-pub use tensor::{Datatype, Signature, Tensor, TensorError, TensorSpec};
+pub use tensor::{Datatype, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};

@@ -5,7 +5,9 @@ use std::{fmt, sync::Arc};
 use bytes::Bytes;
 
 /// A tensor's bytes begin at a multiple of this, so that any element can be read where it lies.
-const ALIGNMENT: usize = 64;
+pub const TENSOR_ALIGNMENT: usize = 64;
+/// The elements that a shape may speak of: no address space holds more bytes.
+const ELEMENTS_MAX: u64 = i64::MAX as u64;
 
 macro_rules! datatypes {
     ($($name:ident $text:literal $size:expr;)*) => {
@@ -93,6 +95,12 @@ pub enum TensorError {
         /// Bytes there are.
         found: usize,
     },
+    /// A truth value is none.
+    #[error("expected bytes of 0 or 1 for BOOL, found {found}")]
+    Bool {
+        /// The first other one.
+        found: u8,
+    },
     /// They are not as many strings as the shape says.
     #[error(
         "expected {expected} strings, each after its length in 32 bits (little-endian), found {found} and {rest} bytes that are none"
@@ -117,11 +125,10 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor of these bytes: its elements one after the other, little-endian, the last dimension's neighbours side by side. They are copied
-    /// where they begin at a place that no engine could read numbers at.
+    /// A tensor of these bytes: its elements one after the other, little-endian, the last dimension's neighbours side by side.
     ///
     /// # Errors
-    /// They are another number of elements than the shape says.
+    /// They are another number of elements than the shape says, or no such elements.
     pub fn new(
         name: Arc<str>,
         datatype: Datatype,
@@ -129,21 +136,13 @@ impl Tensor {
         data: Bytes,
     ) -> Result<Self, TensorError> {
         check(datatype, &shape, &data)?;
-        Ok(Self { name, datatype, shape, data: aligned(data) })
+        Ok(Self { name, datatype, shape, data })
     }
 
-    /// As [`Tensor::new`], of an output: nobody reads its elements where they lie.
-    ///
-    /// # Errors
-    /// As for [`Tensor::new`].
-    pub fn of_output(
-        name: Arc<str>,
-        datatype: Datatype,
-        shape: Vec<u64>,
-        data: Bytes,
-    ) -> Result<Self, TensorError> {
-        check(datatype, &shape, &data)?;
-        Ok(Self { name, datatype, shape, data })
+    /// The same, as an input of a pipeline: its bytes begin at a place where any element can be read. They are copied where they don't.
+    #[must_use]
+    pub fn aligned(self) -> Self {
+        Self { data: aligned(self.data), ..self }
     }
 
     /// Its name.
@@ -170,7 +169,7 @@ impl Tensor {
         &self.data
     }
 
-    /// The parts of a batch, each without the first dimension. None where there is no such dimension.
+    /// The parts of a batch, each without the first dimension, and as an input. None where there is no such dimension.
     #[must_use]
     pub fn rows(self) -> Vec<Self> {
         let Some((rows, shape)) = self.shape.split_first() else { return Vec::new() };
@@ -211,7 +210,11 @@ impl Tensor {
         let shape = std::iter::once(rows.len() as u64).chain(first.shape.iter().copied()).collect();
         let data = match rows {
             [one] => one.data.clone(),
-            _ => rows.iter().flat_map(|row| row.data.iter().copied()).collect::<Vec<u8>>().into(),
+            _ => {
+                let mut data = Vec::with_capacity(rows.iter().map(|row| row.data.len()).sum());
+                rows.iter().for_each(|row| data.extend_from_slice(&row.data));
+                data.into()
+            }
         };
         Some(Self { name: Arc::clone(&first.name), datatype: first.datatype, shape, data })
     }
@@ -219,12 +222,16 @@ impl Tensor {
 
 fn check(datatype: Datatype, shape: &[u64], data: &[u8]) -> Result<(), TensorError> {
     let too_large = || TensorError::TooLarge { datatype, shape: shape.to_vec() };
-    let count = shape.iter().try_fold(1_u64, |count, size| count.checked_mul(*size)).ok_or_else(too_large)?;
+    // Where one size is 0, the others still bound what whoever multiplies them gets.
+    let most = shape.iter().try_fold(1_u64, |count, size| count.checked_mul((*size).max(1)));
+    most.filter(|most| *most <= ELEMENTS_MAX).ok_or_else(too_large)?;
+    let count = shape.iter().product::<u64>();
     match datatype.element_bytes() {
         Some(bytes) => {
             let expected = count.checked_mul(bytes).ok_or_else(too_large)?;
             if expected == data.len() as u64 {
-                return Ok(());
+                let wrong = data.iter().find(|byte| datatype == Datatype::Bool && **byte > 1);
+                return wrong.map_or(Ok(()), |found| Err(TensorError::Bool { found: *found }));
             }
             Err(TensorError::Size { expected, datatype, shape: shape.to_vec(), found: data.len() })
         }
@@ -254,11 +261,11 @@ fn strings(data: &[u8], count_max: u64) -> (u64, usize) {
 }
 
 fn aligned(data: Bytes) -> Bytes {
-    if data.is_empty() || data.as_ptr().align_offset(ALIGNMENT) == 0 {
+    if data.is_empty() || data.as_ptr().align_offset(TENSOR_ALIGNMENT) == 0 {
         return data;
     }
-    let mut copy: Vec<u8> = Vec::with_capacity(data.len() + ALIGNMENT - 1);
-    let start = copy.as_ptr().align_offset(ALIGNMENT);
+    let mut copy: Vec<u8> = Vec::with_capacity(data.len() + TENSOR_ALIGNMENT - 1);
+    let start = copy.as_ptr().align_offset(TENSOR_ALIGNMENT);
     copy.resize(start, 0);
     copy.extend_from_slice(&data);
     Bytes::from(copy).slice(start..)
@@ -307,8 +314,10 @@ mod tests {
         for shape in [&[u64::MAX, 2][..], &[1 << 62, 4], &[1 << 32, 1 << 32], &[u64::MAX]] {
             assert!(said(shape, 8).contains("larger than memory"), "{shape:?}");
         }
-        // Of no elements, however large its other dimensions are.
-        assert!(tensor(Datatype::Fp32, &[0, u64::MAX], &[]).is_ok());
+        // Of no elements, and of a shape that whoever multiplies its sizes in another order can't hold.
+        assert!(said(&[0, u64::MAX], 0).contains("larger than memory"));
+        let seven = tensor(Datatype::Bool, &[3], &[0, 1, 7]).unwrap_err().to_string();
+        assert_eq!(seven, "expected bytes of 0 or 1 for BOOL, found 7");
     }
 
     #[test]
@@ -332,9 +341,9 @@ mod tests {
     fn bytes_begin_where_any_element_can_be_read() {
         let odd = Bytes::from(vec![7; 200]).slice(3..131);
         let tensor = Tensor::new("t".into(), Datatype::Fp64, vec![2, 8], odd.clone()).unwrap();
-        assert_eq!(tensor.data(), &odd);
-        for row in tensor.rows() {
-            assert_eq!(row.data().as_ptr().align_offset(ALIGNMENT), 0);
+        assert_eq!(tensor.clone().aligned().data(), &odd);
+        for row in tensor.clone().rows().into_iter().chain([tensor.aligned()]) {
+            assert_eq!(row.data().as_ptr().align_offset(TENSOR_ALIGNMENT), 0);
         }
     }
 

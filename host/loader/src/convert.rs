@@ -39,6 +39,8 @@ pub(crate) fn measure(measure: modalkit_abi::Measure) -> Measure {
     Measure { cost: measure.cost, shape: measure.shape }
 }
 
+const _: () = assert!(modalkit_engine::TENSOR_ALIGNMENT >= modalkit_abi::TENSOR_ALIGNMENT);
+
 /// A tensor on its way to a plugin, which shares the bytes.
 pub(crate) fn tensor_of_plugins(tensor: &Tensor) -> modalkit_abi::Tensor {
     modalkit_abi::Tensor {
@@ -55,19 +57,15 @@ pub(crate) fn tensor_of_plugins(tensor: &Tensor) -> modalkit_abi::Tensor {
 /// # Errors
 /// It is none.
 pub(crate) fn tensor(tensor: modalkit_abi::Tensor) -> Result<Tensor, Failure> {
+    let modalkit_abi::Tensor { name, datatype, shape, data, .. } = tensor;
     let unfit = |reason: String| Failure {
         kind: FailureKind::Permanent,
-        message: format!("the plugin's tensor `{}`: {reason}", tensor.name),
+        message: format!("the plugin's tensor `{name}`: {reason}"),
     };
-    let known = Datatype::ALL.iter().copied().find(|known| number(*known) == tensor.datatype);
-    let datatype =
-        known.ok_or_else(|| unfit(format!("this host doesn't know the datatype {}", tensor.datatype.0)))?;
-    let name = tensor.name.as_str().into();
-    let made = Tensor::of_output(name, datatype, tensor.shape.to_vec(), Bytes::from_owner(tensor.data));
-    made.map_err(|error| Failure {
-        kind: FailureKind::Permanent,
-        message: format!("the plugin's tensor `{}`: {error}", tensor.name),
-    })
+    let known = Datatype::ALL.iter().copied().find(|known| number(*known) == datatype);
+    let known = known.ok_or_else(|| unfit(format!("this host doesn't know the datatype {}", datatype.0)))?;
+    Tensor::new(name.as_str().into(), known, shape.to_vec(), Bytes::from_owner(data))
+        .map_err(|error| unfit(error.to_string()))
 }
 
 fn number(datatype: Datatype) -> modalkit_abi::Datatype {
@@ -108,5 +106,46 @@ pub(crate) fn level(level: modalkit_abi::LogLevel) -> LogLevel {
         modalkit_abi::LogLevel::INFO => LogLevel::Info,
         modalkit_abi::LogLevel::DEBUG => LogLevel::Debug,
         _ => LogLevel::Trace,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(datatype: modalkit_abi::Datatype, shape: &[u64], data: &[u8]) -> Result<Tensor, String> {
+        let made = tensor(modalkit_abi::Tensor {
+            name: "t".into(),
+            datatype,
+            shape: shape.to_vec().into(),
+            data: Buffer::from_owner(data.to_vec()),
+            parameters: Default::default(),
+        });
+        made.map_err(|failure| failure.message)
+    }
+
+    #[test]
+    fn a_plugins_tensor_is_what_it_says_or_its_items_failure() {
+        let fp32 = modalkit_abi::Datatype::FP32;
+        assert_eq!(given(fp32, &[2], &[0; 8]).unwrap().shape(), [2]);
+        for (datatype, shape, data, expected) in [
+            (modalkit_abi::Datatype(99), &[1][..], &[0; 4][..], "doesn't know the datatype 99"),
+            (fp32, &[2], &[0; 7], "expected 8 bytes for FP32 and the shape [2], found 7"),
+            (fp32, &[u64::MAX], &[], "larger than memory"),
+            (modalkit_abi::Datatype::BYTES, &[1], &[9, 0, 0, 0], "expected 1 strings"),
+            (modalkit_abi::Datatype::BOOL, &[1], &[7], "0 or 1"),
+        ] {
+            let said = given(datatype, shape, data).unwrap_err();
+            assert!(said.starts_with("the plugin's tensor `t`: ") && said.contains(expected), "{said}");
+        }
+    }
+
+    #[test]
+    fn every_datatype_crosses_and_comes_back() {
+        for datatype in Datatype::ALL {
+            let data = vec![0; datatype.element_bytes().unwrap_or(4) as usize];
+            let there = Tensor::new("t".into(), *datatype, vec![1], data.into()).unwrap();
+            assert_eq!(tensor(tensor_of_plugins(&there)).unwrap(), there);
+        }
     }
 }

@@ -1,7 +1,10 @@
 //! The documents that cross the boundary, as the host writes and reads them. What they say is the text of `modalkit_abi`'s functions. A member
 //! that this host doesn't know is passed over.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 use modalkit_engine::{
     Datatype, Device, Failure, FailureKind, InputFault, Load, PathSegment, Signature, TensorSpec,
@@ -153,15 +156,35 @@ pub(crate) fn signature(document: &str) -> Result<Option<Signature>, Failure> {
     let read: SignatureDocument =
         serde_json::from_str(document).map_err(|error| unreadable(error.to_string()))?;
     let spec = |spec: SpecDocument| {
-        let datatype = Datatype::of_name(&spec.datatype).ok_or_else(|| {
-            unreadable(format!("this host doesn't know the datatype {} of `{}`", spec.datatype, spec.name))
+        let SpecDocument { name, datatype, shape, optional } = spec;
+        let known = Datatype::of_name(&datatype).ok_or_else(|| {
+            unreadable(format!("this host doesn't know the datatype {datatype} of `{name}`"))
         })?;
-        let shape = spec.shape.iter().map(|size| u64::try_from(*size).ok()).collect();
-        Ok(TensorSpec { name: spec.name.into(), datatype, shape, optional: spec.optional })
+        let size = |size: i64| match size {
+            -1 => Ok(None),
+            _ => u64::try_from(size).map(Some).map_err(|_| {
+                unreadable(format!("expected sizes from 0 on, or -1 for any, found {size} in `{name}`"))
+            }),
+        };
+        let shape = shape.into_iter().map(size).collect::<Result<_, _>>()?;
+        if name.is_empty() {
+            return Err(unreadable("a tensor has no name".into()));
+        }
+        Ok(TensorSpec { name: name.into(), datatype: known, shape, optional })
     };
-    let specs = |specs: Vec<SpecDocument>| specs.into_iter().map(spec).collect::<Result<_, Failure>>();
+    let specs = |specs: Vec<SpecDocument>| {
+        let specs = specs.into_iter().map(spec).collect::<Result<Vec<_>, Failure>>()?;
+        let mut names = HashSet::new();
+        match specs.iter().find(|spec| !names.insert(Arc::clone(&spec.name))) {
+            Some(twice) => Err(unreadable(format!("`{}` stands in it twice", twice.name))),
+            None => Ok(specs),
+        }
+    };
     let signature =
         Signature { inputs: specs(read.inputs)?, outputs: specs(read.outputs)?, batched: read.batched };
+    if signature.inputs.iter().all(|spec| spec.optional) {
+        return Err(unreadable("it has no input that a request must have".into()));
+    }
     Ok(Some(signature))
 }
 
@@ -217,6 +240,34 @@ mod tests {
         {
             let found = faults("all".into(), details);
             assert_eq!((found.len(), found[0].message.as_str()), (1, "all"), "{details}");
+        }
+    }
+
+    #[test]
+    fn a_signature_is_read_or_refused_in_words() {
+        assert_eq!(signature("").unwrap(), None);
+        let read = |document: &str| signature(document).map_err(|failure| failure.message);
+        let found = read(
+            r#"{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3], "later": 1}], "outputs": [], "later": 1}"#,
+        );
+        let found = found.unwrap().unwrap();
+        assert_eq!(found.inputs[0].shape, [None, Some(3)]);
+        assert!(found.batched && !found.inputs[0].optional);
+        let input = |name: &str, datatype: &str, size: i64| {
+            format!(r#"{{"name": "{name}", "datatype": "{datatype}", "shape": [{size}]}}"#)
+        };
+        let of = |inputs: &[String]| format!(r#"{{"inputs": [{}], "outputs": []}}"#, inputs.join(", "));
+        for (document, expected) in [
+            ("7".to_owned(), "can't be read: "),
+            (r#"{"inputs": []}"#.to_owned(), "missing field `outputs`"),
+            (of(&[]), "no input that a request must have"),
+            (of(&[input("x", "FP99", 1)]), "doesn't know the datatype FP99 of `x`"),
+            (of(&[input("x", "FP32", -5)]), "found -5 in `x`"),
+            (of(&[input("", "FP32", 1)]), "has no name"),
+            (of(&[input("x", "FP32", 1), input("x", "INT8", 1)]), "`x` stands in it twice"),
+        ] {
+            let said = read(&document).unwrap_err();
+            assert!(said.contains(expected), "{document}: {said}");
         }
     }
 }

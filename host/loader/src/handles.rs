@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, LazyLock},
 };
 
@@ -66,6 +67,8 @@ impl LibraryInstance {
     /// # Errors
     /// What it said, or its signature is none that this host reads.
     pub(crate) fn ask_for_signature(&self) -> Result<(), Failure> {
+        // Where there is none to be had, requests aren't held against an old one.
+        *self.signature.write() = None;
         let said = {
             let _code = Entered::new(&self.model, "signature");
             // SAFETY: the handle is live until `drop`.
@@ -211,7 +214,7 @@ static SINK: LazyLock<OutcomeSinkRef> = LazyLock::new(|| {
 
 unsafe extern "C" fn take_json(sink: SinkHandle, item: usize, json: RVec<u8>) {
     // SAFETY: by the plugin's promise.
-    unsafe { outcomes(sink) }.end(item, output(json));
+    unsafe { take(sink, item, || output(json)) };
 }
 
 unsafe extern "C" fn take_tensors(
@@ -220,21 +223,26 @@ unsafe extern "C" fn take_tensors(
     tensors: RVec<Tensor>,
     _parameters: RString,
 ) {
-    let tensors: Result<Arc<[_]>, Failure> = tensors.into_iter().map(convert::tensor).collect();
+    let outcome = || tensors.into_iter().map(convert::tensor).collect::<Result<_, _>>().map(Payload::Tensors);
     // SAFETY: by the plugin's promise.
-    unsafe { outcomes(sink) }.end(item, tensors.map(Payload::Tensors));
+    unsafe { take(sink, item, outcome) };
 }
 
 unsafe extern "C" fn take_failure(sink: SinkHandle, item: usize, failure: modalkit_abi::Failure) {
     // SAFETY: by the plugin's promise.
-    unsafe { outcomes(sink) }.end(item, Err(convert::failure(failure)));
+    unsafe { take(sink, item, || Err(convert::failure(failure))) };
 }
 
+/// Gives an outcome to the host. No panic goes back through the plugin; the item has no outcome then, which fails its batch.
+///
 /// # Safety
 /// The handle is one that `postprocess` has made, its call has not returned, and this is its thread.
-unsafe fn outcomes<'a>(sink: SinkHandle) -> &'a mut dyn OutcomeSink {
+unsafe fn take(sink: SinkHandle, item: usize, outcome: impl FnOnce() -> Outcome) {
     // SAFETY: by the caller's promise.
-    unsafe { &mut **sink.into_raw().cast::<&mut dyn OutcomeSink>() }
+    let outcomes = unsafe { &mut **sink.into_raw().cast::<&mut dyn OutcomeSink>() };
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| outcomes.end(item, outcome()))) {
+        std::mem::forget(panic);
+    }
 }
 
 /// An output as the host takes it: it looks at both ends, where members are to be added, and at nothing between them.

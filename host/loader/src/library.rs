@@ -8,8 +8,10 @@ use std::{
 use libloading::os::unix::{Library as DynamicLibrary, RTLD_LOCAL, RTLD_NOW};
 use modalkit_abi::{
     ABI_MAJOR, ABI_MINOR, DEBUG_ASSERTIONS_SYMBOL, Features, HANDSHAKE_SYMBOL, Handshake, HostApi,
-    HostApiRef, MAGIC, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL,
+    HostApiRef, MAGIC, NEEDS_SYMBOL, Needs, PluginModuleRef, QUEUE_HANDSHAKE_SYMBOL,
     abi_stable::{
+        StableAbi,
+        abi_stability::abi_checking::check_layout_compatibility,
         library::{AbiHeaderRef, LibHeader, LibraryError, RootModule},
         prefix_type::PrefixTypeTrait,
         std_types::{RResult, RStr, RString},
@@ -53,7 +55,7 @@ impl PipelineLibrary {
     /// # Errors
     /// The file isn't a plugin that this host can run; see [`OpenError`].
     pub(crate) fn open(staged: &Staged) -> Result<Self, OpenError> {
-        let Taken { module, handshake, has_debug_assertions } =
+        let Taken { module, handshake, abi_minor, has_debug_assertions } =
             take::<PluginModuleRef>(staged.path(), HANDSHAKE_SYMBOL)?;
         let _code = Entered::new("", "description");
         let described = described(module.describe()())?;
@@ -61,7 +63,7 @@ impl PipelineLibrary {
         let description = Description {
             name: said.name,
             version: said.version,
-            abi: error::number(handshake.abi_major, handshake.abi_minor),
+            abi: error::number(handshake.abi_major, abi_minor),
             // SAFETY: the magic was checked, and the library is never closed.
             sdk: unsafe { handshake.sdk_version.get() }.to_owned(),
             // SAFETY: as above.
@@ -115,6 +117,7 @@ pub(crate) fn described_in<'a, T: Deserialize<'a>>(document: &'a RString) -> Res
 pub(crate) struct Taken<M> {
     pub(crate) module: M,
     pub(crate) handshake: &'static Handshake,
+    pub(crate) abi_minor: u32,
     pub(crate) has_debug_assertions: bool,
 }
 
@@ -130,6 +133,8 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<Taken<M>
     let handshake = unsafe { library.get::<*const Handshake>(symbol) }.map(|symbol| *symbol).ok();
     // SAFETY: as above.
     let is_queue = unsafe { library.get::<*const Handshake>(QUEUE_HANDSHAKE_SYMBOL) }.is_ok();
+    // SAFETY: as above.
+    let needs = unsafe { library.get::<*const Needs>(NEEDS_SYMBOL) }.map(|symbol| *symbol).ok();
     // SAFETY: only the address is taken; it is one byte, which the SDK exports beside the handshake.
     let debug = unsafe { library.get::<*const u8>(DEBUG_ASSERTIONS_SYMBOL) }.map(|symbol| *symbol).ok();
     // Where it can't be, its destructors run first at an `exit`: that is all.
@@ -138,26 +143,38 @@ pub(crate) fn take<M: RootModule>(path: &Path, symbol: &[u8]) -> Result<Taken<M>
     std::mem::forget(library);
     let handshake = handshake.ok_or(if is_queue { OpenError::IsAQueue } else { OpenError::NotAPlugin })?;
     // SAFETY: the library stays mapped, and what its symbol points at is looked at before it is taken for more than bytes.
-    let handshake = unsafe { accept(handshake) }?;
+    let (handshake, abi_minor) = unsafe { accept(handshake, needs) }?;
     let header = std::ptr::from_ref::<LibHeader>(handshake.header);
     // SAFETY: `AbiHeaderRef` is a transparent pointer to the first field of a `LibHeader`; the plugin has our ABI number,
     // so that is what it points to.
     let header: AbiHeaderRef = unsafe { std::mem::transmute(header) };
-    let module = header
-        .upgrade()
-        .and_then(|header| header.init_root_module::<M>())
-        .map_err(|error| OpenError::Layout { difference: first_difference(&error) })?;
+    let module = init_module(header)?;
     // SAFETY: the library stays mapped, and with the symbol goes a byte.
     let has_debug_assertions = debug.is_some_and(|byte| unsafe { byte.read() } != 0);
-    Ok(Taken { module, handshake, has_debug_assertions })
+    Ok(Taken { module, handshake, abi_minor, has_debug_assertions })
+}
+
+/// The table behind a header, once its layout was found to be the host's, or the beginning of it.
+fn init_module<M: RootModule>(header: AbiHeaderRef) -> Result<M, OpenError> {
+    let unfit = |error: &LibraryError| OpenError::Layout { difference: first_difference(error) };
+    let header = header.upgrade().map_err(|error| unfit(&error))?;
+    let layout = header.layout().ok_or(OpenError::NotAPlugin)?;
+    // The one who may have more is named second: tables of plugins and of older hosts end earlier than this host's.
+    check_layout_compatibility(layout, <M as StableAbi>::LAYOUT)
+        .map_err(|errors| OpenError::Layout { difference: condense(&errors.to_string()) })?;
+    // SAFETY: the layout was checked above, by abi_stable's rules for tables that grow.
+    unsafe { header.init_root_module_with_unchecked_layout::<M>() }.map_err(|error| unfit(&error))
 }
 
 /// Takes what a library's symbol points at for a handshake, once its magic, its place and its ABI number say that it is one: only
-/// then are all of its fields what their types say.
+/// then are all of its fields what their types say. With it comes the minor number of its ABI.
 ///
 /// # Safety
-/// It points into a library that is never closed, or at a `Handshake` that lives as long.
-unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, OpenError> {
+/// Both point into a library that is never closed, or at values that live as long.
+unsafe fn accept(
+    handshake: *const Handshake,
+    needs: Option<*const Needs>,
+) -> Result<(&'static Handshake, u32), OpenError> {
     if handshake.is_null() {
         return Err(OpenError::NotAPlugin);
     }
@@ -185,13 +202,16 @@ unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, Open
     if abi_major != ABI_MAJOR {
         return another(abi_major.to_string(), abi_major > ABI_MAJOR);
     }
-    // SAFETY: with our major number it has these as well.
-    let (abi_minor, needs) =
-        unsafe { ((&raw const (*handshake).abi_minor).read(), (&raw const (*handshake).needs).read()) };
+    // Plugins of this number have said it since it was given out.
+    let Some(needs) = needs.filter(|needs| !needs.is_null() && needs.is_aligned()) else {
+        return another(format!("{abi_major} as it was before {}", error::number(abi_major, 0)), false);
+    };
+    // SAFETY: with our major number, what its symbol points at begins with these fields, and they are numbers.
+    let Needs { abi_minor, features, .. } = unsafe { needs.read() };
     if abi_minor > ABI_MINOR {
         return another(error::number(abi_major, abi_minor), true);
     }
-    let missing = needs.missing_in(Features::ALL);
+    let missing = features.missing_in(Features::ALL);
     if !missing.is_empty() {
         return Err(OpenError::Features { missing });
     }
@@ -202,7 +222,7 @@ unsafe fn accept(handshake: *const Handshake) -> Result<&'static Handshake, Open
         return Err(OpenError::NotAPlugin);
     }
     // SAFETY: it has our magic and our ABI number, is aligned, and none of its fields is what its type forbids.
-    Ok(unsafe { &*handshake })
+    Ok((unsafe { &*handshake }, abi_minor))
 }
 
 /// The linker's words without the private path, which means nothing to anyone.
@@ -238,7 +258,8 @@ fn first_difference(error: &LibraryError) -> String {
     }
 }
 
-/// The first mismatch in abi_stable's report: of which type, what was expected, what was found.
+/// The first mismatch in abi_stable's report: of which type, what was expected, what was found. What it calls expected is the plugin's, since the
+/// host is the one that may have more.
 fn condense(report: &str) -> String {
     let lines: Vec<&str> = report.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let Some(error) = lines.iter().position(|line| line.starts_with("Error:")) else {
@@ -254,8 +275,8 @@ fn condense(report: &str) -> String {
         Some(found) if rest.first() == Some(&"Expected:") => {
             format!(
                 "in {of}, {what}: expected {}, found {}",
-                brief(&rest[1..found]),
-                brief(&rest[found + 1..])
+                brief(&rest[found + 1..]),
+                brief(&rest[1..found])
             )
         }
         _ => format!("in {of}, {what}: {}", brief(rest)),
@@ -297,7 +318,10 @@ extern "C" fn forward(
 mod tests {
     use modalkit_abi::{
         StaticStr,
-        abi_stable::library::{CheckTypeLayout, RootModuleResult},
+        abi_stable::{
+            library::{CheckTypeLayout, RootModuleResult},
+            prefix_type::PrefixRefTrait,
+        },
     };
 
     use super::*;
@@ -318,10 +342,55 @@ mod tests {
             sdk_version: StaticStr::new("7.8.9"),
             rustc_version: StaticStr::new("rustc 1.2.3"),
             header: &HEADER,
-            abi_minor: ABI_MINOR,
-            reserved: 0,
-            needs: Features::NONE,
         }
+    }
+
+    /// A table at some moment of its growth.
+    macro_rules! table {
+        ($module:ident: $($field:ident)*) => {
+            #[allow(dead_code, unreachable_pub, reason = "made by a macro, and never all of it used")]
+            mod $module {
+                use super::*;
+
+                #[repr(C)]
+                #[derive(StableAbi)]
+                #[sabi(kind(Prefix(prefix_ref = TableRef)))]
+                #[sabi(missing_field(option))]
+                pub struct Table {
+                    #[sabi(last_prefix_field)]
+                    pub first: extern "C" fn() -> u32,
+                    $(pub $field: extern "C" fn() -> u32,)*
+                }
+            }
+        };
+    }
+
+    table!(short:);
+    table!(long: second);
+    table!(longer: second third);
+
+    #[test]
+    fn a_table_that_ends_earlier_than_the_hosts_fits_and_one_that_ends_later_does_not() {
+        let layouts = [short::TableRef::LAYOUT, long::TableRef::LAYOUT, longer::TableRef::LAYOUT];
+        for (plugin, of_plugin) in layouts.into_iter().enumerate() {
+            for (host, of_host) in layouts.into_iter().enumerate() {
+                let checked = check_layout_compatibility(of_plugin, of_host);
+                assert_eq!(checked.is_ok(), plugin <= host, "{plugin} in {host}");
+            }
+        }
+    }
+
+    extern "C" fn seven() -> u32 {
+        7
+    }
+
+    #[test]
+    fn what_an_older_table_lacks_is_found_missing() {
+        let table = short::Table { first: seven }.leak_into_prefix();
+        // SAFETY: the layouts were compared by the test above, as the loader does it.
+        let table = longer::TableRef::from_prefix_ref(unsafe { table.to_prefix_ref().cast() });
+        assert_eq!(table.first()(), 7);
+        assert!(table.second().is_none() && table.third().is_none());
     }
 
     #[test]
@@ -330,13 +399,18 @@ mod tests {
                       1 error(s)inside:\n    <other>\n    field_name:0\n    type:PluginModule\n\n\
                       Layout of expected type:\n  type:Other\n\n\
                       Error:too many fields\nExpected:\n    14\nFound:\n    15\n\nError:another\nExpected:\n 1\nFound:\n 2\n";
-        assert_eq!(condense(report), "in PluginModule, too many fields: expected 14, found 15");
+        assert_eq!(condense(report), "in PluginModule, too many fields: expected 15, found 14");
         assert_eq!(condense("something else\n\n  entirely"), "something else entirely");
     }
 
-    fn text(handshake: *const Handshake) -> String {
+    fn text_with(handshake: *const Handshake, needs: Option<Needs>) -> String {
+        let needs = needs.as_ref().map(std::ptr::from_ref);
         // SAFETY: whatever it is, it lives as long as this call, and a refused one is kept by nobody.
-        unsafe { accept(handshake) }.err().map(|error| error.to_string()).unwrap_or_default()
+        unsafe { accept(handshake, needs) }.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    fn text(handshake: *const Handshake) -> String {
+        text_with(handshake, Some(Needs::of(Features::NONE)))
     }
 
     #[test]
@@ -346,16 +420,25 @@ mod tests {
         let older = text(Handshake { abi_major: ABI_MAJOR - 1, ..handshake() });
         let said = format!("plugin ABI {} (SDK 7.8.9, rustc 1.2.3)", ABI_MAJOR - 1);
         assert!(older.contains(&said) && older.contains("rebuild it"), "{older}");
-        for (newer, number) in [
-            (Handshake { abi_major: 99, ..handshake() }, "99".to_owned()),
-            (Handshake { abi_minor: ABI_MINOR + 1, ..handshake() }, error::number(ABI_MAJOR, ABI_MINOR + 1)),
+        let none = Needs::of(Features::NONE);
+        for (newer, needs, number) in [
+            (Handshake { abi_major: 99, ..handshake() }, none, "99".to_owned()),
+            (
+                handshake(),
+                Needs { abi_minor: ABI_MINOR + 1, ..none },
+                error::number(ABI_MAJOR, ABI_MINOR + 1),
+            ),
         ] {
-            let newer = text(newer);
+            let newer = text_with(&raw const newer, Some(needs));
             let said =
                 format!("plugin ABI {number} (SDK 7.8.9, rustc 1.2.3), and this host takes ABI {ABI_MAJOR}.");
             assert!(newer.contains(&said) && newer.contains("update this host"), "{newer}");
         }
-        let needs = text(Handshake { needs: Features(1 << 63), ..handshake() });
+        let plain = handshake();
+        let before = text_with(&raw const plain, None);
+        assert!(before.contains("plugin ABI 5 as it was before 5.0 (SDK 7.8.9"), "{before}");
+        assert!(before.contains("rebuild it"), "{before}");
+        let needs = text_with(&raw const plain, Some(Needs::of(Features(1 << 63))));
         assert!(needs.contains("it needs what this host doesn't have: feature 63;"), "{needs}");
         let aborts = text(Handshake { panic_aborts: 1, ..handshake() });
         assert!(aborts.contains("panic = \"abort\"") && aborts.contains("\"unwind\""), "{aborts}");
@@ -374,11 +457,11 @@ mod tests {
         assert!(text(bytes[odd..].as_ptr().cast()).contains(no_plugin));
         // Of another ABI, with a header that no reference could be: its words are told, and nothing more of it is touched.
         #[repr(C, align(8))]
-        struct Other([u8; 16], u32, u32, StaticStr, StaticStr, usize, u32, u32, u64);
+        struct Other([u8; 16], u32, u32, StaticStr, StaticStr, usize);
         let (sdk, rustc) = (StaticStr::new("9.9.9"), StaticStr::new("rustc 9"));
-        let other = Other(MAGIC, 999, 0, sdk, rustc, 0, 0, 0, 0);
+        let other = Other(MAGIC, 999, 0, sdk, rustc, 0);
         assert!(text((&raw const other).cast()).contains("plugin ABI 999 (SDK 9.9.9, rustc 9)"));
-        let ours = Other(MAGIC, ABI_MAJOR, 0, sdk, rustc, 0, 0, 0, 0);
+        let ours = Other(MAGIC, ABI_MAJOR, 0, sdk, rustc, 0);
         assert!(text((&raw const ours).cast()).contains(no_plugin));
     }
 

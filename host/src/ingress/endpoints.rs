@@ -53,11 +53,6 @@ impl Route {
             _ => None,
         }
     }
-
-    /// Whether its errors are in the form of the Open Inference Protocol.
-    pub(super) fn speaks_v2(self) -> bool {
-        self == Self::Predict(Prediction::Infer)
-    }
 }
 
 /// Whom it is answered.
@@ -122,7 +117,7 @@ static ENDPOINTS: [Endpoint; 22] = [
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &[],
-        about: "tensors in, tensors out, by the Open Inference Protocol: JSON, or bytes behind it (`Inference-Header-Content-Length`). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
+        about: "tensors in, tensors out, by the Open Inference Protocol: JSON, bytes behind it (`Inference-Header-Content-Length`), or bytes alone (0 there). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
     },
     Endpoint {
         route: Route::Jobs,
@@ -319,10 +314,9 @@ impl<'p> Target<'p> {
 impl Endpoint {
     /// What stands where the pattern has its placeholder; nothing where it has none.
     fn name_in<'p>(&self, path: &'p str) -> Option<&'p str> {
-        if self.pattern == path {
-            return Some("");
-        }
-        let (before, rest) = self.pattern.split_once('{')?;
+        let Some((before, rest)) = self.pattern.split_once('{') else {
+            return (self.pattern == path).then_some("");
+        };
         let (_, after) = rest.split_once('}')?;
         let name = path.strip_prefix(before)?.strip_suffix(after)?;
         (!name.is_empty() && !name.contains('/')).then_some(name)

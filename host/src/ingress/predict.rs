@@ -59,6 +59,7 @@ pub(super) async fn answer(
         Ok(call) => call,
         Err(refused) => {
             let Refused { response, model } = *refused;
+            let response = prediction.problem(response);
             count(context, model.as_deref(), (endpoint, prediction), id, &response);
             return response;
         }
@@ -69,7 +70,7 @@ pub(super) async fn answer(
         let mut work = pin!(async {
             let input = match body::read(body, exchange).await {
                 Ok(input) => input,
-                Err(error) => return Ok(error.into_response()),
+                Err(error) => return Ok(prediction.problem(error.into_response())),
             };
             let generation = call.model.serving()?;
             // The rarer ones are boxed: every request's future is as large as the largest of them.
@@ -90,7 +91,7 @@ pub(super) async fn answer(
         if matches!(error, JobError::Lost) {
             tracing::error!(model = call.model.name, request_id = %id, "a job was lost inside the host");
         }
-        egress::error(&error)
+        prediction.problem(egress::error(&error))
     });
     let Call { model, timings, begun, .. } = call;
     model.metrics.request.observe(begun.elapsed().as_secs_f64());
@@ -196,6 +197,16 @@ async fn batch(
     Ok(egress::replies(run_all(peer, call, items).await?, partial))
 }
 
+impl Prediction {
+    /// An error's answer in the form of this endpoint.
+    fn problem(self, response: HttpResponse) -> HttpResponse {
+        match self {
+            Self::Infer => egress::in_v2(response),
+            Self::Sync | Self::Batch | Self::Async => response,
+        }
+    }
+}
+
 /// Runs the items of one request, and gives their answers in order; those that are wrong have theirs.
 async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<Reply>, JobError> {
     let (mut jobs, mut pending) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
@@ -247,18 +258,30 @@ async fn infer(
     let queue_max = call.model.spec().batch.queue_max;
     let read = move |generation: &Generation, body: &Bytes| {
         let request = v2::read_infer(body, json_bytes, &signature, queue_max)?;
-        let decode = |tensors| {
+        let decode = |(row, tensors)| {
             let input = Payload::Tensors(tensors);
-            generation.decode(&input).map(|decoded| Ok((input, decoded)))
+            let decoded = generation.decode(&input);
+            let decoded = decoded.map_err(|error| error.inside(&[Location::Index(row as u64)]))?;
+            Ok(Ok((input, decoded)))
         };
-        let items = request.inputs.into_iter().map(decode).collect::<Result<Vec<ListItem>, _>>()?;
+        let items =
+            request.inputs.into_iter().enumerate().map(decode).collect::<Result<Vec<ListItem>, _>>()?;
         Ok((items, request.wanted))
     };
     let (items, wanted) = decode_body(peer, generation, &body, body.len(), read).await?;
     let outputs = run_all(peer, call, items).await?;
     let tensors = |reply: Reply| reply.and_then(|output| output.into_tensors().map_err(JobError::Failed));
     let outputs = outputs.into_iter().map(tensors).collect::<Result<Vec<_>, _>>()?;
-    let answer = v2::write_infer(&call.model.name, generation.number, wanted, &outputs);
+    let bytes: usize =
+        outputs.iter().flat_map(|tensors| tensors.iter()).map(|tensor| tensor.data().len()).sum();
+    let (name, version) = (call.model.name.clone(), generation.number);
+    let write = move || v2::write_infer(&name, version, wanted, &outputs);
+    let context = &*peer.context;
+    let answer = if bytes <= context.server.decode_inline_bytes_max {
+        write()
+    } else {
+        context.blocking.spawn_blocking(write).await.map_err(|_| JobError::Lost)?
+    };
     answer.map(egress::inferred).map_err(JobError::Failed)
 }
 

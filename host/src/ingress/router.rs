@@ -23,6 +23,9 @@ use crate::{
     egress::{self, HttpResponse, and_close, object_response, without_body},
 };
 
+/// The paths of the Open Inference Protocol begin so.
+const V2: &str = "/v2/";
+
 pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
     let (mut parts, body) = request.into_parts();
     let mut body = RequestBody::new(body);
@@ -38,11 +41,13 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
         (Some(target), _) if is_post && let Some(prediction) = target.route().prediction() => {
             predict::answer(exchange, &head, &mut body, &id, target, prediction).await
         }
-        _ => Box::pin(beside_predictions(context, &exchange.from, Some(exchange), &head)).await,
+        _ => {
+            let answered = beside_predictions(context, &exchange.from, Some(exchange), &head);
+            let response = Box::pin(answered).await;
+            // Only predictions are answered below this.
+            if head.uri.path().starts_with(V2) { egress::in_v2(response) } else { response }
+        }
     };
-    if !response.status().is_success() && target.is_some_and(|target| target.route().speaks_v2()) {
-        response = egress::in_v2(response);
-    }
     put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
         exchange.sends_on.store(false, Ordering::Relaxed);

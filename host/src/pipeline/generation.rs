@@ -40,6 +40,8 @@ pub struct Generation {
     serves: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
     validating: ArcSwapOption<Box<dyn Instance>>,
+    /// The signature that its instances had last.
+    signature: ArcSwapOption<Signature>,
     /// Whether it has held a connection's thread for too long: it decodes on others then.
     decodes_elsewhere: AtomicBool,
     /// Inputs that are decoded on other threads at once: as many as there are cores. One that hangs starves this generation alone.
@@ -60,6 +62,7 @@ impl Generation {
             fence,
             serves: AtomicBool::new(false),
             validating: ArcSwapOption::empty(),
+            signature: ArcSwapOption::empty(),
             decodes_elsewhere: AtomicBool::new(false),
             decoding: Arc::new(Semaphore::new(cores)),
             input_schema: OnceLock::new(),
@@ -115,22 +118,31 @@ impl Generation {
         Ok(decoded)
     }
 
-    /// The tensors that it takes and gives, as its pipeline is loaded now.
+    /// The tensors that it takes and gives, as its pipeline is loaded now; while no replica serves, as it was before.
     ///
     /// # Errors
-    /// [`JobError::Unavailable`] where no replica serves, [`JobError::Invalid`] where it takes none.
+    /// [`JobError::Invalid`] where it takes none, [`JobError::Unavailable`] where nobody could be asked yet.
     pub fn signature(&self) -> Result<Arc<Signature>, JobError> {
-        let instance = self.validating.load();
-        let Some(instance) = &*instance else {
-            return Err(JobError::Unavailable(format!("no replica of {} serves now", self.spec.name)));
-        };
-        instance.signature().ok_or_else(|| {
-            let msg = format!(
-                "the model {} takes no tensors; send JSON to /predict_sync?model_name={}",
-                self.spec.name, self.spec.name
-            );
-            JobError::Invalid(vec![Detail { loc: vec!["body".into()], msg, kind: "value_error" }])
-        })
+        let name = &self.spec.name;
+        if let Some(instance) = &*self.validating.load() {
+            let Some(signature) = instance.signature() else {
+                let msg = format!(
+                    "the model {name} takes no tensors; send JSON to /predict_sync?model_name={name}"
+                );
+                return Err(JobError::Invalid(vec![Detail {
+                    loc: vec!["body".into()],
+                    msg,
+                    kind: "value_error",
+                }]));
+            };
+            if !self.signature.load().as_ref().is_some_and(|known| Arc::ptr_eq(known, &signature)) {
+                self.signature.store(Some(Arc::clone(&signature)));
+            }
+            return Ok(signature);
+        }
+        self.signature
+            .load_full()
+            .ok_or_else(|| JobError::Unavailable(format!("no replica of {name} serves now")))
     }
 
     /// Compares an input that was decoded with its schema, where the model's entry asks for that.

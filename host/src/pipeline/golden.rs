@@ -8,9 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Failure, FailureKind, Instance, Outcome, OutcomeSink, Payload};
+use modalkit_engine::{Failure, FailureKind, Instance, Payload};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
+
+use super::stages::{StageTimes, stages};
 
 /// What a model's golden file holds.
 pub struct Golden {
@@ -143,26 +145,13 @@ impl Golden {
     }
 }
 
-/// The outcome of a batch of one.
-struct Answer(Option<Outcome>);
-
-impl OutcomeSink for Answer {
-    fn end(&mut self, _: usize, outcome: Outcome) {
-        self.0 = Some(outcome);
-    }
-}
-
 fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
     let failure = |message: String| Failure { kind: FailureKind::Permanent, message };
     let decoded = instance.decode(&case.input);
     let decoded =
         decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
-    let mut batch = instance.begin(vec![decoded]).expect("the same plugin decoded it");
-    batch.preprocess()?;
-    batch.predict()?;
-    let mut outcome = Answer(None);
-    batch.postprocess(&mut outcome)?;
-    let output = outcome.0.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
+    let outcome = stages(instance, vec![decoded], &mut StageTimes::default())?.pop();
+    let output = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
     serde_json::from_slice(&output.into_json()?).map_err(|error| failure(error.to_string()))
 }
 

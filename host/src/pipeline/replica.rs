@@ -79,6 +79,8 @@ pub(super) struct ReplicaContext {
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
 const INSTANCE_POLL_MIN: Duration = Duration::from_millis(1);
 const INSTANCE_POLL_MAX: Duration = Duration::from_millis(100);
+/// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
+const COST_MAX: u64 = 1 << 40;
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
@@ -296,7 +298,7 @@ fn run(
     for (place, (input, decoded)) in inputs.into_iter().enumerate() {
         match decoded_for(instance, decoded, &input, &context.generation) {
             Ok(decoded) => {
-                cost = cost.saturating_add(decoded.measure.cost);
+                cost += decoded.measure.cost.min(COST_MAX);
                 items.push(decoded);
             }
             Err(error) => refused.push((place, error)),

@@ -64,7 +64,12 @@ impl Outcomes {
         }
         Err(Failure {
             kind: FailureKind::Permanent,
-            message: format!("the plugin returned {found} outcomes for a batch of {expected}"),
+            message: match (self.strays, expected - outcomes.len()) {
+                (0, _) => format!("the plugin returned {found} outcomes for a batch of {expected}"),
+                (strays, missing) => format!(
+                    "the plugin returned {found} outcomes for a batch of {expected}: {strays} of them of items that had one or are none, and {missing} items have none"
+                ),
+            },
         })
     }
 }

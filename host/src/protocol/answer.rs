@@ -13,8 +13,8 @@ const EMPTY: &[u8] = br#"{"status":"success"}"#;
 pub struct Answer {
     opening: &'static [u8],
     rest: Bytes,
-    /// What follows; none is empty.
-    more: vec::IntoIter<Bytes>,
+    /// What follows, where anything does; no piece of it is empty. Boxed, since every response is moved a few times.
+    more: Option<Box<vec::IntoIter<Bytes>>>,
 }
 
 impl Answer {
@@ -29,20 +29,21 @@ impl Answer {
             return Self { opening: EMPTY, ..Self::default() };
         }
         json.advance(1);
-        Self { opening: OPENING, rest: json, more: vec::IntoIter::default() }
+        Self { opening: OPENING, rest: json, more: None }
     }
 
     /// An answer of these pieces.
     #[must_use]
     pub fn in_pieces(first: Bytes, mut more: Vec<Bytes>) -> Self {
         more.retain(|piece| !piece.is_empty());
-        Self { opening: b"", rest: first, more: more.into_iter() }
+        let more = (!more.is_empty()).then(|| Box::new(more.into_iter()));
+        Self { opening: b"", rest: first, more }
     }
 
     /// All pieces in one; copied where there are several.
     #[must_use]
     pub fn into_bytes(self) -> Bytes {
-        if self.opening.is_empty() && self.more.len() == 0 {
+        if self.opening.is_empty() && self.more().is_empty() {
             return self.rest;
         }
         let mut whole = Vec::with_capacity(self.remaining());
@@ -54,13 +55,17 @@ impl Answer {
     pub fn put_into(&self, text: &mut Vec<u8>) {
         text.extend_from_slice(self.opening);
         text.extend_from_slice(&self.rest);
-        self.more.as_slice().iter().for_each(|piece| text.extend_from_slice(piece));
+        self.more().iter().for_each(|piece| text.extend_from_slice(piece));
+    }
+
+    fn more(&self) -> &[Bytes] {
+        self.more.as_ref().map_or(&[], |more| more.as_slice())
     }
 }
 
 impl Buf for Answer {
     fn remaining(&self) -> usize {
-        let more: usize = self.more.as_slice().iter().map(Bytes::len).sum();
+        let more: usize = self.more().iter().map(Bytes::len).sum();
         self.opening.len() + self.rest.len() + more
     }
 
@@ -70,13 +75,13 @@ impl Buf for Answer {
         } else if !self.rest.is_empty() {
             &self.rest
         } else {
-            self.more.as_slice().first().map_or(&[], |piece| piece)
+            self.more().first().map_or(&[], |piece| piece)
         }
     }
 
     /// All pieces, for a call of the system that writes them at once.
     fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
-        let more = self.more.as_slice().iter().map(|piece| &**piece);
+        let more = self.more().iter().map(|piece| &**piece);
         let pieces = [self.opening, &self.rest].into_iter().chain(more).filter(|piece| !piece.is_empty());
         slices.iter_mut().zip(pieces).map(|(slice, piece)| *slice = IoSlice::new(piece)).count()
     }
@@ -87,7 +92,8 @@ impl Buf for Answer {
         let mut count = count - of_opening;
         while count > self.rest.len() {
             count -= self.rest.len();
-            self.rest = self.more.next().expect("advances no further than to the end");
+            let next = self.more.as_mut().and_then(|more| more.next());
+            self.rest = next.expect("advances no further than to the end");
         }
         self.rest.advance(count);
     }

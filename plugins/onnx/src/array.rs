@@ -24,7 +24,7 @@ pub(crate) struct Array {
 pub(crate) enum Values {
     Integers(Vec<i64>),
     Floats(Vec<f64>),
-    /// Only written, never read: shorter in JSON than the same numbers as `f64`.
+    /// Of tensors: shorter in JSON than the same numbers as `f64`.
     Singles(Vec<f32>),
 }
 

@@ -12,6 +12,9 @@ pub const ABI_MINOR: u32 = 0;
 /// The name under which a plugin exports its [`Handshake`], NUL-terminated for `dlsym`.
 pub const HANDSHAKE_SYMBOL: &[u8] = b"modalkit_plugin_handshake\0";
 
+/// The name under which a plugin exports its [`Needs`].
+pub const NEEDS_SYMBOL: &[u8] = b"modalkit_plugin_needs\0";
+
 /// The symbol of a byte that is 1 where the plugin was built with debug assertions. Plugins of earlier SDKs don't have it.
 pub const DEBUG_ASSERTIONS_SYMBOL: &[u8] = b"modalkit_plugin_debug_assertions\0";
 
@@ -91,8 +94,7 @@ impl StaticStr {
 
 /// What a plugin says of itself before anything of it is called.
 ///
-/// The order and types of the fields to `header` are frozen for all ABI numbers, those behind it for all numbers from 5 on; new facts go
-/// to the end, with a minor number from which they are there.
+/// The order and types of its fields are frozen for all ABI numbers; new facts go into [`Needs`].
 #[repr(C)]
 pub struct Handshake {
     /// [`MAGIC`]; anything else is not a modalkit plugin.
@@ -108,15 +110,46 @@ pub struct Handshake {
     /// abi_stable's header: type layouts and the constructor of the [`crate::PluginModuleRef`].
     /// May be read only after `abi_major` was found equal.
     pub header: &'static LibHeader,
+}
+
+/// What a plugin needs of a host with its [`ABI_MAJOR`]; behind a symbol of its own, since a [`Handshake`] doesn't say how long it is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Needs {
+    /// Bytes of this struct where the plugin was built: fields that later ones have behind these are read only where they are.
+    pub bytes: u32,
     /// The [`ABI_MINOR`] that the plugin was built with.
     pub abi_minor: u32,
-    /// 0.
-    pub reserved: u32,
-    /// What the plugin needs of a host.
-    pub needs: Features,
+    /// The features that it can't do without.
+    pub features: Features,
+}
+
+impl Needs {
+    /// Of a plugin that is built with this crate.
+    #[must_use]
+    pub const fn of(features: Features) -> Self {
+        Self { bytes: size_of::<Self>() as u32, abi_minor: ABI_MINOR, features }
+    }
 }
 
 const _: () = {
     const fn shared_between_threads<T: Sync>() {}
     shared_between_threads::<Handshake>();
+    shared_between_threads::<Needs>();
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_crates_version_has_the_numbers_of_the_boundary() {
+        let version = format!("{ABI_MAJOR}.{ABI_MINOR}.");
+        assert!(env!("CARGO_PKG_VERSION").starts_with(&version), "expected {version}*");
+    }
+
+    #[test]
+    fn a_feature_without_a_name_has_its_number() {
+        assert_eq!(Features(1 << 63 | 1).missing_in(Features(1)).names(), ["feature 63"]);
+    }
+}

@@ -127,7 +127,7 @@ pub struct PluginModule {
     pub decode:
         unsafe extern "C" fn(ROption<InstanceHandle>, RSlice<'_, u8>) -> RResult<DecodedItem, Failure>,
     /// Makes one input of tensors, as [`PluginModule::decode`] does of a text; with them comes a document of what else the request says (empty for
-    /// one without members). They fit the signature. The tensors are the plugin's from here on: it keeps their buffers for as long as it likes.
+    /// one without members). They fit a signature that an instance gave before; after a `volume_reload` it may be another one. The tensors are the plugin's from here on: it keeps their buffers for as long as it likes.
     pub decode_tensors: unsafe extern "C" fn(
         ROption<InstanceHandle>,
         RVec<Tensor>,

@@ -12,7 +12,7 @@ use abi_stable::{
     std_types::{RString, RVec},
 };
 
-/// The bytes of a tensor that a host gives begin at a multiple of this.
+/// The bytes of a tensor that a host gives begin at a multiple of this, unless there are none.
 pub const TENSOR_ALIGNMENT: usize = 64;
 
 /// Bytes that belong to whoever made them, and stay as and where they are until this is dropped. Any thread may read and drop them.

@@ -13,21 +13,35 @@ use serde_json::value::{RawValue, to_raw_value};
 /// Characters shown of a list that isn't what the datatype wants.
 const SHOWN_CHARS: usize = 40;
 
-/// The bytes of a list of elements, which may be nested.
-pub(super) fn read(list: &RawValue, datatype: Datatype) -> Result<Bytes, String> {
+/// Whether JSON has elements of this datatype.
+pub(super) fn fit_json(datatype: Datatype) -> bool {
+    !matches!(datatype, Datatype::Fp16 | Datatype::Bf16)
+}
+
+/// The bytes of a list of as many elements as the shape says, which may be nested. No more is read than that.
+pub(super) fn read(list: &RawValue, datatype: Datatype, shape: &[u64]) -> Result<Bytes, String> {
     if !list.get().starts_with('[') {
         return Err("expected a list".to_owned());
     }
-    if matches!(datatype, Datatype::Fp16 | Datatype::Bf16) {
+    if !fit_json(datatype) {
         return Err(format!("expected {datatype} as bytes (binary_data_size), found JSON"));
     }
-    let mut bytes = BytesMut::new();
-    let mut json = serde_json::Deserializer::from_str(list.get());
-    let read = Elements { datatype, bytes: &mut bytes }.deserialize(&mut json);
+    let count = shape.iter().try_fold(1_u64, |count, size| count.checked_mul(*size));
+    let count =
+        count.ok_or_else(|| format!("a tensor of the shape {shape:?} is larger than memory can be"))?;
+    // An element takes two bytes of a list at least.
+    let bytes =
+        count.min(list.get().len() as u64 / 2 + 1).saturating_mul(datatype.element_bytes().unwrap_or(4));
+    let mut bytes = BytesMut::with_capacity(usize::try_from(bytes).unwrap_or_default());
+    let (mut left, mut json) = (count, serde_json::Deserializer::from_str(list.get()));
+    let read = Elements { datatype, bytes: &mut bytes, left: &mut left }.deserialize(&mut json);
     read.map_err(|error| {
         let shown: String = list.get().chars().take(SHOWN_CHARS).collect();
         format!("{error} in {shown}…")
     })?;
+    if left > 0 {
+        return Err(format!("expected {count} elements, as the shape says, found {}", count - left));
+    }
     Ok(bytes.freeze())
 }
 
@@ -35,10 +49,22 @@ pub(super) fn read(list: &RawValue, datatype: Datatype) -> Result<Bytes, String>
 struct Elements<'b> {
     datatype: Datatype,
     bytes: &'b mut BytesMut,
+    /// Elements that the shape has room for.
+    left: &'b mut u64,
 }
 
 impl Elements<'_> {
-    fn put_integer<E: de::Error>(self, value: i128) -> Result<(), E> {
+    /// Counts one more.
+    fn count<E: de::Error>(&mut self) -> Result<(), E> {
+        *self.left = self
+            .left
+            .checked_sub(1)
+            .ok_or_else(|| E::custom("there are more elements than the shape says"))?;
+        Ok(())
+    }
+
+    fn put_integer<E: de::Error>(mut self, value: i128) -> Result<(), E> {
+        self.count()?;
         let wrong = || E::custom(format!("expected {}, found {value}", self.datatype));
         macro_rules! put {
             ($type:ty, $put:ident) => {
@@ -93,7 +119,8 @@ impl<'de> Visitor<'de> for Elements<'_> {
         self.put_integer(i128::from(value))
     }
 
-    fn visit_f64<E: de::Error>(self, value: f64) -> Result<(), E> {
+    fn visit_f64<E: de::Error>(mut self, value: f64) -> Result<(), E> {
+        self.count()?;
         match self.datatype {
             Datatype::Fp32 if (value as f32).is_finite() => self.bytes.put_f32_le(value as f32),
             Datatype::Fp64 => self.bytes.put_f64_le(value),
@@ -102,7 +129,8 @@ impl<'de> Visitor<'de> for Elements<'_> {
         Ok(())
     }
 
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<(), E> {
+    fn visit_str<E: de::Error>(mut self, value: &str) -> Result<(), E> {
+        self.count()?;
         match (self.datatype, u32::try_from(value.len())) {
             (Datatype::Bytes, Ok(length)) => {
                 self.bytes.put_u32_le(length);
@@ -114,8 +142,9 @@ impl<'de> Visitor<'de> for Elements<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        let Self { datatype, bytes } = self;
-        while list.next_element_seed(Elements { datatype, bytes: &mut *bytes })?.is_some() {}
+        let Self { datatype, bytes, left } = self;
+        while list.next_element_seed(Elements { datatype, bytes: &mut *bytes, left: &mut *left })?.is_some() {
+        }
         Ok(())
     }
 }

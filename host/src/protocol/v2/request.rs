@@ -1,46 +1,79 @@
 //! Takes a request apart and holds it against the model's signature: what comes out fits it.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use bytes::Bytes;
-use modalkit_engine::{Signature, Tensor, TensorSpec};
-use serde::Deserialize;
-use serde_json::{Map, Value, json, value::RawValue};
+use modalkit_engine::{Datatype, Signature, Tensor, TensorSpec};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::value::RawValue;
 
 use super::{JSON_BYTES_HEADER, elements};
 use crate::work::{Detail, JobError, Location};
 
 /// Tensors that a request may have.
 const TENSORS_MAX: usize = 1024;
+/// Characters of a name that an error repeats, and sizes of a shape.
+const SHOWN_CHARS: usize = 80;
+const SIZES_SHOWN: usize = 16;
+const NO_SHARED_MEMORY: &str = "expected the elements in the request: this host has no shared memory";
 
 #[derive(Deserialize)]
 struct Request<'a> {
     #[serde(default)]
     id: Option<String>,
     #[serde(default)]
-    parameters: Map<String, Value>,
+    parameters: Option<RequestParameters>,
     #[serde(borrow)]
     inputs: Vec<InputTensor<'a>>,
     #[serde(default)]
-    outputs: Option<Vec<WantedOutput>>,
+    outputs: Option<Vec<WantedOutput<'a>>>,
+}
+
+#[derive(Default, Deserialize)]
+struct RequestParameters {
+    #[serde(default)]
+    binary_data_output: Option<bool>,
+    #[serde(default)]
+    sequence_id: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
 struct InputTensor<'a> {
-    name: String,
-    datatype: String,
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    datatype: Cow<'a, str>,
     shape: Vec<u64>,
     #[serde(default)]
-    parameters: Map<String, Value>,
+    parameters: Option<InputParameters>,
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
 }
 
-#[derive(Deserialize)]
-struct WantedOutput {
-    name: String,
+#[derive(Default, Deserialize)]
+struct InputParameters {
     #[serde(default)]
-    parameters: Map<String, Value>,
+    binary_data_size: Option<u64>,
+    #[serde(default)]
+    shared_memory_region: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct WantedOutput<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(default)]
+    parameters: Option<OutputParameters>,
+}
+
+#[derive(Default, Deserialize)]
+struct OutputParameters {
+    #[serde(default)]
+    binary_data: Option<bool>,
+    #[serde(default)]
+    classification: Option<u64>,
+    #[serde(default)]
+    shared_memory_region: Option<IgnoredAny>,
 }
 
 /// A request, taken apart.
@@ -55,7 +88,7 @@ pub struct InferRequest {
 pub struct Wanted {
     pub(super) id: Option<String>,
     /// The outputs, and whether as bytes.
-    pub(super) outputs: Vec<(Arc<str>, bool)>,
+    pub(super) outputs: Vec<(TensorSpec, bool)>,
     pub(super) batched: bool,
 }
 
@@ -86,7 +119,15 @@ pub fn read_infer(
         let found = format!("expected at most {TENSORS_MAX} tensors, found {}", request.inputs.len());
         return Err(invalid(&["inputs".into()], found));
     }
-    let wanted = wanted(request.id, &request.parameters, request.outputs.as_deref(), signature)?;
+    let parameters = request.parameters.unwrap_or_default();
+    if parameters.sequence_id.is_some() {
+        return Err(invalid(
+            &["parameters".into()],
+            "expected no sequence_id: no model here keeps a state".into(),
+        ));
+    }
+    let all_as_bytes = parameters.binary_data_output.unwrap_or(false);
+    let wanted = wanted(request.id, all_as_bytes, request.outputs.as_deref().unwrap_or_default(), signature)?;
     let mut rest = body.slice(json_bytes..);
     let mut tensors: Vec<Tensor> = Vec::with_capacity(request.inputs.len());
     for (index, input) in request.inputs.iter().enumerate() {
@@ -121,6 +162,12 @@ fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobE
         );
         return Err(invalid(&[], found));
     };
+    if spec.datatype == Datatype::Bytes && spec.shape.iter().all(|size| size.is_none_or(|size| size == 1)) {
+        // The body is the only string.
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let data = [&length[..], body].concat().into();
+        return one_row(spec, vec![1; spec.shape.len()], data, signature);
+    }
     let unclear = || {
         let expected = described(spec, signature);
         invalid(
@@ -142,10 +189,20 @@ fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobE
             }
             _ => return Err(unclear()),
         };
-    let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, body.clone())
+    one_row(spec, shape, body.clone(), signature)
+}
+
+/// A request of one tensor without the dimension of the batch, whose outputs are wanted as bytes.
+fn one_row(
+    spec: &TensorSpec,
+    shape: Vec<u64>,
+    data: Bytes,
+    signature: &Signature,
+) -> Result<InferRequest, JobError> {
+    let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, data)
         .map_err(|error| invalid(&[], error.to_string()))?;
-    let wanted = wanted(None, &Map::new(), None, signature)?;
-    Ok(InferRequest { inputs: vec![Arc::new([tensor])], wanted })
+    let wanted = wanted(None, true, &[], signature)?;
+    Ok(InferRequest { inputs: vec![Arc::new([tensor.aligned()])], wanted })
 }
 
 /// One tensor of a request, with its bytes from `rest` where they stand there.
@@ -157,11 +214,12 @@ fn tensor(
 ) -> Result<Tensor, JobError> {
     let Some(spec) = signature.inputs.iter().find(|spec| *spec.name == *input.name) else {
         let known: Vec<&str> = signature.inputs.iter().map(|spec| &*spec.name).collect();
-        let found = format!("the model has no input `{}`; expected one of {known:?}", input.name);
+        let found = format!("the model has no input `{}`; expected one of {known:?}", brief(&input.name));
         return Err(at(index, "name", found));
     };
     if input.datatype != spec.datatype.name() {
-        let found = format!("expected {} for `{}`, found {}", spec.datatype, spec.name, input.datatype);
+        let found =
+            format!("expected {} for `{}`, found {}", spec.datatype, spec.name, brief(&input.datatype));
         return Err(at(index, "datatype", found));
     }
     let sizes = if signature.batched { input.shape.get(1..) } else { Some(&input.shape[..]) };
@@ -170,31 +228,28 @@ fn tensor(
             && sizes.iter().zip(&spec.shape).all(|(found, size)| size.is_none_or(|size| size == *found))
     };
     if !sizes.is_some_and(fits) {
-        let expected = described(spec, signature);
-        return Err(at(
-            index,
-            "shape",
-            format!("expected {expected} for `{}`, found {:?}", spec.name, input.shape),
-        ));
+        let (expected, shown) = (described(spec, signature), input.shape.len().min(SIZES_SHOWN));
+        let found = format!("expected {expected} for `{}`, found {:?}", spec.name, &input.shape[..shown]);
+        return Err(at(index, "shape", found));
     }
-    let data = match (binary_size(&input.parameters), input.data) {
-        (Some(size), None) => {
-            let size = size.ok_or_else(|| {
-                at(index, "parameters", "expected a number of bytes in binary_data_size".to_owned())
-            })?;
-            match usize::try_from(size) {
-                Ok(size) if size <= rest.len() => rest.split_to(size),
-                _ => {
-                    let found = format!(
-                        "expected at most the {} bytes that are left of the body, found the binary_data_size {size}",
-                        rest.len()
-                    );
-                    return Err(at(index, "parameters", found));
-                }
+    let parameters = input.parameters.as_ref();
+    if parameters.is_some_and(|parameters| parameters.shared_memory_region.is_some()) {
+        return Err(at(index, "parameters", NO_SHARED_MEMORY.into()));
+    }
+    let size = parameters.and_then(|parameters| parameters.binary_data_size);
+    let data = match (size, input.data) {
+        (Some(size), None) => match usize::try_from(size) {
+            Ok(size) if size <= rest.len() => rest.split_to(size),
+            _ => {
+                let found = format!(
+                    "expected at most the {} bytes that are left of the body, found the binary_data_size {size}",
+                    rest.len()
+                );
+                return Err(at(index, "parameters", found));
             }
-        }
+        },
         (None, Some(data)) => {
-            elements::read(data, spec.datatype).map_err(|error| at(index, "data", error))?
+            elements::read(data, spec.datatype, &input.shape).map_err(|error| at(index, "data", error))?
         }
         (Some(_), Some(_)) => {
             return Err(at(index, "data", "expected data or binary_data_size, found both".into()));
@@ -205,10 +260,6 @@ fn tensor(
         .map_err(|error| at(index, "data", error.to_string()))
 }
 
-fn binary_size(parameters: &Map<String, Value>) -> Option<Option<u64>> {
-    parameters.get("binary_data_size").map(Value::as_u64)
-}
-
 /// The tensors of each input: a row of each tensor.
 fn inputs(
     tensors: Vec<Tensor>,
@@ -216,7 +267,7 @@ fn inputs(
     inputs_max: usize,
 ) -> Result<Vec<Arc<[Tensor]>>, JobError> {
     if !signature.batched {
-        return Ok(vec![tensors.into()]);
+        return Ok(vec![tensors.into_iter().map(Tensor::aligned).collect()]);
     }
     let sizes: Vec<u64> = tensors.iter().filter_map(|tensor| tensor.shape().first().copied()).collect();
     let Some(&rows) = sizes.first() else {
@@ -225,6 +276,13 @@ fn inputs(
     if rows == 0 || sizes.iter().any(|size| *size != rows) {
         let found = format!("expected the same batch size in each tensor, at least 1; found {sizes:?}");
         return Err(invalid(&["inputs".into()], found));
+    }
+    // Rows of nothing would cost the caller nothing.
+    if rows > 1 && tensors.iter().all(|tensor| tensor.data().is_empty()) {
+        return Err(invalid(
+            &["inputs".into()],
+            "expected a batch with elements, found none in any tensor".into(),
+        ));
     }
     if rows > inputs_max as u64 {
         return Err(JobError::TooLarge(format!(
@@ -237,42 +295,48 @@ fn inputs(
 
 fn wanted(
     id: Option<String>,
-    parameters: &Map<String, Value>,
-    outputs: Option<&[WantedOutput]>,
+    all_as_bytes: bool,
+    outputs: &[WantedOutput<'_>],
     signature: &Signature,
 ) -> Result<Wanted, JobError> {
-    let as_bytes = |parameters: &Map<String, Value>, key: &str| match parameters.get(key) {
-        None => Ok(None),
-        Some(Value::Bool(as_bytes)) => Ok(Some(*as_bytes)),
-        Some(other) => {
-            Err(invalid(&["parameters".into()], format!("expected true or false for {key}, found {other}")))
+    let mut wanted: Vec<(TensorSpec, bool)> = Vec::new();
+    for (index, output) in outputs.iter().enumerate() {
+        let place = ["outputs".into(), Location::Index(index as u64)];
+        let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
+            let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
+            let found =
+                format!("the model has no output `{}`; expected one of {known:?}", brief(&output.name));
+            return Err(invalid(&place, found));
+        };
+        if wanted.iter().any(|(known, _)| known.name == spec.name) {
+            return Err(invalid(&place, format!("expected each output once, found `{}` again", spec.name)));
         }
-    };
-    let all_as_bytes = as_bytes(parameters, "binary_data_output")?.unwrap_or(false);
-    let outputs = match outputs {
-        None | Some([]) => {
-            signature.outputs.iter().map(|spec| (Arc::clone(&spec.name), all_as_bytes)).collect()
+        let (mut as_bytes, parameters) = (all_as_bytes, output.parameters.as_ref());
+        if let Some(OutputParameters { binary_data, classification, shared_memory_region }) = parameters {
+            if classification.is_some_and(|classes| classes > 0) {
+                let found = "expected no `classification`: this host doesn't have that extension";
+                return Err(invalid(&place, found.into()));
+            }
+            if shared_memory_region.is_some() {
+                return Err(invalid(&place, NO_SHARED_MEMORY.into()));
+            }
+            as_bytes = binary_data.unwrap_or(all_as_bytes);
         }
-        Some(outputs) => {
-            let of_request = |(index, output): (usize, &WantedOutput)| {
-                let place = ["outputs".into(), Location::Index(index as u64)];
-                let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
-                    let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
-                    let found =
-                        format!("the model has no output `{}`; expected one of {known:?}", output.name);
-                    return Err(invalid(&place, found));
-                };
-                if output.parameters.get("classification").is_some_and(|classes| *classes != json!(0)) {
-                    let found = "expected no `classification`: this host doesn't have that extension";
-                    return Err(invalid(&place, found.into()));
-                }
-                let own = as_bytes(&output.parameters, "binary_data")?;
-                Ok((Arc::clone(&spec.name), own.unwrap_or(all_as_bytes)))
-            };
-            outputs.iter().enumerate().map(of_request).collect::<Result<_, _>>()?
-        }
-    };
-    Ok(Wanted { id, outputs, batched: signature.batched })
+        wanted.push((spec.clone(), as_bytes));
+    }
+    if outputs.is_empty() {
+        wanted = signature.outputs.iter().map(|spec| (spec.clone(), all_as_bytes)).collect();
+    }
+    if let Some((spec, _)) =
+        wanted.iter().find(|(spec, as_bytes)| !as_bytes && !elements::fit_json(spec.datatype))
+    {
+        let found = format!(
+            "the output `{}` is of {}, which JSON doesn't have: ask for it as bytes (binary_data)",
+            spec.name, spec.datatype
+        );
+        return Err(invalid(&["outputs".into()], found));
+    }
+    Ok(Wanted { id, outputs: wanted, batched: signature.batched })
 }
 
 fn invalid(place: &[Location], msg: String) -> JobError {
@@ -282,6 +346,14 @@ fn invalid(place: &[Location], msg: String) -> JobError {
 
 fn at(index: usize, member: &str, msg: String) -> JobError {
     invalid(&["inputs".into(), Location::Index(index as u64), member.into()], msg)
+}
+
+/// The beginning of what a caller wrote.
+fn brief(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 /// A tensor's datatype and shape, for people: `FP32 [batch, 3, any]`.

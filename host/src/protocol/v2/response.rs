@@ -10,6 +10,9 @@ use serde_json::{Value, json, value::RawValue};
 use super::{Wanted, elements};
 use crate::protocol::{Answer, object};
 
+/// Shapes that an error lists.
+const SHAPES_SHOWN: usize = 8;
+
 #[derive(Serialize)]
 struct Response<'a> {
     model_name: &'a str,
@@ -41,28 +44,46 @@ pub struct InferAnswer {
 /// Writes an answer of each input's output.
 ///
 /// # Errors
-/// The outputs are not those of the signature, or can't be written as JSON.
+/// The outputs are not those of the signature, which is the plugin's fault; or they are none that can be written as was asked, which is the
+/// caller's.
 pub fn write_infer(
     model_name: &str,
     model_version: u64,
     wanted: Wanted,
     outputs: &[Arc<[Tensor]>],
 ) -> Result<InferAnswer, Failure> {
-    let failed = |message: String| Failure { kind: FailureKind::Permanent, message };
+    let failed = |kind, message: String| Failure { kind, message };
     let mut tensors = Vec::with_capacity(wanted.outputs.len());
-    for (name, as_bytes) in &wanted.outputs {
-        let named = |output: &Arc<[Tensor]>| output.iter().find(|tensor| *tensor.name() == **name).cloned();
-        let rows: Option<Vec<Tensor>> = outputs.iter().map(named).collect();
-        let rows = rows.ok_or_else(|| failed(format!("the plugin gave no tensor `{name}`")))?;
+    for (spec, as_bytes) in &wanted.outputs {
+        let name = &spec.name;
+        let mut rows = Vec::with_capacity(outputs.len());
+        for output in outputs {
+            let mut named = output.iter().filter(|tensor| *tensor.name() == **name);
+            let (Some(tensor), None) = (named.next(), named.next()) else {
+                let found =
+                    format!("the plugin's signature has one output `{name}`, and it gave none or two");
+                return Err(failed(FailureKind::Permanent, found));
+            };
+            if tensor.datatype() != spec.datatype || !fits(tensor.shape(), &spec.shape) {
+                let (datatype, shape) = (tensor.datatype(), tensor.shape());
+                let found = format!(
+                    "the plugin gave {datatype} {shape:?} for its output `{name}`, which is {} {:?} in its signature",
+                    spec.datatype, spec.shape
+                );
+                return Err(failed(FailureKind::Permanent, found));
+            }
+            rows.push(tensor.clone());
+        }
         let whole = match (wanted.batched, &rows[..]) {
             (false, [one]) => Some(one.clone()),
             _ => Tensor::from_rows(&rows),
         };
         let whole = whole.ok_or_else(|| {
-            let shapes: Vec<&[u64]> = rows.iter().map(Tensor::shape).collect();
-            failed(format!(
-                "the tensors `{name}` of a request's inputs can't be put together, their shapes are {shapes:?}: ask for each alone"
-            ))
+            let shapes: Vec<&[u64]> = rows.iter().map(Tensor::shape).take(SHAPES_SHOWN).collect();
+            let found = format!(
+                "the outputs `{name}` of this request's inputs can't be put together, their shapes are {shapes:?}: ask for each alone"
+            );
+            failed(FailureKind::InvalidInput, found)
         })?;
         tensors.push((whole, *as_bytes));
     }
@@ -71,7 +92,7 @@ pub fn write_infer(
         let (parameters, data) = if *as_bytes {
             (Some(json!({"binary_data_size": tensor.data().len()})), None)
         } else {
-            (None, Some(elements::write(tensor).map_err(failed)?))
+            (None, Some(elements::write(tensor).map_err(|why| failed(FailureKind::InvalidInput, why))?))
         };
         let (datatype, shape) = (tensor.datatype().name(), tensor.shape());
         described.push(OutputTensor { name: tensor.name(), datatype, shape, parameters, data });
@@ -86,4 +107,9 @@ pub fn write_infer(
         tensors.iter().filter(|(_, as_bytes)| *as_bytes).map(|(tensor, _)| tensor.data().clone()).collect();
     let json_bytes = tensors.iter().any(|(_, as_bytes)| *as_bytes).then_some(json.len());
     Ok(InferAnswer { body: Answer::in_pieces(json, bytes), json_bytes })
+}
+
+fn fits(shape: &[u64], spec: &[Option<u64>]) -> bool {
+    shape.len() == spec.len()
+        && shape.iter().zip(spec).all(|(found, size)| size.is_none_or(|size| size == *found))
 }

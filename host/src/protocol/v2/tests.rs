@@ -88,6 +88,12 @@ fn bytes_alone_are_the_only_input() {
     one.inputs[0].shape = vec![None, None];
     assert!(read_infer(&body, Some(0), &one, INPUTS_MAX).is_err());
     assert!(read(&body, Some(0)).err().unwrap().contains("the model has 2 inputs"));
+    // A string is the body itself; what comes back is bytes, since nothing else can be asked for.
+    let mut words = signature();
+    words.inputs.remove(0);
+    let request = read_infer(&Bytes::from_static(b"some text"), Some(0), &words, INPUTS_MAX).unwrap();
+    assert_eq!(**request.inputs[0][0].data(), *b"\x09\0\0\0some text");
+    assert!(request.wanted.outputs.iter().all(|(_, as_bytes)| *as_bytes));
 }
 
 #[test]
@@ -98,15 +104,16 @@ fn what_is_wrong_is_told_with_its_place() {
         read_json(&json!({"inputs": [tensor]})).err().unwrap_or_default()
     };
     assert_eq!(x(&|_| {}), "");
-    let cases: [(&dyn Fn(&mut Value), &str); 13] = [
+    type Change = dyn Fn(&mut Value);
+    let cases: [(&Change, &str); 13] = [
         (&|x| x["name"] = json!("q"), r#"the model has no input `q`; expected one of ["x", "words"]"#),
         (&|x| x["datatype"] = json!("INT8"), "expected FP32 for `x`, found INT8"),
         (&|x| x["shape"] = json!([2]), "expected FP32 [batch, 2] for `x`, found [2]"),
         (&|x| x["shape"] = json!([1, 3]), "found [1, 3]"),
         (&|x| x["shape"] = json!([]), "found []"),
-        (&|x| x["shape"] = json!([0, 2]), "expected 0 bytes"),
-        (&|x| x["shape"] = json!([1_u64 << 62, 2]), "is larger than memory can be"),
-        (&|x| x["shape"] = json!([2, 2]), "expected 16 bytes for FP32 and the shape [2, 2], found 8"),
+        (&|x| x["shape"] = json!([0, 2]), "more elements than the shape says"),
+        (&|x| x["shape"] = json!([u64::MAX, 2]), "is larger than memory can be"),
+        (&|x| x["shape"] = json!([2, 2]), "expected 4 elements, as the shape says, found 2"),
         (&|x| x["data"] = json!(["a", 2]), "a string"),
         (&|x| x["data"] = json!(7), "expected a list"),
         (&|x| x["data"] = json!([1e300, 2]), "expected FP32, found 1"),
@@ -123,6 +130,25 @@ fn what_is_wrong_is_told_with_its_place() {
     let x = json!({"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]});
     assert!(whole(json!({"inputs": [x, x]})).contains("found `x` again"));
     assert!(whole(json!({"inputs": [x], "outputs": [{"name": "w"}]})).contains("no output `w`"));
+    let twice = json!([{"name": "y"}, {"name": "y"}]);
+    assert!(whole(json!({"inputs": [x], "outputs": twice})).contains("found `y` again"));
+    let region = json!({"shared_memory_region": "r", "shared_memory_byte_size": 8});
+    assert!(
+        whole(json!({"inputs": [x], "outputs": [{"name": "y", "parameters": region}]}))
+            .contains("no shared memory")
+    );
+    assert!(
+        whole(json!({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "parameters": region}]}))
+            .contains("no shared memory")
+    );
+    assert!(whole(json!({"inputs": [x], "parameters": {"sequence_id": 1}})).contains("sequence_id"));
+    let nulls = json!({"id": null, "parameters": null, "outputs": null, "inputs": [
+        {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2], "parameters": null}]});
+    assert_eq!(whole(nulls), "");
+    let nothing = json!({"name": "words", "datatype": "BYTES", "shape": [2, 0], "data": []});
+    let signature = Signature { inputs: vec![signature().inputs.remove(1)], ..signature() };
+    let nothing = Bytes::from(json!({"inputs": [nothing]}).to_string());
+    assert!(matches!(read_infer(&nothing, None, &signature, INPUTS_MAX), Err(JobError::Invalid(_))));
     let classes = json!([{"name": "y", "parameters": {"classification": 3}}]);
     assert!(whole(json!({"inputs": [x], "outputs": classes})).contains("classification"));
     let many = json!({"name": "x", "datatype": "FP32", "shape": [9, 2], "data": vec![0; 18]});
@@ -137,8 +163,8 @@ fn what_is_wrong_is_told_with_its_place() {
 fn outputs(rows: &[(&[i64], &[u8])]) -> Vec<Arc<[Tensor]>> {
     let row = |(y, z): &(&[i64], &[u8])| {
         let bytes: Vec<u8> = y.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let y = Tensor::of_output("y".into(), Datatype::Int64, vec![y.len() as u64], bytes.into());
-        let z = Tensor::of_output("z".into(), Datatype::Bytes, vec![1], Bytes::copy_from_slice(z));
+        let y = Tensor::new("y".into(), Datatype::Int64, vec![y.len() as u64], bytes.into());
+        let z = Tensor::new("z".into(), Datatype::Bytes, vec![1], Bytes::copy_from_slice(z));
         Arc::from([z.unwrap(), y.unwrap()])
     };
     rows.iter().map(row).collect()
@@ -175,6 +201,11 @@ fn outputs_are_put_together_in_the_order_and_the_form_that_was_asked_for() {
     );
     let all_as_bytes = json!({"parameters": {"binary_data_output": true}});
     assert_eq!(answered(&all_as_bytes, &rows).unwrap().1.len(), 32 + 9);
+    let two_of_one: [(&[i64], &[u8]); 1] = [(&[1], b"\x01\0\0\0a\0\0\0\0")];
+    assert!(
+        std::panic::catch_unwind(|| outputs(&two_of_one)).is_err(),
+        "a tensor that is none is refused where it is made"
+    );
     let unlike: [(&[i64], &[u8]); 2] = [(&[1], b"\0\0\0\0"), (&[3, 4], b"\0\0\0\0")];
     assert!(answered(&json!({}), &unlike).unwrap_err().contains("their shapes are [[1], [2]]"));
     assert!(answered(&json!({}), &[(&[1], b"\x01\0\0\0\xff")]).unwrap_err().contains("isn't UTF-8"));
@@ -193,8 +224,7 @@ fn problems_are_one_text() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
-    /// Whatever stands in a request, it is taken and fits the signature, or it is the caller's error; nothing panics or takes memory that
-    /// the body doesn't have.
+    /// Whatever stands in a request, it is taken and fits the signature, or it is the caller's error, and nothing panics.
     #[test]
     fn any_request_is_taken_or_refused(
         name in "x|words|q",
