@@ -473,12 +473,22 @@ mod tests {
         unsafe { seen(sink, item, failure.message.into()) };
     }
 
+    /// As a host gives them.
+    #[repr(align(64))]
+    struct Aligned([u8; 4]);
+
+    impl AsRef<[u8]> for Aligned {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
     fn tensor(number: f32) -> RVec<Tensor> {
         let tensor = Tensor {
             name: "number".into(),
             datatype: Datatype::FP32,
             shape: vec![1].into(),
-            data: Buffer::from_owner(number.to_le_bytes()),
+            data: Buffer::from_owner(Aligned(number.to_le_bytes())),
             parameters: RString::new(),
         };
         vec![tensor].into()

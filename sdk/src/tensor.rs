@@ -340,15 +340,16 @@ impl Tensor {
     /// It has another datatype, or was made by [`Tensor::of_bytes`] of bytes at a place where no such element can be.
     pub fn values<T: Element>(&self) -> Result<&[T], Invalid> {
         let (expected, found) = (T::DATATYPE, self.datatype);
-        let fits = expected == found || (expected == Datatype::Uint8 && found == Datatype::Bool);
+        let unfit = |what: String| Invalid::new(what).at(self.name.as_str());
+        if expected != found && (expected, found) != (Datatype::Uint8, Datatype::Bool) {
+            return Err(unfit(format!("expected {expected}, found {found}")));
+        }
         // Where there are none, they may lie anywhere.
-        let values = match self.data.is_empty() {
-            true => Some(&[][..]),
-            false => bytemuck::try_cast_slice(&self.data).ok(),
-        };
-        values
-            .filter(|_| fits)
-            .ok_or_else(|| Invalid::new(format!("expected {expected}, found {found}")).at(self.name.as_str()))
+        if self.data.is_empty() {
+            return Ok(&[]);
+        }
+        bytemuck::try_cast_slice(&self.data)
+            .map_err(|error| unfit(format!("its bytes can't be read as {expected} where they lie: {error}")))
     }
 
     /// Its elements, where they are strings ([`Datatype::Bytes`]).
