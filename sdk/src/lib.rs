@@ -62,6 +62,7 @@ mod object;
 mod pipeline;
 mod queue;
 mod schema;
+mod signature;
 mod strict;
 mod tensor;
 pub mod testkit;
@@ -71,7 +72,8 @@ pub use device::Device;
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};
 pub use pipeline::{InferencePipeline, Outcome};
 pub use queue::{QueueBackend, QueueContext, QueueError, QueuedMessage};
-pub use tensor::{Datatype, Element, Signature, Tensor, Tensors};
+pub use signature::Signature;
+pub use tensor::{Datatype, Element, Tensor, Tensors};
 
 /// The CUDA bindings whose types [`Device::cuda`] speaks. A pipeline that wants more of them (`cublas`, `nvrtc`) depends on the same
 /// version with those features.

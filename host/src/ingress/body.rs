@@ -10,6 +10,7 @@ use hyper::{
     StatusCode,
     body::{Body, Frame, Incoming},
 };
+use modalkit_engine::TENSOR_ALIGNMENT;
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -86,8 +87,13 @@ impl BodyError {
     }
 }
 
-/// The whole body. One that came together with its headers is passed on without a copy and without a timer.
-pub(super) async fn read(body: &mut RequestBody, exchange: &Exchange) -> Result<Bytes, BodyError> {
+/// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces, what
+/// stands from `aligned_at` on lies where a tensor's bytes should.
+pub(super) async fn read(
+    body: &mut RequestBody,
+    aligned_at: Option<usize>,
+    exchange: &Exchange,
+) -> Result<Bytes, BodyError> {
     let limit = exchange.context.server.body_bytes_max;
     let incoming = &mut body.incoming;
     let declared = usize::try_from(incoming.size_hint().lower()).unwrap_or(usize::MAX);
@@ -109,7 +115,7 @@ pub(super) async fn read(body: &mut RequestBody, exchange: &Exchange) -> Result<
         }
         return Ok(whole.clone());
     }
-    Box::pin(read_on(body, first.flatten(), declared, exchange)).await
+    Box::pin(read_on(body, first.flatten(), declared, aligned_at, exchange)).await
 }
 
 /// The rest of a body that comes in pieces.
@@ -117,12 +123,13 @@ async fn read_on(
     body: &mut RequestBody,
     first: Option<hyper::Result<Frame<Bytes>>>,
     declared: usize,
+    aligned_at: Option<usize>,
     exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
     let server = &exchange.context.server;
     let limit = server.body_bytes_max;
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
-    let whole = Collected { bytes: Vec::new(), taken: 0, declared, limit, exchange };
+    let whole = Collected { bytes: Vec::new(), before: 0, taken: 0, declared, aligned_at, limit, exchange };
     timeout(server.body_timeout, collect(body, first, whole)).await.map_err(slow)?
 }
 
@@ -138,37 +145,91 @@ async fn collect(
     while let Some(data) = body.next().await? {
         whole.add(&data)?;
     }
-    Ok(whole.bytes.into())
+    let Collected { bytes, before, .. } = whole;
+    Ok(Bytes::from(bytes).slice(before..))
 }
 
-/// What has come of a body. It takes memory, and its part of the budget, as bytes come: what a caller declares costs nothing.
+/// What has come of a body. It takes its part of the budget as bytes come, and so does it write to memory: what a caller declares costs nothing.
 struct Collected<'e> {
     bytes: Vec<u8>,
+    /// Bytes that stand before those of the body, so that they lie where they should.
+    before: usize,
     /// Of the budget.
     taken: usize,
     declared: usize,
+    aligned_at: Option<usize>,
     limit: usize,
     exchange: &'e Exchange,
 }
 
 impl Collected<'_> {
     fn add(&mut self, data: &[u8]) -> Result<(), BodyError> {
-        let needed = self.bytes.len() + data.len();
+        let needed = self.bytes.len() - self.before + data.len();
         if needed > self.limit {
             return Err(BodyError::TooLarge { limit: self.limit });
         }
-        let capacity = self.bytes.capacity();
+        let known = self.declared >= needed;
+        let most = if known { self.declared } else { self.limit };
+        if needed > BYTES_FREE && needed > self.taken {
+            let grown = needed.max(2 * self.taken).max(FIRST_BYTES).min(most);
+            self.exchange.take_bytes(grown - self.taken).map_err(BodyError::NoRoom)?;
+            self.taken = grown;
+        }
+        let capacity = self.bytes.capacity() - self.before;
         if needed > capacity {
-            let least = if needed <= BYTES_FREE { BYTES_FREE } else { FIRST_BYTES };
-            let most = if self.declared >= needed { self.declared } else { self.limit };
-            let grown = needed.max(2 * capacity).max(least).min(most);
-            if grown > BYTES_FREE {
-                self.exchange.take_bytes(grown - self.taken).map_err(BodyError::NoRoom)?;
-                self.taken = grown;
+            let room = if needed <= BYTES_FREE {
+                BYTES_FREE.min(most)
+            } else if needed <= FIRST_BYTES {
+                FIRST_BYTES.min(most)
+            } else if known {
+                // Pages that nothing is written to are none of the machine's, and what is there needn't be moved again and again.
+                self.declared
+            } else {
+                needed.max(2 * capacity).min(most)
+            };
+            match self.aligned_at {
+                // It won't move any more.
+                Some(place) if room == self.declared => {
+                    (self.bytes, self.before) = moved(&self.bytes[self.before..], room, place);
+                }
+                _ => self.bytes.reserve_exact(room - (self.bytes.len() - self.before)),
             }
-            self.bytes.reserve_exact(grown - self.bytes.len());
         }
         self.bytes.extend_from_slice(data);
         Ok(())
+    }
+}
+
+/// The same bytes with room for so many, of which the one at this place is aligned; and how many stand before them.
+fn moved(bytes: &[u8], room: usize, place: usize) -> (Vec<u8>, usize) {
+    let mut moved = Vec::with_capacity(room + TENSOR_ALIGNMENT);
+    // A caller may have named a place that no body has.
+    let (begin, place) = (moved.as_ptr() as usize, place % TENSOR_ALIGNMENT);
+    let before = (begin + place).next_multiple_of(TENSOR_ALIGNMENT) - place - begin;
+    moved.resize(before, 0);
+    moved.extend_from_slice(bytes);
+    (moved, before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_is_moved_to_where_a_place_of_it_is_aligned() {
+        for place in [0, 1, 63, 64, 65, 160, usize::MAX] {
+            let whole: Vec<u8> = (0..200).collect();
+            let mut pieces = whole.chunks(70);
+            let mut bytes = pieces.next().unwrap().to_vec();
+            let mut before = 0;
+            for piece in pieces {
+                (bytes, before) = moved(&bytes[before..], 200, place);
+                bytes.extend_from_slice(piece);
+            }
+            assert_eq!(bytes[before..], whole);
+            let address = (bytes[before..].as_ptr() as usize).wrapping_add(place);
+            assert_eq!(address % TENSOR_ALIGNMENT, 0, "{place}");
+            assert!(before < TENSOR_ALIGNMENT);
+        }
     }
 }

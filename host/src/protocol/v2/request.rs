@@ -8,7 +8,10 @@ use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
 use super::{JSON_BYTES_HEADER, elements};
-use crate::work::{Detail, JobError, Location};
+use crate::{
+    protocol::json::Object,
+    work::{Detail, JobError, Location},
+};
 
 /// Tensors that a request may have.
 const TENSORS_MAX: usize = 1024;
@@ -22,11 +25,11 @@ struct Request<'a> {
     #[serde(default)]
     id: Option<String>,
     #[serde(default)]
-    parameters: Option<RequestParameters>,
+    parameters: Option<Object<RequestParameters>>,
     #[serde(borrow)]
-    inputs: Vec<InputTensor<'a>>,
+    inputs: Vec<Object<InputTensor<'a>>>,
     #[serde(default)]
-    outputs: Option<Vec<WantedOutput<'a>>>,
+    outputs: Option<Vec<Object<WantedOutput<'a>>>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -45,7 +48,7 @@ struct InputTensor<'a> {
     datatype: Cow<'a, str>,
     shape: Vec<u64>,
     #[serde(default)]
-    parameters: Option<InputParameters>,
+    parameters: Option<Object<InputParameters>>,
     #[serde(borrow, default)]
     data: Option<&'a RawValue>,
 }
@@ -63,7 +66,7 @@ struct WantedOutput<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
     #[serde(default)]
-    parameters: Option<OutputParameters>,
+    parameters: Option<Object<OutputParameters>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -113,13 +116,13 @@ pub fn read_infer(
         );
         return Err(invalid(&[], found));
     }
-    let request: Request<'_> = serde_json::from_slice(&body[..json_bytes])
+    let Object(request): Object<Request<'_>> = serde_json::from_slice(&body[..json_bytes])
         .map_err(|error| invalid(&[], format!("expected an inference request in JSON: {error}")))?;
     if request.inputs.len() > TENSORS_MAX {
         let found = format!("expected at most {TENSORS_MAX} tensors, found {}", request.inputs.len());
         return Err(invalid(&["inputs".into()], found));
     }
-    let parameters = request.parameters.unwrap_or_default();
+    let Object(parameters) = request.parameters.unwrap_or_default();
     if parameters.sequence_id.is_some() {
         return Err(invalid(
             &["parameters".into()],
@@ -130,7 +133,7 @@ pub fn read_infer(
     let wanted = wanted(request.id, all_as_bytes, request.outputs.as_deref().unwrap_or_default(), signature)?;
     let mut rest = body.slice(json_bytes..);
     let mut tensors: Vec<Tensor> = Vec::with_capacity(request.inputs.len());
-    for (index, input) in request.inputs.iter().enumerate() {
+    for (index, Object(input)) in request.inputs.iter().enumerate() {
         let tensor = tensor(input, &mut rest, signature, index)?;
         if tensors.iter().any(|known| known.name() == tensor.name()) {
             let found = format!("expected each tensor once, found `{}` again", tensor.name());
@@ -232,7 +235,7 @@ fn tensor(
         let found = format!("expected {expected} for `{}`, found {:?}", spec.name, &input.shape[..shown]);
         return Err(at(index, "shape", found));
     }
-    let parameters = input.parameters.as_ref();
+    let parameters = input.parameters.as_ref().map(|Object(parameters)| parameters);
     if parameters.is_some_and(|parameters| parameters.shared_memory_region.is_some()) {
         return Err(at(index, "parameters", NO_SHARED_MEMORY.into()));
     }
@@ -296,11 +299,11 @@ fn inputs(
 fn wanted(
     id: Option<String>,
     all_as_bytes: bool,
-    outputs: &[WantedOutput<'_>],
+    outputs: &[Object<WantedOutput<'_>>],
     signature: &Signature,
 ) -> Result<Wanted, JobError> {
     let mut wanted: Vec<(TensorSpec, bool)> = Vec::new();
-    for (index, output) in outputs.iter().enumerate() {
+    for (index, Object(output)) in outputs.iter().enumerate() {
         let place = ["outputs".into(), Location::Index(index as u64)];
         let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
             let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
@@ -312,7 +315,9 @@ fn wanted(
             return Err(invalid(&place, format!("expected each output once, found `{}` again", spec.name)));
         }
         let (mut as_bytes, parameters) = (all_as_bytes, output.parameters.as_ref());
-        if let Some(OutputParameters { binary_data, classification, shared_memory_region }) = parameters {
+        if let Some(Object(OutputParameters { binary_data, classification, shared_memory_region })) =
+            parameters
+        {
             if classification.is_some_and(|classes| classes > 0) {
                 let found = "expected no `classification`: this host doesn't have that extension";
                 return Err(invalid(&place, found.into()));

@@ -41,6 +41,19 @@ pub struct InferAnswer {
     pub json_bytes: Option<usize>,
 }
 
+impl Wanted {
+    /// How much of these outputs is copied or written as JSON.
+    #[must_use]
+    pub fn bytes_to_write(&self, outputs: &[Arc<[Tensor]>]) -> usize {
+        let stays = |tensor: &&Tensor| {
+            outputs.len() == 1
+                && self.outputs.iter().any(|(spec, as_bytes)| *as_bytes && *spec.name == *tensor.name())
+        };
+        let tensors = outputs.iter().flat_map(|output| output.iter());
+        tensors.filter(|tensor| !stays(tensor)).map(|tensor| tensor.data().len()).sum()
+    }
+}
+
 /// Writes an answer of each input's output.
 ///
 /// # Errors

@@ -127,6 +127,9 @@ fn what_is_wrong_is_told_with_its_place() {
     let whole = |body: Value| read_json(&body).err().unwrap_or_default();
     assert!(whole(json!({"inputs": []})).contains("expected a tensor `x` of FP32 [batch, 2]"));
     assert!(whole(json!({})).contains("missing field `inputs`"));
+    // serde would take these for structs.
+    assert!(whole(json!([null, null, []])).contains("expected an object"));
+    assert!(whole(json!({"inputs": [["x", "FP32", [1, 2], null, [1, 2]]]})).contains("expected an object"));
     let x = json!({"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]});
     assert!(whole(json!({"inputs": [x, x]})).contains("found `x` again"));
     assert!(whole(json!({"inputs": [x], "outputs": [{"name": "w"}]})).contains("no output `w`"));

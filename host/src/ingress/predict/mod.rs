@@ -1,5 +1,7 @@
 //! The endpoints that run pipelines: from a request to jobs, and from their replies to an answer.
 
+mod infer;
+
 use std::{pin::pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
@@ -26,7 +28,7 @@ use crate::{
     insight::JobTimings,
     jobs::{self, Jobs},
     pipeline::{Generation, Model, Queued},
-    protocol::{self, Envelope, v2},
+    protocol::{self, Envelope},
     queues::Allowed,
     work::{Deadline, Detail, Job, JobError, Location, Reply, RequestId, reply},
 };
@@ -59,7 +61,6 @@ pub(super) async fn answer(
         Ok(call) => call,
         Err(refused) => {
             let Refused { response, model } = *refused;
-            let response = prediction.problem(response);
             count(context, model.as_deref(), (endpoint, prediction), id, &response);
             return response;
         }
@@ -68,9 +69,10 @@ pub(super) async fn answer(
         // Pinned here: passed to a function, such a future would be copied for each request.
         let mut limit = pin!(exchange.timer.limit(call.deadline.0));
         let mut work = pin!(async {
-            let input = match body::read(body, exchange).await {
+            let json_bytes = infer::json_bytes(prediction, head)?;
+            let input = match body::read(body, json_bytes, exchange).await {
                 Ok(input) => input,
-                Err(error) => return Ok(prediction.problem(error.into_response())),
+                Err(error) => return Ok(problem(target, error.into_response())),
             };
             let generation = call.model.serving()?;
             // The rarer ones are boxed: every request's future is as large as the largest of them.
@@ -78,7 +80,9 @@ pub(super) async fn answer(
                 Prediction::Sync => sync(exchange, &call, &generation, input).await,
                 Prediction::Batch => Box::pin(batch(exchange, &call, &generation, input)).await,
                 Prediction::Async => Box::pin(asynchronous(exchange, &call, &generation, input, head)).await,
-                Prediction::Infer => Box::pin(infer(exchange, &call, &generation, input, head)).await,
+                Prediction::Infer => {
+                    Box::pin(infer::answer(exchange, &call, &generation, input, json_bytes)).await
+                }
             }
         });
         tokio::select! {
@@ -91,7 +95,7 @@ pub(super) async fn answer(
         if matches!(error, JobError::Lost) {
             tracing::error!(model = call.model.name, request_id = %id, "a job was lost inside the host");
         }
-        prediction.problem(egress::error(&error))
+        problem(target, egress::error(&error))
     });
     let Call { model, timings, begun, .. } = call;
     model.metrics.request.observe(begun.elapsed().as_secs_f64());
@@ -122,12 +126,13 @@ fn admit(
         context.access.admit(&exchange.from, &request_headers::Headers(&head.headers)).map_err(|denied| {
             let (method, endpoint) = (head.method.as_str(), endpoint.pattern);
             let action = Action { method, endpoint, name: "", effect: Effect::Look };
-            Box::new(Refused { response: refuse(context, &exchange.from, action, &denied), model: None })
+            let response = problem(target, refuse(context, &exchange.from, action, &denied));
+            Box::new(Refused { response, model: None })
         })?;
     let timings = RequestTimings::of(exchange, head, &caller, endpoint.pattern);
     let refused = |error: &JobError, model: Option<Arc<Model>>, timings: Option<Box<RequestTimings>>| {
         let name = model.as_ref().map_or("", |model| model.name.as_str());
-        let mut response = egress::error(error);
+        let mut response = problem(target, egress::error(error));
         if let Some(timings) = timings {
             response = timings.conclude(context, begun, name, id, response);
         }
@@ -197,16 +202,6 @@ async fn batch(
     Ok(egress::replies(run_all(peer, call, items).await?, partial))
 }
 
-impl Prediction {
-    /// An error's answer in the form of this endpoint.
-    fn problem(self, response: HttpResponse) -> HttpResponse {
-        match self {
-            Self::Infer => egress::in_v2(response),
-            Self::Sync | Self::Batch | Self::Async => response,
-        }
-    }
-}
-
 /// Runs the items of one request, and gives their answers in order; those that are wrong have theirs.
 async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<Reply>, JobError> {
     let (mut jobs, mut pending) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
@@ -244,45 +239,6 @@ async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<R
         cancel_on_drop.done();
     }
     Ok(answers)
-}
-
-/// `POST /v2/models/{name}/infer`: tensors, one answer of tensors.
-async fn infer(
-    peer: &Peer,
-    call: &Call,
-    generation: &Arc<Generation>,
-    body: Bytes,
-    head: &Head<'_>,
-) -> Result<HttpResponse, JobError> {
-    let (json_bytes, signature) = (request_headers::json_bytes(&head.headers)?, generation.signature()?);
-    let queue_max = call.model.spec().batch.queue_max;
-    let read = move |generation: &Generation, body: &Bytes| {
-        let request = v2::read_infer(body, json_bytes, &signature, queue_max)?;
-        let decode = |(row, tensors)| {
-            let input = Payload::Tensors(tensors);
-            let decoded = generation.decode(&input);
-            let decoded = decoded.map_err(|error| error.inside(&[Location::Index(row as u64)]))?;
-            Ok(Ok((input, decoded)))
-        };
-        let items =
-            request.inputs.into_iter().enumerate().map(decode).collect::<Result<Vec<ListItem>, _>>()?;
-        Ok((items, request.wanted))
-    };
-    let (items, wanted) = decode_body(peer, generation, &body, body.len(), read).await?;
-    let outputs = run_all(peer, call, items).await?;
-    let tensors = |reply: Reply| reply.and_then(|output| output.into_tensors().map_err(JobError::Failed));
-    let outputs = outputs.into_iter().map(tensors).collect::<Result<Vec<_>, _>>()?;
-    let bytes: usize =
-        outputs.iter().flat_map(|tensors| tensors.iter()).map(|tensor| tensor.data().len()).sum();
-    let (name, version) = (call.model.name.clone(), generation.number);
-    let write = move || v2::write_infer(&name, version, wanted, &outputs);
-    let context = &*peer.context;
-    let answer = if bytes <= context.server.decode_inline_bytes_max {
-        write()
-    } else {
-        context.blocking.spawn_blocking(write).await.map_err(|_| JobError::Lost)?
-    };
-    answer.map(egress::inferred).map_err(JobError::Failed)
 }
 
 /// `POST /predict_async`: a wrapped input, the id of its job, which is on disk then. A deadline that the caller sets counts for the
@@ -345,8 +301,8 @@ fn check_queues(jobs: &Jobs, parts: &Envelope, caller: &Caller) -> Result<(), Jo
     if details.is_empty() { Ok(()) } else { Err(JobError::Invalid(details)) }
 }
 
-/// Decodes a body of so many bytes: a small one on this thread; a large one, and any of a generation that has held an io thread for too long, on the blocking
-/// pool, as many of a generation at once as there are cores. The permit belongs to the work and not to the caller, who may leave before it
+/// Decodes a body of which so many bytes are to be parsed: few on this thread; many, and any of a generation that has held an io thread for too
+/// long, on the blocking pool, as many of a generation at once as there are cores. The permit belongs to the work and not to the caller, who may leave before it
 /// is done.
 async fn decode_body<B: Clone + Send + 'static, T: Send + 'static>(
     peer: &Peer,
@@ -397,6 +353,14 @@ impl<'a> CancelOnDrop<'a> {
 impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
         self.model.queue.cancel(self.first, self.count);
+    }
+}
+
+/// An error's answer in the form of its endpoint.
+fn problem(target: Target<'_>, response: HttpResponse) -> HttpResponse {
+    match target.route().prediction() {
+        Some(Prediction::Infer) => egress::in_v2(response),
+        _ => response,
     }
 }
 
