@@ -245,6 +245,9 @@ impl Tensor {
     ) -> Result<Self, PipelineError> {
         let (name, data) = (name.into(), Buffer::from_owner(bytes));
         match datatype.element_bytes() {
+            Some(_) if datatype == Datatype::Bool && data.iter().any(|byte| *byte > 1) => Err(
+                PipelineError::permanent(format!("the tensor `{name}`: truth values are bytes of 0 or 1")),
+            ),
             Some(element) if data.len() % element == 0 => {
                 let count = data.len() / element;
                 Self::of(name, datatype, shape.into(), count, data)

@@ -195,8 +195,8 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         self.run_items(parsed, read)
     }
 
-    /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Inputs and outputs are held against the pipeline's
-    /// signature, as the host does it; otherwise as [`LoadedPipeline::run_json`].
+    /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Names, datatypes and shapes are held against
+    /// the pipeline's signature; otherwise as [`LoadedPipeline::run_json`].
     #[must_use]
     pub fn run_tensors(&self, inputs: Vec<Vec<Tensor>>) -> Vec<Outcome<Vec<Tensor>>> {
         let signature = self.instance.signature();

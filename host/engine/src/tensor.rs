@@ -230,7 +230,8 @@ fn check(datatype: Datatype, shape: &[u64], data: &[u8]) -> Result<(), TensorErr
         Some(bytes) => {
             let expected = count.checked_mul(bytes).ok_or_else(too_large)?;
             if expected == data.len() as u64 {
-                let wrong = data.iter().find(|byte| datatype == Datatype::Bool && **byte > 1);
+                let truths = if datatype == Datatype::Bool { data } else { &[] };
+                let wrong = truths.iter().find(|byte| **byte > 1);
                 return wrong.map_or(Ok(()), |found| Err(TensorError::Bool { found: *found }));
             }
             Err(TensorError::Size { expected, datatype, shape: shape.to_vec(), found: data.len() })

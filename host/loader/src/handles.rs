@@ -67,14 +67,15 @@ impl LibraryInstance {
     /// # Errors
     /// What it said, or its signature is none that this host reads.
     pub(crate) fn ask_for_signature(&self) -> Result<(), Failure> {
-        // Where there is none to be had, requests aren't held against an old one.
-        *self.signature.write() = None;
         let said = {
             let _code = Entered::new(&self.model, "signature");
             // SAFETY: the handle is live until `drop`.
-            convert::result(unsafe { self.library.module().signature()(self.handle) })?
+            convert::result(unsafe { self.library.module().signature()(self.handle) })
         };
-        *self.signature.write() = document::signature(&said)?.map(Arc::new);
+        let read = said.and_then(|said| document::signature(&said));
+        // Where there is none to be had, the old one stands: it is better than none, and the failure is told.
+        let signature = read?;
+        *self.signature.write() = signature.map(Arc::new);
         Ok(())
     }
 

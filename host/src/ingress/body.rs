@@ -22,6 +22,9 @@ use crate::{
 
 /// The first part of the budget that a larger body takes; then it doubles.
 const FIRST_BYTES: usize = 64 << 10;
+/// A body that says it has no more than this is given room for all of it once its first part has come: as much for each of a thousand requests as
+/// any machine has addresses for.
+const WHOLE_BYTES_MAX: usize = 2 << 20;
 
 /// A request's body, as far as it has come.
 pub(super) struct RequestBody {
@@ -87,8 +90,8 @@ impl BodyError {
     }
 }
 
-/// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces, what
-/// stands from `aligned_at` on lies where a tensor's bytes should.
+/// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces and has said
+/// its length, what stands from `aligned_at` on lies where a tensor's bytes should.
 pub(super) async fn read(
     body: &mut RequestBody,
     aligned_at: Option<usize>,
@@ -149,7 +152,8 @@ async fn collect(
     Ok(Bytes::from(bytes).slice(before..))
 }
 
-/// What has come of a body. It takes its part of the budget as bytes come, and so does it write to memory: what a caller declares costs nothing.
+/// What has come of a body. It takes its part of the budget as bytes come. Room for what a caller declares is taken as bytes come as well, but for
+/// bodies up to [`WHOLE_BYTES_MAX`].
 struct Collected<'e> {
     bytes: Vec<u8>,
     /// Bytes that stand before those of the body, so that they lie where they should.
@@ -181,8 +185,8 @@ impl Collected<'_> {
                 BYTES_FREE.min(most)
             } else if needed <= FIRST_BYTES {
                 FIRST_BYTES.min(most)
-            } else if known {
-                // Pages that nothing is written to are none of the machine's, and what is there needn't be moved again and again.
+            } else if known && self.declared <= WHOLE_BYTES_MAX {
+                // What is there needn't be moved again and again.
                 self.declared
             } else {
                 needed.max(2 * capacity).min(most)

@@ -26,6 +26,11 @@ use crate::{
 /// The paths of the Open Inference Protocol begin so.
 const V2: &str = "/v2/";
 
+/// An answer in the form of its path.
+fn in_form(head: &Parts, response: HttpResponse) -> HttpResponse {
+    if head.uri.path().starts_with(V2) { egress::in_v2(response) } else { response }
+}
+
 pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
     let (mut parts, body) = request.into_parts();
     let mut body = RequestBody::new(body);
@@ -37,15 +42,13 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
     let looked_at = if context.access.is_keyless() { context.pages.check(&head) } else { Ok(()) };
     let target = Target::of(head.uri.path());
     let mut response = match (target, looked_at) {
-        (_, Err(foreign)) => refuse_page(context, &exchange.from, &head, target, &foreign),
+        (_, Err(foreign)) => in_form(&head, refuse_page(context, &exchange.from, &head, target, &foreign)),
         (Some(target), _) if is_post && let Some(prediction) = target.route().prediction() => {
             predict::answer(exchange, &head, &mut body, &id, target, prediction).await
         }
         _ => {
             let answered = beside_predictions(context, &exchange.from, Some(exchange), &head);
-            let response = Box::pin(answered).await;
-            // Only predictions are answered below this.
-            if head.uri.path().starts_with(V2) { egress::in_v2(response) } else { response }
+            in_form(&head, Box::pin(answered).await)
         }
     };
     put_headers(&mut response, &id, parts.headers);

@@ -125,7 +125,9 @@ impl Generation {
     pub fn signature(&self) -> Result<Arc<Signature>, JobError> {
         let name = &self.spec.name;
         if let Some(instance) = &*self.validating.load() {
-            let Some(signature) = instance.signature() else {
+            let signature = instance.signature();
+            self.signature.store(signature.clone());
+            let Some(signature) = signature else {
                 let msg = format!(
                     "the model {name} takes no tensors; send JSON to /predict_sync?model_name={name}"
                 );
@@ -135,9 +137,6 @@ impl Generation {
                     kind: "value_error",
                 }]));
             };
-            if !self.signature.load().as_ref().is_some_and(|known| Arc::ptr_eq(known, &signature)) {
-                self.signature.store(Some(Arc::clone(&signature)));
-            }
             return Ok(signature);
         }
         self.signature
@@ -211,6 +210,9 @@ impl Generation {
 
     /// Names the instance that validates from now on.
     pub fn validate_with(&self, instance: Option<SharedInstance>) {
+        if let Some(instance) = &instance {
+            self.signature.store(instance.signature());
+        }
         self.validating.store(instance);
     }
 

@@ -19,8 +19,10 @@ use crate::{
     work::{JobError, Location, Reply},
 };
 
-/// Bytes of tensors that are as much work as one that is parsed: they are looked at, or copied, at most.
-const BYTES_FOR_ONE_PARSED: usize = 128;
+/// Bytes of numbers that are as much work as one of JSON: they are looked at, or copied, at most.
+const BYTES_OF_NUMBERS: usize = 128;
+/// As many bytes of JSON are as much work as an input of a batch, which is taken apart and decoded by itself.
+const BYTES_FOR_AN_INPUT: usize = 64;
 
 /// Where the JSON part of a request ends, and its tensors' bytes begin; `None` where it is all JSON, and of other predictions.
 ///
@@ -42,21 +44,29 @@ pub(super) async fn answer(
 ) -> Result<HttpResponse, JobError> {
     let signature = generation.signature()?;
     let queue_max = call.model.spec().batch.queue_max;
-    let read = move |generation: &Generation, body: &Bytes| {
-        let request = v2::read_infer(body, json_bytes, &signature, queue_max)?;
+    let parsed = json_bytes.unwrap_or(body.len()).min(body.len());
+    let bytes = parsed + (body.len() - parsed) / BYTES_OF_NUMBERS;
+    let read = move |_: &Generation, body: &Bytes| v2::read_infer(body, json_bytes, &signature, queue_max);
+    let v2::InferRequest { tensors, wanted } = decode_body(peer, generation, &body, bytes, read).await?;
+    let inputs = usize::try_from(tensors.inputs()).unwrap_or(usize::MAX);
+    let decode = |generation: &Generation, tensors: &v2::BatchTensors| {
         let decode = |(row, tensors)| {
             let input = Payload::Tensors(tensors);
             let decoded = generation.decode(&input);
             let decoded = decoded.map_err(|error| error.inside(&[Location::Index(row as u64)]))?;
             Ok(Ok((input, decoded)))
         };
-        let items =
-            request.inputs.into_iter().enumerate().map(decode).collect::<Result<Vec<ListItem>, _>>()?;
-        Ok((items, request.wanted))
+        tensors
+            .clone()
+            .into_inputs()
+            .into_iter()
+            .enumerate()
+            .map(decode)
+            .collect::<Result<Vec<ListItem>, _>>()
     };
-    let parsed = json_bytes.unwrap_or(body.len()).min(body.len());
-    let work = parsed + (body.len() - parsed) / BYTES_FOR_ONE_PARSED;
-    let (items, wanted) = decode_body(peer, generation, &body, work, read).await?;
+    let bytes =
+        (bytes + tensors.bytes_of_strings()).saturating_add(inputs.saturating_mul(BYTES_FOR_AN_INPUT));
+    let items = decode_body(peer, generation, &tensors, bytes, decode).await?;
     let outputs = run_all(peer, call, items).await?;
     let tensors = |reply: Reply| reply.and_then(|output| output.into_tensors().map_err(JobError::Failed));
     let outputs = outputs.into_iter().map(tensors).collect::<Result<Vec<_>, _>>()?;
@@ -67,6 +77,11 @@ pub(super) async fn answer(
     let answer = if bytes <= context.server.decode_inline_bytes_max {
         write()
     } else {
+        let thread = Arc::clone(&context.decoding).acquire_owned().await.map_err(|_| JobError::Lost)?;
+        let write = move || {
+            let _thread = thread;
+            write()
+        };
         context.blocking.spawn_blocking(write).await.map_err(|_| JobError::Lost)?
     };
     answer.map(egress::inferred).map_err(JobError::Failed)

@@ -10,7 +10,7 @@ mod request;
 mod response;
 
 pub use problem::problem;
-pub use request::{InferRequest, Wanted, read_infer};
+pub use request::{BatchTensors, InferRequest, Wanted, read_infer};
 pub use response::{InferAnswer, write_infer};
 
 /// The header that says where the JSON part of a request or an answer ends.

@@ -79,12 +79,46 @@ struct OutputParameters {
     shared_memory_region: Option<IgnoredAny>,
 }
 
-/// A request, taken apart.
+/// A request that fits its model's signature.
 pub struct InferRequest {
-    /// The tensors of each input, without the dimension of the batch.
-    pub inputs: Vec<Arc<[Tensor]>>,
+    /// Its tensors.
+    pub tensors: BatchTensors,
     /// What is wanted back.
     pub wanted: Wanted,
+}
+
+/// A request's tensors, of one input or of a batch of them.
+#[derive(Clone)]
+pub struct BatchTensors {
+    tensors: Vec<Tensor>,
+    /// The size of the batch; `None` where the tensors have no such dimension.
+    batch: Option<u64>,
+}
+
+impl BatchTensors {
+    /// How many inputs they are.
+    #[must_use]
+    pub fn inputs(&self) -> u64 {
+        self.batch.unwrap_or(1)
+    }
+
+    /// How many bytes of them are strings, which are taken one by one.
+    #[must_use]
+    pub fn bytes_of_strings(&self) -> usize {
+        let strings = self.tensors.iter().filter(|tensor| tensor.datatype() == Datatype::Bytes);
+        strings.map(|tensor| tensor.data().len()).sum()
+    }
+
+    /// The tensors of each input, without the dimension of the batch.
+    #[must_use]
+    pub fn into_inputs(self) -> Vec<Arc<[Tensor]>> {
+        let Some(rows) = self.batch else {
+            return vec![self.tensors.into_iter().map(Tensor::aligned).collect()];
+        };
+        let mut by_tensor: Vec<_> =
+            self.tensors.into_iter().map(|tensor| tensor.rows().into_iter()).collect();
+        (0..rows).map(|_| by_tensor.iter_mut().filter_map(Iterator::next).collect()).collect()
+    }
 }
 
 /// What a request wants back.
@@ -153,7 +187,8 @@ pub fn read_infer(
         let expected = format!("expected a tensor `{}` of {}", missing.name, described(missing, signature));
         return Err(invalid(&["inputs".into()], expected));
     }
-    Ok(InferRequest { inputs: inputs(tensors, signature, inputs_max)?, wanted })
+    let batch = signature.batched.then(|| batch(&tensors, inputs_max)).transpose()?;
+    Ok(InferRequest { tensors: BatchTensors { tensors, batch }, wanted })
 }
 
 /// A body that is the bytes of the only input, of one row.
@@ -205,7 +240,7 @@ fn one_row(
     let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, data)
         .map_err(|error| invalid(&[], error.to_string()))?;
     let wanted = wanted(None, true, &[], signature)?;
-    Ok(InferRequest { inputs: vec![Arc::new([tensor.aligned()])], wanted })
+    Ok(InferRequest { tensors: BatchTensors { tensors: vec![tensor], batch: None }, wanted })
 }
 
 /// One tensor of a request, with its bytes from `rest` where they stand there.
@@ -263,15 +298,8 @@ fn tensor(
         .map_err(|error| at(index, "data", error.to_string()))
 }
 
-/// The tensors of each input: a row of each tensor.
-fn inputs(
-    tensors: Vec<Tensor>,
-    signature: &Signature,
-    inputs_max: usize,
-) -> Result<Vec<Arc<[Tensor]>>, JobError> {
-    if !signature.batched {
-        return Ok(vec![tensors.into_iter().map(Tensor::aligned).collect()]);
-    }
+/// The size of a batch, which all of its tensors have.
+fn batch(tensors: &[Tensor], inputs_max: usize) -> Result<u64, JobError> {
     let sizes: Vec<u64> = tensors.iter().filter_map(|tensor| tensor.shape().first().copied()).collect();
     let Some(&rows) = sizes.first() else {
         return Err(invalid(&["inputs".into()], "expected a tensor".into()));
@@ -292,8 +320,7 @@ fn inputs(
             "expected a batch of at most {inputs_max} (queue_max), found {rows}: split it over several requests"
         )));
     }
-    let mut by_tensor: Vec<_> = tensors.into_iter().map(|tensor| tensor.rows().into_iter()).collect();
-    Ok((0..rows).map(|_| by_tensor.iter_mut().filter_map(Iterator::next).collect()).collect())
+    Ok(rows)
 }
 
 fn wanted(

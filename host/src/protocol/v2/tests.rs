@@ -63,10 +63,10 @@ fn a_batch_is_taken_apart_whether_it_is_json_or_bytes() {
     as_bytes.extend(floats(&[1.0, 2.5, 3.0, 4.0]));
     as_bytes.extend(b"\x01\0\0\0a\x02\0\0\0bc");
     for request in [read_json(&as_json), read_json(&flat), read(&as_bytes, Some(head.len()))] {
-        let request = request.unwrap();
-        assert_eq!(request.inputs.len(), 2);
+        let inputs = request.unwrap().tensors.into_inputs();
+        assert_eq!(inputs.len(), 2);
         let named = |input: usize, name: &str| {
-            request.inputs[input].iter().find(|tensor| tensor.name() == name).unwrap().clone()
+            inputs[input].iter().find(|tensor| tensor.name() == name).unwrap().clone()
         };
         assert_eq!(**named(1, "x").data(), floats(&[3.0, 4.0]));
         assert_eq!(**named(1, "words").data(), *b"\x02\0\0\0bc");
@@ -80,10 +80,10 @@ fn bytes_alone_are_the_only_input() {
     one.inputs.pop();
     let body = Bytes::from(floats(&[1.0, 2.0]));
     let request = read_infer(&body, Some(0), &one, INPUTS_MAX).unwrap();
-    assert_eq!(request.inputs[0][0].data(), &body);
+    assert_eq!(request.tensors.clone().into_inputs()[0][0].data(), &body);
     one.inputs[0].shape = vec![None, Some(2)];
     let request = read_infer(&body, Some(0), &one, INPUTS_MAX).unwrap();
-    assert_eq!(request.inputs[0][0].shape(), [1, 2]);
+    assert_eq!(request.tensors.into_inputs()[0][0].shape(), [1, 2]);
     assert!(read_infer(&body.slice(1..), Some(0), &one, INPUTS_MAX).is_err());
     one.inputs[0].shape = vec![None, None];
     assert!(read_infer(&body, Some(0), &one, INPUTS_MAX).is_err());
@@ -92,7 +92,7 @@ fn bytes_alone_are_the_only_input() {
     let mut words = signature();
     words.inputs.remove(0);
     let request = read_infer(&Bytes::from_static(b"some text"), Some(0), &words, INPUTS_MAX).unwrap();
-    assert_eq!(**request.inputs[0][0].data(), *b"\x09\0\0\0some text");
+    assert_eq!(**request.tensors.clone().into_inputs()[0][0].data(), *b"\x09\0\0\0some text");
     assert!(request.wanted.outputs.iter().all(|(_, as_bytes)| *as_bytes));
 }
 
@@ -250,7 +250,7 @@ proptest! {
         let json_bytes = head.len().saturating_add_signed(shift);
         let body = [head.as_bytes(), &rest].concat();
         if let Ok(request) = read(&body, Some(json_bytes)) {
-            for input in &request.inputs {
+            for input in &request.tensors.into_inputs() {
                 prop_assert_eq!(input[0].name(), "x");
                 prop_assert_eq!(input[0].shape(), &[2][..]);
                 prop_assert_eq!(input[0].data().len(), 8);
