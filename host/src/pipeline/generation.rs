@@ -126,7 +126,11 @@ impl Generation {
         let name = &self.spec.name;
         if let Some(instance) = &*self.validating.load() {
             let signature = instance.signature();
-            self.signature.store(signature.clone());
+            // A changed one is noted, and not each look at it.
+            let noted = self.signature.load().as_ref().map(Arc::as_ptr);
+            if noted != signature.as_ref().map(Arc::as_ptr) {
+                self.signature.store(signature.clone());
+            }
             let Some(signature) = signature else {
                 let msg = format!(
                     "the model {name} takes no tensors; send JSON to /predict_sync?model_name={name}"

@@ -30,6 +30,7 @@
 #![allow(non_local_definitions, reason = "abi_stable's derive expands to such impls")]
 
 mod failure;
+mod handle;
 mod handshake;
 mod host;
 mod module;

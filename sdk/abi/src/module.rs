@@ -21,33 +21,7 @@ use abi_stable::{
     std_types::{ROption, RResult, RSlice, RStr, RString, RVec},
 };
 
-use crate::{Failure, HostApiRef, LogLevel, OutcomeSinkRef, SinkHandle, Tensor};
-
-macro_rules! handle {
-    ($(#[$doc:meta])* $name:ident) => {
-        $(#[$doc])*
-        #[repr(transparent)]
-        #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
-        pub struct $name(*mut ());
-
-        impl $name {
-            /// Wraps the plugin's pointer.
-            #[must_use]
-            pub const fn from_raw(raw: *mut ()) -> Self {
-                Self(raw)
-            }
-
-            /// The plugin's pointer.
-            #[must_use]
-            pub const fn into_raw(self) -> *mut () {
-                self.0
-            }
-        }
-
-        // SAFETY: a pointer that only the plugin's functions look behind; see "Threads" in the module's text for what they bear.
-        unsafe impl Send for $name {}
-    };
-}
+use crate::{Failure, HostApiRef, LogLevel, OutcomeSinkRef, SinkHandle, Tensor, handle::handle};
 
 handle! {
     /// A loaded pipeline.
@@ -62,10 +36,17 @@ handle! {
     BatchHandle
 }
 
-// SAFETY: the SDK makes these handles only of values that are `Send + Sync`; its trait bounds say so.
+// SAFETY: pointers that only the plugin's functions look behind, which bear any thread; the SDK makes these two of values that are
+// `Send + Sync`, and batches of values that are `Send`.
+unsafe impl Send for InstanceHandle {}
+// SAFETY: as above.
 unsafe impl Sync for InstanceHandle {}
 // SAFETY: as above.
+unsafe impl Send for ItemHandle {}
+// SAFETY: as above.
 unsafe impl Sync for ItemHandle {}
+// SAFETY: as above.
+unsafe impl Send for BatchHandle {}
 
 /// How much work an input is, and what it can be batched with.
 #[repr(C)]

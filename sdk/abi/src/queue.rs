@@ -10,28 +10,14 @@ use abi_stable::{
     std_types::{ROption, RResult, RSlice, RStr, RString, RVec},
 };
 
-use crate::{Failure, HostApiRef, LogLevel};
+use crate::{Failure, HostApiRef, LogLevel, handle::handle};
 
 /// The name under which a queue plugin exports its [`crate::Handshake`], NUL-terminated for `dlsym`.
 pub const QUEUE_HANDSHAKE_SYMBOL: &[u8] = b"modalkit_queue_handshake\0";
 
-/// An opened queue backend.
-#[repr(transparent)]
-#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueHandle(*mut ());
-
-impl QueueHandle {
-    /// Wraps the plugin's pointer.
-    #[must_use]
-    pub const fn from_raw(raw: *mut ()) -> Self {
-        Self(raw)
-    }
-
-    /// The plugin's pointer.
-    #[must_use]
-    pub const fn into_raw(self) -> *mut () {
-        self.0
-    }
+handle! {
+    /// An opened queue backend.
+    QueueHandle
 }
 
 // SAFETY: the SDK makes these handles only of values that are `Send + Sync`; its trait bounds say so.

@@ -5,25 +5,11 @@ use abi_stable::{
     std_types::{RString, RVec},
 };
 
-use crate::{Failure, Tensor};
+use crate::{Failure, Tensor, handle::handle};
 
-/// The host's side of one call of `postprocess`.
-#[repr(transparent)]
-#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SinkHandle(*mut ());
-
-impl SinkHandle {
-    /// Wraps the host's pointer.
-    #[must_use]
-    pub const fn from_raw(raw: *mut ()) -> Self {
-        Self(raw)
-    }
-
-    /// The host's pointer.
-    #[must_use]
-    pub const fn into_raw(self) -> *mut () {
-        self.0
-    }
+handle! {
+    /// The host's side of one call of `postprocess`.
+    SinkHandle
 }
 
 /// Takes the outcomes of a batch's items, which are named by their place in the batch, from 0. Each item has one end; which order they
