@@ -8,8 +8,8 @@ use std::{
 };
 
 use modalkit_abi::{
-    ABI_MAJOR, BatchHandle, DecodedItem, Failure, FailureKind, Features, Handshake, HostApiRef,
-    InstanceHandle, ItemHandle, LogLevel, MAGIC, Measure, Needs, OutcomeSinkRef, PluginModule,
+    ABI_MAJOR, BatchHandle, ChunkState, DecodedItem, EventSinkRef, Failure, FailureKind, Features, Handshake,
+    HostApiRef, InstanceHandle, Interest, ItemHandle, LogLevel, MAGIC, Measure, Needs, PluginModule,
     PluginModuleRef, SinkHandle, StaticStr, Tensor,
     abi_stable::{
         abi_stability::StableAbi,
@@ -23,7 +23,8 @@ use modalkit_abi::{
 use serde_json::json;
 
 use crate::{
-    ErrorKind, InferencePipeline, PipelineError, VolumeReload,
+    Chunks, ErrorKind, InferencePipeline, PipelineError, VolumeReload,
+    chunks::Listener,
     context::parse_settings,
     device::kind_of_text,
     document,
@@ -277,13 +278,14 @@ unsafe extern "C" fn predict<P: InferencePipeline>(batch: BatchHandle) -> RResul
 unsafe extern "C" fn postprocess<P: InferencePipeline>(
     batch: BatchHandle,
     handle: SinkHandle,
-    sink: OutcomeSinkRef,
+    sink: EventSinkRef,
 ) -> RResult<(), Failure> {
     // SAFETY: a live batch of this library, used by one thread at a time.
     let batch = unsafe { batch_mut::<P>(batch) };
     serving(&batch.model);
     guarded(|| {
-        for (item, outcome) in batch.postprocess()?.into_iter().enumerate() {
+        let mut host = Host { handle, sink };
+        for (item, outcome) in batch.postprocess(&mut Chunks::of(&mut host))?.into_iter().enumerate() {
             match batch.render(item, outcome) {
                 // SAFETY: the handle that goes with the table, on the thread and in the call that it was given for.
                 Ok(Rendered::Json(json)) => unsafe { sink.json()(handle, item, json.into()) },
@@ -298,6 +300,24 @@ unsafe extern "C" fn postprocess<P: InferencePipeline>(
         }
         Ok(())
     })
+}
+
+/// The host as it takes the chunks of a batch; made and dropped within one call of `postprocess`.
+struct Host {
+    handle: SinkHandle,
+    sink: EventSinkRef,
+}
+
+impl Listener for Host {
+    fn interest(&mut self, item: usize) -> Interest {
+        // SAFETY: the handle that goes with the table, on the thread and in the call that it was given for: `Chunks` can't leave either.
+        unsafe { self.sink.interest()(self.handle, item) }
+    }
+
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkState {
+        // SAFETY: as above.
+        unsafe { self.sink.chunk()(self.handle, item, json.into(), waits) }
+    }
 }
 
 unsafe extern "C" fn drop_item<P: InferencePipeline>(item: ItemHandle) {
@@ -394,143 +414,4 @@ const _: () = {
 };
 
 #[cfg(test)]
-mod tests {
-    use modalkit_abi::{Buffer, Datatype, OutcomeSink, abi_stable::std_types::RNone};
-    use schemars::JsonSchema;
-    use serde::{Deserialize, Serialize};
-
-    use super::*;
-    use crate::{LoadContext, NoSettings, Outcome, Tensors};
-
-    #[derive(Deserialize, JsonSchema)]
-    struct Input {
-        number: f32,
-    }
-
-    #[derive(Serialize, JsonSchema)]
-    struct Output {
-        half: f32,
-    }
-
-    /// Halves numbers; zero is none that it takes.
-    struct Half;
-
-    impl InferencePipeline for Half {
-        type Input = Input;
-        type Output = Output;
-        type Preprocessed = ();
-        type RawOutput = ();
-        type Settings = NoSettings;
-
-        fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> {
-            Ok(Self)
-        }
-
-        fn input_from_tensors(mut tensors: Tensors) -> Result<Input, crate::Invalid> {
-            Ok(Input { number: tensors.take("number")?.values::<f32>()?[0] })
-        }
-
-        fn output_to_tensors(&self, output: Output) -> Result<Vec<crate::Tensor>, PipelineError> {
-            Ok(vec![crate::Tensor::new("half", [1], vec![output.half])?])
-        }
-
-        fn preprocess(&self, _: &[Input]) -> Result<(), PipelineError> {
-            Ok(())
-        }
-
-        fn predict(&self, _: &[Input], (): ()) -> Result<(), PipelineError> {
-            Ok(())
-        }
-
-        fn postprocess(&self, inputs: &[Input], (): ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
-            let half = |input: &Input| match input.number {
-                0.0 => Err(PipelineError::invalid_input("expected another number than 0")),
-                number => Ok(Output { half: number / 2.0 }),
-            };
-            Ok(inputs.iter().map(half).collect())
-        }
-    }
-
-    type Seen = Vec<(usize, String)>;
-
-    unsafe fn seen(sink: SinkHandle, item: usize, what: String) {
-        // SAFETY: the test below makes such handles.
-        unsafe { &mut *sink.into_raw().cast::<Seen>() }.push((item, what));
-    }
-
-    unsafe extern "C" fn json(sink: SinkHandle, item: usize, json: RVec<u8>) {
-        // SAFETY: as in `seen`.
-        unsafe { seen(sink, item, String::from_utf8_lossy(&json).into_owned()) };
-    }
-
-    unsafe extern "C" fn tensors(sink: SinkHandle, item: usize, tensors: RVec<Tensor>, _: RString) {
-        // SAFETY: as in `seen`.
-        unsafe { seen(sink, item, format!("{} {:?}", tensors[0].name, &*tensors[0].data)) };
-    }
-
-    unsafe extern "C" fn failed(sink: SinkHandle, item: usize, failure: Failure) {
-        // SAFETY: as in `seen`.
-        unsafe { seen(sink, item, failure.message.into()) };
-    }
-
-    /// As a host gives them.
-    #[repr(align(64))]
-    struct Aligned([u8; 4]);
-
-    impl AsRef<[u8]> for Aligned {
-        fn as_ref(&self) -> &[u8] {
-            &self.0
-        }
-    }
-
-    fn tensor(number: f32) -> RVec<Tensor> {
-        let tensor = Tensor {
-            name: "number".into(),
-            datatype: Datatype::FP32,
-            shape: vec![1].into(),
-            data: Buffer::from_owner(Aligned(number.to_le_bytes())),
-            parameters: RString::new(),
-        };
-        vec![tensor].into()
-    }
-
-    #[test]
-    fn a_batch_of_json_and_tensors_answers_each_in_its_own_form_on_any_thread() {
-        let given = r#"{"model_name": "m", "all_model_data_folder": ".", "common_settings": {}, "settings": {}, "later": 1}"#;
-        let instance = load::<Half>(given.into()).unwrap();
-        let sink = OutcomeSink { json, tensors, failed }.leak_into_prefix();
-        // SAFETY: handles of this library, each used and given back once.
-        let item = |number: f32, is_tensor: bool| unsafe {
-            let decoded = match is_tensor {
-                true => decode_tensors::<Half>(RNone, tensor(number), "".into()),
-                false => decode::<Half>(RNone, format!(r#"{{"number": {number}}}"#).as_bytes().into()),
-            };
-            decoded.unwrap().item
-        };
-        let items = [item(1.0, false), item(2.0, true), item(0.0, true), item(4.0, false), item(8.0, true)];
-        let mut outcomes: Seen = Vec::new();
-        // SAFETY: as above; each stage has ended before the next begins.
-        unsafe {
-            let batch = begin::<Half>(instance, RSlice::from_slice(&items));
-            let elsewhere = move || preprocess::<Half>(batch).is_ok();
-            assert!(std::thread::spawn(elsewhere).join().unwrap());
-            predict::<Half>(batch).unwrap();
-            let handle = SinkHandle::from_raw((&raw mut outcomes).cast());
-            postprocess::<Half>(batch, handle, sink).unwrap();
-            let elsewhere = move || drop_batch::<Half>(batch);
-            std::thread::spawn(elsewhere).join().unwrap();
-            drop_instance::<Half>(instance);
-        }
-        let expected = [
-            r#"{"half":0.5}"#.to_owned(),
-            format!("half {:?}", 1.0_f32.to_le_bytes()),
-            "expected another number than 0".to_owned(),
-            r#"{"half":2.0}"#.to_owned(),
-            format!("half {:?}", 4.0_f32.to_le_bytes()),
-        ];
-        assert_eq!(outcomes, expected.into_iter().enumerate().collect::<Seen>());
-        // SAFETY: no handle goes with these.
-        let wrong = unsafe { decode_tensors::<Half>(RNone, RVec::new(), "".into()) };
-        assert_eq!(wrong.unwrap_err().kind, FailureKind::INVALID_INPUT);
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use modalkit_abi::Measure;
 use parking_lot::{ArcRwLockReadGuard, RawRwLock, RwLock};
 
 use crate::{
-    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor, Tensors,
+    Chunks, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor, Tensors,
     VolumeReload,
     context::{Secrets, parse_settings},
     document, object, strict,
@@ -145,9 +145,12 @@ impl<P: InferencePipeline> Batch<P> {
     }
 
     /// The typed outcomes, as many as there were inputs.
-    pub(crate) fn postprocess(&mut self) -> Result<Vec<Outcome<P::Output>>, PipelineError> {
+    pub(crate) fn postprocess(
+        &mut self,
+        chunks: &mut Chunks<'_>,
+    ) -> Result<Vec<Outcome<P::Output>>, PipelineError> {
         let Progress::Predicted(raw) = self.advance() else { return Err(out_of_order("postprocess")) };
-        let outcomes = self.pipeline.postprocess(&self.inputs, raw)?;
+        let outcomes = self.pipeline.postprocess_stream(&self.inputs, raw, chunks)?;
         let (expected, found) = (self.inputs.len(), outcomes.len());
         if expected == found {
             return Ok(outcomes);

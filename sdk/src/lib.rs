@@ -50,6 +50,7 @@
 //! # Ok::<(), PipelineError>(())
 //! ```
 
+mod chunks;
 mod context;
 mod device;
 mod document;
@@ -67,6 +68,7 @@ mod strict;
 mod tensor;
 pub mod testkit;
 
+pub use chunks::Chunks;
 pub use context::{LoadContext, NoSettings, VolumeReload};
 pub use device::Device;
 pub use error::{ErrorKind, Invalid, PathStep, PipelineError};

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Invalid, LoadContext, PipelineError, Signature, Tensor, Tensors, VolumeReload};
+use crate::{Chunks, Invalid, LoadContext, PipelineError, Signature, Tensor, Tensors, VolumeReload};
 
 /// What became of one item of a batch. An `Err` fails this item alone; its neighbours are answered.
 ///
@@ -254,6 +254,76 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         inputs: &[Self::Input],
         raw_output: Self::RawOutput,
     ) -> Result<Vec<Outcome<Self::Output>>, PipelineError>;
+
+    /// As [`InferencePipeline::postprocess`], with chunks: parts of an output for callers who want them as they come (`POST /predict_stream`). The host
+    /// always calls this one. Where a pipeline doesn't have it, it is `postprocess`, and such callers get the output as the one event of their stream.
+    ///
+    /// Outputs are whole here too: callers who don't stream, and jobs, get nothing else. So a pipeline that streams adds up what it sends, and its
+    /// `postprocess` is this with [`Chunks::unwanted`]. Where making the output is what takes the time (a decoder's loop), `predict` prepares and the loop stands
+    /// here; an item whose caller has left ends early, whether it streamed or not.
+    ///
+    /// ```
+    /// # use modalkit_sdk::{Chunks, InferencePipeline, LoadContext, NoSettings, Outcome, PipelineError, testkit::TestKit};
+    /// # use serde_json::json;
+    /// # #[derive(serde::Deserialize, schemars::JsonSchema)]
+    /// # struct Input { to: usize }
+    /// #[derive(serde::Serialize, schemars::JsonSchema)]
+    /// struct Output {
+    ///     text: String,
+    /// }
+    /// # struct Counter;
+    /// # impl InferencePipeline for Counter {
+    /// #     type Settings = NoSettings;
+    /// #     type Input = Input;
+    /// #     type Output = Output;
+    /// #     type Preprocessed = ();
+    /// #     type RawOutput = ();
+    /// #     fn load(_: LoadContext<NoSettings>) -> Result<Self, PipelineError> { Ok(Self) }
+    /// #     fn preprocess(&self, _: &[Input]) -> Result<(), PipelineError> { Ok(()) }
+    /// #     fn predict(&self, _: &[Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
+    ///
+    /// fn postprocess(&self, inputs: &[Input], raw: ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
+    ///     self.postprocess_stream(inputs, raw, &mut Chunks::unwanted())
+    /// }
+    ///
+    /// fn postprocess_stream(
+    ///     &self,
+    ///     inputs: &[Input],
+    ///     (): (),
+    ///     chunks: &mut Chunks<'_>,
+    /// ) -> Result<Vec<Outcome<Output>>, PipelineError> {
+    ///     // Item by item; a batch whose items go on together is in `plugins/bigram`.
+    ///     let text_of = |(item, input): (usize, &Input)| {
+    ///         let mut text = String::new();
+    ///         for number in 1..=input.to {
+    ///             let word = format!("{number} ");
+    ///             chunks.send(item, &word)?;
+    ///             text.push_str(&word);
+    ///         }
+    ///         Ok(Output { text })
+    ///     };
+    ///     Ok(inputs.iter().enumerate().map(text_of).collect())
+    /// }
+    /// # }
+    ///
+    /// # let model = TestKit::new().load::<Counter>()?;
+    /// let (chunks, output) = model.stream_json(&[json!({"to": 3})]).remove(0);
+    /// assert_eq!(chunks, [json!("1 "), json!("2 "), json!("3 ")]);
+    /// assert_eq!(output?, json!({"text": "1 2 3 "}));
+    /// # Ok::<(), PipelineError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Fails the whole batch; an `Err` inside the list fails that item alone.
+    fn postprocess_stream(
+        &self,
+        inputs: &[Self::Input],
+        raw_output: Self::RawOutput,
+        chunks: &mut Chunks<'_>,
+    ) -> Result<Vec<Outcome<Self::Output>>, PipelineError> {
+        let _ = chunks;
+        self.postprocess(inputs, raw_output)
+    }
 
     /// Runs once after `load`, before the replica takes work: the place for a first slow run.
     ///

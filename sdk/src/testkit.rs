@@ -2,12 +2,14 @@
 //! writing of answers that the host's calls go through. A panic of the pipeline fails the test, with its own message and
 //! backtrace; in the host it fails the batch.
 
-use std::path::PathBuf;
+use std::{mem, path::PathBuf};
 
+use modalkit_abi::{ChunkState, Interest};
 use serde_json::{Value, json, value::to_raw_value};
 
 use crate::{
-    Device, InferencePipeline, Invalid, Outcome, PipelineError, Tensor, VolumeReload,
+    Chunks, Device, InferencePipeline, Invalid, Outcome, PipelineError, Tensor, VolumeReload,
+    chunks::Listener,
     context::Secrets,
     document,
     instance::{Batch, Instance, Item, Refusal, Rendered},
@@ -138,6 +140,38 @@ impl TestKit {
     }
 }
 
+fn answers<T>(of_items: Vec<(Option<usize>, Outcome<T>)>) -> Vec<Outcome<T>> {
+    of_items.into_iter().map(|(_, answer)| answer).collect()
+}
+
+fn json_of(rendered: Rendered) -> Outcome<Value> {
+    match rendered {
+        Rendered::Json(json) => Ok(serde_json::from_slice(&json)?),
+        Rendered::Tensors(_) => unreachable!("no item was made of tensors"),
+    }
+}
+
+/// Callers of a batch who want chunks, each of them so many.
+struct Readers {
+    /// By the item's place in the batch.
+    chunks: Vec<Vec<Value>>,
+    chunks_max: usize,
+}
+
+impl Listener for Readers {
+    fn interest(&mut self, item: usize) -> Interest {
+        match self.chunks.get(item) {
+            Some(chunks) if chunks.len() < self.chunks_max => Interest::CHUNKS,
+            Some(_) | None => Interest::NOTHING,
+        }
+    }
+
+    fn chunk(&mut self, item: usize, json: &[u8], _: bool) -> ChunkState {
+        self.chunks[item].push(serde_json::from_slice(json).expect("a chunk is JSON"));
+        ChunkState::TAKEN
+    }
+}
+
 /// A loaded pipeline, ready for batches.
 ///
 /// ```
@@ -179,7 +213,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         for item in &items {
             self.instance.validate(item).map_err(Refusal::into_error)?;
         }
-        self.stages(items).map(|(_, outcomes)| outcomes)
+        self.stages(items, &mut Chunks::unwanted()).map(|(_, outcomes)| outcomes)
     }
 
     /// Runs a batch of JSON inputs and gives the outputs, which are what a caller reads beside `status`. As for callers that come one by one,
@@ -188,11 +222,27 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
     #[must_use]
     pub fn run_json(&self, inputs: &[Value]) -> Vec<Outcome<Value>> {
         let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
-        let read = |rendered| match rendered {
-            Rendered::Json(json) => Ok(serde_json::from_slice(&json)?),
-            Rendered::Tensors(_) => unreachable!("no item was made of tensors"),
-        };
-        self.run_items(parsed, read)
+        answers(self.run_items(parsed, &mut Chunks::unwanted(), json_of))
+    }
+
+    /// As [`LoadedPipeline::run_json`], for callers who want chunks: what they get before the output, and the output.
+    #[must_use]
+    pub fn stream_json(&self, inputs: &[Value]) -> Vec<(Vec<Value>, Outcome<Value>)> {
+        self.stream_json_until(inputs, usize::MAX)
+    }
+
+    /// As [`LoadedPipeline::stream_json`], for callers of whom each leaves with so many chunks: what a pipeline does then.
+    #[must_use]
+    pub fn stream_json_until(
+        &self,
+        inputs: &[Value],
+        chunks_max: usize,
+    ) -> Vec<(Vec<Value>, Outcome<Value>)> {
+        let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
+        let mut readers = Readers { chunks: vec![Vec::new(); inputs.len()], chunks_max };
+        let answers = self.run_items(parsed, &mut Chunks::of(&mut readers), json_of);
+        let mut chunks = |place: Option<usize>| place.map(|place| mem::take(&mut readers.chunks[place]));
+        answers.into_iter().map(|(place, answer)| (chunks(place).unwrap_or_default(), answer)).collect()
     }
 
     /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Names, datatypes and shapes are held against
@@ -217,27 +267,26 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
             }
             Rendered::Json(_) => unreachable!("every item was made of tensors"),
         };
-        self.run_items(made, read)
+        answers(self.run_items(made, &mut Chunks::unwanted(), read))
     }
 
+    /// What became of each input, and its place in the batch; none of one that was refused.
     fn run_items<T>(
         &self,
         items: impl Iterator<Item = Result<Item<P>, Refusal>>,
+        chunks: &mut Chunks<'_>,
         read: impl Fn(Rendered) -> Outcome<T>,
-    ) -> Vec<Outcome<T>> {
-        let (mut answers, mut batch) = (Vec::new(), Vec::new());
+    ) -> Vec<(Option<usize>, Outcome<T>)> {
+        let (mut places, mut batch) = (Vec::new(), Vec::new());
         for item in items {
             let valid = item.and_then(|item| self.instance.validate(&item).map(|_| item));
-            answers.push(match valid {
-                Ok(item) => {
-                    batch.push(item);
-                    None
-                }
-                Err(refusal) => Some(Err(refusal.into_error())),
-            });
+            places.push(valid.map_err(Refusal::into_error).map(|item| {
+                batch.push(item);
+                batch.len() - 1
+            }));
         }
         let size = batch.len();
-        let outcomes: Vec<Outcome<Rendered>> = match self.stages(batch) {
+        let outcomes: Vec<Outcome<Rendered>> = match self.stages(batch, chunks) {
             Ok((batch, outcomes)) => {
                 let outcomes = outcomes.into_iter().enumerate();
                 outcomes.map(|(place, outcome)| batch.render(place, outcome)).collect()
@@ -246,15 +295,23 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         };
         let mut outcomes = outcomes.into_iter();
         let mut next = || read(outcomes.next().expect("one outcome for each input of the batch")?);
-        answers.into_iter().map(|answer| answer.unwrap_or_else(&mut next)).collect()
+        let answer = |place: Outcome<usize>| match place {
+            Ok(place) => (Some(place), next()),
+            Err(error) => (None, Err(error)),
+        };
+        places.into_iter().map(answer).collect()
     }
 
     #[expect(clippy::type_complexity, reason = "a batch and what came of it, in one place")]
-    fn stages(&self, items: Vec<Item<P>>) -> Result<(Batch<P>, Vec<Outcome<P::Output>>), PipelineError> {
+    fn stages(
+        &self,
+        items: Vec<Item<P>>,
+        chunks: &mut Chunks<'_>,
+    ) -> Result<(Batch<P>, Vec<Outcome<P::Output>>), PipelineError> {
         let mut batch = self.instance.begin(items.into_iter());
         batch.preprocess()?;
         batch.predict()?;
-        let outcomes = batch.postprocess()?;
+        let outcomes = batch.postprocess(chunks)?;
         Ok((batch, outcomes))
     }
 

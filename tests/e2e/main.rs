@@ -32,4 +32,5 @@ mod removal;
 mod serving;
 mod similarity;
 mod state;
+mod streams;
 mod tensors;

@@ -9,12 +9,15 @@ use std::{
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 const ACKNOWLEDGES: u8 = 1;
+/// An error code: nobody wants the stream any more.
+const CANCEL: u32 = 8;
 /// The largest frame that each side may send without being told.
 const FRAME_BYTES_MAX: usize = 16 << 10;
 
@@ -40,11 +43,11 @@ impl Connection {
         connection
     }
 
-    /// Asks, and reads nothing. Its answer takes the first 64 KiB without being asked for more.
+    /// Asks, and reads nothing; returns the stream's number. Its answer takes the first 64 KiB without being asked for more.
     ///
     /// # Panics
     /// Where the body takes more than one frame.
-    pub fn post(&mut self, path: &str, body: &str) {
+    pub fn post(&mut self, path: &str, body: &str) -> u32 {
         assert!(path.len() < 127 && body.len() <= FRAME_BYTES_MAX, "one frame holds it");
         // HPACK's static table: POST, http; the authority and the path as they are.
         let mut head = vec![0x83, 0x86, 0x01, HOST.len() as u8];
@@ -55,24 +58,40 @@ impl Connection {
         self.next += 2;
         self.send(HEADERS, END_HEADERS, stream, &head);
         self.send(DATA, END_STREAM, stream, body.as_bytes());
+        stream
+    }
+
+    /// Says that nobody wants a stream's answer any more.
+    pub fn cancel(&mut self, stream: u32) {
+        self.send(RST_STREAM, 0, stream, &CANCEL.to_be_bytes());
     }
 
     /// Reads one answer's body with this pause between frames; returns how long it was when it or the connection ended.
     pub fn read_body(&mut self, pause: Duration) -> usize {
         let mut read = 0;
-        while let Some((kind, flags, stream, payload)) = self.frame() {
+        while let Some((_, data, ended)) = self.next_data() {
+            read += data.len();
+            if ended {
+                break;
+            }
+            thread::sleep(pause);
+        }
+        read
+    }
+
+    /// The next piece of any answer's body: its stream, its bytes, and whether it is the last; `None` where the connection has ended.
+    pub fn next_data(&mut self) -> Option<(u32, Vec<u8>, bool)> {
+        loop {
+            let (kind, flags, stream, payload) = self.frame()?;
             match kind {
                 DATA => {
-                    read += payload.len();
-                    if flags & END_STREAM != 0 {
-                        break;
-                    }
-                    if !payload.is_empty() {
+                    let ended = flags & END_STREAM != 0;
+                    if !payload.is_empty() && !ended {
                         let more = (payload.len() as u32).to_be_bytes();
                         self.send(WINDOW_UPDATE, 0, 0, &more);
                         self.send(WINDOW_UPDATE, 0, stream, &more);
                     }
-                    thread::sleep(pause);
+                    return Some((stream, payload, ended));
                 }
                 SETTINGS | PING if flags & ACKNOWLEDGES == 0 => {
                     self.send(kind, ACKNOWLEDGES, 0, if kind == PING { &payload } else { &[] });
@@ -80,7 +99,6 @@ impl Connection {
                 _ => {}
             }
         }
-        read
     }
 
     fn frame(&mut self) -> Option<(u8, u8, u32, Vec<u8>)> {

@@ -6,6 +6,7 @@ pub mod brokers;
 pub mod changes;
 pub mod chaos;
 pub mod embeddings;
+pub mod events;
 pub mod gpus;
 pub mod http2;
 pub mod load;

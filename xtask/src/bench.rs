@@ -7,6 +7,7 @@
 mod insight;
 mod jobs;
 mod process;
+mod stream;
 mod wrk;
 
 use std::{
@@ -98,11 +99,14 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["insight"] {
         return insight::run(rounds, seconds);
     }
+    if only == ["stream"] {
+        return stream::run(rounds, seconds);
+    }
     if only == ["jobs"] {
         return jobs::run(rounds, seconds);
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
-        bail!("no workload {unknown:?}; expected echo, batched, big, tensors, insight or jobs");
+        bail!("no workload {unknown:?}; expected echo, batched, big, tensors, stream, insight or jobs");
     }
     wrk::ensure()?;
     let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big", "fixture-tensors"];

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 
 /// Extensions of what is a model's data, and not how it was made.
-const MODEL_DATA: [&str; 3] = ["onnx", "npy", "labels"];
+const MODEL_DATA: [&str; 4] = ["onnx", "npy", "labels", "corpus"];
 
 /// Runs cargo and shows its progress.
 pub(crate) fn cargo<S: AsRef<str>>(args: &[S]) -> anyhow::Result<()> {

@@ -36,6 +36,7 @@ cargo xtask COMMAND
                                 (--rounds N, --seconds N, default 5 and 4; --against FOLDER: beside the host and the
                                 plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
+  bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
   bench similarity              nearest neighbours on the CPU, as a share of what the machine can do at most

@@ -15,6 +15,8 @@ pub enum FailureKind {
     DeviceSuspected,
     /// The plugin's code panicked.
     Panicked,
+    /// Nobody wanted the item any more, and the pipeline was told so: no fault of anybody's.
+    Unwanted,
 }
 
 /// Why a call failed.

@@ -120,9 +120,38 @@ pub trait Instance: Any + Send + Sync {
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign>;
 }
 
-/// Takes the outcomes of a batch's items, which are named by their place in it, from 0.
-pub trait OutcomeSink {
-    /// An item's outcome. How often that is said of an item, and of which, is the plugin's word: compare.
+/// What an item's caller wants to have of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// The outcome and nothing before it.
+    Outcome,
+    /// Chunks as they come, then the outcome.
+    Chunks,
+    /// Nothing any more: nobody waits.
+    Nothing,
+}
+
+/// What became of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChunkState {
+    /// It goes to the caller, or to nobody where the caller wants none.
+    Taken,
+    /// As many wait as may, until the caller reads on: it was not taken.
+    Full,
+    /// Nobody wants anything of this item any more: it was not taken.
+    Unwanted,
+}
+
+/// Takes what comes of a batch's items, which are named by their place in it, from 0: any number of chunks, then one outcome. Which items there are,
+/// and how often one ends, is the plugin's word: compare.
+pub trait EventSink {
+    /// What the item's caller wants to have now; nothing of what is no item.
+    fn interest(&mut self, item: usize) -> Interest;
+
+    /// A part of the item's output before its end: a JSON value. With `waits`, it is waited for a caller who reads slowly, within limits.
+    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState;
+
+    /// The item's outcome.
     fn end(&mut self, item: usize, outcome: Outcome);
 }
 
@@ -140,9 +169,9 @@ pub trait Batch: Send {
     /// What the pipeline said; the batch is over then.
     fn predict(&mut self) -> Result<(), Failure>;
 
-    /// Third stage: gives one outcome an input.
+    /// Third stage: gives one outcome an input, and chunks before it where the pipeline has any.
     ///
     /// # Errors
     /// What the pipeline said of the whole batch; it is over then.
-    fn postprocess(&mut self, outcomes: &mut dyn OutcomeSink) -> Result<(), Failure>;
+    fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure>;
 }

@@ -8,7 +8,7 @@
 //! 2. [`Engine::open`] tries the copy where a crash harms nobody, then opens it. What comes of it describes itself.
 //! 3. [`Plugin::load`] builds an [`Instance`] of it with a model's settings.
 //! 4. [`Plugin::decode`] or [`Instance::decode`] makes a [`Decoded`] input of a [`Payload`]; [`Instance::begin`] makes a [`Batch`] of
-//!    them, which runs through the stages and gives an [`OutcomeSink`] one [`Outcome`] each.
+//!    them, which runs through the stages and gives an [`EventSink`] chunks and one [`Outcome`] of each.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +21,9 @@ mod tensor;
 
 pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
-pub use instance::{Batch, Decoded, Foreign, Input, Instance, Measure, Outcome, OutcomeSink, Payload};
+pub use instance::{
+    Batch, ChunkState, Decoded, EventSink, Foreign, Input, Instance, Interest, Measure, Outcome, Payload,
+};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
 pub use tensor::{Datatype, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};

@@ -2,7 +2,9 @@
 
 use bytes::Bytes;
 use modalkit_abi::{Buffer, FailureKind as Kind, abi_stable::std_types::RResult};
-use modalkit_engine::{Datatype, Failure, FailureKind, LogLevel, Measure, Rejection, Tensor};
+use modalkit_engine::{
+    ChunkState, Datatype, Failure, FailureKind, Interest, LogLevel, Measure, Rejection, Tensor,
+};
 
 use crate::document;
 
@@ -37,6 +39,22 @@ pub(crate) fn rejection(refused: modalkit_abi::Failure) -> Rejection {
 
 pub(crate) fn measure(measure: modalkit_abi::Measure) -> Measure {
     Measure { cost: measure.cost, shape: measure.shape }
+}
+
+pub(crate) fn interest_of_plugins(interest: Interest) -> modalkit_abi::Interest {
+    match interest {
+        Interest::Outcome => modalkit_abi::Interest::OUTCOME,
+        Interest::Chunks => modalkit_abi::Interest::CHUNKS,
+        Interest::Nothing => modalkit_abi::Interest::NOTHING,
+    }
+}
+
+pub(crate) fn chunk_state_of_plugins(state: ChunkState) -> modalkit_abi::ChunkState {
+    match state {
+        ChunkState::Taken => modalkit_abi::ChunkState::TAKEN,
+        ChunkState::Full => modalkit_abi::ChunkState::FULL,
+        ChunkState::Unwanted => modalkit_abi::ChunkState::UNWANTED,
+    }
 }
 
 const _: () = assert!(modalkit_engine::TENSOR_ALIGNMENT >= modalkit_abi::TENSOR_ALIGNMENT);

@@ -8,15 +8,15 @@ use std::{
 
 use bytes::Bytes;
 use modalkit_abi::{
-    BatchHandle, InstanceHandle, ItemHandle, OutcomeSinkRef, SinkHandle, Tensor,
+    BatchHandle, EventSinkRef, InstanceHandle, ItemHandle, SinkHandle, Tensor,
     abi_stable::{
         prefix_type::PrefixTypeTrait,
         std_types::{ROption, RSlice, RStr, RString, RVec},
     },
 };
 use modalkit_engine::{
-    Batch, Decoded, Failure, FailureKind, Foreign, Input, Instance, Measure, Outcome, OutcomeSink, Payload,
-    Rejection, Signature,
+    Batch, ChunkState, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, Interest, Measure,
+    Outcome, Payload, Rejection, Signature,
 };
 use parking_lot::RwLock;
 
@@ -199,23 +199,29 @@ impl Batch for LibraryBatch<'_> {
         convert::result(unsafe { self.instance.library.module().predict()(self.handle) })
     }
 
-    fn postprocess(&mut self, mut outcomes: &mut dyn OutcomeSink) -> Result<(), Failure> {
+    fn postprocess(&mut self, mut events: &mut dyn EventSink) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "postprocess");
-        let sink = SinkHandle::from_raw((&raw mut outcomes).cast());
-        // SAFETY: as in `preprocess`; the plugin calls the sink on this thread and in this call, while `outcomes` is borrowed for nothing else.
+        let sink = SinkHandle::from_raw((&raw mut events).cast());
+        // SAFETY: as in `preprocess`; the plugin calls the sink on this thread and in this call, while `events` is borrowed for nothing else.
         convert::result(unsafe { self.instance.library.module().postprocess()(self.handle, sink, *SINK) })
     }
 }
 
-/// What plugins give outcomes to.
-static SINK: LazyLock<OutcomeSinkRef> = LazyLock::new(|| {
-    modalkit_abi::OutcomeSink { json: take_json, tensors: take_tensors, failed: take_failure }
-        .leak_into_prefix()
+/// What plugins give chunks and outcomes to.
+static SINK: LazyLock<EventSinkRef> = LazyLock::new(|| {
+    modalkit_abi::EventSink {
+        json: take_json,
+        tensors: take_tensors,
+        failed: take_failure,
+        interest: tell_interest,
+        chunk: take_chunk,
+    }
+    .leak_into_prefix()
 });
 
 unsafe extern "C" fn take_json(sink: SinkHandle, item: usize, json: RVec<u8>) {
     // SAFETY: by the plugin's promise.
-    unsafe { take(sink, item, || output(json)) };
+    unsafe { end(sink, item, || output(json)) };
 }
 
 unsafe extern "C" fn take_tensors(
@@ -226,24 +232,50 @@ unsafe extern "C" fn take_tensors(
 ) {
     let outcome = || tensors.into_iter().map(convert::tensor).collect::<Result<_, _>>().map(Payload::Tensors);
     // SAFETY: by the plugin's promise.
-    unsafe { take(sink, item, outcome) };
+    unsafe { end(sink, item, outcome) };
 }
 
 unsafe extern "C" fn take_failure(sink: SinkHandle, item: usize, failure: modalkit_abi::Failure) {
     // SAFETY: by the plugin's promise.
-    unsafe { take(sink, item, || Err(convert::failure(failure))) };
+    unsafe { end(sink, item, || Err(convert::failure(failure))) };
 }
 
-/// Gives an outcome to the host. No panic goes back through the plugin; the item has no outcome then, which fails its batch.
+unsafe extern "C" fn tell_interest(sink: SinkHandle, item: usize) -> modalkit_abi::Interest {
+    // SAFETY: by the plugin's promise.
+    let interest = unsafe { with_sink(sink, |events| events.interest(item)) };
+    convert::interest_of_plugins(interest.unwrap_or(Interest::Nothing))
+}
+
+unsafe extern "C" fn take_chunk(
+    sink: SinkHandle,
+    item: usize,
+    json: RSlice<'_, u8>,
+    waits: bool,
+) -> modalkit_abi::ChunkState {
+    let json = Bytes::copy_from_slice(json.as_slice());
+    // SAFETY: by the plugin's promise.
+    let state = unsafe { with_sink(sink, |events| events.chunk(item, json, waits)) };
+    convert::chunk_state_of_plugins(state.unwrap_or(ChunkState::Unwanted))
+}
+
+/// Gives an outcome to the host. Where that panics the item has no outcome, which fails its batch.
+///
+/// # Safety
+/// As [`with_sink`].
+unsafe fn end(sink: SinkHandle, item: usize, outcome: impl FnOnce() -> Outcome) {
+    // SAFETY: by the caller's promise.
+    unsafe { with_sink(sink, |events| events.end(item, outcome())) };
+}
+
+/// Calls the host. No panic goes back through the plugin: there is nothing then.
 ///
 /// # Safety
 /// The handle is one that `postprocess` has made, its call has not returned, and this is its thread.
-unsafe fn take(sink: SinkHandle, item: usize, outcome: impl FnOnce() -> Outcome) {
+unsafe fn with_sink<T>(sink: SinkHandle, call: impl FnOnce(&mut dyn EventSink) -> T) -> Option<T> {
     // SAFETY: by the caller's promise.
-    let outcomes = unsafe { &mut **sink.into_raw().cast::<&mut dyn OutcomeSink>() };
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| outcomes.end(item, outcome()))) {
-        std::mem::forget(panic);
-    }
+    let events = unsafe { &mut **sink.into_raw().cast::<&mut dyn EventSink>() };
+    let called = catch_unwind(AssertUnwindSafe(|| call(events)));
+    called.map_err(std::mem::forget).ok()
 }
 
 /// An output as the host takes it: it looks at both ends, where members are to be added, and at nothing between them.

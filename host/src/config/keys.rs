@@ -64,6 +64,8 @@ layer! {
         bytes_in_flight_max: Count<1_048_576, 1_099_511_627_776> = Count(256 << 20);
         /// Milliseconds that an answer may wait for its caller to take any of it; then the connection is ended.
         write_timeout_ms: Milliseconds = Count(30_000);
+        /// Milliseconds after which a stream that has nothing to say sends a comment, so that nobody on the way takes it for dead.
+        stream_heartbeat_ms: Milliseconds = Count(15_000);
         /// Bodies up to this many bytes are parsed on the connection's thread, larger ones on a pool of one thread a core.
         decode_inline_bytes_max: Count<0, 4_294_967_296> = Count(16 << 10);
         /// Milliseconds until a request gets a 504.
@@ -207,6 +209,9 @@ layer! {
         container_idle_timeout: Count<1, 4_294_967_295> = Count(180);
         /// Seconds that a batch may run until its callers get a 504 and its replica is replaced.
         batch_timeout_seconds: Seconds = Seconds(300.0);
+        /// Seconds that a batch waits, altogether, for callers of `/predict_stream` who read their chunks slower than they come, at most half of
+        /// `batch_timeout_seconds`; then those are cut off.
+        stream_wait_seconds: SecondsOrZero = SecondsOrZero(10.0);
         /// Replicas that may hang in a batch until the model is given up.
         stuck_replicas_max: Count<0, MAX_REPLICAS> = Count(2);
         /// Seconds that a pipeline's `load` and `warmup` together may take, and each of its `on_volume_reload`.

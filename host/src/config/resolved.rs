@@ -297,6 +297,8 @@ pub struct Server {
     pub decode_inline_bytes_max: usize,
     /// A request's deadline where it sets none.
     pub request_timeout: Duration,
+    /// After how long a stream that has nothing to say sends a comment.
+    pub stream_heartbeat: Duration,
     /// The latest deadline a request may set.
     pub request_timeout_max: Duration,
     /// How long the host goes on, and says that it isn't ready, between a signal to end and the drain.
@@ -539,6 +541,8 @@ pub struct Replicas {
     pub idle_timeout: Duration,
     /// How long a batch may run until its replica is given up.
     pub batch_timeout: Duration,
+    /// How long a batch waits, altogether, for callers who read their chunks slower than they come.
+    pub stream_wait: Duration,
     /// Given-up replicas whose threads have not come back.
     pub stuck_max: usize,
     /// How long `load` and `warmup` together, and each `on_volume_reload`, may take.

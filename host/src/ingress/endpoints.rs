@@ -43,6 +43,8 @@ pub(super) enum Prediction {
     Async,
     /// Tensors, by the Open Inference Protocol.
     Infer,
+    /// One input, chunks of its output as they come.
+    Stream,
 }
 
 impl Route {
@@ -86,7 +88,7 @@ const POST: &str = "POST";
 const GET_OR_DELETE: &str = "GET, HEAD, DELETE";
 
 /// All of them, those first that are asked for most.
-static ENDPOINTS: [Endpoint; 22] = [
+static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Predict(Prediction::Sync),
         pattern: "/predict_sync",
@@ -102,6 +104,14 @@ static ENDPOINTS: [Endpoint; 22] = [
         open_to: OpenTo::Callers,
         parameters: &["model_name", "partial"],
         about: "a list in, a list out, each item in its place. One that isn't the pipeline's input fails the list whole, before anything runs: 422 with its index. With `?partial=true` it stands in its place as `{\"status\":\"error\",\"error\",\"detail\"}`, as one that fails in the pipeline does anyway",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Stream),
+        pattern: "/predict_stream",
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &["model_name"],
+        about: "one bare input in, server-sent events out: each `chunk` as the pipeline makes it, then one `end`, which is what `/predict_sync` answers, or `{\"status\":\"error\",\"status_code\",\"error\"}`. Before the first event an error has its own status",
     },
     Endpoint {
         route: Route::Predict(Prediction::Async),

@@ -113,6 +113,30 @@ impl Exchange {
     }
 }
 
+/// Bytes of a stream that are to be written: with others of the same, they keep its exchange open.
+pub(super) struct Unwritten(Arc<Exchange>);
+
+impl Unwritten {
+    pub(super) fn of(exchange: &Arc<Exchange>) -> Self {
+        if exchange.http2 {
+            exchange.peer.unwritten.fetch_add(1, Ordering::Relaxed);
+        }
+        Self(Arc::clone(exchange))
+    }
+
+    pub(super) fn exchange(&self) -> &Exchange {
+        &self.0
+    }
+}
+
+impl Drop for Unwritten {
+    fn drop(&mut self) {
+        if self.0.http2 {
+            self.0.peer.unwritten.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Deref for Exchange {
     type Target = Peer;
 

@@ -210,7 +210,10 @@ async fn accept(
             let (context, url) = (Arc::clone(&context), Arc::clone(&url));
             async move {
                 let answer = answer(&context, &from, request, &url).await;
-                Ok::<_, Infallible>(answer.map(|answer| Full::new(answer.into_bytes())))
+                // Nothing that is answered here is a stream.
+                Ok::<_, Infallible>(
+                    answer.map(|body| Full::new(body.whole().unwrap_or_default().into_bytes())),
+                )
             }
         });
         let mut protocol = http1::Builder::new();

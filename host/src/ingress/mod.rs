@@ -67,7 +67,7 @@ pub struct Context {
     /// The limit on requests in flight, and the drain.
     pub gate: Arc<Gate>,
     /// The limit on bytes in flight.
-    pub budget: Budget,
+    pub budget: Arc<Budget>,
     /// The served models.
     pub models: Arc<Models>,
     /// Asynchronous jobs.
@@ -106,7 +106,7 @@ impl Context {
     ) -> Arc<Self> {
         Arc::new(Self {
             pages: PageRules::new(&server),
-            budget: Budget::new(server.bytes_in_flight_max),
+            budget: Arc::new(Budget::new(server.bytes_in_flight_max)),
             server,
             access,
             audit,

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use hyper::{
-    HeaderMap,
+    HeaderMap, StatusCode,
     header::{HeaderName, HeaderValue},
 };
 use opentelemetry::propagation::Extractor;
@@ -73,7 +73,7 @@ impl RequestTimings {
         self.span.as_ref().map(|(_, context)| traceparent(context))
     }
 
-    /// Ends the span and writes the explanation.
+    /// Ends the span and writes the explanation into the answer.
     pub(super) fn conclude(
         self: Box<Self>,
         context: &Context,
@@ -82,23 +82,40 @@ impl RequestTimings {
         id: &RequestId,
         mut response: HttpResponse,
     ) -> HttpResponse {
-        let jobs = self.jobs.into_inner();
-        if let Some(may) = self.explain {
-            let told = if may {
-                explain(begun, &jobs)
-            } else {
-                json!({"denied": "this caller may not ask: expected a key with explain = true"})
-            };
-            put(response.headers_mut(), EXPLAIN, &shortened(told));
+        if let Some(trace) = self.traceparent() {
+            put_trace(&mut response, &trace);
         }
-        if let Some((span, span_context)) = self.span {
-            let status = response.status().as_u16();
-            let ended = Ended { status, model, request_id: id.to_string(), jobs: &jobs };
-            context.metrics.traces.end(span, &ended);
-            put(response.headers_mut(), TRACEPARENT, &traceparent(&span_context));
+        if let Some(told) = self.end(context, begun, model, id, response.status()) {
+            put(response.headers_mut(), EXPLAIN, &shortened(told));
         }
         response
     }
+
+    /// Ends the span; returns the explanation, where the caller asked for one.
+    pub(super) fn end(
+        self: Box<Self>,
+        context: &Context,
+        begun: Instant,
+        model: &str,
+        id: &RequestId,
+        status: StatusCode,
+    ) -> Option<Value> {
+        let jobs = self.jobs.into_inner();
+        if let Some((span, _)) = self.span {
+            let ended = Ended { status: status.as_u16(), model, request_id: id.to_string(), jobs: &jobs };
+            context.metrics.traces.end(span, &ended);
+        }
+        Some(if self.explain? {
+            explain(begun, &jobs)
+        } else {
+            json!({"denied": "this caller may not ask: expected a key with explain = true"})
+        })
+    }
+}
+
+/// Says in an answer which trace it belongs to.
+pub(super) fn put_trace(response: &mut HttpResponse, traceparent: &str) {
+    put(response.headers_mut(), TRACEPARENT, traceparent);
 }
 
 fn shortened(mut told: Value) -> String {

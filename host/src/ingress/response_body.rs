@@ -5,56 +5,89 @@ use std::{
     convert::Infallible,
     io::IoSlice,
     pin::Pin,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
 };
 
 use bytes::Buf;
 use hyper::{
     Response,
-    body::{Body, Frame, SizeHint},
+    body::{self, Frame, SizeHint},
 };
 
-use super::exchange::Exchange;
-use crate::{egress::HttpResponse, protocol::Answer};
+use super::exchange::{Exchange, Unwritten};
+use crate::{
+    egress::{Body, HttpResponse, Stream},
+    protocol::Answer,
+};
 
 /// The body of an answer.
-pub(super) struct Outgoing(Option<Unwritten>);
+pub(super) enum Outgoing {
+    /// `None` once it was handed over.
+    Whole(Option<Written>),
+    /// What is made while it is sent, with what its bytes share.
+    Stream(Box<dyn Stream>, Arc<Exchange>),
+}
 
-/// What is not written yet of an answer.
-pub(super) struct Unwritten {
+/// Bytes that are handed over to be written.
+pub(super) struct Written {
     answer: Answer,
-    exchange: Exchange,
+    exchange: Held,
+}
+
+/// How bytes keep their exchange open.
+enum Held {
+    Alone(Exchange),
+    WithOthers(Unwritten),
 }
 
 /// The response as it is written: its body holds the exchange until its last byte is written. Without a body the exchange ends here.
 pub(super) fn respond(mut exchange: Exchange, response: HttpResponse) -> Response<Outgoing> {
     let (head, body) = response.into_parts();
-    exchange.begin_answer(body.remaining());
-    let unwritten = body.has_remaining().then_some(Unwritten { answer: body, exchange });
-    Response::from_parts(head, Outgoing(unwritten))
+    let outgoing = match body {
+        Body::Whole(answer) => {
+            exchange.begin_answer(answer.remaining());
+            let exchange = Held::Alone(exchange);
+            Outgoing::Whole(answer.has_remaining().then_some(Written { answer, exchange }))
+        }
+        Body::Stream(stream) => Outgoing::Stream(stream, Arc::new(exchange)),
+    };
+    Response::from_parts(head, outgoing)
 }
 
-impl Body for Outgoing {
-    type Data = Unwritten;
+impl body::Body for Outgoing {
+    type Data = Written;
     type Error = Infallible;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Unwritten>, Infallible>>> {
-        Poll::Ready(self.0.take().map(|unwritten| Ok(Frame::data(unwritten))))
+        task: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Written>, Infallible>>> {
+        let written = match &mut *self {
+            Self::Whole(written) => written.take(),
+            Self::Stream(stream, exchange) => ready!(stream.poll_next(task)).map(|bytes| {
+                let exchange = Held::WithOthers(Unwritten::of(exchange));
+                Written { answer: bytes.into(), exchange }
+            }),
+        };
+        Poll::Ready(written.map(|written| Ok(Frame::data(written))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_none()
+        matches!(self, Self::Whole(None))
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.0.as_ref().map_or(0, |unwritten| unwritten.remaining() as u64))
+        match self {
+            Self::Whole(written) => {
+                SizeHint::with_exact(written.as_ref().map_or(0, |written| written.remaining() as u64))
+            }
+            Self::Stream(..) => SizeHint::default(),
+        }
     }
 }
 
-impl Buf for Unwritten {
+impl Buf for Written {
     fn remaining(&self) -> usize {
         self.answer.remaining()
     }
@@ -69,6 +102,9 @@ impl Buf for Unwritten {
 
     fn advance(&mut self, count: usize) {
         self.answer.advance(count);
-        self.exchange.progressed();
+        match &self.exchange {
+            Held::Alone(exchange) => exchange.progressed(),
+            Held::WithOthers(unwritten) => unwritten.exchange().progressed(),
+        }
     }
 }

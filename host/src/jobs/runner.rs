@@ -348,13 +348,14 @@ fn may_help(error: &JobError) -> bool {
             | FailureKind::DeviceLost
             | FailureKind::DeviceSuspected
             | FailureKind::Panicked => true,
-            FailureKind::InvalidInput | FailureKind::Permanent => false,
+            FailureKind::InvalidInput | FailureKind::Permanent | FailureKind::Unwanted => false,
         },
         JobError::BatchTimedOut(_) | JobError::Lost | JobError::Unavailable(_) | JobError::Busy(_) => true,
         JobError::Invalid(_)
         | JobError::UnknownModel { .. }
         | JobError::TooLarge(_)
         | JobError::Conflict(_)
-        | JobError::DeadlinePassed => false,
+        | JobError::DeadlinePassed
+        | JobError::ReadTooSlowly(_) => false,
     }
 }

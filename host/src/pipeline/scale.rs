@@ -64,6 +64,7 @@ mod tests {
         batches_in_flight: 1,
         idle_timeout: Duration::from_secs(10),
         batch_timeout: Duration::from_secs(1),
+        stream_wait: Duration::from_secs(10),
         stuck_max: 2,
         load_timeout: Duration::from_secs(1),
     };

@@ -3,7 +3,10 @@
 
 use std::time::Instant;
 
-use modalkit_engine::{Decoded, Failure, FailureKind, Instance, Outcome, OutcomeSink, Payload};
+use bytes::Bytes;
+use modalkit_engine::{
+    ChunkState, Decoded, EventSink, Failure, FailureKind, Instance, Interest, Outcome, Payload,
+};
 
 use super::Generation;
 use crate::work::JobError;
@@ -39,16 +42,47 @@ pub(super) struct StageTimes {
     pub(super) predicted: Option<Instant>,
 }
 
-/// The outcomes of one batch as they come, by item.
-struct Outcomes {
-    by_item: Vec<Option<Outcome>>,
-    /// Outcomes of items that are none, or that had theirs.
-    strays: usize,
+/// Who waits for the items of a batch, by their place in it.
+pub(super) trait Callers {
+    /// What is wanted of an item now.
+    fn interest(&self, item: usize) -> Interest;
+    /// A part of an item's output, as [`EventSink::chunk`] has it.
+    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState;
 }
 
-impl Outcomes {
-    fn of(items: usize) -> Self {
-        Self { by_item: std::iter::repeat_with(|| None).take(items).collect(), strays: 0 }
+/// The host itself asks, whole and to the end.
+pub(super) struct TheHost;
+
+impl Callers for TheHost {
+    fn interest(&self, _: usize) -> Interest {
+        Interest::Outcome
+    }
+
+    fn chunk(&mut self, _: usize, _: Bytes, _: bool) -> ChunkState {
+        ChunkState::Taken
+    }
+}
+
+/// What comes of one batch.
+struct Events<'c> {
+    by_item: Vec<Progress>,
+    /// Outcomes of items that are none, or that had theirs.
+    strays: usize,
+    callers: &'c mut dyn Callers,
+}
+
+/// Where an item stands.
+enum Progress {
+    Open,
+    /// The plugin was told that nobody wants it any more, so that it may end as it likes.
+    Unwanted,
+    Ended(Outcome),
+}
+
+impl<'c> Events<'c> {
+    fn of(items: usize, callers: &'c mut dyn Callers) -> Self {
+        let by_item = std::iter::repeat_with(|| Progress::Open).take(items).collect();
+        Self { by_item, strays: 0, callers }
     }
 
     /// One for each item, in order.
@@ -57,8 +91,12 @@ impl Outcomes {
     /// The plugin has miscounted.
     fn in_order(self) -> Result<Vec<Outcome>, Failure> {
         let expected = self.by_item.len();
-        let found = self.by_item.iter().flatten().count() + self.strays;
-        let outcomes: Vec<Outcome> = self.by_item.into_iter().flatten().collect();
+        let ended = |item: Progress| match item {
+            Progress::Ended(outcome) => Some(outcome),
+            Progress::Open | Progress::Unwanted => None,
+        };
+        let outcomes: Vec<Outcome> = self.by_item.into_iter().filter_map(ended).collect();
+        let found = outcomes.len() + self.strays;
         if outcomes.len() == expected && found == expected {
             return Ok(outcomes);
         }
@@ -74,11 +112,33 @@ impl Outcomes {
     }
 }
 
-impl OutcomeSink for Outcomes {
+impl EventSink for Events<'_> {
+    fn interest(&mut self, item: usize) -> Interest {
+        let Some(place @ Progress::Open) = self.by_item.get_mut(item) else { return Interest::Nothing };
+        let interest = self.callers.interest(item);
+        if interest == Interest::Nothing {
+            *place = Progress::Unwanted;
+        }
+        interest
+    }
+
+    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState {
+        let Some(place @ Progress::Open) = self.by_item.get_mut(item) else { return ChunkState::Unwanted };
+        let state = self.callers.chunk(item, json, waits);
+        if state == ChunkState::Unwanted {
+            *place = Progress::Unwanted;
+        }
+        state
+    }
+
     fn end(&mut self, item: usize, outcome: Outcome) {
         match self.by_item.get_mut(item) {
-            Some(place @ None) => *place = Some(outcome),
-            Some(Some(_)) | None => self.strays += 1,
+            Some(Progress::Ended(_)) | None => self.strays += 1,
+            Some(place @ Progress::Open) => *place = Progress::Ended(outcome),
+            Some(place @ Progress::Unwanted) => {
+                let unwanted = |failure| Failure { kind: FailureKind::Unwanted, ..failure };
+                *place = Progress::Ended(outcome.map_err(unwanted));
+            }
         }
     }
 }
@@ -91,20 +151,26 @@ pub(super) fn stages(
     instance: &dyn Instance,
     items: Vec<Decoded>,
     times: &mut StageTimes,
+    callers: &mut dyn Callers,
 ) -> Result<Vec<Outcome>, Failure> {
-    let mut outcomes = Outcomes::of(items.len());
+    let mut events = Events::of(items.len(), callers);
     let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
     batch.preprocess()?;
     times.preprocessed = Some(Instant::now());
     batch.predict()?;
     times.predicted = Some(Instant::now());
-    batch.postprocess(&mut outcomes)?;
-    outcomes.in_order()
+    batch.postprocess(&mut events)?;
+    events.in_order()
 }
 
-/// Whether anything in a batch succeeded; failures that an input caused count as success.
+/// Whether a failure is none of the pipeline's: its input was to blame, or nobody wanted the item any more.
+pub(super) fn is_no_fault(failure: &Failure) -> bool {
+    matches!(failure.kind, FailureKind::InvalidInput | FailureKind::Unwanted)
+}
+
+/// Whether anything in a batch succeeded; failures that are not the pipeline's count as success.
 pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> bool {
-    let fit = |failure: &Failure| failure.kind == FailureKind::InvalidInput;
+    let fit = is_no_fault;
     match outcomes {
         Ok(outcomes) => outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(fit, |_| true)),
         Err(failure) => fit(failure),
@@ -116,11 +182,46 @@ mod tests {
     use super::*;
 
     fn ends(items: usize, given: &[usize]) -> Result<Vec<Outcome>, Failure> {
-        let mut outcomes = Outcomes::of(items);
+        let mut callers = TheHost;
+        let mut events = Events::of(items, &mut callers);
         for item in given {
-            outcomes.end(*item, Ok(Payload::Json(item.to_string().into())));
+            events.end(*item, Ok(Payload::Json(item.to_string().into())));
         }
-        outcomes.in_order()
+        events.in_order()
+    }
+
+    /// The caller of item 1 leaves after a chunk.
+    struct Leaving(usize);
+
+    impl Callers for Leaving {
+        fn interest(&self, item: usize) -> Interest {
+            if item == 1 && self.0 > 0 { Interest::Nothing } else { Interest::Chunks }
+        }
+
+        fn chunk(&mut self, _: usize, _: Bytes, _: bool) -> ChunkState {
+            self.0 += 1;
+            ChunkState::Taken
+        }
+    }
+
+    #[test]
+    fn an_item_that_was_given_up_since_nobody_wanted_it_is_no_fault_and_another_is() {
+        let failed = || Err(Failure { kind: FailureKind::Permanent, message: "no luck".into() });
+        let mut callers = Leaving(0);
+        let mut events = Events::of(2, &mut callers);
+        assert_eq!(events.chunk(1, "1".into(), true), ChunkState::Taken);
+        assert_eq!(events.interest(1), Interest::Nothing);
+        assert_eq!(events.chunk(1, "2".into(), true), ChunkState::Unwanted);
+        assert_eq!(events.interest(0), Interest::Chunks);
+        for item in [0, 1] {
+            events.end(item, failed());
+            assert_eq!((events.interest(item), events.interest(7)), (Interest::Nothing, Interest::Nothing));
+        }
+        let outcomes = events.in_order().unwrap();
+        let kinds: Vec<FailureKind> =
+            outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().kind).collect();
+        assert_eq!(kinds, [FailureKind::Permanent, FailureKind::Unwanted]);
+        assert!(counts_as_healthy(&Ok(outcomes)));
     }
 
     #[test]

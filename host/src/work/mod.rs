@@ -5,8 +5,10 @@ mod admission;
 mod error;
 mod job;
 mod reply;
+mod stream;
 
 pub use admission::{Budget, Gate, JobPermit, Permit};
 pub use error::{Detail, JobError, Location};
 pub use job::{Deadline, Job, RequestId};
-pub use reply::{Mailbox, PendingReply, Recorder, Reply, ReplyHandle, reply};
+pub use reply::{Mailbox, PendingReply, Recorder, Reply, ReplyHandle, reply, stream_reply};
+pub use stream::{ChunkSender, PendingStream, Received, STREAM_BYTES_MAX, STREAM_CHUNKS_MAX};

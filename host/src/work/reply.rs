@@ -1,13 +1,16 @@
-//! How a job's answer gets to whoever waits for it: a caller on a connection, by the mailbox of its io thread, or a record that
+//! How a job's answer gets to whoever waits for it: a caller on a connection, whole or in chunks, by the mailbox of its io thread, or a record that
 //! outlives connections. It never knows what the answer says.
 
 use std::sync::Arc;
 
-use modalkit_engine::Payload;
+use modalkit_engine::{Interest, Payload};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
-use super::JobError;
+use super::{
+    Budget, ChunkSender, JobError, PendingStream,
+    stream::{self, Stream, StreamEnd},
+};
 
 /// The answer to a job: the pipeline's output; of one that was accepted and runs later, what its caller is told.
 pub type Reply = Result<Payload, JobError>;
@@ -18,6 +21,8 @@ pub struct ReplyHandle(To);
 enum To {
     /// A caller who waits on a connection.
     Caller { sender: oneshot::Sender<Reply>, mailbox: Arc<Mailbox> },
+    /// A caller who waits on a connection and takes chunks before the answer.
+    Stream(StreamEnd),
     /// A record that outlives connections.
     Recorder(Box<dyn Recorder>),
 }
@@ -40,29 +45,45 @@ pub struct PendingReply(oneshot::Receiver<Reply>);
 /// emptied by a task of the receiving thread, which wakes tasks of its own thread cheaply.
 #[derive(Default)]
 pub struct Mailbox {
-    replies: Mutex<Vec<(oneshot::Sender<Reply>, Reply)>>,
+    mail: Mutex<Vec<Mail>>,
     not_empty: Notify,
+}
+
+/// What a mailbox delivers.
+enum Mail {
+    /// A reply to whoever waits for it.
+    Reply(oneshot::Sender<Reply>, Reply),
+    /// Word that something of a stream is there.
+    Stream(Arc<Stream>),
 }
 
 impl Mailbox {
     /// Hands replies out, for ever. One such task runs on the thread whose requests have this mailbox.
     pub async fn deliver(&self) {
-        let mut replies = Vec::new();
+        let mut delivered = Vec::new();
         loop {
             self.not_empty.notified().await;
-            std::mem::swap(&mut replies, &mut self.replies.lock());
-            for (sender, reply) in replies.drain(..) {
-                // A caller that has left doesn't mind.
-                let _ = sender.send(reply);
+            std::mem::swap(&mut delivered, &mut self.mail.lock());
+            for mail in delivered.drain(..) {
+                match mail {
+                    // A caller that has left doesn't mind.
+                    Mail::Reply(sender, reply) => drop(sender.send(reply)),
+                    Mail::Stream(stream) => stream.wake(),
+                }
             }
         }
     }
 
-    fn put(&self, sender: oneshot::Sender<Reply>, reply: Reply) {
-        let mut replies = self.replies.lock();
-        replies.push((sender, reply));
-        let first = replies.len() == 1;
-        drop(replies);
+    /// Has a stream's receiver woken.
+    pub(super) fn put_stream(&self, stream: Arc<Stream>) {
+        self.put(Mail::Stream(stream));
+    }
+
+    fn put(&self, mail: Mail) {
+        let mut waiting = self.mail.lock();
+        waiting.push(mail);
+        let first = waiting.len() == 1;
+        drop(waiting);
         if first {
             self.not_empty.notify_one();
         }
@@ -74,6 +95,13 @@ impl Mailbox {
 pub fn reply(mailbox: &Arc<Mailbox>) -> (ReplyHandle, PendingReply) {
     let (sender, receiver) = oneshot::channel();
     (ReplyHandle(To::Caller { sender, mailbox: Arc::clone(mailbox) }), PendingReply(receiver))
+}
+
+/// Both ends of a reply in chunks; the bytes of those that wait count in this budget.
+#[must_use]
+pub fn stream_reply(mailbox: &Arc<Mailbox>, budget: &Arc<Budget>) -> (ReplyHandle, PendingStream) {
+    let (end, pending) = stream::stream(mailbox, budget);
+    (ReplyHandle(To::Stream(end)), pending)
 }
 
 impl ReplyHandle {
@@ -93,17 +121,35 @@ impl ReplyHandle {
     /// Answers.
     pub fn send(self, reply: Reply) {
         match self.0 {
-            To::Caller { sender, mailbox } => mailbox.put(sender, reply),
+            To::Caller { sender, mailbox } => mailbox.put(Mail::Reply(sender, reply)),
+            To::Stream(end) => end.send(reply),
             To::Recorder(recorder) => recorder.answered(reply),
         }
     }
 
-    /// Whether the caller has left.
+    /// What is wanted of the job now.
+    #[must_use]
+    pub fn interest(&self) -> Interest {
+        let is_abandoned = match &self.0 {
+            To::Caller { sender, .. } => sender.is_closed(),
+            To::Stream(end) => return end.interest(),
+            To::Recorder(recorder) => recorder.is_abandoned(),
+        };
+        if is_abandoned { Interest::Nothing } else { Interest::Outcome }
+    }
+
+    /// Whether nobody wants the answer any more.
     #[must_use]
     pub fn is_abandoned(&self) -> bool {
+        self.interest() == Interest::Nothing
+    }
+
+    /// Where chunks go, where they are wanted.
+    #[must_use]
+    pub fn chunks(&self) -> Option<ChunkSender> {
         match &self.0 {
-            To::Caller { sender, .. } => sender.is_closed(),
-            To::Recorder(recorder) => recorder.is_abandoned(),
+            To::Stream(end) => Some(end.sender()),
+            To::Caller { .. } | To::Recorder(_) => None,
         }
     }
 }

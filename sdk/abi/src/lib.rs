@@ -8,11 +8,11 @@
 //! Within a major number, nothing that is here changes. What comes is added in one of five ways, each with the next [`ABI_MINOR`] and this
 //! crate's own minor version:
 //!
-//! - a **table** ([`PluginModule`], [`QueueModule`], [`HostApi`], [`OutcomeSink`]) gets a function at its end. Whoever holds a table of an
+//! - a **table** ([`PluginModule`], [`QueueModule`], [`HostApi`], [`EventSink`]) gets a function at its end. Whoever holds a table of an
 //!   older number finds the function missing, and does without it;
 //! - a **document** (a description, what is loaded, what changed, the details of a failure) gets a member. Documents are JSON objects;
 //!   whoever reads one passes over members that it doesn't know, and takes the default for those that it misses;
-//! - a **number** that stands for a kind ([`FailureKind`], [`LogLevel`], [`Datatype`]) gets a value. Each says what an unknown value is taken for;
+//! - a **number** that stands for a kind ([`FailureKind`], [`LogLevel`], [`Datatype`], [`Interest`], [`ChunkState`]) gets a value. Each says what an unknown value is taken for;
 //! - a **feature** ([`Features`]) is an ability that not every host of a number has;
 //! - **[`Needs`]** gets a field at its end.
 //!
@@ -48,7 +48,7 @@ pub use module::{
     BatchHandle, DecodedItem, InstanceHandle, ItemHandle, Measure, PluginModule, PluginModuleRef,
 };
 pub use queue::{QUEUE_HANDSHAKE_SYMBOL, QueueHandle, QueueMessage, QueueModule, QueueModuleRef, Sent};
-pub use sink::{OutcomeSink, OutcomeSinkRef, SinkHandle};
+pub use sink::{ChunkState, EventSink, EventSinkRef, Interest, SinkHandle};
 pub use tensor::{Buffer, Datatype, TENSOR_ALIGNMENT, Tensor};
 
 pub use abi_stable;

@@ -21,7 +21,7 @@ use abi_stable::{
     std_types::{ROption, RResult, RSlice, RStr, RString, RVec},
 };
 
-use crate::{Failure, HostApiRef, LogLevel, OutcomeSinkRef, SinkHandle, Tensor, handle::handle};
+use crate::{EventSinkRef, Failure, HostApiRef, LogLevel, SinkHandle, Tensor, handle::handle};
 
 handle! {
     /// A loaded pipeline.
@@ -122,8 +122,9 @@ pub struct PluginModule {
     pub preprocess: unsafe extern "C" fn(BatchHandle) -> RResult<(), Failure>,
     /// Second stage.
     pub predict: unsafe extern "C" fn(BatchHandle) -> RResult<(), Failure>,
-    /// Third stage: gives each item's outcome to the host. Where it fails, the outcomes that it gave before don't count.
-    pub postprocess: unsafe extern "C" fn(BatchHandle, SinkHandle, OutcomeSinkRef) -> RResult<(), Failure>,
+    /// Third stage: gives each item's outcome to the host, and chunks before it where the pipeline has any. Where it fails, the outcomes that it
+    /// gave before don't count.
+    pub postprocess: unsafe extern "C" fn(BatchHandle, SinkHandle, EventSinkRef) -> RResult<(), Failure>,
     /// Ends an item that was not made part of a batch.
     pub drop_item: unsafe extern "C" fn(ItemHandle),
     /// Ends a batch.

@@ -1,8 +1,9 @@
 //! The endpoints that run pipelines: from a request to jobs, and from their replies to an answer.
 
 mod infer;
+mod stream;
 
-use std::{pin::pin, sync::Arc, time::Instant};
+use std::{ops::Deref, pin::pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use hyper::StatusCode;
@@ -61,7 +62,7 @@ pub(super) async fn answer(
         Ok(call) => call,
         Err(refused) => {
             let Refused { response, model } = *refused;
-            count(context, model.as_deref(), (endpoint, prediction), id, &response);
+            count(context, model.as_deref(), (endpoint, prediction), id, Ended::of(&response));
             return response;
         }
     };
@@ -72,24 +73,34 @@ pub(super) async fn answer(
             let json_bytes = infer::json_bytes(prediction, head)?;
             let input = match body::read(body, json_bytes, exchange).await {
                 Ok(input) => input,
-                Err(error) => return Ok(problem(target, error.into_response())),
+                Err(error) => return Ok(Answered::Whole(problem(target, error.into_response()))),
             };
             let generation = call.model.serving()?;
             // The rarer ones are boxed: every request's future is as large as the largest of them.
-            match prediction {
+            let whole = match prediction {
+                Prediction::Stream => {
+                    let begun = Box::pin(stream::begin(exchange, &call, &generation, input)).await?;
+                    return Ok(Answered::Stream(Box::new(begun)));
+                }
                 Prediction::Sync => sync(exchange, &call, &generation, input).await,
                 Prediction::Batch => Box::pin(batch(exchange, &call, &generation, input)).await,
                 Prediction::Async => Box::pin(asynchronous(exchange, &call, &generation, input, head)).await,
                 Prediction::Infer => {
                     Box::pin(infer::answer(exchange, &call, &generation, input, json_bytes)).await
                 }
-            }
+            };
+            whole.map(Answered::Whole)
         });
         tokio::select! {
             biased;
             done = &mut work => done,
             () = &mut limit => Err(JobError::DeadlinePassed),
         }
+    };
+    let answered = match answered {
+        Ok(Answered::Whole(response)) => Ok(response),
+        Ok(Answered::Stream(begun)) => return stream::respond(exchange, call, *begun, endpoint),
+        Err(error) => Err(error),
     };
     let response = answered.unwrap_or_else(|error| {
         if matches!(error, JobError::Lost) {
@@ -103,8 +114,15 @@ pub(super) async fn answer(
         Some(timings) => timings.conclude(context, begun, &model.name, id, response),
         None => response,
     };
-    count(context, Some(&model), (endpoint, prediction), id, &response);
+    count(context, Some(&model), (endpoint, prediction), id, Ended::of(&response));
     response
+}
+
+/// What an admitted request came to.
+enum Answered {
+    Whole(HttpResponse),
+    /// A stream whose first event is there.
+    Stream(Box<stream::Begun>),
 }
 
 /// A request that was not admitted, and the model that it asked for, where that is known.
@@ -183,7 +201,7 @@ async fn sync(
     let timings = call.timings();
     let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
     let queued = call.model.queue.push([job], Some(call.deadline))?;
-    let cancel_on_drop = CancelOnDrop::queue(peer, &call.model, queued, 1);
+    let cancel_on_drop = CancelOnDrop::queue(peer, &*call.model, queued, 1);
     let answer = pending.wait().await;
     cancel_on_drop.done();
     answer.map(|body| egress::reply(Ok(body)))
@@ -221,7 +239,7 @@ async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<R
         0 => None,
         _ => {
             let queued = call.model.queue.push_all(jobs.into_iter(), Some(call.deadline))?;
-            Some(CancelOnDrop::queue(peer, &call.model, queued, count))
+            Some(CancelOnDrop::queue(peer, &*call.model, queued, count))
         }
     };
     let mut answers = Vec::with_capacity(pending.len());
@@ -330,14 +348,14 @@ async fn decode_body<B: Clone + Send + 'static, T: Send + 'static>(
 }
 
 /// Jobs in a queue on behalf of a caller. A caller that leaves, by hanging up or by its deadline, takes them along.
-struct CancelOnDrop<'a> {
-    model: &'a Model,
+struct CancelOnDrop<M: Deref<Target = Model>> {
+    model: M,
     first: ArrivalId,
     count: usize,
 }
 
-impl<'a> CancelOnDrop<'a> {
-    fn queue(peer: &Peer, model: &'a Model, queued: Queued, count: usize) -> Self {
+impl<M: Deref<Target = Model>> CancelOnDrop<M> {
+    fn queue(peer: &Peer, model: M, queued: Queued, count: usize) -> Self {
         if queued.must_wake {
             peer.io.wake_soon(&model.queue);
         }
@@ -350,7 +368,7 @@ impl<'a> CancelOnDrop<'a> {
     }
 }
 
-impl Drop for CancelOnDrop<'_> {
+impl<M: Deref<Target = Model>> Drop for CancelOnDrop<M> {
     fn drop(&mut self) {
         self.model.queue.cancel(self.first, self.count);
     }
@@ -364,19 +382,33 @@ fn problem(target: Target<'_>, response: HttpResponse) -> HttpResponse {
     }
 }
 
+/// How a request ended: its status, and of the server's errors the text.
+struct Ended<'a> {
+    status: StatusCode,
+    error: Option<&'a str>,
+}
+
+impl<'a> Ended<'a> {
+    fn of(response: &'a HttpResponse) -> Self {
+        let why = response.extensions().get::<egress::Why>();
+        Self { status: response.status(), error: why.map(|why| why.0.as_str()) }
+    }
+}
+
 fn count(
     context: &Context,
     model: Option<&Model>,
     (endpoint, prediction): (&Endpoint, Prediction),
     id: &RequestId,
-    response: &HttpResponse,
+    ended: Ended<'_>,
 ) {
-    let status = response.status();
+    let Ended { status, error } = ended;
     match (model, status, prediction) {
         (Some(model), StatusCode::OK, Prediction::Sync) => model.metrics.ok_sync.inc(),
         (Some(model), StatusCode::OK, Prediction::Batch) => model.metrics.ok_batch.inc(),
         (Some(model), StatusCode::OK, Prediction::Async) => model.metrics.ok_async.inc(),
         (Some(model), StatusCode::OK, Prediction::Infer) => model.metrics.ok_infer.inc(),
+        (Some(model), StatusCode::OK, Prediction::Stream) => model.metrics.ok_stream.inc(),
         (model, ..) => {
             let name = model.map_or("", |model| &model.name);
             context.metrics.requests(name, endpoint.pattern, status.as_u16()).inc();
@@ -384,7 +416,6 @@ fn count(
     }
     let (model, endpoint) = (model.map_or("", |model| model.name.as_str()), endpoint.pattern);
     if status.is_server_error() {
-        let error = response.extensions().get::<egress::Why>().map(|why| why.0.as_str());
         tracing::warn!(request_id = %id, endpoint, model, status = status.as_u16(), error, "request failed");
     } else {
         tracing::debug!(request_id = %id, endpoint, model, status = status.as_u16(), "request answered");

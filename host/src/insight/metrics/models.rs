@@ -10,6 +10,10 @@ families! {
     pub(super) struct ModelFamilies {
         request: seconds("modalkit_request_seconds", "from a request's headers to its answer", ["model"]);
         requests: counters("modalkit_requests_total", "requests answered", ["model", "endpoint", "status"]);
+        first_event: seconds("modalkit_stream_first_event_seconds", "from the headers of a request for a stream to its first event", ["model"]);
+        streams: gauges("modalkit_streams", "streams that have begun and not ended", ["model"]);
+        stream_chunks: counters("modalkit_stream_chunks_total", "chunks of streams that went to their callers", ["model"]);
+        streams_ended: counters("modalkit_streams_ended_total", "streams that had begun, by how they ended: complete, failed, left (the caller), slow (the caller; cut off)", ["model", "reason"]);
         queue_wait: seconds("modalkit_queue_wait_seconds", "from a job's arrival to its batch", ["model"]);
         batch_wait: seconds("modalkit_batch_wait_seconds", "how long a batch waited to be filled while a replica was free", ["model"]);
         stage: seconds("modalkit_stage_seconds", "a batch's time in one stage", ["model", "stage"]);
@@ -43,6 +47,22 @@ pub struct ModelMetrics {
     pub ok_async: IntCounter,
     /// Requests to `/v2/models/{name}/infer` answered with 200.
     pub ok_infer: IntCounter,
+    /// Requests to `/predict_stream` whose streams ended well.
+    pub ok_stream: IntCounter,
+    /// From the headers of a request for a stream to its first event, seconds.
+    pub first_event: Histogram,
+    /// Streams that have begun and not ended.
+    pub streams: IntGauge,
+    /// Chunks of streams.
+    pub stream_chunks: IntCounter,
+    /// Streams that came to their end.
+    pub streams_complete: IntCounter,
+    /// Streams that ended with an error.
+    pub streams_failed: IntCounter,
+    /// Streams whose callers left.
+    pub streams_left: IntCounter,
+    /// Streams whose callers read too slowly.
+    pub streams_slow: IntCounter,
     /// From a job's arrival to its batch, seconds.
     pub queue_wait: Histogram,
     /// How long a batch waited to be filled while a replica was free, seconds.

@@ -1,13 +1,16 @@
 //! Turns replies and job errors into HTTP. The one place where a job's error becomes a status; it never knows how it came
 //! about.
 
+mod body;
+
 use std::{borrow::Cow, time::Duration};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use hyper::{
     Response, StatusCode,
     header::{
-        CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+        CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER,
+        WWW_AUTHENTICATE,
     },
 };
 use modalkit_engine::{FailureKind, Payload};
@@ -18,7 +21,7 @@ use serde_json::{json, value::RawValue};
 use crate::{
     access::AccessError,
     protocol::{
-        Answer, describe, failed_item, internal, invalid_item, object, raw_json,
+        Answer, EVENT_STREAM, describe, failed_item, internal, invalid_item, object, raw_json,
         v2::{InferAnswer, JSON_BYTES_HEADER, problem},
     },
     reconfigure::Change,
@@ -26,8 +29,12 @@ use crate::{
     work::{Detail, JobError, Reply},
 };
 
+pub use body::{Body, Stream};
+
 /// What this host sends: JSON, where it doesn't name another type.
-pub type HttpResponse = Response<Answer>;
+pub type HttpResponse = Response<Body>;
+/// Has a proxy pass events on as they come.
+const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// How long a caller that finds the host busy, or not ready, should wait before it comes back.
 pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
@@ -44,7 +51,7 @@ pub fn reply(reply: Reply) -> HttpResponse {
 /// The answer to `/predict_async`.
 #[must_use]
 pub fn accepted(body: Bytes) -> HttpResponse {
-    json_response(StatusCode::OK, body.into())
+    json_response(StatusCode::OK, body)
 }
 
 /// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place, and with
@@ -67,7 +74,45 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
         }
     }
     body.push(b']');
-    json_response(StatusCode::OK, Bytes::from(body).into())
+    json_response(StatusCode::OK, Bytes::from(body))
+}
+
+/// The beginning of an answer to `/predict_stream`.
+#[must_use]
+pub fn events(stream: Box<dyn Stream>) -> HttpResponse {
+    let mut response = Response::new(Body::Stream(stream));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(BUFFERING, HeaderValue::from_static("no"));
+    response
+}
+
+/// The last event of an answer to `/predict_stream`: what `/predict_sync` answers, or an error with the status that it has there.
+///
+/// # Errors
+/// The error's status and its text, where it is one, beside the event.
+pub fn last_event(reply: Reply) -> Result<Answer, LastError> {
+    let job_error = match reply.and_then(|output| output.into_json().map_err(JobError::Failed)) {
+        Ok(output) => return Ok(Answer::of(output)),
+        Err(job_error) => job_error,
+    };
+    let (status, error) = (status_of(&job_error), describe(&job_error));
+    let mut event = json!({"status": "error", "status_code": status.as_u16(), "error": error});
+    if let JobError::Invalid(details) = &job_error {
+        event["detail"] = json!(details);
+    }
+    Err(LastError { status, error, event: object(&event) })
+}
+
+/// An error that ends a stream.
+pub struct LastError {
+    /// The status that it would have had before the stream began.
+    pub status: StatusCode,
+    /// What is wrong, in words.
+    pub error: String,
+    /// The event's JSON.
+    pub event: Bytes,
 }
 
 /// The answer to an inference request of the Open Inference Protocol.
@@ -89,6 +134,7 @@ pub fn in_v2(response: HttpResponse) -> HttpResponse {
         return response;
     }
     let (mut head, body) = response.into_parts();
+    let Body::Whole(body) = body else { return Response::from_parts(head, body) };
     if head.status == StatusCode::UNPROCESSABLE_ENTITY {
         head.status = StatusCode::BAD_REQUEST;
     }
@@ -174,22 +220,7 @@ pub struct Why(pub String);
 /// Status and body of an error; one of the server's (5xx) has a [`Why`] among its extensions.
 #[must_use]
 pub fn error(job_error: &JobError) -> HttpResponse {
-    let status = match job_error {
-        JobError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
-        JobError::UnknownModel { .. } => StatusCode::NOT_FOUND,
-        JobError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-        JobError::Conflict(_) => StatusCode::CONFLICT,
-        JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
-        JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
-        JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
-        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
-            StatusCode::UNPROCESSABLE_ENTITY
-        }
-        JobError::Failed(failure) if failure.kind == FailureKind::DeviceLost => {
-            StatusCode::SERVICE_UNAVAILABLE
-        }
-        JobError::Failed(_) | JobError::Lost => StatusCode::INTERNAL_SERVER_ERROR,
-    };
+    let status = status_of(job_error);
     let mut response = match job_error {
         JobError::Invalid(details) => object_response(status, &json!({"detail": details})),
         JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
@@ -206,6 +237,26 @@ pub fn error(job_error: &JobError) -> HttpResponse {
         response.extensions_mut().insert(Why(describe(job_error)));
     }
     response
+}
+
+fn status_of(job_error: &JobError) -> StatusCode {
+    match job_error {
+        JobError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        JobError::UnknownModel { .. } => StatusCode::NOT_FOUND,
+        JobError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+        JobError::Conflict(_) => StatusCode::CONFLICT,
+        JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
+        JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+        JobError::ReadTooSlowly(_) => StatusCode::REQUEST_TIMEOUT,
+        JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
+            StatusCode::UNPROCESSABLE_ENTITY
+        }
+        JobError::Failed(failure) if failure.kind == FailureKind::DeviceLost => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+        JobError::Failed(_) | JobError::Lost => StatusCode::INTERNAL_SERVER_ERROR,
+    }
 }
 
 /// What became of a reload or rollback: 409 where what serves stayed.
@@ -264,7 +315,7 @@ fn unavailable(detail: &str) -> HttpResponse {
 /// A response with a JSON object made of this.
 #[must_use]
 pub fn object_response(status: StatusCode, value: &impl Serialize) -> HttpResponse {
-    json_response(status, object(value).into())
+    json_response(status, object(value))
 }
 
 /// A response of plain text.
@@ -286,12 +337,14 @@ pub fn and_close(mut response: HttpResponse) -> HttpResponse {
 #[must_use]
 pub fn without_body(response: HttpResponse) -> HttpResponse {
     let (mut head, body) = response.into_parts();
-    head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.remaining()));
-    Response::from_parts(head, Answer::default())
+    if let Some(bytes) = body.whole_bytes() {
+        head.headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes));
+    }
+    Response::from_parts(head, Body::default())
 }
 
-fn json_response(status: StatusCode, body: Answer) -> HttpResponse {
-    let mut response = Response::new(body);
+fn json_response(status: StatusCode, body: impl Into<Body>) -> HttpResponse {
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     response
 }
@@ -318,6 +371,7 @@ mod tests {
             (JobError::Unavailable(String::new()), 503),
             (JobError::DeadlinePassed, 504),
             (JobError::BatchTimedOut(Duration::from_secs(1)), 504),
+            (JobError::ReadTooSlowly(Duration::from_secs(1)), 408),
             (failure(FailureKind::Permanent), 500),
             (failure(FailureKind::Panicked), 500),
             (failure(FailureKind::Transient), 500),

@@ -1,0 +1,275 @@
+//! Generates text word by word, each chosen by the one before it as often as it followed that in a text: the smallest language model, and an
+//! example of how one is served. All texts of a batch grow by a word at a time, as a decoder's do, and callers who stream get each word as
+//! it comes.
+//!
+//! It owns the way from a prompt to a text; what it learnt is in [`model`]. It never knows who reads along.
+//!
+//! ```toml
+//! [model_settings.model_entries.babble]
+//! plugin = "bigram"
+//! corpus = "harbour.corpus"        # a text; within local_model_repository_folder
+//! batch_config = { max_batch_size = 32, wait_ms = 2 }
+//! ```
+//!
+//! `{"prompt": "The keeper", "tokens_max": 20, "seed": 7}` is answered by `{"text": "…", "tokens": 12, "finish_reason": "stop"}`; a chunk is
+//! `{"text": " lights"}`. The same request has the same answer. A new text in the volume takes the old one's place between two batches.
+
+mod model;
+
+use std::{fs, path::PathBuf};
+
+use modalkit_sdk::{
+    Chunks, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, export_pipeline,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use model::{Model, Word};
+
+/// Words that are generated where a request doesn't say how many at most.
+const TOKENS: usize = 50;
+/// The most that a request may ask for.
+const TOKENS_MAX: usize = 4096;
+
+/// The keys of a model's entry.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+pub struct Settings {
+    /// The text to learn from, within the folder of all models' data.
+    #[schemars(extend("x-modalkit-file" = true))]
+    corpus: PathBuf,
+}
+
+/// One request.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub struct Input {
+    /// What the text goes on from: its last word counts. Without one it begins as a sentence does.
+    #[serde(default)]
+    prompt: String,
+    /// How many words at most, from 1 to 4096; 50 where this is left out.
+    #[serde(default)]
+    tokens_max: Option<usize>,
+    /// Which of all texts: the same seed gives the same one.
+    #[serde(default)]
+    seed: u64,
+}
+
+/// One answer.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Output {
+    /// What comes after the prompt.
+    text: String,
+    /// Its words.
+    tokens: usize,
+    /// Why there are no more.
+    finish_reason: FinishReason,
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum FinishReason {
+    /// At the end of a sentence.
+    Stop,
+    /// It has as many words as were asked for.
+    Length,
+}
+
+/// A part of a text.
+#[derive(Serialize)]
+struct Chunk<'t> {
+    text: &'t str,
+}
+
+/// The pipeline.
+pub struct Bigram {
+    corpus: PathBuf,
+    model: Model,
+}
+
+/// A text that grows.
+pub struct Draft {
+    last: Word,
+    random: fastrand::Rng,
+    text: String,
+    /// So much of it has gone to the caller.
+    sent_bytes: usize,
+    tokens: usize,
+    tokens_max: usize,
+    outcome: Option<Outcome<FinishReason>>,
+}
+
+impl Draft {
+    /// Adds a word.
+    fn grow(&mut self, model: &Model) {
+        let next = model.next(self.last, &mut self.random);
+        self.text.push_str(model.text_of(next));
+        self.last = next;
+        self.tokens += 1;
+        if model.ends_a_sentence(next) {
+            self.outcome = Some(Ok(FinishReason::Stop));
+        } else if self.tokens == self.tokens_max {
+            self.outcome = Some(Ok(FinishReason::Length));
+        }
+    }
+
+    /// Sends what its caller doesn't have yet. Nobody waits for one who reads slowly: the words gather in the next chunk, and all are in the
+    /// output.
+    fn send(&mut self, item: usize, chunks: &mut Chunks<'_>) {
+        match chunks.try_send(item, &Chunk { text: &self.text[self.sent_bytes..] }) {
+            Ok(true) => self.sent_bytes = self.text.len(),
+            Ok(false) => {}
+            Err(error) => self.outcome = Some(Err(error)),
+        }
+    }
+
+    fn into_outcome(self) -> Outcome<Output> {
+        let Self { text, tokens, outcome, .. } = self;
+        let finish_reason = outcome.expect("the loop ends when each has one")?;
+        Ok(Output { text, tokens, finish_reason })
+    }
+}
+
+impl InferencePipeline for Bigram {
+    type Settings = Settings;
+    type Input = Input;
+    type Output = Output;
+    type Preprocessed = Vec<Draft>;
+    type RawOutput = Vec<Draft>;
+
+    fn load(ctx: LoadContext<Settings>) -> Result<Self, PipelineError> {
+        let corpus = ctx.all_model_data_folder().join(&ctx.settings().corpus);
+        Ok(Self { model: learn(&corpus)?, corpus })
+    }
+
+    fn validate(&self, input: &Input) -> Result<(), Invalid> {
+        match input.tokens_max {
+            Some(found) if !(1..=TOKENS_MAX).contains(&found) => {
+                Err(Invalid::new(format!("expected 1 to {TOKENS_MAX}, found {found}")).at("tokens_max"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn cost(&self, input: &Input) -> u64 {
+        input.tokens_max.unwrap_or(TOKENS) as u64
+    }
+
+    fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Draft>, PipelineError> {
+        let draft = |input: &Input| Draft {
+            last: self.model.last_of(&input.prompt),
+            random: fastrand::Rng::with_seed(input.seed),
+            text: String::new(),
+            sent_bytes: 0,
+            tokens: 0,
+            tokens_max: input.tokens_max.unwrap_or(TOKENS),
+            outcome: None,
+        };
+        Ok(inputs.iter().map(draft).collect())
+    }
+
+    fn predict(&self, _: &[Input], drafts: Vec<Draft>) -> Result<Vec<Draft>, PipelineError> {
+        // A larger model would read the prompts here; each word is a prediction of its own, below.
+        Ok(drafts)
+    }
+
+    fn postprocess(
+        &self,
+        inputs: &[Input],
+        drafts: Vec<Draft>,
+    ) -> Result<Vec<Outcome<Output>>, PipelineError> {
+        self.postprocess_stream(inputs, drafts, &mut Chunks::unwanted())
+    }
+
+    fn postprocess_stream(
+        &self,
+        _: &[Input],
+        mut drafts: Vec<Draft>,
+        chunks: &mut Chunks<'_>,
+    ) -> Result<Vec<Outcome<Output>>, PipelineError> {
+        while drafts.iter().any(|draft| draft.outcome.is_none()) {
+            for (item, draft) in drafts.iter_mut().enumerate().filter(|(_, draft)| draft.outcome.is_none()) {
+                draft.grow(&self.model);
+                draft.send(item, chunks);
+            }
+        }
+        Ok(drafts.into_iter().map(Draft::into_outcome).collect())
+    }
+
+    fn on_volume_reload(&mut self, _: &VolumeReload) -> Result<(), PipelineError> {
+        self.model = learn(&self.corpus)?;
+        Ok(())
+    }
+}
+
+fn learn(corpus: &PathBuf) -> Result<Model, PipelineError> {
+    let reading = || format!("reading the text {}", corpus.display());
+    let text = fs::read_to_string(corpus).map_err(|error| PipelineError::from(error).context(reading()))?;
+    Model::learn(&text)
+        .ok_or_else(|| PipelineError::permanent("expected a text of two words at least").context(reading()))
+}
+
+export_pipeline!(Bigram);
+
+#[cfg(test)]
+mod tests {
+    use modalkit_sdk::testkit::{LoadedPipeline, TestKit};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn model() -> LoadedPipeline<Bigram> {
+        let kit = TestKit::new().all_model_data_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/model"));
+        kit.settings(json!({"corpus": "harbour.corpus"})).load().unwrap()
+    }
+
+    fn inputs() -> Vec<Value> {
+        (0..8).map(|seed| json!({"prompt": "The keeper", "seed": seed, "tokens_max": 5 + seed})).collect()
+    }
+
+    #[test]
+    fn chunks_together_are_the_output_that_callers_get_whole() {
+        let model = model();
+        let whole = model.run_json(&inputs());
+        for ((chunks, output), whole) in model.stream_json(&inputs()).into_iter().zip(whole) {
+            let (output, whole) = (output.unwrap(), whole.unwrap());
+            let texts: Vec<&str> = chunks.iter().map(|chunk| chunk["text"].as_str().unwrap()).collect();
+            assert_eq!(texts.concat(), output["text"].as_str().unwrap());
+            assert_eq!((output["tokens"].as_u64().unwrap() as usize, &output), (chunks.len(), &whole));
+        }
+    }
+
+    #[test]
+    fn a_text_ends_with_its_sentence_or_its_length_or_when_its_caller_leaves() {
+        let model = model();
+        for answer in model.run_json(&inputs()) {
+            let answer = answer.unwrap();
+            let ended = answer["text"].as_str().unwrap().ends_with(['.', '"']);
+            assert_eq!(answer["finish_reason"] == "stop", ended, "{answer}");
+        }
+        let long =
+            [json!({"prompt": "no such word", "tokens_max": 4096, "seed": 1}), json!({"tokens_max": 0})];
+        let mut answers = model.stream_json_until(&long, 2);
+        let (none, refused) = answers.pop().unwrap();
+        assert!(
+            none.is_empty() && refused.unwrap_err().to_string().contains("tokens_max: expected 1 to 4096")
+        );
+        let (chunks, left) = answers.pop().unwrap();
+        assert_eq!((chunks.len(), left.unwrap_err().is_retryable()), (2, true));
+    }
+
+    #[test]
+    fn a_text_without_two_words_is_refused_and_a_new_one_is_learnt() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.corpus");
+        fs::write(&file, "word").unwrap();
+        let kit = TestKit::new().all_model_data_folder(folder.path()).settings(json!({"corpus": "a.corpus"}));
+        let refused = kit.load::<Bigram>().err().unwrap().to_string();
+        assert!(refused.contains("a.corpus: expected a text of two words at least"), "{refused}");
+        fs::write(&file, "One two.").unwrap();
+        let model = kit.load::<Bigram>().unwrap();
+        assert_eq!(model.run_json(&[json!({})])[0].as_ref().unwrap()["text"], " One two.");
+        fs::write(&file, "Three four.").unwrap();
+        model.volume_reload(&VolumeReload::new("models", folder.path(), ["a.corpus"])).unwrap();
+        assert_eq!(model.run_json(&[json!({})])[0].as_ref().unwrap()["text"], " Three four.");
+    }
+}
