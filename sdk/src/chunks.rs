@@ -1,6 +1,6 @@
 //! Chunks: parts of an item's output that its caller gets before the end. It knows neither how they are sent nor what is in them.
 
-use modalkit_abi::{ChunkState, Interest};
+use modalkit_abi::{ChunkResult, Interest, WhenFull};
 use serde::Serialize;
 use serde_json::Serializer;
 
@@ -8,32 +8,38 @@ use crate::{Outcome, PipelineError, finite::Finite};
 
 /// Sends parts of outputs to callers who want them as they come (`POST /predict_stream`), by the item's place in the batch.
 ///
-/// Callers who want the output whole, and jobs, get no chunks: for them sending costs next to nothing. An `Err` is about one item: it is that item's
-/// outcome, and the others go on. [`crate::InferencePipeline::postprocess_stream`] has an example.
+/// Callers who want the output whole, and jobs, get no chunks: for them sending costs next to nothing. An `Err` is about one item: put it in the place of
+/// that item's outcome, and go on with the others. (Returned for the whole batch, it fails the neighbours as well.)
+/// [`crate::InferencePipeline::postprocess_stream`] has an example.
 pub struct Chunks<'b> {
-    listener: Option<&'b mut dyn Listener>,
+    sink: Option<&'b mut dyn ChunkSink>,
     /// One chunk's JSON; kept, since there are many.
     json: Vec<u8>,
 }
 
 /// Who takes the chunks of a batch.
-pub(crate) trait Listener {
+pub(crate) trait ChunkSink: Send {
     fn interest(&mut self, item: usize) -> Interest;
-    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkState;
+    fn chunk(&mut self, item: usize, json: &[u8], when_full: WhenFull) -> ChunkResult;
 }
 
 impl<'b> Chunks<'b> {
-    pub(crate) fn of(listener: &'b mut dyn Listener) -> Self {
-        Self { listener: Some(listener), json: Vec::new() }
+    pub(crate) fn of(sink: &'b mut dyn ChunkSink) -> Self {
+        Self { sink: Some(sink), json: Vec::new() }
     }
 
-    /// Goes nowhere: with it a pipeline's `postprocess` is its `postprocess_stream`.
+    /// Chunks that go nowhere: with them a pipeline's `postprocess` is its `postprocess_stream`.
     #[must_use]
-    pub fn unwanted() -> Self {
-        Self { listener: None, json: Vec::new() }
+    pub fn discarding() -> Self {
+        Self { sink: None, json: Vec::new() }
     }
 
-    /// Whether the item's caller wants chunks. Only what it costs to make one is saved by asking: [`Chunks::send`] asks as well.
+    /// Made by [`Chunks::discarding`].
+    pub(crate) fn are_discarded(&self) -> bool {
+        self.sink.is_none()
+    }
+
+    /// Whether the item's caller wants chunks. [`Chunks::send`] asks as well: only what it costs to make one is saved.
     pub fn are_wanted(&mut self, item: usize) -> bool {
         self.interest(item) == Interest::CHUNKS
     }
@@ -43,13 +49,16 @@ impl<'b> Chunks<'b> {
         self.interest(item) == Interest::NOTHING
     }
 
-    /// Sends a part of an item's output: whatever serde writes as JSON. It waits for a caller who reads slower than chunks come, and with it the whole
-    /// batch waits; for how long, altogether, the host says (`stream_wait_seconds`).
+    /// Sends a part of an item's output: whatever serde writes as JSON. Where its caller has not read what came before, it waits, and with it the
+    /// whole batch, until that caller reads, leaves, or is cut off (`stream_wait_seconds`).
     ///
     /// # Errors
     /// The item's outcome: nobody waits for it any more, or the chunk can't be written as JSON.
     pub fn send(&mut self, item: usize, chunk: &(impl Serialize + ?Sized)) -> Outcome<()> {
-        self.put(item, chunk, true).map(drop)
+        match self.put(item, chunk, WhenFull::WAIT)? {
+            true => Ok(()),
+            false => Err(PipelineError::permanent("the host neither took a chunk nor gave its caller up")),
+        }
     }
 
     /// As [`Chunks::send`], and never waits: `false` where the caller has no room for it now. What wasn't taken belongs into the next chunk.
@@ -57,26 +66,26 @@ impl<'b> Chunks<'b> {
     /// # Errors
     /// As [`Chunks::send`].
     pub fn try_send(&mut self, item: usize, chunk: &(impl Serialize + ?Sized)) -> Outcome<bool> {
-        self.put(item, chunk, false)
+        self.put(item, chunk, WhenFull::RETURN)
     }
 
     fn interest(&mut self, item: usize) -> Interest {
-        self.listener.as_mut().map_or(Interest::OUTCOME, |listener| listener.interest(item))
+        self.sink.as_mut().map_or(Interest::OUTCOME, |sink| sink.interest(item))
     }
 
-    fn put(&mut self, item: usize, chunk: &(impl Serialize + ?Sized), waits: bool) -> Outcome<bool> {
+    fn put(&mut self, item: usize, chunk: &(impl Serialize + ?Sized), when_full: WhenFull) -> Outcome<bool> {
         let interest = self.interest(item);
-        let Some(listener) = self.listener.as_mut().filter(|_| interest == Interest::CHUNKS) else {
+        let Some(sink) = self.sink.as_mut().filter(|_| interest == Interest::CHUNKS) else {
             return if interest == Interest::NOTHING { Err(abandoned()) } else { Ok(true) };
         };
         self.json.clear();
         Finite(chunk).serialize(&mut Serializer::new(&mut self.json)).map_err(|error| {
             PipelineError::permanent(format!("a chunk can't be written as JSON: {error}"))
         })?;
-        match listener.chunk(item, &self.json, waits) {
-            ChunkState::FULL => Ok(false),
-            ChunkState::UNWANTED => Err(abandoned()),
-            _ => Ok(true),
+        match sink.chunk(item, &self.json, when_full) {
+            ChunkResult::TAKEN => Ok(true),
+            ChunkResult::FULL => Ok(false),
+            _ => Err(abandoned()),
         }
     }
 }
@@ -92,18 +101,18 @@ mod tests {
     /// Has room for one chunk.
     struct Narrow(Vec<String>);
 
-    impl Listener for Narrow {
+    impl ChunkSink for Narrow {
         fn interest(&mut self, item: usize) -> Interest {
             if item == 0 { Interest::CHUNKS } else { Interest(999) }
         }
 
-        fn chunk(&mut self, _: usize, json: &[u8], waits: bool) -> ChunkState {
-            match (self.0.len(), waits) {
+        fn chunk(&mut self, _: usize, json: &[u8], when_full: WhenFull) -> ChunkResult {
+            match (self.0.len(), when_full) {
                 (0, _) => self.0.push(String::from_utf8_lossy(json).into_owned()),
-                (_, false) => return ChunkState::FULL,
-                (_, true) => return ChunkState::UNWANTED,
+                (_, WhenFull::RETURN) => return ChunkResult::FULL,
+                _ => return ChunkResult::UNWANTED,
             }
-            ChunkState::TAKEN
+            ChunkResult::TAKEN
         }
     }
 
@@ -124,7 +133,7 @@ mod tests {
         let error = chunks.send(0, &[1.0, f64::NAN]).unwrap_err().to_string();
         assert!(error.contains("a chunk can't be written as JSON: expected a finite number"), "{error}");
         assert!(chunks.send(1, &f64::NAN).is_ok() && !chunks.are_wanted(1) && !chunks.is_abandoned(1));
-        assert!(Chunks::unwanted().send(0, &f64::NAN).is_ok());
+        assert!(Chunks::discarding().send(0, &f64::NAN).is_ok());
         assert!(narrow.0.is_empty());
     }
 }

@@ -8,9 +8,9 @@ use std::{
 };
 
 use modalkit_abi::{
-    ABI_MAJOR, BatchHandle, ChunkState, DecodedItem, EventSinkRef, Failure, FailureKind, Features, Handshake,
-    HostApiRef, InstanceHandle, Interest, ItemHandle, LogLevel, MAGIC, Measure, Needs, PluginModule,
-    PluginModuleRef, SinkHandle, StaticStr, Tensor,
+    ABI_MAJOR, BatchHandle, ChunkResult, DecodedItem, EventSinkRef, Failure, FailureKind, Features,
+    Handshake, HostApiRef, InstanceHandle, Interest, ItemHandle, LogLevel, MAGIC, Measure, Needs,
+    PluginModule, PluginModuleRef, SinkHandle, StaticStr, Tensor, WhenFull,
     abi_stable::{
         abi_stability::StableAbi,
         library::{LibHeader, RootModuleResult},
@@ -24,7 +24,7 @@ use serde_json::json;
 
 use crate::{
     Chunks, ErrorKind, InferencePipeline, PipelineError, VolumeReload,
-    chunks::Listener,
+    chunks::ChunkSink,
     context::parse_settings,
     device::kind_of_text,
     document,
@@ -284,7 +284,7 @@ unsafe extern "C" fn postprocess<P: InferencePipeline>(
     let batch = unsafe { batch_mut::<P>(batch) };
     serving(&batch.model);
     guarded(|| {
-        let mut host = Host { handle, sink };
+        let mut host = HostSink { handle, sink };
         for (item, outcome) in batch.postprocess(&mut Chunks::of(&mut host))?.into_iter().enumerate() {
             match batch.render(item, outcome) {
                 // SAFETY: the handle that goes with the table, on the thread and in the call that it was given for.
@@ -303,20 +303,21 @@ unsafe extern "C" fn postprocess<P: InferencePipeline>(
 }
 
 /// The host as it takes the chunks of a batch; made and dropped within one call of `postprocess`.
-struct Host {
+struct HostSink {
     handle: SinkHandle,
     sink: EventSinkRef,
 }
 
-impl Listener for Host {
+impl ChunkSink for HostSink {
     fn interest(&mut self, item: usize) -> Interest {
-        // SAFETY: the handle that goes with the table, on the thread and in the call that it was given for: `Chunks` can't leave either.
+        // SAFETY: the handle that goes with the table, within the call that it was given for, which `Chunks` can't leave, and one call at a time, as
+        // `&mut self` says.
         unsafe { self.sink.interest()(self.handle, item) }
     }
 
-    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkState {
+    fn chunk(&mut self, item: usize, json: &[u8], when_full: WhenFull) -> ChunkResult {
         // SAFETY: as above.
-        unsafe { self.sink.chunk()(self.handle, item, json.into(), waits) }
+        unsafe { self.sink.chunk()(self.handle, item, json.into(), when_full) }
     }
 }
 

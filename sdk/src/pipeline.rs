@@ -259,7 +259,7 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// always calls this one. Where a pipeline doesn't have it, it is `postprocess`, and such callers get the output as the one event of their stream.
     ///
     /// Outputs are whole here too: callers who don't stream, and jobs, get nothing else. So a pipeline that streams adds up what it sends, and its
-    /// `postprocess` is this with [`Chunks::unwanted`]. Where making the output is what takes the time (a decoder's loop), `predict` prepares and the loop stands
+    /// `postprocess` is this with [`Chunks::discarding`]. Where making the output is what takes the time (a decoder's loop), `predict` prepares and the loop stands
     /// here; an item whose caller has left ends early, whether it streamed or not.
     ///
     /// ```
@@ -283,7 +283,7 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// #     fn predict(&self, _: &[Input], (): ()) -> Result<(), PipelineError> { Ok(()) }
     ///
     /// fn postprocess(&self, inputs: &[Input], raw: ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
-    ///     self.postprocess_stream(inputs, raw, &mut Chunks::unwanted())
+    ///     self.postprocess_stream(inputs, raw, &mut Chunks::discarding())
     /// }
     ///
     /// fn postprocess_stream(
@@ -321,7 +321,12 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         raw_output: Self::RawOutput,
         chunks: &mut Chunks<'_>,
     ) -> Result<Vec<Outcome<Self::Output>>, PipelineError> {
-        let _ = chunks;
+        // Called by such a `postprocess`, where there is no other `postprocess_stream`: the two would call each other without end.
+        if chunks.are_discarded() {
+            return Err(PipelineError::permanent(
+                "`postprocess` calls `postprocess_stream`, which this pipeline doesn't have: implement it, or `postprocess` without it",
+            ));
+        }
         self.postprocess(inputs, raw_output)
     }
 

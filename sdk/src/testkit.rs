@@ -4,12 +4,12 @@
 
 use std::{mem, path::PathBuf};
 
-use modalkit_abi::{ChunkState, Interest};
+use modalkit_abi::{ChunkResult, Interest, WhenFull};
 use serde_json::{Value, json, value::to_raw_value};
 
 use crate::{
     Chunks, Device, InferencePipeline, Invalid, Outcome, PipelineError, Tensor, VolumeReload,
-    chunks::Listener,
+    chunks::ChunkSink,
     context::Secrets,
     document,
     instance::{Batch, Instance, Item, Refusal, Rendered},
@@ -151,24 +151,79 @@ fn json_of(rendered: Rendered) -> Outcome<Value> {
     }
 }
 
-/// Callers of a batch who want chunks, each of them so many.
-struct Readers {
-    /// By the item's place in the batch.
-    chunks: Vec<Vec<Value>>,
-    chunks_max: usize,
+/// What a caller who wants chunks does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Takes the next one.
+    Reads,
+    /// Has no room for one now: `try_send` says so, and `send` waits in vain.
+    Lags,
+    /// Nobody is there any more.
+    Left,
 }
 
-impl Listener for Readers {
-    fn interest(&mut self, item: usize) -> Interest {
-        match self.chunks.get(item) {
-            Some(chunks) if chunks.len() < self.chunks_max => Interest::CHUNKS,
-            Some(_) | None => Interest::NOTHING,
-        }
+/// The callers of one batch.
+trait BatchReaders: ChunkSink {
+    /// The batch has so many items.
+    fn begin(&mut self, items: usize);
+}
+
+/// Nobody wants chunks.
+struct NoReaders;
+
+impl BatchReaders for NoReaders {
+    fn begin(&mut self, _: usize) {}
+}
+
+impl ChunkSink for NoReaders {
+    fn interest(&mut self, _: usize) -> Interest {
+        Interest::OUTCOME
     }
 
-    fn chunk(&mut self, item: usize, json: &[u8], _: bool) -> ChunkState {
-        self.chunks[item].push(serde_json::from_slice(json).expect("a chunk is JSON"));
-        ChunkState::TAKEN
+    fn chunk(&mut self, _: usize, _: &[u8], _: WhenFull) -> ChunkResult {
+        ChunkResult::TAKEN
+    }
+}
+
+/// Everybody wants chunks.
+struct Readers<R> {
+    /// By the item's place in the batch.
+    chunks: Vec<Vec<Value>>,
+    reader: R,
+}
+
+impl<R: FnMut(usize, usize) -> Reader + Send> BatchReaders for Readers<R> {
+    fn begin(&mut self, items: usize) {
+        self.chunks.resize(items, Vec::new());
+    }
+}
+
+impl<R: FnMut(usize, usize) -> Reader + Send> Readers<R> {
+    /// # Panics
+    /// Where there is no such item: a chunk would be another caller's, or nobody's.
+    fn does(&mut self, item: usize) -> Reader {
+        let items = self.chunks.len();
+        let Some(chunks) = self.chunks.get(item) else {
+            panic!("a chunk of item {item} in a batch of {items}: items are named by their places, from 0");
+        };
+        (self.reader)(item, chunks.len())
+    }
+}
+
+impl<R: FnMut(usize, usize) -> Reader + Send> ChunkSink for Readers<R> {
+    fn interest(&mut self, item: usize) -> Interest {
+        if self.does(item) == Reader::Left { Interest::NOTHING } else { Interest::CHUNKS }
+    }
+
+    fn chunk(&mut self, item: usize, json: &[u8], when_full: WhenFull) -> ChunkResult {
+        match self.does(item) {
+            Reader::Reads => {
+                self.chunks[item].push(serde_json::from_slice(json).expect("a chunk is JSON"));
+                ChunkResult::TAKEN
+            }
+            Reader::Lags if when_full == WhenFull::RETURN => ChunkResult::FULL,
+            Reader::Lags | Reader::Left => ChunkResult::UNWANTED,
+        }
     }
 }
 
@@ -213,7 +268,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         for item in &items {
             self.instance.validate(item).map_err(Refusal::into_error)?;
         }
-        self.stages(items, &mut Chunks::unwanted()).map(|(_, outcomes)| outcomes)
+        self.stages(items, &mut NoReaders).map(|(_, outcomes)| outcomes)
     }
 
     /// Runs a batch of JSON inputs and gives the outputs, which are what a caller reads beside `status`. As for callers that come one by one,
@@ -222,27 +277,30 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
     #[must_use]
     pub fn run_json(&self, inputs: &[Value]) -> Vec<Outcome<Value>> {
         let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
-        answers(self.run_items(parsed, &mut Chunks::unwanted(), json_of))
+        answers(self.run_items(parsed, &mut NoReaders, json_of))
     }
 
     /// As [`LoadedPipeline::run_json`], for callers who want chunks: what they get before the output, and the output.
     #[must_use]
     pub fn stream_json(&self, inputs: &[Value]) -> Vec<(Vec<Value>, Outcome<Value>)> {
-        self.stream_json_until(inputs, usize::MAX)
+        self.stream_json_to(inputs, |_, _| Reader::Reads)
     }
 
-    /// As [`LoadedPipeline::stream_json`], for callers of whom each leaves with so many chunks: what a pipeline does then.
+    /// As [`LoadedPipeline::stream_json`], for callers who may be slow, or leave: `reader` says what one does, by the item's place in the batch and the number
+    /// of chunks that it has got.
     #[must_use]
-    pub fn stream_json_until(
+    pub fn stream_json_to(
         &self,
         inputs: &[Value],
-        chunks_max: usize,
+        reader: impl FnMut(usize, usize) -> Reader + Send,
     ) -> Vec<(Vec<Value>, Outcome<Value>)> {
         let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
-        let mut readers = Readers { chunks: vec![Vec::new(); inputs.len()], chunks_max };
-        let answers = self.run_items(parsed, &mut Chunks::of(&mut readers), json_of);
-        let mut chunks = |place: Option<usize>| place.map(|place| mem::take(&mut readers.chunks[place]));
-        answers.into_iter().map(|(place, answer)| (chunks(place).unwrap_or_default(), answer)).collect()
+        let mut readers = Readers { chunks: Vec::new(), reader };
+        let answers = self.run_items(parsed, &mut readers, json_of);
+        let mut chunks = |place: usize| readers.chunks.get_mut(place).map(mem::take).unwrap_or_default();
+        let answer =
+            |(place, answer): (Option<usize>, _)| (place.map(&mut chunks).unwrap_or_default(), answer);
+        answers.into_iter().map(answer).collect()
     }
 
     /// Runs a batch of inputs that are made of tensors and gives the outputs' tensors. Names, datatypes and shapes are held against
@@ -267,14 +325,14 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
             }
             Rendered::Json(_) => unreachable!("every item was made of tensors"),
         };
-        answers(self.run_items(made, &mut Chunks::unwanted(), read))
+        answers(self.run_items(made, &mut NoReaders, read))
     }
 
     /// What became of each input, and its place in the batch; none of one that was refused.
     fn run_items<T>(
         &self,
         items: impl Iterator<Item = Result<Item<P>, Refusal>>,
-        chunks: &mut Chunks<'_>,
+        readers: &mut dyn BatchReaders,
         read: impl Fn(Rendered) -> Outcome<T>,
     ) -> Vec<(Option<usize>, Outcome<T>)> {
         let (mut places, mut batch) = (Vec::new(), Vec::new());
@@ -286,7 +344,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
             }));
         }
         let size = batch.len();
-        let outcomes: Vec<Outcome<Rendered>> = match self.stages(batch, chunks) {
+        let outcomes: Vec<Outcome<Rendered>> = match self.stages(batch, readers) {
             Ok((batch, outcomes)) => {
                 let outcomes = outcomes.into_iter().enumerate();
                 outcomes.map(|(place, outcome)| batch.render(place, outcome)).collect()
@@ -306,12 +364,13 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
     fn stages(
         &self,
         items: Vec<Item<P>>,
-        chunks: &mut Chunks<'_>,
+        readers: &mut dyn BatchReaders,
     ) -> Result<(Batch<P>, Vec<Outcome<P::Output>>), PipelineError> {
+        readers.begin(items.len());
         let mut batch = self.instance.begin(items.into_iter());
         batch.preprocess()?;
         batch.predict()?;
-        let outcomes = batch.postprocess(chunks)?;
+        let outcomes = batch.postprocess(&mut Chunks::of(readers))?;
         Ok((batch, outcomes))
     }
 

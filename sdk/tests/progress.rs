@@ -51,7 +51,7 @@ impl InferencePipeline for Roots {
     }
 
     fn postprocess(&self, inputs: &[Input], (): ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
-        self.postprocess_stream(inputs, (), &mut Chunks::unwanted())
+        self.postprocess_stream(inputs, (), &mut Chunks::discarding())
     }
 
     fn postprocess_stream(

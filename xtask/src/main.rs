@@ -8,6 +8,7 @@ mod brokers;
 mod build;
 mod check;
 mod dependencies;
+mod freeze;
 mod gpu;
 mod new_plugin;
 mod python;
@@ -32,6 +33,7 @@ cargo xtask COMMAND
   brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, dependencies, then every test
   audit                         what is linked in: published advisories, yanked versions, licences, bans and sources
+  freeze                        keep the SDK as it is for tests/compat, once for each minor number of the ABI
   bench [WORKLOAD...]           compare with bare hyper: echo, batched, big, tensors
                                 (--rounds N, --seconds N, default 5 and 4; --against FOLDER: beside the host and the
                                 plugins in it as well, such as target/release of another checkout)
@@ -113,6 +115,10 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
         "audit" => {
             nothing_else(&args)?;
             dependencies::audit()?;
+        }
+        "freeze" => {
+            nothing_else(&args)?;
+            freeze::run()?;
         }
         "gpu-test" => {
             nothing_else(&args)?;

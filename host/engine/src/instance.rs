@@ -133,10 +133,10 @@ pub enum Interest {
 
 /// What became of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChunkState {
+pub enum ChunkResult {
     /// It goes to the caller, or to nobody where the caller wants none.
     Taken,
-    /// As many wait as may, until the caller reads on: it was not taken.
+    /// The caller's queue is full: it was not taken.
     Full,
     /// Nobody wants anything of this item any more: it was not taken.
     Unwanted,
@@ -144,12 +144,13 @@ pub enum ChunkState {
 
 /// Takes what comes of a batch's items, which are named by their place in it, from 0: any number of chunks, then one outcome. Which items there are,
 /// and how often one ends, is the plugin's word: compare.
-pub trait EventSink {
-    /// What the item's caller wants to have now; nothing of what is no item.
+pub trait EventSink: Send {
+    /// What the item's caller wants to have now; nothing of what is no item, or has ended.
     fn interest(&mut self, item: usize) -> Interest;
 
-    /// A part of the item's output before its end: a JSON value. With `waits`, it is waited for a caller who reads slowly, within limits.
-    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState;
+    /// A part of the item's output before its end: a JSON value. With `waits`, it is waited for a caller whose queue is full, within limits, and the
+    /// result is never [`ChunkResult::Full`].
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult;
 
     /// The item's outcome.
     fn end(&mut self, item: usize, outcome: Outcome);

@@ -22,7 +22,7 @@ mod tensor;
 pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
 pub use instance::{
-    Batch, ChunkState, Decoded, EventSink, Foreign, Input, Instance, Interest, Measure, Outcome, Payload,
+    Batch, ChunkResult, Decoded, EventSink, Foreign, Input, Instance, Interest, Measure, Outcome, Payload,
 };
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};

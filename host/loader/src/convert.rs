@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use modalkit_abi::{Buffer, FailureKind as Kind, abi_stable::std_types::RResult};
 use modalkit_engine::{
-    ChunkState, Datatype, Failure, FailureKind, Interest, LogLevel, Measure, Rejection, Tensor,
+    ChunkResult, Datatype, Failure, FailureKind, Interest, LogLevel, Measure, Rejection, Tensor,
 };
 
 use crate::document;
@@ -49,11 +49,11 @@ pub(crate) fn interest_of_plugins(interest: Interest) -> modalkit_abi::Interest 
     }
 }
 
-pub(crate) fn chunk_state_of_plugins(state: ChunkState) -> modalkit_abi::ChunkState {
-    match state {
-        ChunkState::Taken => modalkit_abi::ChunkState::TAKEN,
-        ChunkState::Full => modalkit_abi::ChunkState::FULL,
-        ChunkState::Unwanted => modalkit_abi::ChunkState::UNWANTED,
+pub(crate) fn chunk_result_of_plugins(result: ChunkResult) -> modalkit_abi::ChunkResult {
+    match result {
+        ChunkResult::Taken => modalkit_abi::ChunkResult::TAKEN,
+        ChunkResult::Full => modalkit_abi::ChunkResult::FULL,
+        ChunkResult::Unwanted => modalkit_abi::ChunkResult::UNWANTED,
     }
 }
 

@@ -8,15 +8,15 @@ use std::{
 
 use bytes::Bytes;
 use modalkit_abi::{
-    BatchHandle, EventSinkRef, InstanceHandle, ItemHandle, SinkHandle, Tensor,
+    BatchHandle, EventSinkRef, InstanceHandle, ItemHandle, SinkHandle, Tensor, WhenFull,
     abi_stable::{
         prefix_type::PrefixTypeTrait,
         std_types::{ROption, RSlice, RStr, RString, RVec},
     },
 };
 use modalkit_engine::{
-    Batch, ChunkState, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, Interest, Measure,
-    Outcome, Payload, Rejection, Signature,
+    Batch, ChunkResult, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, Interest,
+    Measure, Outcome, Payload, Rejection, Signature,
 };
 use parking_lot::RwLock;
 
@@ -202,7 +202,7 @@ impl Batch for LibraryBatch<'_> {
     fn postprocess(&mut self, mut events: &mut dyn EventSink) -> Result<(), Failure> {
         let _code = Entered::new(&self.instance.model, "postprocess");
         let sink = SinkHandle::from_raw((&raw mut events).cast());
-        // SAFETY: as in `preprocess`; the plugin calls the sink on this thread and in this call, while `events` is borrowed for nothing else.
+        // SAFETY: as in `preprocess`; the plugin calls the sink within this call and one call at a time, while `events` is borrowed for nothing else.
         convert::result(unsafe { self.instance.library.module().postprocess()(self.handle, sink, *SINK) })
     }
 }
@@ -250,12 +250,12 @@ unsafe extern "C" fn take_chunk(
     sink: SinkHandle,
     item: usize,
     json: RSlice<'_, u8>,
-    waits: bool,
-) -> modalkit_abi::ChunkState {
-    let json = Bytes::copy_from_slice(json.as_slice());
+    when_full: WhenFull,
+) -> modalkit_abi::ChunkResult {
+    let waits = when_full == WhenFull::WAIT;
     // SAFETY: by the plugin's promise.
-    let state = unsafe { with_sink(sink, |events| events.chunk(item, json, waits)) };
-    convert::chunk_state_of_plugins(state.unwrap_or(ChunkState::Unwanted))
+    let result = unsafe { with_sink(sink, |events| events.chunk(item, json.as_slice(), waits)) };
+    convert::chunk_result_of_plugins(result.unwrap_or(ChunkResult::Unwanted))
 }
 
 /// Gives an outcome to the host. Where that panics the item has no outcome, which fails its batch.
@@ -270,7 +270,7 @@ unsafe fn end(sink: SinkHandle, item: usize, outcome: impl FnOnce() -> Outcome) 
 /// Calls the host. No panic goes back through the plugin: there is nothing then.
 ///
 /// # Safety
-/// The handle is one that `postprocess` has made, its call has not returned, and this is its thread.
+/// The handle is one that `postprocess` has made, its call has not returned, and no other call with the handle runs.
 unsafe fn with_sink<T>(sink: SinkHandle, call: impl FnOnce(&mut dyn EventSink) -> T) -> Option<T> {
     // SAFETY: by the caller's promise.
     let events = unsafe { &mut **sink.into_raw().cast::<&mut dyn EventSink>() };

@@ -209,9 +209,8 @@ layer! {
         container_idle_timeout: Count<1, 4_294_967_295> = Count(180);
         /// Seconds that a batch may run until its callers get a 504 and its replica is replaced.
         batch_timeout_seconds: Seconds = Seconds(300.0);
-        /// Seconds that a batch waits, altogether, for callers of `/predict_stream` who read their chunks slower than they come, at most half of
-        /// `batch_timeout_seconds`; then those are cut off.
-        stream_wait_seconds: SecondsOrZero = SecondsOrZero(10.0);
+        /// Seconds that a batch waits for a caller of `/predict_stream` who reads none of its chunks; then that caller is cut off.
+        stream_wait_seconds: Seconds = Seconds(10.0);
         /// Replicas that may hang in a batch until the model is given up.
         stuck_replicas_max: Count<0, MAX_REPLICAS> = Count(2);
         /// Seconds that a pipeline's `load` and `warmup` together may take, and each of its `on_volume_reload`.

@@ -180,7 +180,7 @@ impl Resolver<'_> {
             batches_in_flight: batches as usize,
             idle_timeout: Duration::from_secs(deployment.container_idle_timeout().0),
             batch_timeout: deployment.batch_timeout_seconds().duration(),
-            stream_wait: Duration::from_secs_f64(deployment.stream_wait_seconds().0),
+            stream_wait: deployment.stream_wait_seconds().duration(),
             stuck_max: deployment.stuck_replicas_max().0 as usize,
             load_timeout: deployment.load_timeout_seconds().duration(),
         }

@@ -541,7 +541,7 @@ pub struct Replicas {
     pub idle_timeout: Duration,
     /// How long a batch may run until its replica is given up.
     pub batch_timeout: Duration,
-    /// How long a batch waits, altogether, for callers who read their chunks slower than they come.
+    /// How long a batch waits for a caller who reads none of its chunks.
     pub stream_wait: Duration,
     /// Given-up replicas whose threads have not come back.
     pub stuck_max: usize,

@@ -11,11 +11,11 @@ pub enum Body {
     /// It is there.
     Whole(Answer),
     /// It comes bit by bit.
-    Stream(Box<dyn Stream>),
+    Stream(Box<dyn BodyStream>),
 }
 
 /// A body that comes bit by bit. Dropped before its end, its caller has left.
-pub trait Stream: Send {
+pub trait BodyStream: Send {
     /// The next bytes, some at least; `None` behind the last ones.
     fn poll_next(&mut self, task: &mut Context<'_>) -> Poll<Option<Bytes>>;
 }

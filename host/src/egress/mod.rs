@@ -29,7 +29,7 @@ use crate::{
     work::{Detail, JobError, Reply},
 };
 
-pub use body::{Body, Stream};
+pub use body::{Body, BodyStream};
 
 /// What this host sends: JSON, where it doesn't name another type.
 pub type HttpResponse = Response<Body>;
@@ -79,7 +79,7 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
 
 /// The beginning of an answer to `/predict_stream`.
 #[must_use]
-pub fn events(stream: Box<dyn Stream>) -> HttpResponse {
+pub fn events(stream: Box<dyn BodyStream>) -> HttpResponse {
     let mut response = Response::new(Body::Stream(stream));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(EVENT_STREAM));
@@ -247,7 +247,7 @@ fn status_of(job_error: &JobError) -> StatusCode {
         JobError::Conflict(_) => StatusCode::CONFLICT,
         JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
         JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
-        JobError::ReadTooSlowly(_) => StatusCode::REQUEST_TIMEOUT,
+        JobError::StoppedReading(_) => StatusCode::REQUEST_TIMEOUT,
         JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
         JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
             StatusCode::UNPROCESSABLE_ENTITY
@@ -371,7 +371,7 @@ mod tests {
             (JobError::Unavailable(String::new()), 503),
             (JobError::DeadlinePassed, 504),
             (JobError::BatchTimedOut(Duration::from_secs(1)), 504),
-            (JobError::ReadTooSlowly(Duration::from_secs(1)), 408),
+            (JobError::StoppedReading(Duration::from_secs(1)), 408),
             (failure(FailureKind::Permanent), 500),
             (failure(FailureKind::Panicked), 500),
             (failure(FailureKind::Transient), 500),

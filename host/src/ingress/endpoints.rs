@@ -111,7 +111,7 @@ static ENDPOINTS: [Endpoint; 23] = [
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
-        about: "one bare input in, server-sent events out: each `chunk` as the pipeline makes it, then one `end`, which is what `/predict_sync` answers, or `{\"status\":\"error\",\"status_code\",\"error\"}`. Before the first event an error has its own status",
+        about: "one bare input in, server-sent events out: each `chunk` as the pipeline makes it, then one `end`, which is what `/predict_sync` answers, or `{\"status\":\"error\",\"status_code\",\"error\"}` with `detail` for an invalid input. Before the first event an error has its own status; a comment comes after `stream_heartbeat_ms` of silence",
     },
     Endpoint {
         route: Route::Predict(Prediction::Async),

@@ -113,26 +113,32 @@ impl Exchange {
     }
 }
 
-/// Bytes of a stream that are to be written: with others of the same, they keep its exchange open.
-pub(super) struct Unwritten(Arc<Exchange>);
+/// Bytes of a stream that are to be written: with others of the same, they keep its exchange open. They count in the budget, however few they
+/// are, since a stream has many.
+pub(super) struct Unwritten {
+    exchange: Arc<Exchange>,
+    bytes: usize,
+}
 
 impl Unwritten {
-    pub(super) fn of(exchange: &Arc<Exchange>) -> Self {
+    pub(super) fn of(exchange: &Arc<Exchange>, bytes: usize) -> Self {
+        exchange.peer.context.budget.count(bytes);
         if exchange.http2 {
             exchange.peer.unwritten.fetch_add(1, Ordering::Relaxed);
         }
-        Self(Arc::clone(exchange))
+        Self { exchange: Arc::clone(exchange), bytes }
     }
 
     pub(super) fn exchange(&self) -> &Exchange {
-        &self.0
+        &self.exchange
     }
 }
 
 impl Drop for Unwritten {
     fn drop(&mut self) {
-        if self.0.http2 {
-            self.0.peer.unwritten.fetch_sub(1, Ordering::Relaxed);
+        self.exchange.peer.context.budget.give_back(self.bytes);
+        if self.exchange.http2 {
+            self.exchange.peer.unwritten.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

@@ -17,7 +17,7 @@ use hyper::{
 
 use super::exchange::{Exchange, Unwritten};
 use crate::{
-    egress::{Body, HttpResponse, Stream},
+    egress::{Body, BodyStream, HttpResponse},
     protocol::Answer,
 };
 
@@ -26,7 +26,7 @@ pub(super) enum Outgoing {
     /// `None` once it was handed over.
     Whole(Option<Written>),
     /// What is made while it is sent, with what its bytes share.
-    Stream(Box<dyn Stream>, Arc<Exchange>),
+    Stream(Box<dyn BodyStream>, Arc<Exchange>),
 }
 
 /// Bytes that are handed over to be written.
@@ -37,8 +37,8 @@ pub(super) struct Written {
 
 /// How bytes keep their exchange open.
 enum Held {
-    Alone(Exchange),
-    WithOthers(Unwritten),
+    Own(Exchange),
+    Shared(Unwritten),
 }
 
 /// The response as it is written: its body holds the exchange until its last byte is written. Without a body the exchange ends here.
@@ -47,7 +47,7 @@ pub(super) fn respond(mut exchange: Exchange, response: HttpResponse) -> Respons
     let outgoing = match body {
         Body::Whole(answer) => {
             exchange.begin_answer(answer.remaining());
-            let exchange = Held::Alone(exchange);
+            let exchange = Held::Own(exchange);
             Outgoing::Whole(answer.has_remaining().then_some(Written { answer, exchange }))
         }
         Body::Stream(stream) => Outgoing::Stream(stream, Arc::new(exchange)),
@@ -66,7 +66,7 @@ impl body::Body for Outgoing {
         let written = match &mut *self {
             Self::Whole(written) => written.take(),
             Self::Stream(stream, exchange) => ready!(stream.poll_next(task)).map(|bytes| {
-                let exchange = Held::WithOthers(Unwritten::of(exchange));
+                let exchange = Held::Shared(Unwritten::of(exchange, bytes.len()));
                 Written { answer: bytes.into(), exchange }
             }),
         };
@@ -103,8 +103,8 @@ impl Buf for Written {
     fn advance(&mut self, count: usize) {
         self.answer.advance(count);
         match &self.exchange {
-            Held::Alone(exchange) => exchange.progressed(),
-            Held::WithOthers(unwritten) => unwritten.exchange().progressed(),
+            Held::Own(exchange) => exchange.progressed(),
+            Held::Shared(unwritten) => unwritten.exchange().progressed(),
         }
     }
 }

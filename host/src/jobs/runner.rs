@@ -356,6 +356,6 @@ fn may_help(error: &JobError) -> bool {
         | JobError::TooLarge(_)
         | JobError::Conflict(_)
         | JobError::DeadlinePassed
-        | JobError::ReadTooSlowly(_) => false,
+        | JobError::StoppedReading(_) => false,
     }
 }

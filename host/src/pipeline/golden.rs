@@ -12,7 +12,7 @@ use modalkit_engine::{Failure, FailureKind, Instance, Payload};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
-use super::stages::{StageTimes, TheHost, stages};
+use super::stages::{NoCallers, StageTimes, stages};
 
 /// What a model's golden file holds.
 pub struct Golden {
@@ -150,7 +150,7 @@ fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
     let decoded = instance.decode(&case.input);
     let decoded =
         decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
-    let outcome = stages(instance, vec![decoded], &mut StageTimes::default(), &mut TheHost)?.pop();
+    let outcome = stages(instance, vec![decoded], &mut StageTimes::default(), &mut NoCallers)?.pop();
     let output = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
     serde_json::from_slice(&output.into_json()?).map_err(|error| failure(error.to_string()))
 }

@@ -4,16 +4,15 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use modalkit_batch::Waiting;
 use modalkit_device::Lease;
-use modalkit_engine::{ChunkState, Failure, FailureKind, Instance, Interest, Outcome};
+use modalkit_engine::{ChunkResult, Failure, FailureKind, Instance, Interest, Outcome};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -24,7 +23,7 @@ use super::{
 use crate::{
     insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
     pipeline::{LaneState, Queue, Taken},
-    work::{JobError, ReplyHandle, RequestId},
+    work::{ChunkSender, JobError, ReplyHandle, RequestId},
 };
 
 /// What a replica's threads tell the fleet.
@@ -60,7 +59,10 @@ struct LaneSlot {
 /// The replies of the batch that a lane runs. Whoever takes them answers: the lane when it is done, or the fleet when
 /// the batch has overrun its time.
 struct Running {
+    /// Later by what the batch has waited for callers who don't read.
     started: Instant,
+    /// It waits for one now, since then.
+    waits_since: Option<Instant>,
     waiters: Vec<Waiter>,
 }
 
@@ -75,6 +77,8 @@ pub(super) struct ReplicaContext {
     pub(super) queue: Arc<Queue>,
     pub(super) metrics: Arc<ModelMetrics>,
     pub(super) events: mpsc::Sender<Event>,
+    /// Milliseconds that a batch waits for a caller who doesn't read; as the model has it now.
+    pub(super) stream_wait_ms: AtomicU64,
 }
 
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
@@ -211,7 +215,7 @@ impl Replica {
         let mut overrun = 0;
         for lane in &self.lanes {
             let mut running = lane.running.lock();
-            if running.as_ref().is_none_or(|batch| now.saturating_duration_since(batch.started) < limit) {
+            if running.as_ref().is_none_or(|batch| batch.has_run(now) < limit) {
                 continue;
             }
             let waiters = running.take().map(|batch| batch.waiters).unwrap_or_default();
@@ -252,7 +256,22 @@ impl Replica {
     }
 }
 
+impl Running {
+    fn has_run(&self, now: Instant) -> Duration {
+        self.waits_since.unwrap_or(now).saturating_duration_since(self.started)
+    }
+}
+
 impl LaneSlot {
+    /// Notes since when the batch waits for a caller who doesn't read, or that it no longer does: its own time stands still meanwhile.
+    fn note_wait(&self, since: Option<Instant>) {
+        let mut running = self.running.lock();
+        let Some(batch) = running.as_mut() else { return };
+        if let Some(since) = std::mem::replace(&mut batch.waits_since, since) {
+            batch.started += since.elapsed();
+        }
+    }
+
     /// Answers the waiters whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
     fn refuse(&self, refused: Vec<(usize, JobError)>) -> bool {
         let mut running = self.running.lock();
@@ -268,28 +287,37 @@ impl LaneSlot {
 /// The callers of the batch that a lane runs.
 struct LaneCallers<'l> {
     lane: &'l LaneSlot,
-    metrics: &'l ModelMetrics,
-    /// How long the batch may wait for those who read slowly, and how much of that is left.
-    wait_max: Duration,
-    wait_left: Duration,
+    context: &'l ReplicaContext,
+    /// How long the batch has waited for those who don't read.
+    waited: Duration,
 }
 
-impl<'l> LaneCallers<'l> {
-    fn of(lane: &'l LaneSlot, context: &'l ReplicaContext) -> Self {
-        let replicas = &context.generation.spec.replicas;
-        // However slow they are, the batch doesn't overrun its time for that.
-        let wait_max = replicas.stream_wait.min(replicas.batch_timeout / 2);
-        Self { lane, metrics: &context.metrics, wait_max, wait_left: wait_max }
-    }
-
-    fn waited(&self) -> Duration {
-        self.wait_max - self.wait_left
-    }
-
+impl LaneCallers<'_> {
     /// What the item's reply says; `None` where the batch was given up.
     fn with_reply<T>(&self, item: usize, look: impl FnOnce(&ReplyHandle) -> T) -> Option<T> {
         let running = self.lane.running.lock();
         Some(look(&running.as_ref()?.waiters.get(item)?.reply))
+    }
+
+    /// Puts a chunk where its caller reads it, and waits for a caller who doesn't read as long as that may be. Not under the lane's lock: the
+    /// fleet looks at it.
+    fn send_waiting(&mut self, chunks: &ChunkSender, json: &[u8]) -> ChunkResult {
+        loop {
+            let result = chunks.try_send(json);
+            if result != ChunkResult::Full {
+                return result;
+            }
+            let begun = Instant::now();
+            let stall_max = self.context.stream_wait();
+            self.lane.note_wait(Some(begun));
+            let reads = chunks.wait_for_room(stall_max);
+            self.waited += begun.elapsed();
+            self.lane.note_wait(None);
+            if !reads {
+                chunks.cut_off(JobError::StoppedReading(stall_max));
+                return ChunkResult::Unwanted;
+            }
+        }
     }
 }
 
@@ -298,23 +326,18 @@ impl Callers for LaneCallers<'_> {
         self.with_reply(item, ReplyHandle::interest).unwrap_or(Interest::Nothing)
     }
 
-    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState {
-        let Some(Some(chunks)) = self.with_reply(item, ReplyHandle::chunks) else {
-            let unwanted = self.interest(item) == Interest::Nothing;
-            return if unwanted { ChunkState::Unwanted } else { ChunkState::Taken };
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult {
+        let result = match self.with_reply(item, ReplyHandle::chunks) {
+            Some(Some(chunks)) if waits => self.send_waiting(&chunks, json),
+            Some(Some(chunks)) => chunks.try_send(json),
+            Some(None) | None if self.interest(item) == Interest::Nothing => return ChunkResult::Unwanted,
+            // One who wants the outcome alone.
+            Some(None) | None => return ChunkResult::Taken,
         };
-        // Not under the lane's lock: the fleet looks at it.
-        let mut no_wait = Duration::ZERO;
-        let state = chunks.send(json, if waits { &mut self.wait_left } else { &mut no_wait });
-        match state {
-            ChunkState::Full if waits => {
-                chunks.cut_off(JobError::ReadTooSlowly(self.wait_max));
-                return ChunkState::Unwanted;
-            }
-            ChunkState::Taken => self.metrics.stream_chunks.inc(),
-            ChunkState::Full | ChunkState::Unwanted => {}
+        if result == ChunkResult::Taken {
+            self.context.metrics.stream_chunks.inc();
         }
-        state
+        result
     }
 }
 
@@ -347,7 +370,7 @@ fn run(
         return true;
     }
     // From here on plugin code runs, and the fleet watches the time.
-    *lane.running.lock() = Some(Running { started: at, waiters });
+    *lane.running.lock() = Some(Running { started: at, waits_since: None, waiters });
     let (mut items, mut refused, mut cost) = (Vec::with_capacity(inputs.len()), Vec::new(), 0_u64);
     for (place, (input, decoded)) in inputs.into_iter().enumerate() {
         match decoded_for(instance, decoded, &input, &context.generation) {
@@ -364,13 +387,13 @@ fn run(
     let size = items.len();
     let begun = Instant::now();
     let mut times = StageTimes::default();
-    let mut callers = LaneCallers::of(lane, context);
+    let mut callers = LaneCallers { lane, context, waited: Duration::ZERO };
     let mut outcomes =
         if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &mut times, &mut callers) };
     let ended = Instant::now();
     if outcomes.is_ok() {
         context.metrics.cost.inc_by(cost);
-        context.observe(begun, &times, ended);
+        context.observe(begun, &times, ended - callers.waited);
     }
     replica.examine(&mut outcomes);
     if size > 0 && !timed.is_empty() {
@@ -390,9 +413,11 @@ fn run(
         context.record_timings(batch, timed);
     }
     let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
-    if size > 0 {
-        // What slow callers took is no sign of a slow pipeline.
-        context.count((ended - begun).saturating_sub(callers.waited()), counts_as_healthy(&outcomes));
+    if size > 0
+        && let Some(is_healthy) = counts_as_healthy(&outcomes)
+    {
+        // What callers took who don't read is no sign of a slow pipeline.
+        context.count((ended - begun).saturating_sub(callers.waited), is_healthy);
     }
     match outcomes {
         Ok(outcomes) => {
@@ -421,6 +446,15 @@ fn correct(failure: &mut Failure, lost: bool) {
 }
 
 impl ReplicaContext {
+    fn stream_wait(&self) -> Duration {
+        Duration::from_millis(self.stream_wait_ms.load(Ordering::Relaxed))
+    }
+
+    /// Lets batches wait so long for a caller who doesn't read.
+    pub(super) fn set_stream_wait(&self, wait: Duration) {
+        self.stream_wait_ms.store(wait.as_millis() as u64, Ordering::Relaxed);
+    }
+
     /// Counts a batch. The one that fails its generation's probation is its last: the generation stops serving with it, and the
     /// reload decides what serves then.
     pub(super) fn count(&self, took: Duration, succeeded: bool) {

@@ -3,9 +3,8 @@
 
 use std::time::Instant;
 
-use bytes::Bytes;
 use modalkit_engine::{
-    ChunkState, Decoded, EventSink, Failure, FailureKind, Instance, Interest, Outcome, Payload,
+    ChunkResult, Decoded, EventSink, Failure, FailureKind, Instance, Interest, Outcome, Payload,
 };
 
 use super::Generation;
@@ -43,23 +42,23 @@ pub(super) struct StageTimes {
 }
 
 /// Who waits for the items of a batch, by their place in it.
-pub(super) trait Callers {
+pub(super) trait Callers: Send {
     /// What is wanted of an item now.
     fn interest(&self, item: usize) -> Interest;
     /// A part of an item's output, as [`EventSink::chunk`] has it.
-    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState;
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult;
 }
 
-/// The host itself asks, whole and to the end.
-pub(super) struct TheHost;
+/// The host itself asks, for the outcome.
+pub(super) struct NoCallers;
 
-impl Callers for TheHost {
+impl Callers for NoCallers {
     fn interest(&self, _: usize) -> Interest {
         Interest::Outcome
     }
 
-    fn chunk(&mut self, _: usize, _: Bytes, _: bool) -> ChunkState {
-        ChunkState::Taken
+    fn chunk(&mut self, _: usize, _: &[u8], _: bool) -> ChunkResult {
+        ChunkResult::Taken
     }
 }
 
@@ -85,6 +84,10 @@ impl<'c> Events<'c> {
         Self { by_item, strays: 0, callers }
     }
 
+    fn are_all_unwanted(&self) -> bool {
+        self.by_item.iter().all(|item| matches!(item, Progress::Unwanted))
+    }
+
     /// One for each item, in order.
     ///
     /// # Errors
@@ -93,7 +96,8 @@ impl<'c> Events<'c> {
         let expected = self.by_item.len();
         let ended = |item: Progress| match item {
             Progress::Ended(outcome) => Some(outcome),
-            Progress::Open | Progress::Unwanted => None,
+            Progress::Unwanted => Some(Err(unwanted())),
+            Progress::Open => None,
         };
         let outcomes: Vec<Outcome> = self.by_item.into_iter().filter_map(ended).collect();
         let found = outcomes.len() + self.strays;
@@ -122,10 +126,10 @@ impl EventSink for Events<'_> {
         interest
     }
 
-    fn chunk(&mut self, item: usize, json: Bytes, waits: bool) -> ChunkState {
-        let Some(place @ Progress::Open) = self.by_item.get_mut(item) else { return ChunkState::Unwanted };
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult {
+        let Some(place @ Progress::Open) = self.by_item.get_mut(item) else { return ChunkResult::Unwanted };
         let state = self.callers.chunk(item, json, waits);
-        if state == ChunkState::Unwanted {
+        if state == ChunkResult::Unwanted {
             *place = Progress::Unwanted;
         }
         state
@@ -135,12 +139,21 @@ impl EventSink for Events<'_> {
         match self.by_item.get_mut(item) {
             Some(Progress::Ended(_)) | None => self.strays += 1,
             Some(place @ Progress::Open) => *place = Progress::Ended(outcome),
+            // A device that is lost is lost to all others as well.
             Some(place @ Progress::Unwanted) => {
-                let unwanted = |failure| Failure { kind: FailureKind::Unwanted, ..failure };
-                *place = Progress::Ended(outcome.map_err(unwanted));
+                let kept = |failure| if is_of_device(&failure) { failure } else { unwanted() };
+                *place = Progress::Ended(outcome.map_err(kept));
             }
         }
     }
+}
+
+fn is_of_device(failure: &Failure) -> bool {
+    matches!(failure.kind, FailureKind::DeviceLost | FailureKind::DeviceSuspected)
+}
+
+fn unwanted() -> Failure {
+    Failure { kind: FailureKind::Unwanted, message: "nobody waited for it any more".into() }
 }
 
 /// Runs the stages. One outcome for each item, in order.
@@ -159,8 +172,14 @@ pub(super) fn stages(
     times.preprocessed = Some(Instant::now());
     batch.predict()?;
     times.predicted = Some(Instant::now());
-    batch.postprocess(&mut events)?;
-    events.in_order()
+    match batch.postprocess(&mut events) {
+        // The error of an item that nobody wants, taken for that of the batch.
+        Err(failure) if events.are_all_unwanted() && !is_of_device(&failure) => {
+            Ok(events.by_item.iter().map(|_| Err(unwanted())).collect())
+        }
+        Err(failure) => Err(failure),
+        Ok(()) => events.in_order(),
+    }
 }
 
 /// Whether a failure is none of the pipeline's: its input was to blame, or nobody wanted the item any more.
@@ -168,12 +187,17 @@ pub(super) fn is_no_fault(failure: &Failure) -> bool {
     matches!(failure.kind, FailureKind::InvalidInput | FailureKind::Unwanted)
 }
 
-/// Whether anything in a batch succeeded; failures that are not the pipeline's count as success.
-pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> bool {
-    let fit = is_no_fault;
+/// Whether anything in a batch succeeded; failures that are not the pipeline's count as success. `None` where nobody wanted any of it: what is
+/// given up early says nothing.
+pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> Option<bool> {
+    let is_unwanted =
+        |outcome: &Outcome| matches!(outcome, Err(failure) if failure.kind == FailureKind::Unwanted);
     match outcomes {
-        Ok(outcomes) => outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(fit, |_| true)),
-        Err(failure) => fit(failure),
+        Ok(outcomes) if outcomes.iter().all(is_unwanted) => None,
+        Ok(outcomes) => {
+            Some(outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true)))
+        }
+        Err(failure) => Some(is_no_fault(failure)),
     }
 }
 
@@ -182,7 +206,7 @@ mod tests {
     use super::*;
 
     fn ends(items: usize, given: &[usize]) -> Result<Vec<Outcome>, Failure> {
-        let mut callers = TheHost;
+        let mut callers = NoCallers;
         let mut events = Events::of(items, &mut callers);
         for item in given {
             events.end(*item, Ok(Payload::Json(item.to_string().into())));
@@ -198,9 +222,9 @@ mod tests {
             if item == 1 && self.0 > 0 { Interest::Nothing } else { Interest::Chunks }
         }
 
-        fn chunk(&mut self, _: usize, _: Bytes, _: bool) -> ChunkState {
+        fn chunk(&mut self, _: usize, _: &[u8], _: bool) -> ChunkResult {
             self.0 += 1;
-            ChunkState::Taken
+            ChunkResult::Taken
         }
     }
 
@@ -209,9 +233,9 @@ mod tests {
         let failed = || Err(Failure { kind: FailureKind::Permanent, message: "no luck".into() });
         let mut callers = Leaving(0);
         let mut events = Events::of(2, &mut callers);
-        assert_eq!(events.chunk(1, "1".into(), true), ChunkState::Taken);
+        assert_eq!(events.chunk(1, b"1", true), ChunkResult::Taken);
         assert_eq!(events.interest(1), Interest::Nothing);
-        assert_eq!(events.chunk(1, "2".into(), true), ChunkState::Unwanted);
+        assert_eq!(events.chunk(1, b"2", true), ChunkResult::Unwanted);
         assert_eq!(events.interest(0), Interest::Chunks);
         for item in [0, 1] {
             events.end(item, failed());
@@ -221,7 +245,18 @@ mod tests {
         let kinds: Vec<FailureKind> =
             outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().kind).collect();
         assert_eq!(kinds, [FailureKind::Permanent, FailureKind::Unwanted]);
-        assert!(counts_as_healthy(&Ok(outcomes)));
+        assert_eq!(counts_as_healthy(&Ok(outcomes)), Some(true));
+        // One without an outcome, and one whose device is lost.
+        let lost = || Err(Failure { kind: FailureKind::DeviceLost, message: "no luck".into() });
+        for (outcome, kind) in [(None, FailureKind::Unwanted), (Some(lost()), FailureKind::DeviceLost)] {
+            let mut callers = Leaving(1);
+            let mut events = Events::of(2, &mut callers);
+            assert_eq!(events.interest(1), Interest::Nothing);
+            events.end(0, Ok(Payload::Json("{}".into())));
+            outcome.into_iter().for_each(|outcome| events.end(1, outcome));
+            assert_eq!(events.in_order().unwrap()[1].as_ref().unwrap_err().kind, kind);
+        }
+        assert_eq!(counts_as_healthy(&Ok(vec![Err(unwanted())])), None);
     }
 
     #[test]

@@ -30,9 +30,11 @@ pub fn describe(job_error: &JobError) -> String {
         JobError::BatchTimedOut(limit) => {
             format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
         }
-        JobError::ReadTooSlowly(limit) => format!(
-            "the chunks were read slower than they came, and a batch waits for its callers for {limit:?} altogether (stream_wait_seconds)"
-        ),
+        JobError::StoppedReading(limit) => {
+            format!(
+                "the caller read none of its chunks for {limit:?}, and its batch waits no longer (stream_wait_seconds)"
+            )
+        }
         JobError::Failed(failure) => failure.message.clone(),
         JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
     }

@@ -29,8 +29,8 @@ pub enum JobError {
     DeadlinePassed,
     /// The batch overran `batch_timeout_seconds`.
     BatchTimedOut(Duration),
-    /// The caller read its chunks slower than they came, for longer than a batch waits.
-    ReadTooSlowly(Duration),
+    /// The caller read none of its chunks for as long as a batch waits for that.
+    StoppedReading(Duration),
     /// The pipeline failed.
     Failed(Failure),
     /// A part of the host broke its contract.

@@ -11,4 +11,4 @@ pub use admission::{Budget, Gate, JobPermit, Permit};
 pub use error::{Detail, JobError, Location};
 pub use job::{Deadline, Job, RequestId};
 pub use reply::{Mailbox, PendingReply, Recorder, Reply, ReplyHandle, reply, stream_reply};
-pub use stream::{ChunkSender, PendingStream, Received, STREAM_BYTES_MAX, STREAM_CHUNKS_MAX};
+pub use stream::{ChunkSender, PendingStream, Received};

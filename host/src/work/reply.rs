@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use super::{
-    Budget, ChunkSender, JobError, PendingStream,
-    stream::{self, Stream, StreamEnd},
+    Budget, ChunkSender, Deadline, JobError, PendingStream,
+    stream::{self, ReplyStream, StreamEnd},
 };
 
 /// The answer to a job: the pipeline's output; of one that was accepted and runs later, what its caller is told.
@@ -54,7 +54,7 @@ enum Mail {
     /// A reply to whoever waits for it.
     Reply(oneshot::Sender<Reply>, Reply),
     /// Word that something of a stream is there.
-    Stream(Arc<Stream>),
+    Stream(Arc<ReplyStream>),
 }
 
 impl Mailbox {
@@ -75,7 +75,7 @@ impl Mailbox {
     }
 
     /// Has a stream's receiver woken.
-    pub(super) fn put_stream(&self, stream: Arc<Stream>) {
+    pub(super) fn put_stream(&self, stream: Arc<ReplyStream>) {
         self.put(Mail::Stream(stream));
     }
 
@@ -99,8 +99,12 @@ pub fn reply(mailbox: &Arc<Mailbox>) -> (ReplyHandle, PendingReply) {
 
 /// Both ends of a reply in chunks; the bytes of those that wait count in this budget.
 #[must_use]
-pub fn stream_reply(mailbox: &Arc<Mailbox>, budget: &Arc<Budget>) -> (ReplyHandle, PendingStream) {
-    let (end, pending) = stream::stream(mailbox, budget);
+pub fn stream_reply(
+    mailbox: &Arc<Mailbox>,
+    budget: &Arc<Budget>,
+    deadline: Deadline,
+) -> (ReplyHandle, PendingStream) {
+    let (end, pending) = stream::stream(mailbox, budget, deadline);
     (ReplyHandle(To::Stream(end)), pending)
 }
 

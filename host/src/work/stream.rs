@@ -9,33 +9,38 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_engine::{ChunkState, Interest};
+use modalkit_engine::{ChunkResult, Interest, Payload};
 use parking_lot::{Condvar, Mutex};
 
-use super::{Budget, JobError, Mailbox, Reply};
+use super::{Budget, Deadline, JobError, Mailbox, Reply};
 
 /// Chunks of one reply that wait for its caller.
-pub const STREAM_CHUNKS_MAX: usize = 64;
+pub(super) const CHUNKS_MAX: usize = 64;
 /// Their bytes; a larger chunk waits alone.
-pub const STREAM_BYTES_MAX: usize = 64 << 10;
+pub(super) const BYTES_MAX: usize = 64 << 10;
 
 /// What both sides share.
-pub(super) struct Stream {
+pub(super) struct ReplyStream {
     state: Mutex<State>,
     /// The caller has taken what waited, or has left.
     room: Condvar,
     mailbox: Arc<Mailbox>,
     budget: Arc<Budget>,
+    /// After which nobody wants anything of it; who reads looks at it as well, and need not read.
+    deadline: Instant,
 }
 
 #[derive(Default)]
 struct State {
     chunks: Vec<Bytes>,
+    /// Of the chunks and the end, in the budget.
     bytes: usize,
     /// Until the caller takes it.
     end: Option<Reply>,
     has_ended: bool,
     has_left: bool,
+    /// Since when a chunk has found no room, and the caller has taken nothing.
+    full_since: Option<Instant>,
     /// Of the task that waits for what comes next.
     waker: Option<Waker>,
     /// The mailbox has it: what else comes before it is delivered needs no further wake-up.
@@ -44,16 +49,16 @@ struct State {
 
 /// Where the lane that runs the job puts chunks.
 #[derive(Clone)]
-pub struct ChunkSender(Arc<Stream>);
+pub struct ChunkSender(Arc<ReplyStream>);
 
 /// Ends a stream, once. Dropped unused, it says that the job was lost.
-pub(super) struct StreamEnd(Arc<Stream>);
+pub(super) struct StreamEnd(Arc<ReplyStream>);
 
 /// Receives a reply in chunks. Dropped, it says that the caller has left.
-pub struct PendingStream(Arc<Stream>);
+pub struct PendingStream(Arc<ReplyStream>);
 
 /// What has come.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Received {
     /// In order; there may be none.
     pub chunks: Vec<Bytes>,
@@ -62,20 +67,29 @@ pub struct Received {
 }
 
 /// Both ends of a reply in chunks, whose receiver is woken through this mailbox and whose waiting bytes count in this budget.
-pub(super) fn stream(mailbox: &Arc<Mailbox>, budget: &Arc<Budget>) -> (StreamEnd, PendingStream) {
-    let stream = Arc::new(Stream {
+pub(super) fn stream(
+    mailbox: &Arc<Mailbox>,
+    budget: &Arc<Budget>,
+    deadline: Deadline,
+) -> (StreamEnd, PendingStream) {
+    let stream = Arc::new(ReplyStream {
         state: Mutex::default(),
         room: Condvar::new(),
         mailbox: Arc::clone(mailbox),
         budget: Arc::clone(budget),
+        deadline: deadline.0,
     });
     (StreamEnd(Arc::clone(&stream)), PendingStream(stream))
 }
 
-impl Stream {
+impl ReplyStream {
     fn interest(&self) -> Interest {
-        let state = self.state.lock();
-        if state.is_over() { Interest::Nothing } else { Interest::Chunks }
+        let is_over = self.state.lock().is_over() || self.is_late();
+        if is_over { Interest::Nothing } else { Interest::Chunks }
+    }
+
+    fn is_late(&self) -> bool {
+        Instant::now() >= self.deadline
     }
 
     /// Notes the reply, unless there is one.
@@ -84,7 +98,13 @@ impl Stream {
         if state.has_ended {
             return;
         }
-        (state.end, state.has_ended) = (Some(reply), true);
+        if !state.has_left {
+            let bytes = reply.as_ref().map_or(0, payload_bytes);
+            self.budget.count(bytes);
+            state.bytes += bytes;
+            state.end = Some(reply);
+        }
+        state.has_ended = true;
         let posts = state.posts();
         drop(state);
         self.room.notify_all();
@@ -110,9 +130,13 @@ impl State {
         self.has_left || self.has_ended
     }
 
-    fn has_room_for(&self, bytes: usize) -> bool {
-        self.chunks.is_empty()
-            || self.chunks.len() < STREAM_CHUNKS_MAX && self.bytes + bytes <= STREAM_BYTES_MAX
+    /// Takes room for a chunk behind the others; there is always room for one alone.
+    fn take_room_for(&self, bytes: usize, budget: &Budget) -> bool {
+        if self.chunks.is_empty() {
+            budget.count(bytes);
+            return true;
+        }
+        self.chunks.len() < CHUNKS_MAX && self.bytes + bytes <= BYTES_MAX && budget.take(bytes).is_ok()
     }
 
     /// Whether the receiver waits and is to be woken.
@@ -122,35 +146,37 @@ impl State {
 }
 
 impl ChunkSender {
-    /// Puts a chunk behind the others. Where they are too many it waits for the caller to take them, for as long as `wait_left`, and takes what it waited
-    /// from that.
-    pub fn send(&self, chunk: Bytes, wait_left: &mut Duration) -> ChunkState {
+    /// Puts a chunk behind the others, where there is room.
+    pub fn try_send(&self, chunk: &[u8]) -> ChunkResult {
         let mut state = self.0.state.lock();
-        if !state.has_room_for(chunk.len()) && !state.is_over() && !wait_left.is_zero() {
-            let begun = Instant::now();
-            let until = begun + *wait_left;
-            while !state.has_room_for(chunk.len()) && !state.is_over() {
-                if self.0.room.wait_until(&mut state, until).timed_out() {
-                    break;
-                }
-            }
-            *wait_left = wait_left.saturating_sub(begun.elapsed());
-        }
         if state.is_over() {
-            return ChunkState::Unwanted;
+            return ChunkResult::Unwanted;
         }
-        if !state.has_room_for(chunk.len()) {
-            return ChunkState::Full;
+        if !state.take_room_for(chunk.len(), &self.0.budget) {
+            state.full_since.get_or_insert_with(Instant::now);
+            return if self.0.is_late() { ChunkResult::Unwanted } else { ChunkResult::Full };
         }
-        self.0.budget.count(chunk.len());
         state.bytes += chunk.len();
-        state.chunks.push(chunk);
+        state.chunks.push(Bytes::copy_from_slice(chunk));
         let posts = state.posts();
         drop(state);
         if posts {
             self.0.mailbox.put_stream(Arc::clone(&self.0));
         }
-        ChunkState::Taken
+        ChunkResult::Taken
+    }
+
+    /// Waits until a caller whose queue is full has taken something, has left, or has had its time; `false` where it has taken nothing for so long.
+    #[must_use]
+    pub fn wait_for_room(&self, stall_max: Duration) -> bool {
+        let mut state = self.0.state.lock();
+        while let Some(since) = state.full_since.filter(|_| !state.is_over()) {
+            let until = self.0.deadline.min(since + stall_max);
+            if self.0.room.wait_until(&mut state, until).timed_out() {
+                return state.full_since.is_none() || state.is_over() || self.0.is_late();
+            }
+        }
+        true
     }
 
     /// Ends the stream from the producer's side before its reply is there.
@@ -189,6 +215,7 @@ impl PendingStream {
             }
             return Poll::Pending;
         }
+        state.full_since = None;
         let bytes = mem::take(&mut state.bytes);
         let received = Received { chunks: mem::take(&mut state.chunks), end: state.end.take() };
         drop(state);
@@ -211,19 +238,25 @@ impl Drop for PendingStream {
     }
 }
 
+fn payload_bytes(payload: &Payload) -> usize {
+    payload.json().map_or(0, Bytes::len)
+}
+
 #[cfg(test)]
 mod tests {
     use std::{future::poll_fn, thread};
 
-    use modalkit_engine::Payload;
-
     use super::*;
 
-    const NO_WAIT: Duration = Duration::ZERO;
+    const STALL_MAX: Duration = Duration::from_secs(600);
+
+    fn deadline(from_now: Duration) -> Deadline {
+        Deadline(Instant::now() + from_now)
+    }
 
     fn ends() -> (StreamEnd, PendingStream, Arc<Budget>) {
         let budget = Arc::new(Budget::new(1 << 20));
-        let (end, pending) = stream(&Arc::default(), &budget);
+        let (end, pending) = stream(&Arc::default(), &budget, deadline(STALL_MAX));
         (end, pending, budget)
     }
 
@@ -234,17 +267,22 @@ mod tests {
         }
     }
 
+    fn fill(sender: &ChunkSender) {
+        while sender.try_send(b"1") == ChunkResult::Taken {}
+    }
+
     #[test]
     fn chunks_come_in_order_before_the_end_and_nothing_after_it() {
         let (end, mut pending, budget) = ends();
         let sender = end.sender();
         assert!(now(&mut pending).is_none());
-        for chunk in ["a", "b"] {
-            assert_eq!(sender.send(chunk.into(), &mut { NO_WAIT }), ChunkState::Taken);
+        for chunk in [b"a", b"b"] {
+            assert_eq!(sender.try_send(chunk), ChunkResult::Taken);
         }
         assert_eq!(budget.bytes(), 2);
         end.send(Ok(Payload::Json("{}".into())));
-        assert_eq!(sender.send("c".into(), &mut { NO_WAIT }), ChunkState::Unwanted);
+        assert_eq!(budget.bytes(), 4);
+        assert_eq!(sender.try_send(b"c"), ChunkResult::Unwanted);
         sender.cut_off(JobError::Lost);
         let (chunks, reply) = now(&mut pending).unwrap();
         assert_eq!(chunks, ["a", "b"]);
@@ -256,38 +294,65 @@ mod tests {
     fn a_caller_who_does_not_read_holds_up_its_own_stream_and_no_more_than_the_bounds() {
         let (end, mut pending, budget) = ends();
         let sender = end.sender();
-        let sent = |bytes: usize| sender.send(vec![b'1'; bytes].into(), &mut { NO_WAIT });
-        let taken = (0..2 * STREAM_CHUNKS_MAX).filter(|_| sent(1) == ChunkState::Taken).count();
-        assert_eq!((taken, sent(1)), (STREAM_CHUNKS_MAX, ChunkState::Full));
-        assert_eq!(now(&mut pending).unwrap().0.len(), STREAM_CHUNKS_MAX);
-        assert_eq!(sent(STREAM_BYTES_MAX + 1), ChunkState::Taken, "one that is larger waits alone");
-        assert_eq!(sent(1), ChunkState::Full);
-        assert_eq!(budget.bytes(), STREAM_BYTES_MAX + 1);
+        let sent = |bytes: usize| sender.try_send(&vec![b'1'; bytes]);
+        let taken = (0..2 * CHUNKS_MAX).filter(|_| sent(1) == ChunkResult::Taken).count();
+        assert_eq!((taken, sent(1)), (CHUNKS_MAX, ChunkResult::Full));
+        assert_eq!(now(&mut pending).unwrap().0.len(), CHUNKS_MAX);
+        assert_eq!(sent(BYTES_MAX + 1), ChunkResult::Taken, "one that is larger waits alone");
+        assert_eq!(sent(1), ChunkResult::Full);
+        assert_eq!(budget.bytes(), BYTES_MAX + 1);
         drop(pending);
-        assert_eq!((sent(1), budget.bytes()), (ChunkState::Unwanted, 0));
+        assert_eq!((sent(1), budget.bytes()), (ChunkResult::Unwanted, 0));
         assert_eq!(end.interest(), Interest::Nothing);
+        end.send(Ok(Payload::Json("{}".into())));
+        assert_eq!(budget.bytes(), 0, "nobody reads the end");
+    }
+
+    #[test]
+    fn where_bytes_are_scarce_one_chunk_waits_at_a_time() {
+        let budget = Arc::new(Budget::new(10));
+        let (end, mut pending) = stream(&Arc::default(), &budget, deadline(STALL_MAX));
+        let sender = end.sender();
+        budget.count(10);
+        assert_eq!(sender.try_send(b"1"), ChunkResult::Taken);
+        assert_eq!(sender.try_send(b"2"), ChunkResult::Full);
+        now(&mut pending).unwrap();
+        assert_eq!((sender.try_send(b"2"), budget.bytes()), (ChunkResult::Taken, 11));
     }
 
     #[test]
     fn a_producer_waits_until_its_caller_reads_or_leaves_and_no_longer_than_it_may() {
         let (end, mut pending, _) = ends();
         let sender = end.sender();
-        let fill = || while sender.send("1".into(), &mut { NO_WAIT }) == ChunkState::Taken {};
-        fill();
-        let mut left = Duration::from_millis(20);
-        assert_eq!(sender.send("2".into(), &mut left), ChunkState::Full);
-        assert_eq!(left, NO_WAIT);
+        assert!(sender.wait_for_room(STALL_MAX), "nothing was in want of room");
+        fill(&sender);
+        assert!(!sender.wait_for_room(Duration::from_millis(20)));
+        assert!(!sender.wait_for_room(Duration::from_millis(20)), "it has stalled for that long already");
+        // As long as the producer needs to begin to wait, and for all that matters longer.
+        let soon = || thread::sleep(Duration::from_millis(50));
         thread::scope(|scope| {
-            let sent = scope.spawn(|| sender.send("2".into(), &mut Duration::from_secs(600)));
-            while now(&mut pending).is_none_or(|(chunks, _)| chunks != ["2"]) {
-                thread::yield_now();
-            }
-            assert_eq!(sent.join().unwrap(), ChunkState::Taken);
-            fill();
-            let sent = scope.spawn(|| sender.send("3".into(), &mut Duration::from_secs(600)));
+            let waits = scope.spawn(|| sender.wait_for_room(STALL_MAX));
+            soon();
+            assert_eq!(now(&mut pending).unwrap().0.len(), CHUNKS_MAX);
+            assert!(waits.join().unwrap());
+            fill(&sender);
+            let waits = scope.spawn(|| sender.wait_for_room(STALL_MAX));
+            soon();
             drop(pending);
-            assert_eq!(sent.join().unwrap(), ChunkState::Unwanted);
+            assert!(waits.join().unwrap());
         });
+        assert_eq!(sender.try_send(b"1"), ChunkResult::Unwanted);
+    }
+
+    #[test]
+    fn who_does_not_read_has_no_more_time_than_its_deadline() {
+        let late = deadline(Duration::from_millis(30));
+        let (end, _pending) = stream(&Arc::default(), &Arc::new(Budget::new(1 << 20)), late);
+        let sender = end.sender();
+        assert_eq!(end.interest(), Interest::Chunks);
+        fill(&sender);
+        assert!(sender.wait_for_room(STALL_MAX));
+        assert_eq!((sender.try_send(b"1"), end.interest()), (ChunkResult::Unwanted, Interest::Nothing));
     }
 
     #[tokio::test]
@@ -297,12 +362,13 @@ mod tests {
             let mailbox = Arc::clone(&mailbox);
             async move { mailbox.deliver().await }
         });
-        let (end, mut pending) = stream(&mailbox, &Arc::new(Budget::new(1)));
+        let (end, mut pending) = stream(&mailbox, &Arc::new(Budget::new(1 << 20)), deadline(STALL_MAX));
         let sender = end.sender();
         let producer = thread::spawn(move || {
             for number in 0..1000 {
-                let chunk = Bytes::from(format!("{number}"));
-                assert_eq!(sender.send(chunk, &mut Duration::from_secs(600)), ChunkState::Taken);
+                while sender.try_send(number.to_string().as_bytes()) == ChunkResult::Full {
+                    assert!(sender.wait_for_room(STALL_MAX));
+                }
             }
             drop(end);
         });

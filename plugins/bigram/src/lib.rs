@@ -93,6 +93,8 @@ pub struct Draft {
     text: String,
     /// So much of it has gone to the caller.
     sent_bytes: usize,
+    /// Not before it is as long as this is it tried again: a caller who doesn't read costs its neighbours next to nothing.
+    try_at_bytes: usize,
     tokens: usize,
     tokens_max: usize,
     outcome: Option<Outcome<FinishReason>>,
@@ -115,9 +117,12 @@ impl Draft {
     /// Sends what its caller doesn't have yet. Nobody waits for one who reads slowly: the words gather in the next chunk, and all are in the
     /// output.
     fn send(&mut self, item: usize, chunks: &mut Chunks<'_>) {
+        if self.text.len() < self.try_at_bytes {
+            return;
+        }
         match chunks.try_send(item, &Chunk { text: &self.text[self.sent_bytes..] }) {
             Ok(true) => self.sent_bytes = self.text.len(),
-            Ok(false) => {}
+            Ok(false) => self.try_at_bytes = 2 * self.text.len() - self.sent_bytes,
             Err(error) => self.outcome = Some(Err(error)),
         }
     }
@@ -160,6 +165,7 @@ impl InferencePipeline for Bigram {
             random: fastrand::Rng::with_seed(input.seed),
             text: String::new(),
             sent_bytes: 0,
+            try_at_bytes: 0,
             tokens: 0,
             tokens_max: input.tokens_max.unwrap_or(TOKENS),
             outcome: None,
@@ -177,7 +183,7 @@ impl InferencePipeline for Bigram {
         inputs: &[Input],
         drafts: Vec<Draft>,
     ) -> Result<Vec<Outcome<Output>>, PipelineError> {
-        self.postprocess_stream(inputs, drafts, &mut Chunks::unwanted())
+        self.postprocess_stream(inputs, drafts, &mut Chunks::discarding())
     }
 
     fn postprocess_stream(
@@ -212,7 +218,7 @@ export_pipeline!(Bigram);
 
 #[cfg(test)]
 mod tests {
-    use modalkit_sdk::testkit::{LoadedPipeline, TestKit};
+    use modalkit_sdk::testkit::{LoadedPipeline, Reader, TestKit};
     use serde_json::{Value, json};
 
     use super::*;
@@ -248,13 +254,30 @@ mod tests {
         }
         let long =
             [json!({"prompt": "no such word", "tokens_max": 4096, "seed": 1}), json!({"tokens_max": 0})];
-        let mut answers = model.stream_json_until(&long, 2);
+        let mut answers =
+            model.stream_json_to(&long, |_, read| if read < 2 { Reader::Reads } else { Reader::Left });
         let (none, refused) = answers.pop().unwrap();
         assert!(
             none.is_empty() && refused.unwrap_err().to_string().contains("tokens_max: expected 1 to 4096")
         );
         let (chunks, left) = answers.pop().unwrap();
         assert_eq!((chunks.len(), left.unwrap_err().is_retryable()), (2, true));
+    }
+
+    #[test]
+    fn words_that_a_slow_caller_had_no_room_for_gather_in_its_next_chunk() {
+        let model = model();
+        let mut asked = 0;
+        let late = move |_, _| {
+            asked += 1;
+            if asked > 3 { Reader::Reads } else { Reader::Lags }
+        };
+        let input = json!({"prompt": "no such word", "tokens_max": 400, "seed": 5});
+        let (chunks, output) = model.stream_json_to(&[input], late).remove(0);
+        let texts: Vec<&str> = chunks.iter().map(|chunk| chunk["text"].as_str().unwrap()).collect();
+        let text = output.unwrap()["text"].as_str().unwrap().to_owned();
+        assert!(!texts.is_empty() && text.starts_with(&texts.concat()), "{texts:?} of {text}");
+        assert!(texts.iter().any(|text| text.split_whitespace().count() > 1), "{texts:?}");
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //!   older number finds the function missing, and does without it;
 //! - a **document** (a description, what is loaded, what changed, the details of a failure) gets a member. Documents are JSON objects;
 //!   whoever reads one passes over members that it doesn't know, and takes the default for those that it misses;
-//! - a **number** that stands for a kind ([`FailureKind`], [`LogLevel`], [`Datatype`], [`Interest`], [`ChunkState`]) gets a value. Each says what an unknown value is taken for;
+//! - a **number** that stands for a kind ([`FailureKind`], [`LogLevel`], [`Datatype`], [`Interest`], [`WhenFull`], [`ChunkResult`]) gets a value. Each says what an unknown value is taken for;
 //! - a **feature** ([`Features`]) is an ability that not every host of a number has;
 //! - **[`Needs`]** gets a field at its end.
 //!
@@ -48,7 +48,7 @@ pub use module::{
     BatchHandle, DecodedItem, InstanceHandle, ItemHandle, Measure, PluginModule, PluginModuleRef,
 };
 pub use queue::{QUEUE_HANDSHAKE_SYMBOL, QueueHandle, QueueMessage, QueueModule, QueueModuleRef, Sent};
-pub use sink::{ChunkState, EventSink, EventSinkRef, Interest, SinkHandle};
+pub use sink::{ChunkResult, EventSink, EventSinkRef, Interest, SinkHandle, WhenFull};
 pub use tensor::{Buffer, Datatype, TENSOR_ALIGNMENT, Tensor};
 
 pub use abi_stable;

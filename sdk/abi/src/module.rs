@@ -122,8 +122,8 @@ pub struct PluginModule {
     pub preprocess: unsafe extern "C" fn(BatchHandle) -> RResult<(), Failure>,
     /// Second stage.
     pub predict: unsafe extern "C" fn(BatchHandle) -> RResult<(), Failure>,
-    /// Third stage: gives each item's outcome to the host, and chunks before it where the pipeline has any. Where it fails, the outcomes that it
-    /// gave before don't count.
+    /// Third stage: gives each item's outcome to the host, and chunks before it where the pipeline has any. [`EventSink`](crate::EventSink) says
+    /// what becomes of them where it fails.
     pub postprocess: unsafe extern "C" fn(BatchHandle, SinkHandle, EventSinkRef) -> RResult<(), Failure>,
     /// Ends an item that was not made part of a batch.
     pub drop_item: unsafe extern "C" fn(ItemHandle),

@@ -48,7 +48,7 @@ impl InferencePipeline for Half {
     }
 
     fn postprocess(&self, inputs: &[Input], (): ()) -> Result<Vec<Outcome<Output>>, PipelineError> {
-        self.postprocess_stream(inputs, (), &mut Chunks::unwanted())
+        self.postprocess_stream(inputs, (), &mut Chunks::discarding())
     }
 
     fn postprocess_stream(
@@ -99,10 +99,15 @@ unsafe extern "C" fn interest(_: SinkHandle, item: usize) -> Interest {
     }
 }
 
-unsafe extern "C" fn chunk(sink: SinkHandle, item: usize, json: RSlice<'_, u8>, waits: bool) -> ChunkState {
+unsafe extern "C" fn chunk(
+    sink: SinkHandle,
+    item: usize,
+    json: RSlice<'_, u8>,
+    when_full: WhenFull,
+) -> ChunkResult {
     // SAFETY: as in `seen`.
-    unsafe { seen(sink, item, format!("{} {waits}", String::from_utf8_lossy(json.as_slice()))) };
-    ChunkState::TAKEN
+    unsafe { seen(sink, item, format!("{} {}", String::from_utf8_lossy(json.as_slice()), when_full.0)) };
+    ChunkResult::TAKEN
 }
 
 /// As a host gives them.
@@ -153,7 +158,7 @@ fn a_batch_of_json_and_tensors_answers_each_in_its_own_form_on_any_thread() {
         std::thread::spawn(elsewhere).join().unwrap();
         drop_instance::<Half>(instance);
     }
-    assert_eq!(outcomes.remove(0), (0, "1.0 true".to_owned()));
+    assert_eq!(outcomes.remove(0), (0, "1.0 1".to_owned()));
     let expected = [
         r#"{"half":0.5}"#.to_owned(),
         format!("half {:?}", 1.0_f32.to_le_bytes()),

@@ -7,12 +7,10 @@ use std::{
     net::TcpStream,
     path::{Path, PathBuf},
     process::Command,
-    sync::Barrier,
+    sync::atomic::{AtomicU8, Ordering},
     thread,
     time::{Duration, Instant},
 };
-
-use anyhow::Context;
 
 use super::{
     MIB, PREDICT, free_port, median,
@@ -21,8 +19,9 @@ use super::{
 };
 use crate::build;
 
-/// Callers at once.
+/// Callers at once, of whom so many read nothing until the others are done.
 const CALLERS: usize = 1000;
+const STALLED: usize = 100;
 /// Chunks of each, and the time between two rounds of them.
 const CHUNKS: usize = 100;
 const PAUSE_MS: u64 = 50;
@@ -62,7 +61,7 @@ struct Bench {
 impl Bench {
     fn measure(&self) -> anyhow::Result<()> {
         let (mut firsts, mut wholes) = (Vec::new(), Vec::new());
-        let mut many: [Vec<f64>; 5] = Default::default();
+        let mut many: [Vec<f64>; 4] = Default::default();
         let mut beside: [Vec<f64>; 3] = Default::default();
         for round in 0..self.rounds {
             println!("round {} of {}", round + 1, self.rounds);
@@ -81,17 +80,14 @@ impl Bench {
         println!(
             "\nstreams; {rounds} rounds, {TIMED} requests one by one and {seconds} s beside streams in each, medians"
         );
-        let share = |times: &mut Vec<f64>, share: f64| {
-            times.sort_by(f64::total_cmp);
-            times[((times.len() - 1) as f64 * share) as usize]
-        };
         for (name, times) in [("first event", &mut firsts), ("/predict_sync", &mut wholes)] {
-            let (p50, p99) = (share(times, 0.5), share(times, 0.99));
+            times.sort_by(f64::total_cmp);
+            let (p50, p99) = (median(times), share(times, 0.99));
             println!("  one caller, {name:<14}  {p50:>8.3} ms p50  {p99:>8.3} ms p99");
         }
-        let [p50, p99, rate, cpu, peak] = many.map(|figures| median(&figures));
+        let [p50, p99, cpu, peak] = many.map(|figures| median(&figures));
         println!(
-            "  {CALLERS} at once, first event  {p50:>8.1} ms p50  {p99:>8.1} ms p99  {rate:>7.0} chunks/s  {cpu:.2} µs CPU a chunk  {peak:.1} MiB over idle"
+            "  {CALLERS} at once in one batch, {STALLED} of them not reading: first event {p50:.0} ms p50, {p99:.0} ms p99; {cpu:.2} µs CPU a chunk, {peak:.1} MiB over idle"
         );
         let [rate, p50, p99] = beside.map(|figures| median(&figures));
         println!(
@@ -118,32 +114,28 @@ impl Bench {
         )
     }
 
-    /// With a thousand callers in one batch: first events in milliseconds (median, 99 of 100), chunks a second, microseconds of CPU a chunk, MiB over
-    /// idle.
-    fn thousand(&self) -> anyhow::Result<[f64; 5]> {
+    /// With a thousand callers in one batch: first events in milliseconds (median, 99 of 100), microseconds of CPU a chunk, MiB over idle.
+    fn thousand(&self) -> anyhow::Result<[f64; 4]> {
         let host = self.host(&one_batch())?;
         host.reset_peak()?;
         let before = host.cpu_seconds()?;
-        let streams = Streams::open(host.port, CHUNKS, PAUSE_MS)?;
-        let (mut firsts, took) = streams.read()?;
+        let mut firsts = streams(host.port, CHUNKS, PAUSE_MS, || Ok(()))?.1;
         firsts.sort_by(f64::total_cmp);
-        let chunks = (CALLERS * CHUNKS) as f64;
-        let cpu = (host.cpu_seconds()? - before) / chunks * 1e6;
+        let cpu = (host.cpu_seconds()? - before) / (CALLERS * CHUNKS) as f64 * 1e6;
         let over_idle = (host.peak_bytes()? - host.idle_bytes) / MIB;
-        Ok([median(&firsts), firsts[CALLERS * 99 / 100], chunks / took.as_secs_f64(), cpu, over_idle])
+        Ok([median(&firsts), share(&firsts, 0.99), cpu, over_idle])
     }
 
-    /// Requests a second, median and 99th of `/predict_sync` while a thousand streams are open, of those without.
+    /// Requests a second, median and 99th of `/predict_sync` while a thousand streams are open, of those before and after.
     fn beside(&self) -> anyhow::Result<[f64; 3]> {
         let host = self.host(&one_batch())?;
         let (body, script) = (self.folder.join("body.json"), self.folder.join("post.lua"));
         fs::write(&body, "{\"text\":\"hello world\"}")?;
-        let alone = self.sync(&host, &body, &script)?;
+        let before = self.sync(&host, &body, &script)?;
         // A chunk a second, until after the load.
-        let streams = Streams::open(host.port, self.seconds + 3, 1000)?;
-        let beside = self.sync(&host, &body, &script)?;
-        streams.read()?;
-        Ok([0, 1, 2].map(|at| beside[at] / alone[at]))
+        let (beside, _) = streams(host.port, self.seconds + 5, 1000, || self.sync(&host, &body, &script))?;
+        let after = self.sync(&host, &body, &script)?;
+        Ok([0, 1, 2].map(|at| beside[at] / f64::midpoint(before[at], after[at])))
     }
 
     fn sync(&self, host: &Server, body: &Path, script: &Path) -> anyhow::Result<[f64; 3]> {
@@ -225,42 +217,81 @@ fn read_lines_to(connection: &mut BufReader<TcpStream>, last: &str) -> anyhow::R
     Ok(())
 }
 
-/// A thousand streams that were asked for, each at its moment.
-struct Streams(Vec<(TcpStream, Instant)>);
+fn share(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share) as usize]
+}
 
-impl Streams {
-    fn open(port: u16, chunks: usize, pause_ms: u64) -> anyhow::Result<Self> {
-        let request = request("/predict_stream", chunks, pause_ms);
-        let open = |_| {
-            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-            stream.write_all(request.as_bytes())?;
-            Ok((stream, Instant::now()))
+/// What the threads of a thousand callers wait for.
+const CONNECT: u8 = 0;
+const ASK: u8 = 1;
+const READ_ALL: u8 = 2;
+const GIVE_UP: u8 = 3;
+
+/// Sets the step to the last one, however its thread leaves.
+struct GiveUp<'s>(&'s AtomicU8);
+
+impl Drop for GiveUp<'_> {
+    fn drop(&mut self) {
+        self.0.store(GIVE_UP, Ordering::SeqCst);
+    }
+}
+
+/// Opens a thousand streams at once, does something beside them, and reads them to their ends; gives what that returned, and the milliseconds to the
+/// first event of each caller that reads.
+fn streams<T>(
+    port: u16,
+    chunks: usize,
+    pause_ms: u64,
+    beside: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<(T, Vec<f64>)> {
+    let step = AtomicU8::new(CONNECT);
+    let wait_for = |wanted: u8| {
+        while step.load(Ordering::SeqCst) < wanted {
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let request = request("/predict_stream", chunks, pause_ms);
+    let read = |caller: usize| -> anyhow::Result<Option<f64>> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        wait_for(ASK);
+        let asked = Instant::now();
+        stream.write_all(request.as_bytes())?;
+        let stalls = caller < STALLED;
+        if stalls {
+            wait_for(READ_ALL);
+        }
+        let mut connection = BufReader::with_capacity(1 << 10, stream);
+        read_head(&mut connection)?;
+        connection.read_line(&mut String::new())?;
+        let first = asked.elapsed().as_secs_f64() * 1e3;
+        read_lines_to(&mut connection, "event: end\n")?;
+        let mut end = String::new();
+        connection.read_line(&mut end)?;
+        anyhow::ensure!(end.starts_with("data: {\"status\":\"success\""), "a stream ended with {end:?}");
+        Ok((!stalls).then_some(first))
+    };
+    thread::scope(|scope| {
+        let _give_up = GiveUp(&step);
+        let mut callers = Vec::with_capacity(CALLERS);
+        for caller in 0..CALLERS {
+            let read = &read;
+            callers.push(
+                thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, move || read(caller))?,
+            );
+        }
+        // As long as a thousand connections need.
+        thread::sleep(Duration::from_millis(500));
+        step.store(ASK, Ordering::SeqCst);
+        let done = beside()?;
+        let (stalled, reading): (Vec<_>, Vec<_>) =
+            callers.into_iter().enumerate().partition(|(caller, _)| *caller < STALLED);
+        let join = |callers: Vec<(usize, thread::ScopedJoinHandle<'_, _>)>| {
+            let joined = callers.into_iter().map(|(_, caller)| caller.join().expect("it returns its errors"));
+            joined.collect::<anyhow::Result<Vec<Option<f64>>>>()
         };
-        (0..CALLERS).map(open).collect::<anyhow::Result<_>>().map(Self)
-    }
-
-    /// Reads all of them to their ends: milliseconds to each one's first event, and how long it took from the first of those on.
-    fn read(self) -> anyhow::Result<(Vec<f64>, Duration)> {
-        let begin = Barrier::new(CALLERS);
-        thread::scope(|scope| {
-            let read = |(stream, asked): (TcpStream, Instant)| -> anyhow::Result<(f64, Instant)> {
-                begin.wait();
-                let mut connection = BufReader::with_capacity(1 << 10, stream);
-                read_head(&mut connection)?;
-                connection.read_line(&mut String::new())?;
-                let first = Instant::now();
-                read_lines_to(&mut connection, "0\r\n")?;
-                Ok(((first - asked).as_secs_f64() * 1e3, first))
-            };
-            let mut callers = Vec::with_capacity(CALLERS);
-            for stream in self.0 {
-                let thread = thread::Builder::new().stack_size(STACK_BYTES);
-                callers.push(thread.spawn_scoped(scope, move || read(stream))?);
-            }
-            let read = callers.into_iter().map(|caller| caller.join().expect("it returns its errors"));
-            let read = read.collect::<anyhow::Result<Vec<_>>>()?;
-            let begun = read.iter().map(|(_, first)| *first).min().context("there are callers")?;
-            Ok((read.into_iter().map(|(first, _)| first).collect(), begun.elapsed()))
-        })
-    }
+        let firsts = join(reading)?;
+        step.store(READ_ALL, Ordering::SeqCst);
+        join(stalled)?;
+        Ok((done, firsts.into_iter().flatten().collect()))
+    })
 }

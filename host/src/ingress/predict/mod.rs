@@ -103,9 +103,7 @@ pub(super) async fn answer(
         Err(error) => Err(error),
     };
     let response = answered.unwrap_or_else(|error| {
-        if matches!(error, JobError::Lost) {
-            tracing::error!(model = call.model.name, request_id = %id, "a job was lost inside the host");
-        }
+        say_if_lost(&error, &call.model, id);
         problem(target, egress::error(&error))
     });
     let Call { model, timings, begun, .. } = call;
@@ -118,11 +116,17 @@ pub(super) async fn answer(
     response
 }
 
+fn say_if_lost(error: &JobError, model: &Model, id: &RequestId) {
+    if matches!(error, JobError::Lost) {
+        tracing::error!(model = model.name, request_id = %id, "a job was lost inside the host");
+    }
+}
+
 /// What an admitted request came to.
 enum Answered {
     Whole(HttpResponse),
     /// A stream whose first event is there.
-    Stream(Box<stream::Begun>),
+    Stream(Box<stream::StartedStream>),
 }
 
 /// A request that was not admitted, and the model that it asked for, where that is known.
@@ -352,6 +356,7 @@ struct CancelOnDrop<M: Deref<Target = Model>> {
     model: M,
     first: ArrivalId,
     count: usize,
+    is_answered: bool,
 }
 
 impl<M: Deref<Target = Model>> CancelOnDrop<M> {
@@ -359,18 +364,20 @@ impl<M: Deref<Target = Model>> CancelOnDrop<M> {
         if queued.must_wake {
             peer.io.wake_soon(&model.queue);
         }
-        Self { model, first: queued.first, count }
+        Self { model, first: queued.first, count, is_answered: false }
     }
 
     /// Every job was answered.
-    fn done(self) {
-        std::mem::forget(self);
+    fn done(mut self) {
+        self.is_answered = true;
     }
 }
 
 impl<M: Deref<Target = Model>> Drop for CancelOnDrop<M> {
     fn drop(&mut self) {
-        self.model.queue.cancel(self.first, self.count);
+        if !self.is_answered {
+            self.model.queue.cancel(self.first, self.count);
+        }
     }
 }
 

@@ -4,9 +4,9 @@
 use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::{Context as Task, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -14,9 +14,9 @@ use hyper::StatusCode;
 use modalkit_engine::Payload;
 use tokio::time::{Instant as TokioInstant, Sleep, sleep};
 
-use super::{Call, CancelOnDrop, Ended, count, decode_body};
+use super::{Call, CancelOnDrop, Ended, count, decode_body, say_if_lost};
 use crate::{
-    egress::{self, HttpResponse, LastError, Stream},
+    egress::{self, BodyStream, HttpResponse, LastError},
     ingress::{
         Context,
         endpoints::{Endpoint, Prediction},
@@ -33,11 +33,14 @@ use crate::{
 const CHUNK: &str = "chunk";
 const EXPLAIN: &str = "explain";
 const END: &str = "end";
+/// What a stream counts as whose caller left: nobody gets this status, which other servers use for the same.
+static CALLER_LEFT: LazyLock<StatusCode> =
+    LazyLock::new(|| StatusCode::from_u16(499).expect("a number of three digits"));
 /// What stands around a chunk's bytes.
 const EVENT_BYTES: usize = 24;
 
 /// A stream whose first event has come, or that has been silent for as long as one may be.
-pub(super) struct Begun {
+pub(super) struct StartedStream {
     pending: PendingStream,
     first: Option<Received>,
     cancel_on_drop: CancelOnDrop<Arc<Model>>,
@@ -52,27 +55,27 @@ pub(super) async fn begin(
     call: &Call,
     generation: &Arc<Generation>,
     input: Bytes,
-) -> Result<Begun, JobError> {
+) -> Result<StartedStream, JobError> {
     let (bytes, input) = (input.len(), Payload::Json(input));
     let decode = |generation: &Generation, input: &Payload| generation.decode(input);
     let decoded = decode_body(exchange, generation, &input, bytes, decode).await?;
-    let (handle, mut pending) = stream_reply(&exchange.io.mailbox, &exchange.context.budget);
+    let (handle, mut pending) = stream_reply(&exchange.io.mailbox, &exchange.context.budget, call.deadline);
     let timings = call.timings();
     let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
     let queued = call.model.queue.push([job], Some(call.deadline))?;
     let cancel_on_drop = CancelOnDrop::queue(exchange, Arc::clone(&call.model), queued, 1);
-    let silence = pin!(sleep(exchange.context.server.stream_heartbeat));
+    let heartbeat = pin!(sleep(exchange.context.server.stream_heartbeat));
     let first = tokio::select! {
         biased;
         received = poll_fn(|task| pending.poll_next(task)) => Some(received),
-        () = silence => None,
+        () = heartbeat => None,
     };
     match first {
         Some(Received { chunks, end: Some(Err(error)) }) if chunks.is_empty() => {
             cancel_on_drop.done();
             Err(error)
         }
-        first => Ok(Begun { pending, first, cancel_on_drop }),
+        first => Ok(StartedStream { pending, first, cancel_on_drop }),
     }
 }
 
@@ -80,11 +83,11 @@ pub(super) async fn begin(
 pub(super) fn respond(
     exchange: &Exchange,
     call: Call,
-    begun: Begun,
+    begun: StartedStream,
     endpoint: &'static Endpoint,
 ) -> HttpResponse {
-    let Begun { pending, first, cancel_on_drop } = begun;
-    let heartbeat = exchange.context.server.stream_heartbeat;
+    let StartedStream { pending, first, cancel_on_drop } = begun;
+    let interval = exchange.context.server.stream_heartbeat;
     call.model.metrics.streams.inc();
     let trace = call.timings.as_deref().and_then(RequestTimings::traceparent);
     let mut response = egress::events(Box::new(Events {
@@ -92,10 +95,10 @@ pub(super) fn respond(
         endpoint,
         limit: exchange.timer.limit(call.deadline.0),
         // Where there was silence until now, the caller hears so at once.
-        silence: Box::pin(sleep(if first.is_some() { heartbeat } else { Duration::ZERO })),
+        heartbeat: Box::pin(sleep(if first.is_some() { interval } else { Duration::ZERO })),
         is_first: true,
         first,
-        answering: Some(Answering { call, pending, cancel_on_drop }),
+        open: Some(OpenStream { call, pending, cancel_on_drop }),
     }));
     if let Some(trace) = trace {
         put_trace(&mut response, &trace);
@@ -110,62 +113,67 @@ struct Events {
     /// The request's deadline.
     limit: Limit,
     /// When there was nothing to say for too long.
-    silence: Pin<Box<Sleep>>,
+    heartbeat: Pin<Box<Sleep>>,
     /// No event has come yet.
     is_first: bool,
     /// What came while the answer's headers were waited for.
     first: Option<Received>,
     /// `None` once the last event is written.
-    answering: Option<Answering>,
+    open: Option<OpenStream>,
 }
 
 /// Dropped, it says that the caller has left.
-struct Answering {
+struct OpenStream {
     call: Call,
     pending: PendingStream,
     cancel_on_drop: CancelOnDrop<Arc<Model>>,
 }
 
-impl Stream for Events {
+impl BodyStream for Events {
     fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
-        let Some(answering) = &mut self.answering else { return Poll::Ready(None) };
+        let Some(open) = &mut self.open else { return Poll::Ready(None) };
         let received = match self.first.take() {
-            Some(received) => received,
-            None => match answering.pending.poll_next(task) {
-                Poll::Ready(received) => received,
-                Poll::Pending if Pin::new(&mut self.limit).poll(task).is_ready() => {
-                    Received { chunks: Vec::new(), end: Some(Err(JobError::DeadlinePassed)) }
-                }
-                Poll::Pending => {
-                    ready!(self.silence.as_mut().poll(task));
-                    self.be_silent_again();
-                    return Poll::Ready(Some(HEARTBEAT.into()));
-                }
-            },
+            Some(received) => Poll::Ready(received),
+            None => open.pending.poll_next(task),
         };
-        self.be_silent_again();
+        let received = match received {
+            Poll::Ready(received) => received,
+            Poll::Pending if Pin::new(&mut self.limit).poll(task).is_ready() => Received::default(),
+            Poll::Pending => {
+                ready!(self.heartbeat.as_mut().poll(task));
+                self.reset_heartbeat();
+                return Poll::Ready(Some(HEARTBEAT.into()));
+            }
+        };
+        self.reset_heartbeat();
         Poll::Ready(Some(self.write(received)))
     }
 }
 
 impl Events {
-    fn be_silent_again(&mut self) {
+    fn reset_heartbeat(&mut self) {
         let at = TokioInstant::now() + self.context.server.stream_heartbeat;
-        self.silence.as_mut().reset(at);
+        self.heartbeat.as_mut().reset(at);
     }
 
+    /// Writes what has come. At the request's deadline the stream ends, whether or not its caller has kept up.
     fn write(&mut self, Received { chunks, end }: Received) -> Bytes {
-        if let Some(Answering { call, .. }) = self.answering.as_ref().filter(|_| self.is_first) {
-            call.model.metrics.first_event.observe(call.begun.elapsed().as_secs_f64());
-            self.is_first = false;
-        }
         let mut text = Vec::with_capacity(chunks.iter().map(|chunk| chunk.len() + EVENT_BYTES).sum());
         chunks.iter().for_each(|chunk| put_event(&mut text, CHUNK, chunk));
-        if let Some(reply) = end
-            && let Some(Answering { call, cancel_on_drop, .. }) = self.answering.take()
-        {
-            cancel_on_drop.done();
-            self.end(call, reply, &mut text);
+        let Some(open) = self.open.take() else { return text.into() };
+        let OpenStream { call, .. } = &open;
+        if std::mem::take(&mut self.is_first) {
+            call.model.metrics.first_event.observe(call.begun.elapsed().as_secs_f64());
+        }
+        if let Some(reply) = end {
+            open.cancel_on_drop.done();
+            self.end(open.call, reply, &mut text);
+        } else if Instant::now() >= call.deadline.0 {
+            // What is dropped takes the job along, wherever it is.
+            let OpenStream { call, .. } = open;
+            self.end(call, Err(JobError::DeadlinePassed), &mut text);
+        } else {
+            self.open = Some(open);
         }
         text.into()
     }
@@ -173,21 +181,26 @@ impl Events {
     /// Writes the last event and counts what the request came to.
     fn end(&self, call: Call, reply: Reply, text: &mut Vec<u8>) {
         let Call { model, timings, id, begun, .. } = call;
-        let metrics = &model.metrics;
-        match &reply {
-            Ok(_) => metrics.streams_complete.inc(),
-            Err(JobError::ReadTooSlowly(_)) => metrics.streams_slow.inc(),
-            Err(_) => metrics.streams_failed.inc(),
+        if let Err(error) = &reply {
+            say_if_lost(error, &model, &id);
         }
-        metrics.streams.dec();
-        metrics.request.observe(begun.elapsed().as_secs_f64());
+        let is_slow = matches!(reply, Err(JobError::StoppedReading(_)));
         let (status, error, event) = match egress::last_event(reply) {
             Ok(answer) => (StatusCode::OK, None, answer.into_bytes()),
             Err(LastError { status, error, event }) => (status, Some(error), event),
         };
-        let told = timings.and_then(|timings| timings.end(&self.context, begun, &model.name, &id, status));
-        if let Some(told) = told {
-            put_event(text, EXPLAIN, told.to_string().as_bytes());
+        let metrics = &model.metrics;
+        match status {
+            StatusCode::OK => metrics.streams_complete.inc(),
+            _ if is_slow => metrics.streams_slow.inc(),
+            _ => metrics.streams_failed.inc(),
+        }
+        metrics.streams.dec();
+        metrics.stream.observe(begun.elapsed().as_secs_f64());
+        let explanation =
+            timings.and_then(|timings| timings.end(&self.context, begun, &model.name, &id, status));
+        if let Some(explanation) = explanation {
+            put_event(text, EXPLAIN, explanation.to_string().as_bytes());
         }
         put_event(text, END, &event);
         let ended = Ended { status, error: error.as_deref().filter(|_| status.is_server_error()) };
@@ -197,9 +210,15 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
-        if let Some(Answering { call, .. }) = &self.answering {
-            call.model.metrics.streams.dec();
-            call.model.metrics.streams_left.inc();
+        let Some(OpenStream { call, .. }) = self.open.take() else { return };
+        let Call { model, timings, id, begun, .. } = call;
+        model.metrics.streams.dec();
+        model.metrics.streams_left.inc();
+        model.metrics.stream.observe(begun.elapsed().as_secs_f64());
+        if let Some(timings) = timings {
+            let _ = timings.end(&self.context, begun, &model.name, &id, *CALLER_LEFT);
         }
+        let ended = Ended { status: *CALLER_LEFT, error: None };
+        count(&self.context, Some(&model), (self.endpoint, Prediction::Stream), &id, ended);
     }
 }

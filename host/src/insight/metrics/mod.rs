@@ -139,6 +139,7 @@ impl Metrics {
             ok_infer: self.requests(name, "/v2/models/{name}/infer", 200),
             ok_stream: self.requests(name, "/predict_stream", 200),
             first_event: self.of_models.first_event.with_label_values(model),
+            stream: self.of_models.stream.with_label_values(model),
             streams: self.of_models.streams.with_label_values(model),
             stream_chunks: self.of_models.stream_chunks.with_label_values(model),
             streams_complete: self.of_models.streams_ended.with_label_values(&[name, "complete"]),

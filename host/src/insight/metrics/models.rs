@@ -8,12 +8,13 @@ use crate::insight::traces::Traces;
 families! {
     /// Of all models.
     pub(super) struct ModelFamilies {
-        request: seconds("modalkit_request_seconds", "from a request's headers to its answer", ["model"]);
-        requests: counters("modalkit_requests_total", "requests answered", ["model", "endpoint", "status"]);
+        request: seconds("modalkit_request_seconds", "from a request's headers to its answer, of all but streams", ["model"]);
+        requests: counters("modalkit_requests_total", "requests answered, streams by the status of their end (499: the caller left)", ["model", "endpoint", "status"]);
         first_event: seconds("modalkit_stream_first_event_seconds", "from the headers of a request for a stream to its first event", ["model"]);
+        stream: seconds("modalkit_stream_seconds", "from the headers of a request for a stream to its end; these are not in modalkit_request_seconds", ["model"]);
         streams: gauges("modalkit_streams", "streams that have begun and not ended", ["model"]);
-        stream_chunks: counters("modalkit_stream_chunks_total", "chunks of streams that went to their callers", ["model"]);
-        streams_ended: counters("modalkit_streams_ended_total", "streams that had begun, by how they ended: complete, failed, left (the caller), slow (the caller; cut off)", ["model", "reason"]);
+        stream_chunks: counters("modalkit_stream_chunks_total", "chunks of streams that were taken for their callers", ["model"]);
+        streams_ended: counters("modalkit_streams_ended_total", "streams that had begun, by how they ended: complete, failed, left (the caller, or its connection was ended), slow (the caller read nothing for stream_wait_seconds and was cut off)", ["model", "reason"]);
         queue_wait: seconds("modalkit_queue_wait_seconds", "from a job's arrival to its batch", ["model"]);
         batch_wait: seconds("modalkit_batch_wait_seconds", "how long a batch waited to be filled while a replica was free", ["model"]);
         stage: seconds("modalkit_stage_seconds", "a batch's time in one stage", ["model", "stage"]);
@@ -51,6 +52,8 @@ pub struct ModelMetrics {
     pub ok_stream: IntCounter,
     /// From the headers of a request for a stream to its first event, seconds.
     pub first_event: Histogram,
+    /// From the headers of a request for a stream to its end, seconds.
+    pub stream: Histogram,
     /// Streams that have begun and not ended.
     pub streams: IntGauge,
     /// Chunks of streams.

@@ -8,7 +8,7 @@ mod retiring;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -114,7 +114,9 @@ impl Fleet {
             queue: Arc::clone(&model.queue),
             metrics: Arc::clone(&model.metrics),
             events,
+            stream_wait_ms: AtomicU64::new(0),
         });
+        context.set_stream_wait(model.spec().replicas.stream_wait);
         let live = Arc::new(AtomicUsize::new(0));
         let fleet = Loop {
             live: Arc::clone(&live),

@@ -31,7 +31,9 @@ impl Loop {
 
     pub(super) fn give_up_overrun(&mut self) {
         let now = Instant::now();
-        let limit = self.model.spec().replicas.batch_timeout;
+        let spec = self.model.spec();
+        let limit = spec.replicas.batch_timeout;
+        self.context.set_stream_wait(spec.replicas.stream_wait);
         let mut overrun = 0;
         let mut given_up = Vec::new();
         for replicas in [&mut self.replicas, &mut self.leaving] {
