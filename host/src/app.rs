@@ -314,6 +314,11 @@ pub fn preflight(file: &Path) -> String {
     modalkit_loader::preflight_child(file)
 }
 
+/// Has the allocator keep some of the memory that was freed, as a process wants that serves.
+pub fn keep_freed_memory() {
+    modalkit_loader::keep_freed_memory();
+}
+
 /// From here on an end of this process by plugin code is logged, and its exit code is not 0.
 ///
 /// # Errors

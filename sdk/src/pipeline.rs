@@ -324,7 +324,7 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         // Called by such a `postprocess`, where there is no other `postprocess_stream`: the two would call each other without end.
         if chunks.are_discarded() {
             return Err(PipelineError::permanent(
-                "`postprocess` calls `postprocess_stream`, which this pipeline doesn't have: implement it, or `postprocess` without it",
+                "this pipeline has no `postprocess_stream` of its own to be called with chunks that go nowhere, as its `postprocess` may do: implement it, or call `postprocess`",
             ));
         }
         self.postprocess(inputs, raw_output)

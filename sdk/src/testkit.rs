@@ -189,12 +189,15 @@ impl ChunkSink for NoReaders {
 struct Readers<R> {
     /// By the item's place in the batch.
     chunks: Vec<Vec<Value>>,
+    /// Who has left, or was cut off: for good.
+    gone: Vec<bool>,
     reader: R,
 }
 
 impl<R: FnMut(usize, usize) -> Reader + Send> BatchReaders for Readers<R> {
     fn begin(&mut self, items: usize) {
         self.chunks.resize(items, Vec::new());
+        self.gone.resize(items, false);
     }
 }
 
@@ -206,13 +209,24 @@ impl<R: FnMut(usize, usize) -> Reader + Send> Readers<R> {
         let Some(chunks) = self.chunks.get(item) else {
             panic!("a chunk of item {item} in a batch of {items}: items are named by their places, from 0");
         };
-        (self.reader)(item, chunks.len())
+        if self.gone[item] {
+            return Reader::Left;
+        }
+        let does = (self.reader)(item, chunks.len());
+        self.gone[item] = does == Reader::Left;
+        does
     }
 }
 
 impl<R: FnMut(usize, usize) -> Reader + Send> ChunkSink for Readers<R> {
     fn interest(&mut self, item: usize) -> Interest {
-        if self.does(item) == Reader::Left { Interest::NOTHING } else { Interest::CHUNKS }
+        // Whether it reads is asked when there is something to read.
+        let (gone, items) = (self.gone.get(item).copied(), self.gone.len());
+        match gone {
+            Some(true) => Interest::NOTHING,
+            Some(false) => Interest::CHUNKS,
+            None => panic!("item {item} of a batch of {items}: items are named by their places, from 0"),
+        }
     }
 
     fn chunk(&mut self, item: usize, json: &[u8], when_full: WhenFull) -> ChunkResult {
@@ -222,7 +236,10 @@ impl<R: FnMut(usize, usize) -> Reader + Send> ChunkSink for Readers<R> {
                 ChunkResult::TAKEN
             }
             Reader::Lags if when_full == WhenFull::RETURN => ChunkResult::FULL,
-            Reader::Lags | Reader::Left => ChunkResult::UNWANTED,
+            Reader::Lags | Reader::Left => {
+                self.gone[item] = true;
+                ChunkResult::UNWANTED
+            }
         }
     }
 }
@@ -286,8 +303,8 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         self.stream_json_to(inputs, |_, _| Reader::Reads)
     }
 
-    /// As [`LoadedPipeline::stream_json`], for callers who may be slow, or leave: `reader` says what one does, by the item's place in the batch and the number
-    /// of chunks that it has got.
+    /// As [`LoadedPipeline::stream_json`], for callers who may be slow, or leave: `reader` says what one does with the next chunk, by the item's place in the batch
+    /// and the number of chunks that it has got.
     #[must_use]
     pub fn stream_json_to(
         &self,
@@ -295,7 +312,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         reader: impl FnMut(usize, usize) -> Reader + Send,
     ) -> Vec<(Vec<Value>, Outcome<Value>)> {
         let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
-        let mut readers = Readers { chunks: Vec::new(), reader };
+        let mut readers = Readers { chunks: Vec::new(), gone: Vec::new(), reader };
         let answers = self.run_items(parsed, &mut readers, json_of);
         let mut chunks = |place: usize| readers.chunks.get_mut(place).map(mem::take).unwrap_or_default();
         let answer =

@@ -6,7 +6,7 @@ use std::{
     net::TcpStream,
     sync::{Condvar, Mutex},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use modalkit_tests::{
@@ -213,7 +213,7 @@ fn a_pipeline_stops_within_one_chunk_of_its_callers_leaving_however_it_was_asked
 fn a_caller_who_reads_nothing_is_waited_for_and_then_cut_off_and_its_neighbours_go_on() {
     // A batch may run for less time than its callers are waited for: its own time stands still meanwhile.
     let config = "[app_settings.batch_config]\nmax_batch_size = 3\nwait_ms = 60000\n\
-                  [app_settings.deployment_config]\nstream_wait_seconds = 600\nbatch_timeout_seconds = 2\n";
+                  [app_settings.deployment_config]\nstream_wait_seconds = 600\nbatch_timeout_seconds = 6\n";
     let mut host = setup(config).ready();
     // What the kernel holds for one who doesn't read is less than this.
     let large =
@@ -224,13 +224,14 @@ fn a_caller_who_reads_nothing_is_waited_for_and_then_cut_off_and_its_neighbours_
         stream
     });
     let neighbour = open(&host, &json!({"id": 3, "chunks": 400}));
-    thread::sleep(Duration::from_secs(4));
+    thread::sleep(Duration::from_secs(8));
     assert_eq!((ended(&host, "complete"), ended(&host, "slow")), (0.0, 0.0), "the batch waits");
     let shorter = config.replace("stream_wait_seconds = 600", "stream_wait_seconds = 0.5");
     host.configure(&shorter);
     let (status, reloaded) = host.post("/config/reload", &json!({}));
     assert_eq!(status, 200, "{reloaded}");
-    // A wait that has begun goes on as it was; the caller's deadline, or what it does, ends it.
+    // A wait that has begun goes on as it was, until this caller reads. The next one is shorter, once the fleet has looked at its configuration.
+    thread::sleep(Duration::from_millis(500));
     let [slow, lossy] = idle;
     let mut slow = EventStream::answer(slow);
     let first: Vec<Event> = (0..100).filter_map(|_| slow.next_event()).collect();
@@ -238,11 +239,11 @@ fn a_caller_who_reads_nothing_is_waited_for_and_then_cut_off_and_its_neighbours_
     assert_eq!(numbers(&events, 3), (0..400).collect::<Vec<_>>());
     assert_eq!(events.last().unwrap().json()["sent"], 400);
     wait_until("the one who is waited for is cut off", || given_up_soon(&host, 1) >= 0);
-    let rest = slow.rest();
-    let end = rest.last().unwrap().json();
+    let slow = [first, slow.rest()].concat();
+    let end = slow.last().unwrap().json();
     assert_eq!((end["status"].as_str(), end["status_code"].as_u64()), (Some("error"), Some(408)), "{end}");
     assert!(end["error"].as_str().unwrap().contains("none of its chunks for 500ms"), "{end}");
-    let kept = numbers(&[first, rest].concat(), 1);
+    let kept = numbers(&slow, 1);
     assert_eq!(kept, (0..kept.len() as u64).collect::<Vec<_>>(), "what was taken has come, in order");
     // One that isn't waited for loses what there was no room for, as its pipeline wants it.
     let lossy = EventStream::answer(lossy).rest();
@@ -259,14 +260,42 @@ fn a_caller_who_reads_nothing_is_waited_for_and_then_cut_off_and_its_neighbours_
 }
 
 #[test]
-fn a_caller_who_reads_slowly_gets_everything() {
+fn callers_who_read_slowly_get_everything_however_long_their_batch_waits_in_all() {
+    let config = "[app_settings.batch_config]\nmax_batch_size = 2\nwait_ms = 60000\n\
+                  [app_settings.deployment_config]\nstream_wait_seconds = 3\n";
+    let host = setup(config).ready();
+    let large = |id: u64| json!({"id": id, "chunks": 200, "padding_bytes": 64 << 10});
+    let sent = [1, 2].map(|id| {
+        let mut stream = host.connect();
+        EventStream::send(&mut stream, STREAMS, &large(id), "");
+        stream
+    });
+    let begun = Instant::now();
+    let read = sent.map(|stream| {
+        thread::spawn(move || EventStream::answer(stream).rest_slowly(Duration::from_millis(25)))
+    });
+    for (id, read) in (1..).zip(read) {
+        let events = read.join().unwrap();
+        assert_eq!(numbers(&events, id), (0..200).collect::<Vec<_>>());
+        assert_eq!(events.last().unwrap().json()["sent"], 200);
+    }
+    assert!(
+        begun.elapsed() > Duration::from_secs(4),
+        "it was waited for longer than for one who doesn't read"
+    );
+}
+
+#[test]
+fn a_stream_that_is_always_busy_ends_at_its_deadline_as_any_other() {
     let host = setup("").ready();
-    let mut slow = open(&host, &json!({"id": 4, "chunks": 200, "padding_bytes": 64 << 10}));
-    let mut events: Vec<Event> = slow.next_event().into_iter().collect();
-    thread::sleep(Duration::from_millis(500));
-    events.extend(slow.rest());
-    assert_eq!(numbers(&events, 4), (0..200).collect::<Vec<_>>());
-    assert_eq!(events.last().unwrap().json()["sent"], 200);
+    // Without a pause the pipeline hears of the deadline before the timer does, and a caller who doesn't read has it waiting then.
+    let busy = json!({"id": 1, "chunks": 1_000_000_000_u64, "padding_bytes": 1 << 10});
+    let end = |events: Vec<Event>| events.last().unwrap().json()["status_code"].clone();
+    assert_eq!(end(opened_with(&host, &busy, "x-request-timeout-ms: 700\r\n").rest()), 504);
+    let mut idle = host.connect();
+    EventStream::send(&mut idle, STREAMS, &busy, "x-request-timeout-ms: 700\r\n");
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(end(EventStream::answer(idle).rest()), 504);
 }
 
 #[test]
@@ -322,8 +351,10 @@ fn what_a_caller_does_not_take_of_a_stream_counts_in_the_budget_and_ends_with_it
     let mut connection = http2::Connection::open(host.connect());
     connection.post("/predict_stream", &quiet.to_string());
     let mut text = Vec::new();
-    while !text.ends_with(b"}\n\n") {
-        text.extend(connection.next_data().unwrap().1);
+    let mut ended = false;
+    while !ended {
+        let (_, data, is_last) = connection.next_data().unwrap();
+        (text, ended) = ([text, data].concat(), is_last);
     }
     assert!(String::from_utf8_lossy(&text).contains("event: end\ndata: {\"status\":\"success\""));
 }

@@ -5,6 +5,7 @@
 //! What the host sees of it is [`Libraries`], a `modalkit_engine::Engine`; the order in which a file meets the rest is:
 //! `store`, `preflight`, `library` (handshake, layout, description), `pipeline` (load), `handles` (instances, inputs, batches).
 
+mod allocator;
 mod convert;
 mod document;
 mod elf;
@@ -22,6 +23,7 @@ mod store;
 mod thread_priority;
 mod trust;
 
+pub use allocator::keep_freed_memory;
 pub use engine::{Libraries, Settings};
 pub use preflight::{Preflight, child as preflight_child};
 pub use trust::Trust;

@@ -20,7 +20,8 @@ use super::{DEVICE_LOST, DONE, NOT_DONE, SECOND_SIGNAL, WRONG_USAGE, print::comp
 const OWN_BLOCKING_THREADS: usize = 64;
 
 pub(crate) fn run(files: Vec<PathBuf>, set_journal_aside: bool) -> u8 {
-    // First, so that nothing from here on waits for whoever reads standard error; dropped last, however this ends.
+    app::keep_freed_memory();
+    // Before all else, so that nothing from here on waits for whoever reads standard error; dropped last, however this ends.
     let log = match log::start() {
         Ok(log) => log,
         Err(error) => {

@@ -99,8 +99,12 @@ pub fn last_event(reply: Reply) -> Result<Answer, LastError> {
     };
     let (status, error) = (status_of(&job_error), describe(&job_error));
     let mut event = json!({"status": "error", "status_code": status.as_u16(), "error": error});
-    if let JobError::Invalid(details) = &job_error {
-        event["detail"] = json!(details);
+    match &job_error {
+        JobError::Invalid(details) => event["detail"] = json!(details),
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
+            event["detail"] = json!([Detail::invalid(&[], failure.message.clone())]);
+        }
+        _ => {}
     }
     Err(LastError { status, error, event: object(&event) })
 }

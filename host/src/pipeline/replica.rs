@@ -413,11 +413,10 @@ fn run(
         context.record_timings(batch, timed);
     }
     let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
-    if size > 0
-        && let Some(is_healthy) = counts_as_healthy(&outcomes)
-    {
+    if size > 0 {
         // What callers took who don't read is no sign of a slow pipeline.
-        context.count((ended - begun).saturating_sub(callers.waited), is_healthy);
+        let took = (ended - begun).saturating_sub(callers.waited);
+        context.count(took, counts_as_healthy(&outcomes));
     }
     match outcomes {
         Ok(outcomes) => {

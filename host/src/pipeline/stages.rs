@@ -174,7 +174,7 @@ pub(super) fn stages(
     times.predicted = Some(Instant::now());
     match batch.postprocess(&mut events) {
         // The error of an item that nobody wants, taken for that of the batch.
-        Err(failure) if events.are_all_unwanted() && !is_of_device(&failure) => {
+        Err(failure) if events.are_all_unwanted() && failure.kind == FailureKind::Transient => {
             Ok(events.by_item.iter().map(|_| Err(unwanted())).collect())
         }
         Err(failure) => Err(failure),
@@ -187,17 +187,20 @@ pub(super) fn is_no_fault(failure: &Failure) -> bool {
     matches!(failure.kind, FailureKind::InvalidInput | FailureKind::Unwanted)
 }
 
-/// Whether anything in a batch succeeded; failures that are not the pipeline's count as success. `None` where nobody wanted any of it: what is
-/// given up early says nothing.
-pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> Option<bool> {
+/// Whether anything in a batch succeeded, of what somebody wanted; failures that an input caused count as success. Where nobody wanted any of it, only its
+/// time says something.
+pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> bool {
     let is_unwanted =
-        |outcome: &Outcome| matches!(outcome, Err(failure) if failure.kind == FailureKind::Unwanted);
+        |outcome: &&Outcome| matches!(outcome, Err(failure) if failure.kind == FailureKind::Unwanted);
     match outcomes {
-        Ok(outcomes) if outcomes.iter().all(is_unwanted) => None,
         Ok(outcomes) => {
-            Some(outcomes.iter().any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true)))
+            outcomes.iter().all(|outcome| is_unwanted(&outcome))
+                || outcomes
+                    .iter()
+                    .filter(|outcome| !is_unwanted(outcome))
+                    .any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true))
         }
-        Err(failure) => Some(is_no_fault(failure)),
+        Err(failure) => is_no_fault(failure),
     }
 }
 
@@ -245,7 +248,7 @@ mod tests {
         let kinds: Vec<FailureKind> =
             outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().kind).collect();
         assert_eq!(kinds, [FailureKind::Permanent, FailureKind::Unwanted]);
-        assert_eq!(counts_as_healthy(&Ok(outcomes)), Some(true));
+        assert!(!counts_as_healthy(&Ok(outcomes)), "the other one's failure is what counts");
         // One without an outcome, and one whose device is lost.
         let lost = || Err(Failure { kind: FailureKind::DeviceLost, message: "no luck".into() });
         for (outcome, kind) in [(None, FailureKind::Unwanted), (Some(lost()), FailureKind::DeviceLost)] {
@@ -256,7 +259,7 @@ mod tests {
             outcome.into_iter().for_each(|outcome| events.end(1, outcome));
             assert_eq!(events.in_order().unwrap()[1].as_ref().unwrap_err().kind, kind);
         }
-        assert_eq!(counts_as_healthy(&Ok(vec![Err(unwanted())])), None);
+        assert!(counts_as_healthy(&Ok(vec![Err(unwanted())])));
     }
 
     #[test]

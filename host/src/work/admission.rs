@@ -180,6 +180,12 @@ impl Budget {
         ))
     }
 
+    /// Whether there is room for so many, of what may as well come later.
+    #[must_use]
+    pub fn has_room_for(&self, bytes: usize) -> bool {
+        self.bytes().saturating_add(bytes) <= self.bytes_max
+    }
+
     /// Takes bytes for what is there already.
     pub fn count(&self, bytes: usize) {
         self.bytes.0.fetch_add(bytes, Ordering::Relaxed);

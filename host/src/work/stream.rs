@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use modalkit_engine::{ChunkResult, Interest, Payload};
+use modalkit_engine::{ChunkResult, FailureKind, Interest, Payload};
 use parking_lot::{Condvar, Mutex};
 
 use super::{Budget, Deadline, JobError, Mailbox, Reply};
@@ -92,8 +92,15 @@ impl ReplyStream {
         Instant::now() >= self.deadline
     }
 
-    /// Notes the reply, unless there is one.
+    /// Notes the reply, unless there is one. What nobody wanted any more, or was not begun, although its caller is there, has had its time.
     fn end(self: &Arc<Self>, reply: Reply) {
+        let reply = match reply {
+            Err(JobError::Failed(failure)) if failure.kind == FailureKind::Unwanted => {
+                Err(JobError::DeadlinePassed)
+            }
+            Err(JobError::Lost) if self.is_late() => Err(JobError::DeadlinePassed),
+            reply => reply,
+        };
         let mut state = self.state.lock();
         if state.has_ended {
             return;
@@ -130,13 +137,20 @@ impl State {
         self.has_left || self.has_ended
     }
 
-    /// Takes room for a chunk behind the others; there is always room for one alone.
-    fn take_room_for(&self, bytes: usize, budget: &Budget) -> bool {
-        if self.chunks.is_empty() {
-            budget.count(bytes);
-            return true;
+    /// Why a chunk isn't taken now. There is always room for one alone; where bytes are scarce in the whole host, for no more than that.
+    fn refusal(&mut self, bytes: usize, stream: &ReplyStream) -> Option<ChunkResult> {
+        if self.is_over() {
+            return Some(ChunkResult::Unwanted);
         }
-        self.chunks.len() < CHUNKS_MAX && self.bytes + bytes <= BYTES_MAX && budget.take(bytes).is_ok()
+        let has_room = self.chunks.is_empty()
+            || self.chunks.len() < CHUNKS_MAX
+                && self.bytes + bytes <= BYTES_MAX
+                && stream.budget.has_room_for(bytes);
+        if has_room {
+            return None;
+        }
+        self.full_since.get_or_insert_with(Instant::now);
+        Some(if stream.is_late() { ChunkResult::Unwanted } else { ChunkResult::Full })
     }
 
     /// Whether the receiver waits and is to be woken.
@@ -146,18 +160,20 @@ impl State {
 }
 
 impl ChunkSender {
-    /// Puts a chunk behind the others, where there is room.
+    /// Puts a chunk behind the others, where there is room. A stream has one producer: the room that it has found is still there once the chunk is
+    /// copied, for which whoever reads doesn't wait.
     pub fn try_send(&self, chunk: &[u8]) -> ChunkResult {
+        if let Some(refused) = self.0.state.lock().refusal(chunk.len(), &self.0) {
+            return refused;
+        }
+        let chunk = Bytes::copy_from_slice(chunk);
         let mut state = self.0.state.lock();
-        if state.is_over() {
-            return ChunkResult::Unwanted;
+        if let Some(refused) = state.refusal(chunk.len(), &self.0) {
+            return refused;
         }
-        if !state.take_room_for(chunk.len(), &self.0.budget) {
-            state.full_since.get_or_insert_with(Instant::now);
-            return if self.0.is_late() { ChunkResult::Unwanted } else { ChunkResult::Full };
-        }
+        self.0.budget.count(chunk.len());
         state.bytes += chunk.len();
-        state.chunks.push(Bytes::copy_from_slice(chunk));
+        state.chunks.push(chunk);
         let posts = state.posts();
         drop(state);
         if posts {
@@ -225,6 +241,14 @@ impl PendingStream {
     }
 }
 
+impl PendingStream {
+    /// Whether its caller was cut off, of whom nothing more was heard.
+    #[must_use]
+    pub fn is_cut_off(&self) -> bool {
+        matches!(self.0.state.lock().end, Some(Err(JobError::StoppedReading(_))))
+    }
+}
+
 impl Drop for PendingStream {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
@@ -245,6 +269,8 @@ fn payload_bytes(payload: &Payload) -> usize {
 #[cfg(test)]
 mod tests {
     use std::{future::poll_fn, thread};
+
+    use modalkit_engine::Failure;
 
     use super::*;
 
@@ -342,6 +368,20 @@ mod tests {
             assert!(waits.join().unwrap());
         });
         assert_eq!(sender.try_send(b"1"), ChunkResult::Unwanted);
+    }
+
+    #[test]
+    fn a_job_that_was_given_up_or_not_begun_at_its_deadline_says_so() {
+        let unwanted = Failure { kind: FailureKind::Unwanted, message: String::new() };
+        for reply in [Some(Err(JobError::Failed(unwanted))), None] {
+            let (end, mut pending) =
+                stream(&Arc::default(), &Arc::new(Budget::new(1)), deadline(Duration::ZERO));
+            match reply {
+                Some(reply) => end.send(reply),
+                None => drop(end),
+            }
+            assert!(matches!(now(&mut pending), Some((_, Some(Err(JobError::DeadlinePassed))))));
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ impl WhenFull {
     pub const WAIT: Self = Self(1);
 }
 
-/// What became of a chunk. An unknown value is taken for [`ChunkResult::UNWANTED`].
+/// What became of a chunk. An unknown value is taken for [`ChunkResult::UNWANTED`]: a host gives a plugin no value that is newer than the plugin.
 #[repr(transparent)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkResult(pub u32);
@@ -76,7 +76,8 @@ pub struct EventSink {
     /// What the item's caller wants to have, as far as the host has heard. Chunks needn't be written for one who wants none. An item that is
     /// [`Interest::NOTHING`] to everybody may end early, with a failure of any kind or without an outcome.
     pub interest: unsafe extern "C" fn(SinkHandle, usize) -> Interest,
-    /// A part of the item's output before its end, or word of how far it has come: any JSON value, as a text in UTF-8, which the host copies.
+    /// A part of the item's output before its end, or word of how far it has come: any JSON value, as a text in UTF-8, which the host copies and
+    /// doesn't look into.
     #[sabi(last_prefix_field)]
     pub chunk: unsafe extern "C" fn(SinkHandle, usize, RSlice<'_, u8>, WhenFull) -> ChunkResult,
 }

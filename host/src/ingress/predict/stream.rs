@@ -210,15 +210,20 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
-        let Some(OpenStream { call, .. }) = self.open.take() else { return };
+        let Some(OpenStream { call, pending, .. }) = self.open.take() else { return };
         let Call { model, timings, id, begun, .. } = call;
+        let (counter, status) = if pending.is_cut_off() {
+            (&model.metrics.streams_slow, StatusCode::REQUEST_TIMEOUT)
+        } else {
+            (&model.metrics.streams_left, *CALLER_LEFT)
+        };
+        counter.inc();
         model.metrics.streams.dec();
-        model.metrics.streams_left.inc();
         model.metrics.stream.observe(begun.elapsed().as_secs_f64());
         if let Some(timings) = timings {
-            let _ = timings.end(&self.context, begun, &model.name, &id, *CALLER_LEFT);
+            let _ = timings.end(&self.context, begun, &model.name, &id, status);
         }
-        let ended = Ended { status: *CALLER_LEFT, error: None };
+        let ended = Ended { status, error: None };
         count(&self.context, Some(&model), (self.endpoint, Prediction::Stream), &id, ended);
     }
 }
