@@ -14,6 +14,7 @@ mod devices;
 mod digits;
 mod durability;
 mod failures;
+mod frozen;
 mod hostile;
 mod https;
 mod imports;
