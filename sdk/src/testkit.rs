@@ -191,6 +191,8 @@ struct Readers<R> {
     chunks: Vec<Vec<Value>>,
     /// Who has left, or was cut off: for good.
     gone: Vec<bool>,
+    /// What an item's caller will do with the chunk that it was asked about.
+    next: Option<(usize, Reader)>,
     reader: R,
 }
 
@@ -220,17 +222,14 @@ impl<R: FnMut(usize, usize) -> Reader + Send> Readers<R> {
 
 impl<R: FnMut(usize, usize) -> Reader + Send> ChunkSink for Readers<R> {
     fn interest(&mut self, item: usize) -> Interest {
-        // Whether it reads is asked when there is something to read.
-        let (gone, items) = (self.gone.get(item).copied(), self.gone.len());
-        match gone {
-            Some(true) => Interest::NOTHING,
-            Some(false) => Interest::CHUNKS,
-            None => panic!("item {item} of a batch of {items}: items are named by their places, from 0"),
-        }
+        let does = self.does(item);
+        self.next = Some((item, does));
+        if does == Reader::Left { Interest::NOTHING } else { Interest::CHUNKS }
     }
 
     fn chunk(&mut self, item: usize, json: &[u8], when_full: WhenFull) -> ChunkResult {
-        match self.does(item) {
+        let next = self.next.take().filter(|(of, _)| *of == item);
+        match next.map_or_else(|| self.does(item), |(_, does)| does) {
             Reader::Reads => {
                 self.chunks[item].push(serde_json::from_slice(json).expect("a chunk is JSON"));
                 ChunkResult::TAKEN
@@ -312,7 +311,7 @@ impl<P: InferencePipeline> LoadedPipeline<P> {
         reader: impl FnMut(usize, usize) -> Reader + Send,
     ) -> Vec<(Vec<Value>, Outcome<Value>)> {
         let parsed = inputs.iter().map(|input| Item::parse(input.to_string().as_bytes()));
-        let mut readers = Readers { chunks: Vec::new(), gone: Vec::new(), reader };
+        let mut readers = Readers { chunks: Vec::new(), gone: Vec::new(), next: None, reader };
         let answers = self.run_items(parsed, &mut readers, json_of);
         let mut chunks = |place: usize| readers.chunks.get_mut(place).map(mem::take).unwrap_or_default();
         let answer =

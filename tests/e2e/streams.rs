@@ -6,7 +6,7 @@ use std::{
     net::TcpStream,
     sync::{Condvar, Mutex},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use modalkit_tests::{
@@ -270,7 +270,6 @@ fn callers_who_read_slowly_get_everything_however_long_their_batch_waits_in_all(
         EventStream::send(&mut stream, STREAMS, &large(id), "");
         stream
     });
-    let begun = Instant::now();
     let read = sent.map(|stream| {
         thread::spawn(move || EventStream::answer(stream).rest_slowly(Duration::from_millis(25)))
     });
@@ -279,10 +278,6 @@ fn callers_who_read_slowly_get_everything_however_long_their_batch_waits_in_all(
         assert_eq!(numbers(&events, id), (0..200).collect::<Vec<_>>());
         assert_eq!(events.last().unwrap().json()["sent"], 200);
     }
-    assert!(
-        begun.elapsed() > Duration::from_secs(4),
-        "it was waited for longer than for one who doesn't read"
-    );
 }
 
 #[test]
@@ -291,10 +286,10 @@ fn a_stream_that_is_always_busy_ends_at_its_deadline_as_any_other() {
     // Without a pause the pipeline hears of the deadline before the timer does, and a caller who doesn't read has it waiting then.
     let busy = json!({"id": 1, "chunks": 1_000_000_000_u64, "padding_bytes": 1 << 10});
     let end = |events: Vec<Event>| events.last().unwrap().json()["status_code"].clone();
-    assert_eq!(end(opened_with(&host, &busy, "x-request-timeout-ms: 700\r\n").rest()), 504);
+    assert_eq!(end(opened_with(&host, &busy, "x-request-timeout-ms: 3000\r\n").rest()), 504);
     let mut idle = host.connect();
-    EventStream::send(&mut idle, STREAMS, &busy, "x-request-timeout-ms: 700\r\n");
-    thread::sleep(Duration::from_millis(1500));
+    EventStream::send(&mut idle, STREAMS, &busy, "x-request-timeout-ms: 3000\r\n");
+    thread::sleep(Duration::from_millis(4000));
     assert_eq!(end(EventStream::answer(idle).rest()), 504);
 }
 

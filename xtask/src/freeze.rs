@@ -30,7 +30,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             folder.display()
         );
     }
-    let mut pack = vec!["package", "--no-verify", "--allow-dirty", "--exclude-lockfile"];
+    let mut pack = vec!["package", "--no-verify", "--exclude-lockfile"];
     CRATES.iter().for_each(|(name, _)| pack.extend(["--package", name]));
     build::cargo(&pack)?;
     fs::create_dir_all(&folder)?;

@@ -1,33 +1,42 @@
-//! Has glibc's allocator keep some of the memory that was freed. It owns one call of the C library.
+//! Has glibc's allocator keep memory that was freed for what comes next. It owns one call of the C library.
 //!
-//! By default each large body of a request is followed by giving the end of an arena back to the kernel, and the next one by having it zeroed again: of a
-//! megabyte of tensors in and out that was half of the whole CPU time. How much is kept has a bound.
+//! By default it may give the end of an arena back to the kernel with each large buffer that is freed, and have it zeroed again for the next: of a
+//! megabyte of tensors in and out at 8 connections that was half of the CPU time.
 
-use std::{env, ffi::c_int};
+use std::env;
 
-/// Freed bytes at the end of an arena (there are a few for each core) beyond which they are given back, and as many as are left there then.
-const KEPT_BYTES_MAX: c_int = 8 << 20;
-const KEPT_BYTES: c_int = 4 << 20;
-/// Blocks from this size on come from the kernel one by one, and go back there.
-const BLOCK_BYTES_MAX: c_int = 4 << 20;
-/// Whoever starts the host may say otherwise, by the names that glibc reads.
+/// Whoever starts the host may set the same, by the names that glibc reads.
+const NAMES: [&str; 4] =
+    ["MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"];
 const TUNABLES: &str = "GLIBC_TUNABLES";
-const TUNED: &str = "MALLOC_";
+const TUNABLES_OF_THE_ALLOCATOR: &str = "glibc.malloc.";
 
 /// To be called once, when the process starts.
 pub fn keep_freed_memory() {
-    if env::vars_os()
-        .any(|(name, _)| name == TUNABLES || name.as_encoded_bytes().starts_with(TUNED.as_bytes()))
-    {
-        return;
+    let is_tuned = env::var(TUNABLES).is_ok_and(|tunables| tunables.contains(TUNABLES_OF_THE_ALLOCATOR));
+    if !is_tuned && NAMES.iter().all(|name| env::var_os(name).is_none()) {
+        set();
     }
-    #[cfg(target_env = "gnu")]
+}
+
+#[cfg(target_env = "gnu")]
+fn set() {
+    /// Blocks from this size on come from the kernel one by one and go back there; and freed bytes at the end of an arena, of which glibc makes up
+    /// to eight for each core, beyond which they are given back. Both are what its defaults reach by themselves, once a block of 32 MiB was freed;
+    /// set, they stay.
+    const BLOCK_BYTES_MAX: libc::c_int = 32 << 20;
+    const KEPT_BYTES_MAX: libc::c_int = 64 << 20;
+    /// An arena grows by so much.
+    const GROWTH_BYTES: libc::c_int = 4 << 20;
     for (parameter, bytes) in [
-        (libc::M_TRIM_THRESHOLD, KEPT_BYTES_MAX),
-        (libc::M_TOP_PAD, KEPT_BYTES),
         (libc::M_MMAP_THRESHOLD, BLOCK_BYTES_MAX),
+        (libc::M_TRIM_THRESHOLD, KEPT_BYTES_MAX),
+        (libc::M_TOP_PAD, GROWTH_BYTES),
     ] {
         // SAFETY: it takes the allocator's own lock and sets a number. One that isn't taken leaves the default.
         unsafe { libc::mallopt(parameter, bytes) };
     }
 }
+
+#[cfg(not(target_env = "gnu"))]
+fn set() {}

@@ -75,6 +75,11 @@ impl BatchStats {
         }
     }
 
+    /// Notes the time of a batch that nobody wanted any more, which neither succeeded nor failed.
+    pub fn note_time(&self, took: Duration) {
+        self.times[bucket(took)].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The figures now.
     #[must_use]
     pub fn snapshot(&self) -> StatsSnapshot {

@@ -416,7 +416,10 @@ fn run(
     if size > 0 {
         // What callers took who don't read is no sign of a slow pipeline.
         let took = (ended - begun).saturating_sub(callers.waited);
-        context.count(took, counts_as_healthy(&outcomes));
+        match counts_as_healthy(&outcomes) {
+            Some(is_healthy) => context.count(took, is_healthy),
+            None => context.generation.batch_stats.note_time(took),
+        }
     }
     match outcomes {
         Ok(outcomes) => {

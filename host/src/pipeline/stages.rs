@@ -187,20 +187,17 @@ pub(super) fn is_no_fault(failure: &Failure) -> bool {
     matches!(failure.kind, FailureKind::InvalidInput | FailureKind::Unwanted)
 }
 
-/// Whether anything in a batch succeeded, of what somebody wanted; failures that an input caused count as success. Where nobody wanted any of it, only its
-/// time says something.
-pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> bool {
+/// Whether anything in a batch succeeded, of what somebody wanted; failures that an input caused count as success. `None` where nobody wanted any of it.
+pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> Option<bool> {
     let is_unwanted =
         |outcome: &&Outcome| matches!(outcome, Err(failure) if failure.kind == FailureKind::Unwanted);
     match outcomes {
         Ok(outcomes) => {
-            outcomes.iter().all(|outcome| is_unwanted(&outcome))
-                || outcomes
-                    .iter()
-                    .filter(|outcome| !is_unwanted(outcome))
-                    .any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true))
+            let mut wanted = outcomes.iter().filter(|outcome| !is_unwanted(outcome)).peekable();
+            wanted.peek()?;
+            Some(wanted.any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true)))
         }
-        Err(failure) => is_no_fault(failure),
+        Err(failure) => Some(is_no_fault(failure)),
     }
 }
 
@@ -248,7 +245,7 @@ mod tests {
         let kinds: Vec<FailureKind> =
             outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().kind).collect();
         assert_eq!(kinds, [FailureKind::Permanent, FailureKind::Unwanted]);
-        assert!(!counts_as_healthy(&Ok(outcomes)), "the other one's failure is what counts");
+        assert_eq!(counts_as_healthy(&Ok(outcomes)), Some(false), "the other one's failure is what counts");
         // One without an outcome, and one whose device is lost.
         let lost = || Err(Failure { kind: FailureKind::DeviceLost, message: "no luck".into() });
         for (outcome, kind) in [(None, FailureKind::Unwanted), (Some(lost()), FailureKind::DeviceLost)] {
@@ -259,7 +256,7 @@ mod tests {
             outcome.into_iter().for_each(|outcome| events.end(1, outcome));
             assert_eq!(events.in_order().unwrap()[1].as_ref().unwrap_err().kind, kind);
         }
-        assert!(counts_as_healthy(&Ok(vec![Err(unwanted())])));
+        assert_eq!(counts_as_healthy(&Ok(vec![Err(unwanted())])), None);
     }
 
     #[test]
