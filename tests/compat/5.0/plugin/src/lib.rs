@@ -1,7 +1,7 @@
-//! All that the SDK of ABI 5.0 can do, in one pipeline: settings, secrets, several faults of an input, cost and shape, JSON and tensors, chunks,
+//! What the SDK of ABI 5.0 can do, in one pipeline: settings, secrets, several faults of an input, cost and shape, JSON and tensors, chunks,
 //! items that fail, a hook for volumes, and lines in the host's log.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, thread, time::Duration};
 
 use modalkit_sdk::{
     Chunks, Datatype, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor,
@@ -117,7 +117,18 @@ impl InferencePipeline for Sums {
             let mut sums = Vec::new();
             for value in &input.values {
                 sum += value;
-                chunks.send(item, &sum)?;
+                if input.note == "lossy" {
+                    chunks.try_send(item, &sum)?;
+                } else if chunks.are_wanted(item) {
+                    chunks.send(item, &sum)?;
+                }
+                if input.note == "slow" {
+                    thread::sleep(Duration::from_millis(100));
+                }
+                if chunks.is_abandoned(item) {
+                    tracing::info!("frozen stops early");
+                    return Err(PipelineError::transient("nobody waits"));
+                }
                 sums.push(sum);
             }
             Ok(Output { sums, token_bytes: self.token_bytes })
