@@ -2,7 +2,7 @@
 //! example of how one is served. All texts of a batch grow by a word at a time, as a decoder's do, and callers who stream get each word as
 //! it comes.
 //!
-//! It owns the way from a prompt to a text; what it learnt is in [`model`]. It never knows who reads along.
+//! It owns the way from a prompt to a text; what it learnt is in `model.rs`. It never knows who reads along.
 //!
 //! ```toml
 //! [model_settings.model_entries.babble]
