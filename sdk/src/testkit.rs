@@ -156,7 +156,7 @@ fn json_of(rendered: Rendered) -> Outcome<Value> {
 pub enum Reader {
     /// Takes the next one.
     Reads,
-    /// Has no room for one now: `try_send` says so, and `send` waits in vain.
+    /// Has no room for one now: `try_send` returns `false`, and `send` waits in vain.
     Lags,
     /// Nobody is there any more.
     Left,

@@ -46,7 +46,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The version that a manifest says, or the workspace's where it says so.
+/// The version in a manifest, which may inherit the workspace's.
 fn version(manifest: &Path) -> anyhow::Result<String> {
     let text = fs::read_to_string(manifest).with_context(|| format!("can't read {}", manifest.display()))?;
     if text.lines().any(|line| line == "version.workspace = true") {

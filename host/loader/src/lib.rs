@@ -1,5 +1,5 @@
 //! The engine of dynamic libraries: takes plugin files into the process. It owns the private copies, the preflight, `dlopen`, the
-//! handshake and every call across the boundary; all of the host's `unsafe` but that of devices is here. It never knows models, batches
+//! handshake and every call across the boundary; all of the host's `unsafe` but that of devices is here, so that the one setting of the allocator is as well. It never knows models, batches
 //! in a queue, or HTTP.
 //!
 //! What the host sees of it is [`Libraries`], a `modalkit_engine::Engine`; the order in which a file meets the rest is:

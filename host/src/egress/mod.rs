@@ -16,7 +16,7 @@ use hyper::{
 use modalkit_engine::{FailureKind, Payload};
 use modalkit_queue::{Held, Lease};
 use serde::Serialize;
-use serde_json::{json, value::RawValue};
+use serde_json::{Value, json, value::RawValue};
 
 use crate::{
     access::AccessError,
@@ -99,17 +99,14 @@ pub fn last_event(reply: Reply) -> Result<Answer, LastError> {
     };
     let (status, error) = (status_of(&job_error), describe(&job_error));
     let mut event = json!({"status": "error", "status_code": status.as_u16(), "error": error});
-    match &job_error {
-        JobError::Invalid(details) => event["detail"] = json!(details),
-        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
-            event["detail"] = json!([Detail::invalid(&[], failure.message.clone())]);
-        }
-        _ => {}
+    if let Some(faults) = input_faults(&job_error) {
+        event["detail"] = faults;
     }
     Err(LastError { status, error, event: object(&event) })
 }
 
 /// An error that ends a stream.
+#[derive(Debug)]
 pub struct LastError {
     /// The status that it would have had before the stream began.
     pub status: StatusCode,
@@ -225,15 +222,11 @@ pub struct Why(pub String);
 #[must_use]
 pub fn error(job_error: &JobError) -> HttpResponse {
     let status = status_of(job_error);
-    let mut response = match job_error {
-        JobError::Invalid(details) => object_response(status, &json!({"detail": details})),
-        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
-            let detail = Detail::invalid(&[], failure.message.to_string());
-            object_response(status, &json!({"detail": [detail]}))
-        }
-        JobError::Failed(failure) => object_response(status, &json!({"detail": internal(failure)})),
-        other => object_response(status, &json!({"detail": describe(other)})),
-    };
+    let detail = input_faults(job_error).unwrap_or_else(|| match job_error {
+        JobError::Failed(failure) => internal(failure).into(),
+        other => describe(other).into(),
+    });
+    let mut response = object_response(status, &json!({"detail": detail}));
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
     }
@@ -241,6 +234,17 @@ pub fn error(job_error: &JobError) -> HttpResponse {
         response.extensions_mut().insert(Why(describe(job_error)));
     }
     response
+}
+
+/// What is wrong with an input, as a list of [`Detail`]s; `None` of an error that isn't about one.
+fn input_faults(job_error: &JobError) -> Option<Value> {
+    match job_error {
+        JobError::Invalid(details) => Some(json!(details)),
+        JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
+            Some(json!([Detail::invalid(&[], failure.message.clone())]))
+        }
+        _ => None,
+    }
 }
 
 fn status_of(job_error: &JobError) -> StatusCode {
@@ -387,6 +391,22 @@ mod tests {
             let response = error(&job_error);
             assert_eq!(response.status().as_u16(), status, "{job_error:?}");
             assert_eq!(response.headers().contains_key(RETRY_AFTER), status == 429 || status == 503);
+        }
+    }
+
+    #[test]
+    fn a_stream_ends_with_the_status_and_the_faults_that_its_error_would_have_had_alone() {
+        let detail = json!([{"loc": ["body"], "msg": "no luck", "type": "value_error"}]);
+        for (job_error, status, faults) in
+            [(failure(FailureKind::InvalidInput), 422, detail), (JobError::DeadlinePassed, 504, Value::Null)]
+        {
+            let alone: Value =
+                serde_json::from_slice(&error(&job_error).into_body().whole().unwrap().into_bytes()).unwrap();
+            let last = last_event(Err(job_error)).unwrap_err();
+            let event: Value = serde_json::from_slice(&last.event).unwrap();
+            assert_eq!((event["status_code"].as_u64(), last.status.as_u16()), (Some(status.into()), status));
+            assert_eq!(event["detail"], faults);
+            assert!(faults.is_null() || alone["detail"] == faults, "{alone}");
         }
     }
 }
