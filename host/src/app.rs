@@ -1,12 +1,21 @@
 //! The composition root: chooses the engine, puts the parts together and takes them apart in order. It never knows what they do.
 
-use std::{convert::Infallible, future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Instant};
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use modalkit_device::Devices;
-use modalkit_engine::{Engine, LoadError, OpenTimings, Plugin, PluginLog};
+use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, PluginLog};
 use modalkit_journal::FolderLock;
 pub use modalkit_loader::abi;
 use modalkit_loader::{Libraries, Preflight, Settings, Trust};
+use modalkit_worker::{Program, Workers, child::Loader};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -47,6 +56,9 @@ const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// The argument that makes this program the preflight's child.
 const PREFLIGHT_COMMAND: &str = "preflight";
+
+/// The argument that makes this program a worker.
+const WORKER_COMMAND: &str = "worker";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,12 +287,12 @@ async fn watch_devices(devices: &Arc<Devices>) -> Infallible {
     }
 }
 
-/// What takes plugin files: libraries, which are opened in this process.
+/// What takes plugin files: libraries, which are opened in this process, or in worker processes where a model is isolated.
 ///
 /// # Errors
 /// The private folder for their copies can't be made.
 pub fn engine(server: &Server, log: Option<PluginLog>) -> Result<Arc<dyn Engine>, LoadError> {
-    Ok(Arc::new(Libraries::new(Settings {
+    let libraries = Libraries::new(Settings {
         trust: Trust { any_owner: server.plugins_of_any_owner, any_mode: server.plugins_of_any_mode },
         preflight: Preflight {
             program: THIS_PROGRAM.into(),
@@ -289,7 +301,24 @@ pub fn engine(server: &Server, log: Option<PluginLog>) -> Result<Arc<dyn Engine>
         },
         libraries_max: server.generations_max,
         log,
-    })?))
+    })?;
+    let program = Program { path: THIS_PROGRAM.into(), argument: WORKER_COMMAND };
+    Ok(Arc::new(Workers::new(Arc::new(libraries), program, server.preflight_timeout, log)))
+}
+
+/// What a worker process does, with what the host has put on its command line: its exit code.
+///
+/// # Errors
+/// The system refuses what every worker needs.
+pub fn worker(host: i32, connections: usize, cgroup: Option<PathBuf>) -> io::Result<u8> {
+    keep_freed_memory();
+    let loader = Loader {
+        open: |file, log| modalkit_loader::open_in_place(file, log).map_err(|error| error.chain()),
+        note_endings: modalkit_loader::ending::note_all,
+    };
+    let ended = modalkit_worker::child::run(host, connections, cgroup, loader);
+    mark_end_planned();
+    ended
 }
 
 /// What opens queue plugins.
@@ -305,7 +334,7 @@ pub fn inspect(file: &Path, server: &Server) -> Result<Arc<dyn Plugin>, LoadErro
     // Without a log, a plugin that panics says so on standard error.
     let engine = engine(server, None)?;
     let staged = engine.stage(file)?;
-    engine.open(&staged, &mut OpenTimings::default())
+    engine.open(&staged, &Isolation::InProcess, &mut OpenTimings::default())
 }
 
 /// What the child process does that tries a library: opens it, and says in a line how that went.

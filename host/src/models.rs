@@ -116,7 +116,7 @@ mod tests {
         config,
         insight::{metrics::Metrics, traces::Traces},
         pipeline::LaneState,
-        work::{Job, Mailbox, RequestId, reply},
+        work::{Deaths, Job, Mailbox, RequestId, reply},
     };
 
     #[test]
@@ -137,8 +137,14 @@ mod tests {
             queue.open();
             let (reply, _pending) = reply(&mailbox);
             let request_id = RequestId::Given("a".into());
-            let job =
-                Job { request_id, input: Payload::Json("{}".into()), decoded: None, reply, timings: None };
+            let job = Job {
+                request_id,
+                input: Payload::Json("{}".into()),
+                decoded: None,
+                reply,
+                timings: None,
+                deaths: Deaths::default(),
+            };
             queue.push([job], None).unwrap();
             let taken = queue.next_batch(queue.lane(), || LaneState::Active).expect("the lane is active");
             assert_eq!((taken.batch.jobs.len(), taken.batch.closed), (1, Closed::Drained), "{}", model.name);

@@ -27,7 +27,10 @@
 
 mod queue;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 pub use queue::ArrivalId;
 use queue::Queue;
@@ -52,6 +55,8 @@ pub enum Closed {
     Waited,
     /// No more jobs will come, so waiting for some would be in vain.
     Drained,
+    /// Its one job came back to be run without company.
+    Alone,
 }
 
 /// A job that waits, or has just been taken.
@@ -94,6 +99,8 @@ pub struct Full<I>(pub I);
 pub struct Batcher<J> {
     policy: Policy,
     queue: Queue<J>,
+    /// Jobs that were taken before and came back; each is a batch.
+    alone: VecDeque<Waiting<J>>,
     draining: bool,
 }
 
@@ -101,7 +108,7 @@ impl<J> Batcher<J> {
     /// An empty queue.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        Self { policy: sensible(policy), queue: Queue::new(), draining: false }
+        Self { policy: sensible(policy), queue: Queue::new(), alone: VecDeque::new(), draining: false }
     }
 
     /// Replaces the limits; what waits already stays, however much it is.
@@ -118,13 +125,19 @@ impl<J> Batcher<J> {
     /// Jobs that wait.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.queue.len()
+        self.queue.len() + self.alone.len()
     }
 
     /// Whether none waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.queue.len() == 0
+        self.len() == 0
+    }
+
+    /// Takes a job back that was in a batch, to be run next and as a batch of its own. It keeps its id, is counted in no limit, and can't be
+    /// cancelled; whoever runs it finds out whether anybody still wants it.
+    pub fn push_alone(&mut self, job: Waiting<J>) {
+        self.alone.push_back(job);
     }
 
     /// Appends jobs, all or none, and returns the id of the first; the others' follow it one by one.
@@ -168,11 +181,16 @@ impl<J> Batcher<J> {
 
     /// Takes out every job that waits.
     pub fn clear(&mut self) -> Vec<J> {
-        self.queue.clear()
+        let mut all: Vec<J> = self.alone.drain(..).map(|waiting| waiting.job).collect();
+        all.extend(self.queue.clear());
+        all
     }
 
     /// What to do for somebody who has been free since `free_since`. Call [`Batcher::expire`] before.
     pub fn next(&mut self, now: Instant, free_since: Instant) -> Next<J> {
+        if let Some(job) = self.alone.pop_front() {
+            return Next::Batch(Batch { jobs: vec![job], closed: Closed::Alone });
+        }
         let Some(oldest) = self.queue.oldest_arrival() else { return Next::Idle };
         let closed = if self.queue.len() >= self.policy.max_batch_size {
             Closed::Full
@@ -191,8 +209,11 @@ impl<J> Batcher<J> {
     /// Whether [`Batcher::next`] would give a batch at once to somebody free, however recently.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        !self.is_empty()
-            && (self.queue.len() >= self.policy.max_batch_size || self.draining || self.policy.wait.is_zero())
+        !self.alone.is_empty()
+            || !self.is_empty()
+                && (self.queue.len() >= self.policy.max_batch_size
+                    || self.draining
+                    || self.policy.wait.is_zero())
     }
 }
 

@@ -157,6 +157,7 @@ impl World {
                 assert!(batch.len() < self.policy.max_batch_size && self.now >= since + self.policy.wait);
             }
             Closed::Drained => assert!(batch.len() < self.policy.max_batch_size),
+            Closed::Alone => assert_eq!(batch.len(), 1),
         }
     }
 
@@ -292,4 +293,20 @@ fn a_replica_that_becomes_free_gives_late_callers_their_wait() {
     batcher.push(freed + Duration::from_millis(4), ["late"], None).unwrap();
     let Next::Batch(batch) = batcher.next(freed + wait, freed) else { panic!("the wait is over") };
     assert_eq!((batch.jobs.len(), batch.closed), (2, Closed::Waited));
+}
+
+#[test]
+fn a_job_that_came_back_is_next_and_a_batch_of_its_own_whatever_waits() {
+    let start = Instant::now();
+    let mut batcher = Batcher::new(Policy { max_batch_size: 2, wait: Duration::from_secs(9), queue_max: 2 });
+    batcher.push(start, ["a", "b"], None).unwrap();
+    let Next::Batch(taken) = batcher.next(start, start) else { panic!("two are a batch") };
+    batcher.push(start, ["c", "d"], None).unwrap();
+    taken.jobs.into_iter().for_each(|job| batcher.push_alone(job));
+    assert_eq!((batcher.len(), batcher.is_ready()), (4, true));
+    assert!(batcher.push(start, ["e"], None).is_err(), "they take nobody's place, and make none");
+    for (job, closed) in [("a", Closed::Alone), ("b", Closed::Alone), ("c", Closed::Full)] {
+        let Next::Batch(batch) = batcher.next(start, start) else { panic!("{job} is next") };
+        assert_eq!((batch.jobs[0].job, batch.closed), (job, closed));
+    }
 }

@@ -15,6 +15,8 @@ pub enum FailureKind {
     DeviceSuspected,
     /// The plugin's code panicked.
     Panicked,
+    /// The process that ran it has died, with all that it was running; which of that did it, nobody knows yet.
+    Died,
     /// Nobody wanted the item any more, and the pipeline was told so: no fault of anybody's.
     Unwanted,
 }

@@ -1,6 +1,6 @@
 //! A loaded pipeline and what goes through it: inputs, batches, outcomes.
 
-use std::{any::Any, sync::Arc};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -74,8 +74,19 @@ pub struct Decoded {
     pub input: Box<dyn Input>,
     /// By the instance that has validated it.
     pub measure: Measure,
-    /// Whether an instance has validated it.
-    pub is_validated: bool,
+    /// How far it was looked at.
+    pub checked: Checked,
+}
+
+/// How far an input was looked at before its batch runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Checked {
+    /// Not at all: the plugin is elsewhere, and says with the batch what is wrong with an input, by [`EventSink::reject`].
+    Nothing,
+    /// It is an input; no instance has validated it.
+    Parsed,
+    /// An instance has validated and measured it.
+    Validated,
 }
 
 /// Inputs that another plugin decoded, which this one can't run.
@@ -104,20 +115,55 @@ pub trait Instance: Any + Send + Sync {
     /// Whether this instance can run the input.
     fn owns(&self, decoded: &Decoded) -> bool;
 
-    /// Validates and measures an input that was decoded without an instance, and waits where the pipeline is changing.
-    ///
-    /// # Errors
-    /// Why the pipeline turns it down.
+    /// Validates and measures inputs of which that is still to be done, and waits where the pipeline is changing. One result each, in order: why the
+    /// pipeline turns it down, where it does.
     ///
     /// # Panics
-    /// Where the input is not this plugin's; ask [`Instance::owns`] first.
-    fn validate(&self, decoded: &Decoded) -> Result<Measure, Rejection>;
+    /// Where an input is not this plugin's; ask [`Instance::owns`] first.
+    fn validate(&self, inputs: &[&Decoded]) -> Vec<Result<Measure, Rejection>>;
 
     /// Makes a batch of inputs, in order; waits where the pipeline is changing.
     ///
     /// # Errors
     /// [`Foreign`] where one of them is another plugin's; all are dropped then.
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign>;
+
+    /// The process that it runs in, where that is one of its own.
+    fn process(&self) -> Option<&dyn Process> {
+        None
+    }
+}
+
+/// A process that an instance has for itself, which may end before the instance is dropped.
+pub trait Process: Send + Sync {
+    /// How it ended, where it has: every call fails from then on.
+    fn death(&self) -> Option<Death>;
+
+    /// Ends it, and all that it has started, for this reason. Calls that run return soon.
+    fn kill(&self, why: &str);
+
+    /// Bytes of memory that it holds now; `None` where nobody knows.
+    fn resident_bytes(&self) -> Option<u64>;
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// What happened, for people: the signal or exit code, and in which stage, where that is known.
+    pub how: String,
+    /// Who ended it, as far as can be told.
+    pub by: EndedBy,
+}
+
+/// Who ended a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndedBy {
+    /// Its own code, or what that used up.
+    Itself,
+    /// The host, by [`Process::kill`].
+    Host,
+    /// A signal that others send.
+    Others,
 }
 
 /// What an item's caller wants to have of it.
@@ -154,6 +200,18 @@ pub trait EventSink: Send {
 
     /// The item's outcome.
     fn end(&mut self, item: usize, outcome: Outcome);
+
+    /// In place of an outcome: the item is no input that the pipeline takes, as turned out when its batch began.
+    fn reject(&mut self, item: usize, rejection: Rejection);
+}
+
+/// What a batch took elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// How long each stage took.
+    pub stages: [Duration; 3],
+    /// The costs of its inputs together.
+    pub cost: u64,
 }
 
 /// Inputs on their way through the stages, which are called in order and once each, on any thread.
@@ -175,4 +233,9 @@ pub trait Batch: Send {
     /// # Errors
     /// What the pipeline said of the whole batch; it is over then.
     fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure>;
+
+    /// What the stages took, where they don't run within the calls of their names. Asked after the last of them.
+    fn measured(&self) -> Option<Measured> {
+        None
+    }
 }

@@ -15,6 +15,7 @@
 mod failure;
 mod file;
 mod instance;
+mod isolation;
 mod plugin;
 mod queue;
 mod tensor;
@@ -22,8 +23,10 @@ mod tensor;
 pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
 pub use instance::{
-    Batch, ChunkResult, Decoded, EventSink, Foreign, Input, Instance, Interest, Measure, Outcome, Payload,
+    Batch, Checked, ChunkResult, Death, Decoded, EndedBy, EventSink, Foreign, Input, Instance, Interest,
+    Measure, Measured, Outcome, Payload, Process,
 };
+pub use isolation::{Confinement, Isolation, Sandbox};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
 pub use tensor::{Datatype, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs::File, io, path::Path, sync::Arc, time::Duration};
 
-use crate::{Decoded, Failure, Instance, LoadError, Payload, QueuePlugin, Rejection, Staged};
+use crate::{Decoded, Failure, Instance, Isolation, LoadError, Payload, QueuePlugin, Rejection, Staged};
 
 /// Log levels, the most severe first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,8 +62,13 @@ pub trait Engine: Send + Sync {
     /// Opens a copy, or finds its content opened: tries it in a process of its own first, since opening it may run its code.
     ///
     /// # Errors
-    /// It is no plugin of a pipeline that this host can run, or as many are open as may be.
-    fn open(&self, staged: &Staged, timings: &mut OpenTimings) -> Result<Arc<dyn Plugin>, LoadError>;
+    /// It is no plugin of a pipeline that this host can run, or as many are open as may be, or this engine doesn't isolate like this.
+    fn open(
+        &self,
+        staged: &Staged,
+        isolation: &Isolation,
+        timings: &mut OpenTimings,
+    ) -> Result<Arc<dyn Plugin>, LoadError>;
 
     /// The plugin with this content, where it is open.
     fn opened(&self, sha256: &str) -> Option<Arc<dyn Plugin>>;
@@ -140,6 +145,10 @@ pub struct Load<'a> {
     pub devices: &'a [Device<'a>],
     /// Where it is written how the plugin's code ended the process, should it do that.
     pub crash_note: Option<&'a File>,
+    /// Batches that will run at once, at least 1.
+    pub batches_in_flight: usize,
+    /// How long it may take; held to where the load can be ended, and else by whoever waits for it.
+    pub limit: Duration,
 }
 
 /// A device that an instance is given.
@@ -167,6 +176,11 @@ pub trait Plugin: Send + Sync {
     /// # Errors
     /// Why it isn't.
     fn check_settings(&self, settings: &str) -> Result<(), Failure>;
+
+    /// Whether its instances run in processes of their own, by [`Instance::process`].
+    fn is_isolated(&self) -> bool {
+        false
+    }
 
     /// Builds a pipeline and warms it up; takes as long as the author's `load` and `warmup`.
     ///

@@ -37,6 +37,8 @@ static LOG_TIME: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 200_000_0
 
 /// What the handlers for each of [`FAULTS`] were before.
 static BEFORE: OnceLock<[libc::sigaction; FAULTS.len()]> = OnceLock::new();
+/// The file into which the end is noted whichever thread's code brings it about, and nowhere else; -1 for none.
+static NOTE_OF_ALL: AtomicI32 = AtomicI32::new(-1);
 static PLANNED: AtomicBool = AtomicBool::new(false);
 /// The process that is watched: those that plugins fork have the handlers too, and end as they like.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
@@ -130,6 +132,15 @@ pub fn watch() -> io::Result<()> {
     watch_exit()
 }
 
+/// Watches over how this process ends, as [`watch`] does, and has it noted in this file alone: for a process whose end others tell of.
+///
+/// # Errors
+/// The system takes no handler.
+pub fn note_all(file: &'static File) -> io::Result<()> {
+    NOTE_OF_ALL.store(file.as_raw_fd(), Ordering::SeqCst);
+    watch()
+}
+
 /// Has [`on_exit`] run before what was to run at the end of the process until now. Called again after each library that is opened, whose
 /// destructors would run first otherwise, in a process that others still work in.
 pub(crate) fn watch_exit() -> io::Result<()> {
@@ -158,8 +169,7 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, _: *mut libc::c_
     let (Some(place), Some(before)) = (place, BEFORE.get()) else { return };
     if is_watched_process() {
         tell(FAULTS[place].1);
-        // SAFETY: a plain system call. The log's thread writes meanwhile what was logged and printed before.
-        unsafe { libc::nanosleep(&raw const LOG_TIME, ptr::null_mut()) };
+        give_log_time();
     }
     // SAFETY: the kernel gives a live structure to a handler that asked for one.
     let was_sent = unsafe { (*info).si_code } <= 0;
@@ -181,10 +191,16 @@ extern "C" fn on_exit() {
         return;
     }
     tell("exit()");
-    // SAFETY: both are plain system calls. Destructors that were to run after this are left out.
-    unsafe {
-        libc::nanosleep(&raw const LOG_TIME, ptr::null_mut());
-        libc::_exit(ENDED_BY_A_PLUGIN)
+    give_log_time();
+    // SAFETY: a plain system call. Destructors that were to run after this are left out.
+    unsafe { libc::_exit(ENDED_BY_A_PLUGIN) }
+}
+
+/// The log's thread writes meanwhile what was logged and printed before. A process that notes its end has no such thread.
+fn give_log_time() {
+    if NOTE_OF_ALL.load(Ordering::SeqCst) < 0 {
+        // SAFETY: a plain system call.
+        unsafe { libc::nanosleep(&raw const LOG_TIME, ptr::null_mut()) };
     }
 }
 
@@ -208,13 +224,18 @@ fn tell(how: &str) {
         line.put(b"\"");
     }
     line.put(b",\"target\":\"modalkit::ending\"}\n");
-    line.write(libc::STDERR_FILENO, true);
-    let note = NOTE.get();
+    let of_all = NOTE_OF_ALL.load(Ordering::SeqCst);
+    if of_all < 0 {
+        line.write(libc::STDERR_FILENO, true);
+    }
+    let note = if of_all < 0 { NOTE.get() } else { of_all };
     if note >= 0 {
         let mut line = Line { bytes: [0; LINE_BYTES], length: 0 };
         line.put(how.as_bytes());
-        line.put(b" in ");
-        line.put(code.stage.as_bytes());
+        if !code.stage.is_empty() {
+            line.put(b" in ");
+            line.put(code.stage.as_bytes());
+        }
         line.write(note, false);
     }
 }

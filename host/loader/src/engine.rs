@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Engine, LoadError, OpenTimings, Plugin, PluginLog, QueuePlugin, Staged};
+use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, PluginLog, QueuePlugin, Staged};
 use parking_lot::Mutex;
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     preflight,
     queue::QueueLibrary,
     resident,
-    store::Store,
+    store::{Store, staged_in_place},
     thread_priority,
 };
 
@@ -150,7 +150,15 @@ impl Engine for Libraries {
         elf::exports_queue(staged.path())
     }
 
-    fn open(&self, staged: &Staged, timings: &mut OpenTimings) -> Result<Arc<dyn Plugin>, LoadError> {
+    fn open(
+        &self,
+        staged: &Staged,
+        isolation: &Isolation,
+        timings: &mut OpenTimings,
+    ) -> Result<Arc<dyn Plugin>, LoadError> {
+        if *isolation != Isolation::InProcess {
+            return Err(LoadError::Refused("libraries are opened in this process".into()));
+        }
         let library = self.open_once(staged, &self.pipelines, &self.resident, |staged| {
             let fit = timed(&mut timings.preflight, || self.try_first(staged));
             fit?;
@@ -196,6 +204,21 @@ impl Engine for Libraries {
     fn close(&self) {
         self.store.close();
     }
+}
+
+/// A plugin, and what has it hear that other lines of it are wanted.
+pub type OpenedInPlace = (Arc<dyn Plugin>, Box<dyn Fn() + Send>);
+
+/// Opens a private copy where it is, without a trial, in a process that has it for itself.
+///
+/// # Errors
+/// It is no plugin of a pipeline that this process can run.
+pub fn open_in_place(file: &Path, log: PluginLog) -> Result<OpenedInPlace, LoadError> {
+    let library = PipelineLibrary::open(&staged_in_place(file))?;
+    let attached = library.clone();
+    let attach = move || attached.attach((log.level)(), &log);
+    attach();
+    Ok((Arc::new(library), Box::new(attach)))
 }
 
 fn timed<T>(took: &mut Option<Duration>, work: impl FnOnce() -> T) -> T {

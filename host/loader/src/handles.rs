@@ -15,8 +15,8 @@ use modalkit_abi::{
     },
 };
 use modalkit_engine::{
-    Batch, ChunkResult, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, Interest,
-    Measure, Outcome, Payload, Rejection, Signature,
+    Batch, Checked, ChunkResult, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance,
+    Interest, Measure, Outcome, Payload, Rejection, Signature,
 };
 use parking_lot::RwLock;
 
@@ -112,12 +112,16 @@ impl Instance for LibraryInstance {
         self.downcast_own(decoded).is_some()
     }
 
-    fn validate(&self, decoded: &Decoded) -> Result<Measure, Rejection> {
-        let input = self.downcast_own(decoded).expect("an input is validated by the library that decoded it");
-        let _code = Entered::new(&self.model, "validate");
-        // SAFETY: both handles are live and, by the line before, of the same library.
-        let validated = unsafe { self.library.module().validate()(self.handle, input.handle) };
-        validated.into_result().map(convert::measure).map_err(convert::rejection)
+    fn validate(&self, inputs: &[&Decoded]) -> Vec<Result<Measure, Rejection>> {
+        let validate = |decoded: &&Decoded| {
+            let input =
+                self.downcast_own(decoded).expect("an input is validated by the library that decoded it");
+            let _code = Entered::new(&self.model, "validate");
+            // SAFETY: both handles are live and, by the line before, of the same library.
+            let validated = unsafe { self.library.module().validate()(self.handle, input.handle) };
+            validated.into_result().map(convert::measure).map_err(convert::rejection)
+        };
+        inputs.iter().map(validate).collect()
     }
 
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign> {
@@ -164,7 +168,8 @@ pub(crate) fn decode(
     };
     let decoded = decoded.into_result().map_err(convert::rejection)?;
     let input = Box::new(LibraryInput { library: library.clone(), handle: decoded.item });
-    Ok(Decoded { input, measure: convert::measure(decoded.measure), is_validated: instance.is_some() })
+    let checked = if instance.is_some() { Checked::Validated } else { Checked::Parsed };
+    Ok(Decoded { input, measure: convert::measure(decoded.measure), checked })
 }
 
 impl LibraryInput {

@@ -24,7 +24,7 @@ mod thread_priority;
 mod trust;
 
 pub use allocator::keep_freed_memory;
-pub use engine::{Libraries, Settings};
+pub use engine::{Libraries, OpenedInPlace, Settings, open_in_place};
 pub use preflight::{Preflight, child as preflight_child};
 pub use trust::Trust;
 

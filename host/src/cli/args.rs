@@ -158,6 +158,16 @@ pub(crate) enum Command {
         /// The library.
         file: PathBuf,
     },
+    /// Run a pipeline for the host that started this process, and for nobody else.
+    #[command(hide = true)]
+    Worker {
+        /// That host's process id.
+        host: i32,
+        /// The connections that it hands over.
+        connections: usize,
+        /// The control group to join.
+        cgroup: Option<PathBuf>,
+    },
 }
 
 #[derive(Subcommand)]

@@ -52,6 +52,15 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             print(&format!("\n{}\n", app::preflight(file)));
             return ExitCode::from(DONE);
         }
+        Some(Command::Worker { host, connections, cgroup }) => {
+            return match app::worker(*host, *connections, cgroup.clone()) {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => {
+                    complain(&anyhow::Error::new(error).context("a worker could not go on"));
+                    ExitCode::from(NOT_DONE)
+                }
+            };
+        }
         _ => {}
     }
     let environment = match Environment::of_process() {
@@ -65,7 +74,8 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(
             Command::Config { command: ConfigCommand::Schema }
             | Command::Completions { .. }
-            | Command::Preflight { .. },
+            | Command::Preflight { .. }
+            | Command::Worker { .. },
         ) => DONE,
         Some(Command::Check { json, strict }) => check::run(&files, &environment, json, strict),
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),

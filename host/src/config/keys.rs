@@ -5,9 +5,9 @@ use super::{
     declare::layer,
     layer::Setting,
     types::{
-        Address, Amount, Count, Folder, FreeForm, Gpu, Levels, MountKind, Named, OneOrMany, Over, PerSecond,
-        Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret, Sha256, Share, Url,
-        Watch,
+        Address, Amount, Count, Folder, FreeForm, Gpu, IsolationKind, Levels, MountKind, Named, OneOrMany,
+        Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret,
+        Sha256, Share, Url, Watch,
     },
 };
 
@@ -242,14 +242,26 @@ layer! {
         /// What a new generation does where no device is free: it shares the old one's ("share"), waits ("wait"), or takes them after
         /// the old one has stopped, while requests wait ("stop_first").
         reload_gpu: ReloadGpu = ReloadGpu::Share;
+        /// Whether the pipeline runs in the host's own process ("in-process": fastest, and its crash is the host's), or each replica in a
+        /// process of its own ("process").
+        isolation: IsolationKind = IsolationKind::InProcess;
+        /// Megabytes of memory that each replica's process may have; with `isolation = "process"`.
+        memory: Amount, or "as much as there is";
+        /// Cores that each replica's process may use, also parts of them; with `isolation = "process"`.
+        cpu: Amount, or "all";
+        /// Whether each replica's process may read its volumes and the system's files alone, and write, connect and start nothing; with
+        /// `isolation = "process"`.
+        sandbox: bool = false;
+        /// Whether a process in a sandbox may open sockets all the same.
+        sandbox_network: bool = false;
+        /// Batches after which a replica's process is replaced by a fresh one; with `isolation = "process"`.
+        recycle_after_batches: Large, or "never";
+        /// Mebibytes of memory beyond which a replica's process is replaced by a fresh one; with `isolation = "process"`.
+        recycle_after_mb: Large, or "never";
     }
     later {
         /// Prefixes of buckets that are mirrored into folders.
         cloud_bucket_mounts: Vec<BucketMount>;
-        /// Megabytes of the container.
-        memory: Amount;
-        /// Cores of the container.
-        cpu: Amount;
     }
 }
 

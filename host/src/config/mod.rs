@@ -34,8 +34,8 @@ pub use layer::Row;
 pub use place::{HostPlace, host_place};
 pub use resolved::{
     AuthSpec, BatchPolicy, Config, ConsumeSpec, GoldenSpec, JobSpec, KeyLimits, KeySource, KeySpec,
-    ModelSpec, Mount, Probation, QueueSpec, ReloadDevices, ReloadPolicy, Replicas, SecretText, Server,
-    Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
+    ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy, Replicas, SecretText,
+    Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};

@@ -4,16 +4,17 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use modalkit_device::{Preference, Wanted};
+use modalkit_engine::{Confinement, Isolation, Sandbox};
 
 use super::{
-    BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, ReloadDevices,
-    ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth,
+    BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, Recycle,
+    ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
     queues,
     resolve_server::{check_allowed_hosts, server, state_folder},
-    types::{MountKind, ReloadGpu, Watch},
+    types::{Amount, IsolationKind, MountKind, ReloadGpu, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -54,6 +55,9 @@ pub(super) fn resolve(
             (name.to_owned(), context.model(name, entry, &key))
         })
         .collect();
+    if ![&defaults].into_iter().chain(specs.values()).any(|spec| spec.isolation != Isolation::InProcess) {
+        context.warnings.extend(without_isolation(&deployment, "app_settings"));
+    }
     let max = written.server().request_timeout_ms_max().0;
     if written.server().request_timeout_ms.value().is_some_and(|timeout| timeout.0 > max) {
         faults.push(Fault::new(
@@ -144,7 +148,29 @@ impl Resolver<'_> {
             reload: reload_policy(&deployment),
             retries: deployment.retries().0 as u32,
             gpu: self.gpu(&deployment, key),
+            isolation: self.isolation(&own_deployment, &deployment, key),
+            recycle: Recycle {
+                after_batches: deployment.recycle_after_batches.value().map(|count| count.0),
+                after_bytes: deployment.recycle_after_mb.value().map(|memory| memory.0 << 20),
+            },
         }
+    }
+
+    fn isolation(&mut self, own: &DeploymentConfig, deployment: &DeploymentConfig, key: &str) -> Isolation {
+        if deployment.isolation() == IsolationKind::InProcess {
+            self.warnings.extend(without_isolation(own, key));
+            return Isolation::InProcess;
+        }
+        let mut readable: Vec<PathBuf> =
+            self.volumes.iter().map(|volume| volume.mount_point.clone()).collect();
+        readable.push(self.folder.clone());
+        let sandbox = Sandbox { readable, network: deployment.sandbox_network() };
+        let amount = |amount: Option<&Amount>| amount.map(|amount| amount.0).filter(|amount| *amount > 0.0);
+        Isolation::Process(Confinement {
+            memory_bytes: amount(deployment.memory.value()).map(|megabytes| (megabytes * 1e6) as u64),
+            cores: amount(deployment.cpu.value()),
+            sandbox: deployment.sandbox().then_some(sandbox),
+        })
     }
 
     fn warn_of_the_host(&mut self, own: &DeploymentConfig, key: &str) {
@@ -258,6 +284,26 @@ impl Resolver<'_> {
             }
         }
     }
+}
+
+/// What is said of processes of their own, and has no effect on a pipeline in the host's.
+fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
+    let mut written = Vec::new();
+    let mut note = |name: &str, at: Option<Place>| written.extend(at.map(|at| (name.to_owned(), at)));
+    note("memory", deployment.memory.value().map(|_| deployment.memory.at()));
+    note("cpu", deployment.cpu.value().map(|_| deployment.cpu.at()));
+    note("sandbox", deployment.sandbox().then(|| deployment.sandbox.at()));
+    note(
+        "recycle_after_batches",
+        deployment.recycle_after_batches.value().map(|_| deployment.recycle_after_batches.at()),
+    );
+    note("recycle_after_mb", deployment.recycle_after_mb.value().map(|_| deployment.recycle_after_mb.at()));
+    let warning = |(name, at): (String, Place)| Warning {
+        at,
+        key: format!("{}.{name}", deployment_of(key)),
+        why: "it has no effect without isolation = \"process\"".to_owned(),
+    };
+    written.into_iter().map(warning).collect()
 }
 
 /// The deployment's key for a model's, or for all.

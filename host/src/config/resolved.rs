@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use modalkit_device::Wanted;
+use modalkit_engine::Isolation;
 
 use super::{
     Fault, Secrets,
@@ -411,6 +412,19 @@ pub struct ModelSpec {
     pub retries: u32,
     /// The devices of each replica; `None` for none.
     pub gpu: Option<Wanted>,
+    /// Where its pipeline's code runs, and what that may use.
+    pub isolation: Isolation,
+    /// When a replica's process is replaced by a fresh one.
+    pub recycle: Recycle,
+}
+
+/// When a replica's process is replaced by a fresh one; `None` for never.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recycle {
+    /// After so many batches.
+    pub after_batches: Option<u64>,
+    /// When it holds more bytes of memory than this.
+    pub after_bytes: Option<u64>,
 }
 
 /// A pipeline's own keys, and where each was written.

@@ -33,17 +33,17 @@ pub(super) fn decode_list(
     if list.count > items_max {
         return Err(too_many(list.count, items_max));
     }
-    let decode = |(index, input): (usize, &RawValue)| {
-        let input = Payload::Json(body.slice_ref(input.get().as_bytes()));
-        match generation.decode(&input) {
-            Ok(decoded) => Ok(Ok((input, decoded))),
-            Err(error) => match error.inside(&[Location::Index(index as u64)]) {
-                invalid @ JobError::Invalid(_) if partial => Ok(Err(invalid)),
-                error => Err(error),
-            },
-        }
+    let payload = |input: &RawValue| Payload::Json(body.slice_ref(input.get().as_bytes()));
+    let inputs: Vec<Payload> = list.first.into_iter().map(payload).collect();
+    let decoded = generation.decode_each(&inputs).zip(&inputs).enumerate();
+    let item = |(index, (decoded, input)): (usize, (Result<Decoded, JobError>, &Payload))| match decoded {
+        Ok(decoded) => Ok(Ok((input.clone(), decoded))),
+        Err(error) => match error.inside(&[Location::Index(index as u64)]) {
+            invalid @ JobError::Invalid(_) if partial => Ok(Err(invalid)),
+            error => Err(error),
+        },
     };
-    list.first.into_iter().enumerate().map(decode).collect()
+    decoded.map(item).collect()
 }
 
 fn split(body: &Bytes, items_max: usize) -> Result<List<'_>, JobError> {
@@ -101,7 +101,9 @@ pub(super) fn decode_envelope(
 ) -> Result<(Envelope, Decoded), JobError> {
     let parts = open_envelope(body)?;
     let message = Payload::Json(parts.message.clone());
-    let decoded = generation.decode(&message).map_err(|error| error.inside(&["message".into()]))?;
+    let decoded =
+        generation.decode_each(std::slice::from_ref(&message)).next().unwrap_or(Err(JobError::Lost));
+    let decoded = decoded.map_err(|error| error.inside(&["message".into()]))?;
     Ok((parts, decoded))
 }
 

@@ -117,6 +117,7 @@ fn explain_batch(batch: &BatchTimings, arrived: Instant, items: usize) -> Value 
         Closed::Full => "full",
         Closed::Waited => "waited",
         Closed::Drained => "drained",
+        Closed::Alone => "alone",
     };
     let mut told = json!({
         "items": items,

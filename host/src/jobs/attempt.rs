@@ -36,6 +36,10 @@ impl Recorder for Attempt {
         self.live_job.progress.lock().begin();
     }
 
+    fn comes_back(&self) {
+        self.metrics.jobs.running.dec();
+    }
+
     fn answered(mut self: Box<Self>, reply: Reply) {
         self.tell(reply);
     }

@@ -21,7 +21,7 @@ use crate::{
     config::ModelSpec,
     pipeline::Model,
     protocol,
-    work::{Deadline, Gate, Job, JobError, ReplyHandle, RequestId},
+    work::{Deadline, Deaths, Gate, Job, JobError, ReplyHandle, RequestId},
 };
 
 /// The fewest jobs that are kept in a model's queue, where as many wait.
@@ -144,6 +144,7 @@ impl ModelBacklog {
             decoded: first_attempt.decoded,
             reply: ReplyHandle::recorded(Box::new(attempt)),
             timings: first_attempt.timings,
+            deaths: Deaths::default(),
         };
         // Counted whatever happens: one that isn't taken tells its end as well.
         self.handed += 1;

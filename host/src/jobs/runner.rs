@@ -348,7 +348,10 @@ fn may_help(error: &JobError) -> bool {
             | FailureKind::DeviceLost
             | FailureKind::DeviceSuspected
             | FailureKind::Panicked => true,
-            FailureKind::InvalidInput | FailureKind::Permanent | FailureKind::Unwanted => false,
+            FailureKind::InvalidInput
+            | FailureKind::Permanent
+            | FailureKind::Died
+            | FailureKind::Unwanted => false,
         },
         JobError::BatchTimedOut(_) | JobError::Lost | JobError::Unavailable(_) | JobError::Busy(_) => true,
         JobError::Invalid(_)

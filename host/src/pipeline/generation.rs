@@ -9,7 +9,7 @@ use arc_swap::ArcSwapOption;
 use jsonschema::Validator;
 use modalkit_device::Lease;
 use modalkit_engine::{
-    Decoded, Device, Failure, FailureKind, Instance, Load, Payload, Plugin, Rejection, Signature,
+    Checked, Decoded, Device, Failure, FailureKind, Instance, Load, Payload, Plugin, Rejection, Signature,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -118,6 +118,49 @@ impl Generation {
         Ok(decoded)
     }
 
+    /// Parses and validates inputs before any of them is queued; one result each, in order. Where the plugin is in a process of its own, that is
+    /// asked and waited for: not on a thread that others need.
+    pub fn decode_each<'i>(
+        &'i self,
+        inputs: &'i [Payload],
+    ) -> Box<dyn Iterator<Item = Result<Decoded, JobError>> + 'i> {
+        let validating = self.validating.load_full().filter(|instance| instance.process().is_some());
+        let Some(instance) = validating else {
+            return Box::new(inputs.iter().map(|input| self.decode(input)));
+        };
+        let decoded: Vec<Result<Decoded, JobError>> = inputs.iter().map(|input| self.decode(input)).collect();
+        let measured = {
+            let all: Vec<&Decoded> = decoded.iter().flatten().collect();
+            instance.validate(&all)
+        };
+        let mut measured = measured.into_iter();
+        let each = move |(decoded, input): (Result<Decoded, JobError>, &Payload)| {
+            let mut decoded = decoded?;
+            match measured.next() {
+                Some(Ok(measure)) => (decoded.measure, decoded.checked) = (measure, Checked::Validated),
+                // What could not be looked at now is, where it runs.
+                None | Some(Err(Rejection::Busy)) => {}
+                Some(Err(Rejection::Failed(failure))) if failure.kind == FailureKind::Died => {}
+                Some(Err(rejection)) => return Err(self.rejected(rejection, input)),
+            }
+            Ok(decoded)
+        };
+        Box::new(decoded.into_iter().zip(inputs).map(each))
+    }
+
+    /// Of so many bytes of one input, those that are parsed when it comes: none where its batch has that done in another process.
+    #[must_use]
+    pub fn bytes_to_parse(&self, bytes: usize) -> usize {
+        if self.plugin.is_isolated() && !self.spec.enforce_schema { 0 } else { bytes }
+    }
+
+    /// Of so many bytes that a request brings: those that are to be parsed before its inputs are queued; all there could be where a process is
+    /// asked about them.
+    #[must_use]
+    pub fn bytes_to_decode(&self, bytes: usize) -> usize {
+        if self.plugin.is_isolated() { usize::MAX } else { bytes }
+    }
+
     /// The tensors that it takes and gives, as its pipeline is loaded now; while no replica serves, as it was before.
     ///
     /// # Errors
@@ -200,7 +243,10 @@ impl Generation {
         });
         let devices: Vec<Device<'_>> = leased.collect();
         let folder = spec.all_model_data_folder.to_string_lossy();
-        let loading = self.fence.loading(&spec.name, self.plugin.description().sha256());
+        // A process of its own ends nobody else's.
+        let of_host = !self.plugin.is_isolated();
+        let loading = of_host.then(|| self.fence.loading(&spec.name, self.plugin.description().sha256()));
+        let loading = loading.flatten();
         self.plugin.load(&Load {
             model_name: &spec.name,
             all_model_data_folder: &folder,
@@ -209,6 +255,8 @@ impl Generation {
             secrets: spec.secrets.values(),
             devices: &devices,
             crash_note: loading.as_ref().map(Loading::note),
+            batches_in_flight: spec.replicas.batches_in_flight,
+            limit: spec.replicas.load_timeout,
         })
     }
 

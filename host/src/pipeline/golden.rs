@@ -12,7 +12,7 @@ use modalkit_engine::{Failure, FailureKind, Instance, Payload};
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
-use super::stages::{NoCallers, StageTimes, stages};
+use super::stages::{Ended, NoCallers, StageTimes, stages};
 
 /// What a model's golden file holds.
 pub struct Golden {
@@ -147,11 +147,13 @@ impl Golden {
 
 fn answer_of(instance: &dyn Instance, case: &Case) -> Result<Value, Failure> {
     let failure = |message: String| Failure { kind: FailureKind::Permanent, message };
-    let decoded = instance.decode(&case.input);
-    let decoded =
-        decoded.map_err(|rejection| failure(format!("the input was turned down: {rejection:?}")))?;
-    let outcome = stages(instance, vec![decoded], &mut StageTimes::default(), &mut NoCallers)?.pop();
-    let output = outcome.ok_or_else(|| failure("the plugin returned no outcome".into()))??;
+    let turned_down = |rejection| failure(format!("the input was turned down: {rejection:?}"));
+    let decoded = instance.decode(&case.input).map_err(turned_down)?;
+    let output = match stages(instance, vec![decoded], &mut StageTimes::default(), &mut NoCallers)?.pop() {
+        Some(Ended::Outcome(outcome)) => outcome?,
+        Some(Ended::Rejected(rejection)) => return Err(turned_down(rejection)),
+        None => return Err(failure("the plugin returned no outcome".into())),
+    };
     serde_json::from_slice(&output.into_json()?).map_err(|error| failure(error.to_string()))
 }
 

@@ -1,6 +1,7 @@
 //! Served models: a generation (a loaded plugin with a model's settings), its replicas (instances with threads that run
 //! stages) and the fleet that keeps as many of them as are wanted. It never knows HTTP, nor where a plugin came from.
 
+mod batch_run;
 mod batch_stats;
 mod command;
 mod fleet;

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use modalkit_batch::{ArrivalId, Batch, Batcher, Closed, Full, Next, Policy};
+use modalkit_batch::{ArrivalId, Batch, Batcher, Closed, Full, Next, Policy, Waiting};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
@@ -141,6 +141,21 @@ impl Queue {
         };
         self.metrics.queued.set(state.batcher.len() as i64);
         Ok(Queued { first, must_wake: state.wants_a_lane() })
+    }
+
+    /// Takes jobs back that were in a batch which came to nothing: each is run next, without company, or, where nobody runs it any more,
+    /// handed back.
+    pub fn push_alone(&self, jobs: Vec<Waiting<Job>>) -> Vec<Job> {
+        let mut state = self.state.lock();
+        if !state.open {
+            drop(state);
+            return jobs.into_iter().map(|waiting| waiting.job).collect();
+        }
+        jobs.into_iter().for_each(|job| state.batcher.push_alone(job));
+        self.metrics.queued.set(state.batcher.len() as i64);
+        drop(state);
+        self.work.notify_all();
+        Vec::new()
     }
 
     /// Wakes a lane for what was pushed.
@@ -287,6 +302,7 @@ impl Queue {
             Closed::Full => self.metrics.closed_full.inc(),
             Closed::Waited => self.metrics.closed_waited.inc(),
             Closed::Drained => self.metrics.closed_drained.inc(),
+            Closed::Alone => self.metrics.closed_alone.inc(),
         }
         self.metrics.batch_size.observe(batch.jobs.len() as f64);
         if let Some(oldest) = batch.jobs.first() {

@@ -10,20 +10,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_batch::Waiting;
 use modalkit_device::Lease;
-use modalkit_engine::{ChunkResult, Failure, FailureKind, Instance, Interest, Outcome};
-use parking_lot::Mutex;
+use modalkit_engine::{Death, Failure, FailureKind, Instance, Process};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::mpsc;
 
 use super::{
     Generation, SharedInstance,
-    stages::{Callers, StageTimes, counts_as_healthy, decoded_for, is_no_fault, stages},
+    batch_run::{self, Waiter},
+    stages::{StageTimes, is_no_fault},
 };
 use crate::{
     insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
-    pipeline::{LaneState, Queue, Taken},
-    work::{ChunkSender, JobError, ReplyHandle, RequestId},
+    pipeline::{LaneState, Queue},
+    work::JobError,
 };
 
 /// What a replica's threads tell the fleet.
@@ -48,27 +48,48 @@ pub(super) struct Replica {
     running_lanes: AtomicUsize,
     /// Its devices. They are free when the last thread has left, and with it the instance.
     lease: Option<Arc<Lease>>,
+    /// Where several batches run at once in a process of its own.
+    company: Option<RwLock<()>>,
+    batches: AtomicU64,
+    is_isolated: bool,
+}
+
+/// Who runs beside a batch.
+#[expect(dead_code, reason = "what it holds is a lock")]
+pub(super) enum Company<'r> {
+    /// Others may.
+    Any(RwLockReadGuard<'r, ()>),
+    /// Nobody does.
+    Alone(RwLockWriteGuard<'r, ()>),
+    /// There are no others whom it could harm, or it can't be kept from harming them.
+    None,
 }
 
 /// What one of its threads runs.
 #[derive(Default)]
-struct LaneSlot {
-    running: Mutex<Option<Running>>,
+pub(super) struct LaneSlot {
+    pub(super) running: Mutex<Option<Running>>,
+    /// The limit that its batch overran, for which its process was ended.
+    overran: Mutex<Option<Duration>>,
 }
 
 /// The replies of the batch that a lane runs. Whoever takes them answers: the lane when it is done, or the fleet when
 /// the batch has overrun its time.
-struct Running {
+pub(super) struct Running {
     /// Later by what the batch has waited for callers who don't read.
-    started: Instant,
+    pub(super) started: Instant,
     /// It waits for one now, since then.
-    waits_since: Option<Instant>,
-    waiters: Vec<Waiter>,
+    pub(super) waits_since: Option<Instant>,
+    /// By the places of items; `None` of those that have their answer.
+    pub(super) waiters: Vec<Option<Waiter>>,
 }
 
-struct Waiter {
-    reply: ReplyHandle,
-    request_id: RequestId,
+/// What overran its time.
+pub(super) enum Overrun {
+    /// So many batches, whose threads hang.
+    Hang(usize),
+    /// A batch whose process was ended for it.
+    Killed,
 }
 
 /// What a replica needs to run.
@@ -79,13 +100,13 @@ pub(super) struct ReplicaContext {
     pub(super) events: mpsc::Sender<Event>,
     /// Milliseconds that a batch waits for a caller who doesn't read; as the model has it now.
     pub(super) stream_wait_ms: AtomicU64,
+    /// Batches of which something went well.
+    pub(super) good_batches: AtomicU64,
 }
 
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
 const INSTANCE_POLL_MIN: Duration = Duration::from_millis(1);
 const INSTANCE_POLL_MAX: Duration = Duration::from_millis(100);
-/// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
-const COST_MAX: u64 = 1 << 40;
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
@@ -121,7 +142,11 @@ impl Replica {
     ) {
         let count = context.generation.spec.replicas.batches_in_flight;
         let lanes: Vec<LaneSlot> = (0..count).map(|_| LaneSlot::default()).collect();
+        let is_isolated = instance.process().is_some();
         let replica = Arc::new(Self {
+            company: (is_isolated && count > 1).then(RwLock::default),
+            batches: AtomicU64::new(0),
+            is_isolated,
             instance: Mutex::new(Some(Arc::new(instance))),
             number,
             lanes,
@@ -164,12 +189,8 @@ impl Replica {
     }
 
     /// Finds out whether what failed has to do with its device, and corrects what was said of that. The driver is asked once for a batch.
-    fn examine(&self, outcomes: &mut Result<Vec<Outcome>, Failure>) {
-        let mut failures: Vec<&mut Failure> = match outcomes {
-            Ok(outcomes) => outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().err()).collect(),
-            Err(failure) => vec![failure],
-        };
-        failures.retain(|failure| !is_no_fault(failure));
+    pub(super) fn examine<'f>(&self, failures: impl Iterator<Item = &'f mut Failure>) {
+        let failures: Vec<&mut Failure> = failures.filter(|failure| !is_no_fault(failure)).collect();
         if failures.is_empty() {
             return;
         }
@@ -180,13 +201,57 @@ impl Replica {
         failures.into_iter().for_each(|failure| correct(failure, lost));
     }
 
+    /// Held while a batch runs: beside one without company, no other does, where they share a process of their own.
+    pub(super) fn company(&self, is_alone: bool) -> Company<'_> {
+        match (&self.company, is_alone) {
+            (Some(company), true) => Company::Alone(company.write()),
+            (Some(company), false) => Company::Any(company.read()),
+            (None, _) => Company::None,
+        }
+    }
+
+    pub(super) fn has_one_lane(&self) -> bool {
+        self.lanes.len() == 1
+    }
+
+    /// A batch has come to its end.
+    pub(super) fn note_batch(&self) {
+        self.batches.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Batches that it has run.
+    pub(super) fn batches(&self) -> u64 {
+        self.batches.load(Ordering::Relaxed)
+    }
+
+    /// How its process ended, where it has one, and that has.
+    pub(super) fn death(&self) -> Option<Death> {
+        self.with_process(|process| process.death()).flatten()
+    }
+
+    /// Bytes of memory of its process, where it has one.
+    pub(super) fn resident_bytes(&self) -> Option<u64> {
+        self.with_process(|process| process.resident_bytes()).flatten()
+    }
+
+    /// Ends its process; `false` where it has none.
+    pub(super) fn kill(&self, why: &str) -> bool {
+        self.with_process(|process| process.kill(why)).is_some()
+    }
+
+    fn with_process<T>(&self, look: impl FnOnce(&dyn Process) -> T) -> Option<T> {
+        let instance = self.instance.lock();
+        instance.as_ref()?.process().map(look)
+    }
+
     /// Pauses its lanes, or resumes them. Called inside `Queue::update_lane_states`, all lanes see it before they take a batch.
     pub(super) fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::SeqCst);
     }
 
     fn lane_state(&self, generation: &Generation) -> LaneState {
-        if self.stopping.load(Ordering::SeqCst) || self.is_lost() {
+        let has_died = self.is_isolated && self.death().is_some();
+        if self.stopping.load(Ordering::SeqCst) || self.is_lost() || has_died {
             LaneState::Stopped
         } else if !generation.serves() || self.paused.load(Ordering::SeqCst) {
             LaneState::Paused
@@ -210,20 +275,29 @@ impl Replica {
         self.lanes.iter().any(|lane| lane.running.lock().is_some())
     }
 
-    /// Answers the batches that have run longer than `limit`; says how many there were.
-    pub(super) fn give_up_overrun(&self, now: Instant, limit: Duration) -> usize {
-        let mut overrun = 0;
+    /// Answers the batches that have run longer than `limit`; says how many there were. Where it has a process of its own, that is ended, and its
+    /// lanes see what becomes of their batches.
+    pub(super) fn give_up_overrun(&self, now: Instant, limit: Duration) -> Overrun {
+        let (mut overrun, mut killed) = (0, false);
         for lane in &self.lanes {
             let mut running = lane.running.lock();
             if running.as_ref().is_none_or(|batch| batch.has_run(now) < limit) {
                 continue;
             }
+            if self.is_isolated {
+                killed |= lane.overran.lock().replace(limit).is_none();
+                continue;
+            }
             let waiters = running.take().map(|batch| batch.waiters).unwrap_or_default();
             drop(running);
             overrun += 1;
-            waiters.into_iter().for_each(|waiter| waiter.reply.send(Err(JobError::BatchTimedOut(limit))));
+            let waiting = waiters.into_iter().flatten();
+            waiting.for_each(|waiter| waiter.reply.send(Err(JobError::BatchTimedOut(limit))));
         }
-        overrun
+        if killed {
+            self.kill(&format!("a batch overran {limit:?} (batch_timeout_seconds)"));
+        }
+        if killed { Overrun::Killed } else { Overrun::Hang(overrun) }
     }
 
     fn run_lane(&self, index: usize, context: &ReplicaContext) {
@@ -231,7 +305,7 @@ impl Replica {
         let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
         while let Some(taken) = context.queue.next_batch(lane_id, || self.lane_state(&context.generation)) {
-            if !run(&**instance, lane, self, taken, context) {
+            if !batch_run::run(&**instance, lane, self, taken, context) {
                 context.metrics.replicas_stuck.dec();
                 context.tell(Event::ThreadReturned);
                 break;
@@ -264,7 +338,7 @@ impl Running {
 
 impl LaneSlot {
     /// Notes since when the batch waits for a caller who doesn't read, or that it no longer does: its own time stands still meanwhile.
-    fn note_wait(&self, since: Option<Instant>) {
+    pub(super) fn note_wait(&self, since: Option<Instant>) {
         let mut running = self.running.lock();
         let Some(batch) = running.as_mut() else { return };
         if let Some(since) = std::mem::replace(&mut batch.waits_since, since) {
@@ -272,164 +346,18 @@ impl LaneSlot {
         }
     }
 
-    /// Answers the waiters whose inputs turned out to be unfit, by their places. `false` when the batch was given up.
-    fn refuse(&self, refused: Vec<(usize, JobError)>) -> bool {
+    /// The batch, or what is left of it, begins again; `false` when it was given up.
+    pub(super) fn starts_again(&self) -> bool {
         let mut running = self.running.lock();
-        let Some(batch) = running.as_mut() else { return refused.is_empty() };
-        // From the back, so that the places in front stay what they are.
-        for (place, error) in refused.into_iter().rev() {
-            batch.waiters.remove(place).reply.send(Err(error));
-        }
+        let Some(batch) = running.as_mut() else { return false };
+        batch.started = Instant::now();
         true
     }
-}
 
-/// The callers of the batch that a lane runs.
-struct LaneCallers<'l> {
-    lane: &'l LaneSlot,
-    context: &'l ReplicaContext,
-    /// How long the batch has waited for those who don't read.
-    waited: Duration,
-}
-
-impl LaneCallers<'_> {
-    /// What the item's reply says; `None` where the batch was given up.
-    fn with_reply<T>(&self, item: usize, look: impl FnOnce(&ReplyHandle) -> T) -> Option<T> {
-        let running = self.lane.running.lock();
-        Some(look(&running.as_ref()?.waiters.get(item)?.reply))
+    /// The limit that the batch overran, where that is why its process was ended.
+    pub(super) fn take_overrun(&self) -> Option<Duration> {
+        self.overran.lock().take()
     }
-
-    /// Puts a chunk where its caller reads it, and waits for a caller who doesn't read as long as that may be. Not under the lane's lock: the
-    /// fleet looks at it.
-    fn send_waiting(&mut self, chunks: &ChunkSender, json: &[u8]) -> ChunkResult {
-        loop {
-            let result = chunks.try_send(json);
-            if result != ChunkResult::Full {
-                return result;
-            }
-            let begun = Instant::now();
-            let stall_max = self.context.stream_wait();
-            self.lane.note_wait(Some(begun));
-            let reads = chunks.wait_for_room(stall_max);
-            self.waited += begun.elapsed();
-            self.lane.note_wait(None);
-            if !reads {
-                chunks.cut_off(JobError::StoppedReading(stall_max));
-                return ChunkResult::Unwanted;
-            }
-        }
-    }
-}
-
-impl Callers for LaneCallers<'_> {
-    fn interest(&self, item: usize) -> Interest {
-        self.with_reply(item, ReplyHandle::interest).unwrap_or(Interest::Nothing)
-    }
-
-    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult {
-        let result = match self.with_reply(item, ReplyHandle::chunks) {
-            Some(Some(chunks)) if waits => self.send_waiting(&chunks, json),
-            Some(Some(chunks)) => chunks.try_send(json),
-            Some(None) | None if self.interest(item) == Interest::Nothing => return ChunkResult::Unwanted,
-            // One who wants the outcome alone.
-            Some(None) | None => return ChunkResult::Taken,
-        };
-        if result == ChunkResult::Taken {
-            self.context.metrics.stream_chunks.inc();
-        }
-        result
-    }
-}
-
-/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-fn run(
-    instance: &dyn Instance,
-    lane: &LaneSlot,
-    replica: &Replica,
-    taken: Taken,
-    context: &ReplicaContext,
-) -> bool {
-    let Taken { batch, at, free_since } = taken;
-    // Timings of the jobs that carry any.
-    let mut timed = Vec::new();
-    let (mut waiters, mut inputs) =
-        (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
-    for Waiting { job, arrived, .. } in batch.jobs {
-        if job.reply.is_abandoned() {
-            context.metrics.skipped_cancelled.inc();
-            continue;
-        }
-        if let Some(timings) = job.timings {
-            timed.push((timings, arrived));
-        }
-        job.reply.begins();
-        waiters.push(Waiter { reply: job.reply, request_id: job.request_id });
-        inputs.push((job.input, job.decoded));
-    }
-    if waiters.is_empty() {
-        return true;
-    }
-    // From here on plugin code runs, and the fleet watches the time.
-    *lane.running.lock() = Some(Running { started: at, waits_since: None, waiters });
-    let (mut items, mut refused, mut cost) = (Vec::with_capacity(inputs.len()), Vec::new(), 0_u64);
-    for (place, (input, decoded)) in inputs.into_iter().enumerate() {
-        match decoded_for(instance, decoded, &input, &context.generation) {
-            Ok(decoded) => {
-                cost += decoded.measure.cost.min(COST_MAX);
-                items.push(decoded);
-            }
-            Err(error) => refused.push((place, error)),
-        }
-    }
-    if !refused.is_empty() && !lane.refuse(refused) {
-        return false;
-    }
-    let size = items.len();
-    let begun = Instant::now();
-    let mut times = StageTimes::default();
-    let mut callers = LaneCallers { lane, context, waited: Duration::ZERO };
-    let mut outcomes =
-        if size == 0 { Ok(Vec::new()) } else { stages(instance, items, &mut times, &mut callers) };
-    let ended = Instant::now();
-    if outcomes.is_ok() {
-        context.metrics.cost.inc_by(cost);
-        context.observe(begun, &times, ended - callers.waited);
-    }
-    replica.examine(&mut outcomes);
-    if size > 0 && !timed.is_empty() {
-        let batch = BatchTimings {
-            closed: batch.closed,
-            size,
-            generation: context.generation.number,
-            replica: replica.number,
-            free_since,
-            taken: at,
-            begun,
-            preprocessed: times.preprocessed,
-            predicted: times.predicted,
-            ended,
-            span: None,
-        };
-        context.record_timings(batch, timed);
-    }
-    let Some(Running { waiters, .. }) = lane.running.lock().take() else { return false };
-    if size > 0 {
-        // What callers took who don't read is no sign of a slow pipeline.
-        let took = (ended - begun).saturating_sub(callers.waited);
-        match counts_as_healthy(&outcomes) {
-            Some(is_healthy) => context.count(took, is_healthy),
-            None => context.generation.batch_stats.note_time(took),
-        }
-    }
-    match outcomes {
-        Ok(outcomes) => {
-            for (waiter, outcome) in waiters.into_iter().zip(outcomes) {
-                waiter.reply.send(outcome.map_err(JobError::Failed));
-            }
-        }
-        Err(failure) => fail(waiters, context, failure),
-    }
-    true
 }
 
 /// Asks the driver what a failure on these devices means, and says so in it.
@@ -448,7 +376,7 @@ fn correct(failure: &mut Failure, lost: bool) {
 }
 
 impl ReplicaContext {
-    fn stream_wait(&self) -> Duration {
+    pub(super) fn stream_wait(&self) -> Duration {
         Duration::from_millis(self.stream_wait_ms.load(Ordering::Relaxed))
     }
 
@@ -457,14 +385,21 @@ impl ReplicaContext {
         self.stream_wait_ms.store(wait.as_millis() as u64, Ordering::Relaxed);
     }
 
+    pub(super) fn good_batches(&self) -> u64 {
+        self.good_batches.load(Ordering::Relaxed)
+    }
+
     /// Counts a batch. The one that fails its generation's probation is its last: the generation stops serving with it, and the
     /// reload decides what serves then.
     pub(super) fn count(&self, took: Duration, succeeded: bool) {
+        if succeeded {
+            self.good_batches.fetch_add(1, Ordering::Relaxed);
+        }
         self.generation.batch_stats.count(took, succeeded, || self.generation.set_serves(false));
     }
 
     /// Counts what each stage took.
-    fn observe(&self, begun: Instant, times: &StageTimes, ended: Instant) {
+    pub(super) fn observe(&self, begun: Instant, times: &StageTimes, ended: Instant) {
         let (Some(preprocessed), Some(predicted)) = (times.preprocessed, times.predicted) else { return };
         self.metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
         self.metrics.predict.observe((predicted - preprocessed).as_secs_f64());
@@ -472,7 +407,7 @@ impl ReplicaContext {
     }
 
     /// Records a batch's timings for those of its jobs that carry some.
-    fn record_timings(&self, mut batch: BatchTimings, timed: Vec<(Arc<JobTimings>, Instant)>) {
+    pub(super) fn record_timings(&self, mut batch: BatchTimings, timed: Vec<(Arc<JobTimings>, Instant)>) {
         let traced = timed.iter().filter_map(|(timings, _)| timings.span.clone()).collect();
         batch.span = self.metrics.traces.batch(&self.generation.spec.name, &batch, traced);
         let batch = Arc::new(batch);
@@ -491,20 +426,4 @@ impl ReplicaContext {
 fn thread_name(context: &ReplicaContext, replica: u64, lane: usize) -> String {
     let name: String = context.generation.spec.name.chars().filter(char::is_ascii_graphic).take(8).collect();
     format!("{name}.{replica}.{lane}")
-}
-
-fn fail(waiters: Vec<Waiter>, context: &ReplicaContext, failure: Failure) {
-    let panicked = failure.kind == FailureKind::Panicked;
-    if panicked { &context.metrics.panicked } else { &context.metrics.failed }.inc();
-    tracing::error!(
-        model = context.generation.spec.name,
-        generation = context.generation.number,
-        items = waiters.len(),
-        first_request = waiters.first().map(|waiter| waiter.request_id.to_string()),
-        error = %failure.message,
-        "a batch failed"
-    );
-    for waiter in waiters {
-        waiter.reply.send(Err(JobError::Failed(failure.clone())));
-    }
 }

@@ -4,7 +4,8 @@
 use std::time::Instant;
 
 use modalkit_engine::{
-    ChunkResult, Decoded, EventSink, Failure, FailureKind, Instance, Interest, Outcome, Payload,
+    Checked, ChunkResult, Decoded, EventSink, Failure, FailureKind, Instance, Interest, Outcome, Payload,
+    Rejection,
 };
 
 use super::Generation;
@@ -26,10 +27,11 @@ pub(super) fn decoded_for(
             decoded
         }
     };
-    if !decoded.is_validated {
-        let measure =
-            instance.validate(&decoded).map_err(|rejection| generation.rejected(rejection, input))?;
-        (decoded.measure, decoded.is_validated) = (measure, true);
+    // What was not looked at at all is, where it runs.
+    if decoded.checked == Checked::Parsed {
+        let measure = instance.validate(&[&decoded]).pop().unwrap_or(Err(Rejection::Busy));
+        decoded.measure = measure.map_err(|rejection| generation.rejected(rejection, input))?;
+        decoded.checked = Checked::Validated;
     }
     Ok(decoded)
 }
@@ -39,6 +41,32 @@ pub(super) fn decoded_for(
 pub(super) struct StageTimes {
     pub(super) preprocessed: Option<Instant>,
     pub(super) predicted: Option<Instant>,
+    /// The cost of the inputs together, where only who ran them knows it.
+    pub(super) cost: Option<u64>,
+}
+
+/// What became of an item.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Outcome(Outcome),
+    /// It turned out to be no input.
+    Rejected(Rejection),
+}
+
+impl Ended {
+    pub(super) fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Outcome(Err(failure)) | Self::Rejected(Rejection::Failed(failure)) => Some(failure),
+            Self::Outcome(Ok(_)) | Self::Rejected(_) => None,
+        }
+    }
+
+    pub(super) fn failure_mut(&mut self) -> Option<&mut Failure> {
+        match self {
+            Self::Outcome(Err(failure)) | Self::Rejected(Rejection::Failed(failure)) => Some(failure),
+            Self::Outcome(Ok(_)) | Self::Rejected(_) => None,
+        }
+    }
 }
 
 /// Who waits for the items of a batch, by their place in it.
@@ -75,7 +103,7 @@ enum Progress {
     Open,
     /// The plugin was told that nobody wants it any more, so that it may end as it likes.
     Unwanted,
-    Ended(Outcome),
+    Ended(Ended),
 }
 
 impl<'c> Events<'c> {
@@ -92,14 +120,14 @@ impl<'c> Events<'c> {
     ///
     /// # Errors
     /// The plugin has miscounted.
-    fn in_order(self) -> Result<Vec<Outcome>, Failure> {
+    fn in_order(self) -> Result<Vec<Ended>, Failure> {
         let expected = self.by_item.len();
         let ended = |item: Progress| match item {
-            Progress::Ended(outcome) => Some(outcome),
-            Progress::Unwanted => Some(Err(unwanted())),
+            Progress::Ended(ended) => Some(ended),
+            Progress::Unwanted => Some(Ended::Outcome(Err(unwanted()))),
             Progress::Open => None,
         };
-        let outcomes: Vec<Outcome> = self.by_item.into_iter().filter_map(ended).collect();
+        let outcomes: Vec<Ended> = self.by_item.into_iter().filter_map(ended).collect();
         let found = outcomes.len() + self.strays;
         if outcomes.len() == expected && found == expected {
             return Ok(outcomes);
@@ -138,21 +166,29 @@ impl EventSink for Events<'_> {
     fn end(&mut self, item: usize, outcome: Outcome) {
         match self.by_item.get_mut(item) {
             Some(Progress::Ended(_)) | None => self.strays += 1,
-            Some(place @ Progress::Open) => *place = Progress::Ended(outcome),
+            Some(place @ Progress::Open) => *place = Progress::Ended(Ended::Outcome(outcome)),
             // A device that is lost is lost to all others as well.
             Some(place @ Progress::Unwanted) => {
                 let kept = |failure| if is_of_device(&failure) { failure } else { unwanted() };
-                *place = Progress::Ended(outcome.map_err(kept));
+                *place = Progress::Ended(Ended::Outcome(outcome.map_err(kept)));
             }
+        }
+    }
+
+    fn reject(&mut self, item: usize, rejection: Rejection) {
+        match self.by_item.get_mut(item) {
+            Some(Progress::Ended(_)) | None => self.strays += 1,
+            Some(place) => *place = Progress::Ended(Ended::Rejected(rejection)),
         }
     }
 }
 
-fn is_of_device(failure: &Failure) -> bool {
+/// Whether a failure has to do with the device, or is said to.
+pub(super) fn is_of_device(failure: &Failure) -> bool {
     matches!(failure.kind, FailureKind::DeviceLost | FailureKind::DeviceSuspected)
 }
 
-fn unwanted() -> Failure {
+pub(super) fn unwanted() -> Failure {
     Failure { kind: FailureKind::Unwanted, message: "nobody waited for it any more".into() }
 }
 
@@ -165,17 +201,26 @@ pub(super) fn stages(
     items: Vec<Decoded>,
     times: &mut StageTimes,
     callers: &mut dyn Callers,
-) -> Result<Vec<Outcome>, Failure> {
+) -> Result<Vec<Ended>, Failure> {
+    let begun = Instant::now();
     let mut events = Events::of(items.len(), callers);
     let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
     batch.preprocess()?;
     times.preprocessed = Some(Instant::now());
     batch.predict()?;
     times.predicted = Some(Instant::now());
-    match batch.postprocess(&mut events) {
+    let postprocessed = batch.postprocess(&mut events);
+    if let Some(measured) = batch.measured() {
+        // They ran elsewhere, one after the other; the way there counts as the last one's.
+        let [preprocess, predict, _] = measured.stages;
+        times.preprocessed = Some(begun + preprocess);
+        times.predicted = Some(begun + preprocess + predict);
+        times.cost = Some(measured.cost);
+    }
+    match postprocessed {
         // The error of an item that nobody wants, taken for that of the batch.
         Err(failure) if events.are_all_unwanted() && failure.kind == FailureKind::Transient => {
-            Ok(events.by_item.iter().map(|_| Err(unwanted())).collect())
+            Ok(events.by_item.iter().map(|_| Ended::Outcome(Err(unwanted()))).collect())
         }
         Err(failure) => Err(failure),
         Ok(()) => events.in_order(),
@@ -188,24 +233,19 @@ pub(super) fn is_no_fault(failure: &Failure) -> bool {
 }
 
 /// Whether anything in a batch succeeded, of what somebody wanted; failures that an input caused count as success. `None` where nobody wanted any of it.
-pub(super) fn counts_as_healthy(outcomes: &Result<Vec<Outcome>, Failure>) -> Option<bool> {
+pub(super) fn counts_as_healthy<'e>(ends: impl Iterator<Item = &'e Ended>) -> Option<bool> {
     let is_unwanted =
-        |outcome: &&Outcome| matches!(outcome, Err(failure) if failure.kind == FailureKind::Unwanted);
-    match outcomes {
-        Ok(outcomes) => {
-            let mut wanted = outcomes.iter().filter(|outcome| !is_unwanted(outcome)).peekable();
-            wanted.peek()?;
-            Some(wanted.any(|outcome| outcome.as_ref().map_or_else(is_no_fault, |_| true)))
-        }
-        Err(failure) => Some(is_no_fault(failure)),
-    }
+        |ended: &&Ended| ended.failure().is_some_and(|failure| failure.kind == FailureKind::Unwanted);
+    let mut wanted = ends.filter(|ended| !is_unwanted(ended)).peekable();
+    wanted.peek()?;
+    Some(wanted.any(|ended| ended.failure().is_none_or(is_no_fault)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn ends(items: usize, given: &[usize]) -> Result<Vec<Outcome>, Failure> {
+    fn ends(items: usize, given: &[usize]) -> Result<Vec<Ended>, Failure> {
         let mut callers = NoCallers;
         let mut events = Events::of(items, &mut callers);
         for item in given {
@@ -242,10 +282,11 @@ mod tests {
             assert_eq!((events.interest(item), events.interest(7)), (Interest::Nothing, Interest::Nothing));
         }
         let outcomes = events.in_order().unwrap();
-        let kinds: Vec<FailureKind> =
-            outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().kind).collect();
+        let kinds: Vec<FailureKind> = outcomes.iter().map(|ended| ended.failure().unwrap().kind).collect();
         assert_eq!(kinds, [FailureKind::Permanent, FailureKind::Unwanted]);
-        assert_eq!(counts_as_healthy(&Ok(outcomes)), Some(false), "the other one's failure is what counts");
+        assert_eq!(counts_as_healthy(outcomes.iter()), Some(false), "the other one's failure is what counts");
+        let rejected = Ended::Rejected(Rejection::Malformed { message: "no luck".into() });
+        assert_eq!(counts_as_healthy(outcomes.iter().chain([&rejected])), Some(true), "an input is to blame");
         // One without an outcome, and one whose device is lost.
         let lost = || Err(Failure { kind: FailureKind::DeviceLost, message: "no luck".into() });
         for (outcome, kind) in [(None, FailureKind::Unwanted), (Some(lost()), FailureKind::DeviceLost)] {
@@ -254,17 +295,20 @@ mod tests {
             assert_eq!(events.interest(1), Interest::Nothing);
             events.end(0, Ok(Payload::Json("{}".into())));
             outcome.into_iter().for_each(|outcome| events.end(1, outcome));
-            assert_eq!(events.in_order().unwrap()[1].as_ref().unwrap_err().kind, kind);
+            assert_eq!(events.in_order().unwrap()[1].failure().unwrap().kind, kind);
         }
-        assert_eq!(counts_as_healthy(&Ok(vec![Err(unwanted())])), None);
+        assert_eq!(counts_as_healthy([&Ended::Outcome(Err(unwanted()))].into_iter()), None);
     }
 
     #[test]
     fn outcomes_stand_in_the_order_of_the_items_whichever_came_first() {
         let outcomes = ends(3, &[2, 0, 1]).unwrap();
-        let texts: Vec<&[u8]> =
-            outcomes.iter().map(|outcome| &**outcome.as_ref().unwrap().json().unwrap()).collect();
-        assert_eq!(texts, [b"0", b"1", b"2"]);
+        let text = |ended: Ended| match ended {
+            Ended::Outcome(Ok(Payload::Json(json))) => json,
+            other => panic!("expected an output, found {other:?}"),
+        };
+        let texts: Vec<_> = outcomes.into_iter().map(text).collect();
+        assert_eq!(texts, ["0", "1", "2"]);
     }
 
     #[test]

@@ -81,6 +81,9 @@ impl Walk {
     async fn give_up(&self, replica: &Arc<Replica>) -> Result<(), Failure> {
         self.model.metrics.replicas_stuck.inc();
         replica.stop();
+        // The hook comes back with that, where it runs in a process of its own.
+        replica
+            .kill(&format!("on_volume_reload did not return within {:?} (load_timeout_seconds)", self.limit));
         if let Some(commands) = self.commands.upgrade() {
             let _ = commands.send(FleetCommand::GiveUp(Arc::clone(replica))).await;
         }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Engine, LoadError, OpenTimings, Plugin, Staged};
+use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, Staged};
 use prometheus::IntGauge;
 
 use super::history::Phases;
@@ -32,9 +32,14 @@ impl Builder {
     }
 
     /// Opens a copy, or finds it opened.
-    pub(super) fn build(&self, staged: &Staged, phases: &mut Phases) -> Result<Arc<dyn Plugin>, LoadError> {
+    pub(super) fn build(
+        &self,
+        staged: &Staged,
+        isolation: &Isolation,
+        phases: &mut Phases,
+    ) -> Result<Arc<dyn Plugin>, LoadError> {
         let mut timings = OpenTimings::default();
-        let opened = self.engine.open(staged, &mut timings);
+        let opened = self.engine.open(staged, isolation, &mut timings);
         phases.preflight_ms = timings.preflight.map(in_milliseconds);
         phases.open_ms = timings.open.map(in_milliseconds);
         self.gauge.set(self.engine.resident() as i64);

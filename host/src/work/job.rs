@@ -20,6 +20,17 @@ pub struct Job {
     pub reply: ReplyHandle,
     /// Where its time goes, where somebody wants to know.
     pub timings: Option<Arc<JobTimings>>,
+    /// What it has come back from.
+    pub deaths: Deaths,
+}
+
+/// Processes that died while they ran a job, and it came back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Deaths {
+    /// It may have been the job's doing.
+    pub suspected: u32,
+    /// It was somebody else's.
+    pub uncharged: u32,
 }
 
 /// Names a request in logs and answers. One that this host makes is written out only where it is shown.

@@ -31,6 +31,8 @@ enum To {
 pub trait Recorder: Send {
     /// The job's batch begins.
     fn begins(&self);
+    /// The job's batch came to nothing, and another one will begin with it.
+    fn comes_back(&self);
     /// The job has an answer.
     fn answered(self: Box<Self>, reply: Reply);
     /// Whether nobody wants the answer any more.
@@ -119,6 +121,13 @@ impl ReplyHandle {
     pub fn begins(&self) {
         if let To::Recorder(recorder) = &self.0 {
             recorder.begins();
+        }
+    }
+
+    /// Says that the job's batch came to nothing, and that another one will begin with it.
+    pub fn comes_back(&self) {
+        if let To::Recorder(recorder) = &self.0 {
+            recorder.comes_back();
         }
     }
 

@@ -258,6 +258,10 @@ choice! {
     ReloadGpu { Share = "share", Wait = "wait", StopFirst = "stop_first" }
 }
 choice! {
+    /// Where a pipeline's code runs.
+    IsolationKind { InProcess = "in-process", Process = "process" }
+}
+choice! {
     /// What a queue is in Redis.
     RedisType { List = "list", Stream = "stream" }
 }

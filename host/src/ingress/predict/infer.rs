@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use modalkit_engine::Payload;
+use modalkit_engine::{Decoded, Payload};
 
 use super::{Call, decode_body, run_all};
 use crate::{
@@ -50,23 +50,17 @@ pub(super) async fn answer(
     let v2::InferRequest { tensors, wanted } = decode_body(peer, generation, &body, bytes, read).await?;
     let inputs = usize::try_from(tensors.inputs()).unwrap_or(usize::MAX);
     let decode = |generation: &Generation, tensors: &v2::BatchTensors| {
-        let decode = |(row, tensors)| {
-            let input = Payload::Tensors(tensors);
-            let decoded = generation.decode(&input);
+        let inputs: Vec<Payload> = tensors.clone().into_inputs().into_iter().map(Payload::Tensors).collect();
+        let row = |(row, (decoded, input)): (usize, (Result<Decoded, JobError>, &Payload))| {
             let decoded = decoded.map_err(|error| error.inside(&[Location::Index(row as u64)]))?;
-            Ok(Ok((input, decoded)))
+            Ok(Ok((input.clone(), decoded)))
         };
-        tensors
-            .clone()
-            .into_inputs()
-            .into_iter()
-            .enumerate()
-            .map(decode)
-            .collect::<Result<Vec<ListItem>, _>>()
+        let decoded = generation.decode_each(&inputs).zip(&inputs).enumerate();
+        decoded.map(row).collect::<Result<Vec<ListItem>, _>>()
     };
     let bytes =
         (bytes + tensors.bytes_of_strings()).saturating_add(inputs.saturating_mul(BYTES_FOR_AN_INPUT));
-    let items = decode_body(peer, generation, &tensors, bytes, decode).await?;
+    let items = decode_body(peer, generation, &tensors, generation.bytes_to_decode(bytes), decode).await?;
     let outputs = run_all(peer, call, items).await?;
     let tensors = |reply: Reply| reply.and_then(|output| output.into_tensors().map_err(JobError::Failed));
     let outputs = outputs.into_iter().map(tensors).collect::<Result<Vec<_>, _>>()?;

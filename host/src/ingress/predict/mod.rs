@@ -31,7 +31,7 @@ use crate::{
     pipeline::{Generation, Model, Queued},
     protocol::{self, Envelope},
     queues::Allowed,
-    work::{Deadline, Detail, Job, JobError, Location, Reply, RequestId, reply},
+    work::{Deadline, Deaths, Detail, Job, JobError, Location, Reply, RequestId, reply},
 };
 
 /// An admitted request for predictions: what is known of it before its body is read.
@@ -198,12 +198,19 @@ async fn sync(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
-    let (bytes, input) = (input.len(), Payload::Json(input));
+    let (bytes, input) = (generation.bytes_to_parse(input.len()), Payload::Json(input));
     let decode = |generation: &Generation, input: &Payload| generation.decode(input);
     let decoded = decode_body(peer, generation, &input, bytes, decode).await?;
     let (handle, mut pending) = reply(&peer.io.mailbox);
     let timings = call.timings();
-    let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
+    let job = Job {
+        request_id: call.id.clone(),
+        input,
+        decoded: Some(decoded),
+        reply: handle,
+        timings,
+        deaths: Deaths::default(),
+    };
     let queued = call.model.queue.push([job], Some(call.deadline))?;
     let cancel_on_drop = CancelOnDrop::queue(peer, &*call.model, queued, 1);
     let answer = pending.wait().await;
@@ -220,7 +227,8 @@ async fn batch(
 ) -> Result<HttpResponse, JobError> {
     let (queue_max, partial) = (call.model.spec().batch.queue_max, call.partial);
     let list = move |generation: &Generation, body: &Bytes| decode_list(generation, body, queue_max, partial);
-    let items = decode_body(peer, generation, &input, input.len(), list).await?;
+    let bytes = generation.bytes_to_decode(input.len());
+    let items = decode_body(peer, generation, &input, bytes, list).await?;
     Ok(egress::replies(run_all(peer, call, items).await?, partial))
 }
 
@@ -232,7 +240,14 @@ async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<R
             Ok((input, decoded)) => {
                 let (handle, answer) = reply(&peer.io.mailbox);
                 let (request_id, timings) = (call.id.clone(), call.timings());
-                jobs.push(Job { request_id, input, decoded: Some(decoded), reply: handle, timings });
+                jobs.push(Job {
+                    request_id,
+                    input,
+                    decoded: Some(decoded),
+                    reply: handle,
+                    timings,
+                    deaths: Deaths::default(),
+                });
                 Ok(answer)
             }
             Err(error) => Err(error),
@@ -281,7 +296,8 @@ async fn asynchronous(
         let idempotency = name.map(|name| jobs::idempotency_key(key.as_deref(), &model, &name, body));
         Ok((parts, decoded, idempotency))
     };
-    let (parts, decoded, idempotency) = decode_body(peer, generation, &input, input.len(), envelope).await?;
+    let bytes = generation.bytes_to_decode(input.len());
+    let (parts, decoded, idempotency) = decode_body(peer, generation, &input, bytes, envelope).await?;
     check_queues(jobs, &parts, &call.caller)?;
     let traced = call.timings.as_deref().and_then(RequestTimings::traceparent);
     let incoming = jobs::Incoming {

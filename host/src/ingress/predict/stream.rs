@@ -26,7 +26,7 @@ use crate::{
     },
     pipeline::{Generation, Model},
     protocol::{HEARTBEAT, put_event},
-    work::{Job, JobError, PendingStream, Received, Reply, stream_reply},
+    work::{Deaths, Job, JobError, PendingStream, Received, Reply, stream_reply},
 };
 
 /// The events' names.
@@ -56,12 +56,19 @@ pub(super) async fn begin(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<StartedStream, JobError> {
-    let (bytes, input) = (input.len(), Payload::Json(input));
+    let (bytes, input) = (generation.bytes_to_parse(input.len()), Payload::Json(input));
     let decode = |generation: &Generation, input: &Payload| generation.decode(input);
     let decoded = decode_body(exchange, generation, &input, bytes, decode).await?;
     let (handle, mut pending) = stream_reply(&exchange.io.mailbox, &exchange.context.budget, call.deadline);
     let timings = call.timings();
-    let job = Job { request_id: call.id.clone(), input, decoded: Some(decoded), reply: handle, timings };
+    let job = Job {
+        request_id: call.id.clone(),
+        input,
+        decoded: Some(decoded),
+        reply: handle,
+        timings,
+        deaths: Deaths::default(),
+    };
     let queued = call.model.queue.push([job], Some(call.deadline))?;
     let cancel_on_drop = CancelOnDrop::queue(exchange, Arc::clone(&call.model), queued, 1);
     let heartbeat = pin!(sleep(exchange.context.server.stream_heartbeat));

@@ -27,6 +27,9 @@ families! {
         replicas: gauges("modalkit_replicas", "replicas that serve", ["model"]);
         replicas_stuck: gauges("modalkit_replicas_stuck", "threads that overran their time and have not come back, of earlier generations too", ["model"]);
         replicas_given_up: counters("modalkit_replicas_given_up_total", "replicas given up after batch_timeout_seconds", ["model"]);
+        item_reruns: counters("modalkit_item_reruns_total", "items that ran again since their batch came to nothing: in halves of it where it had failed as a whole (halved), without company where its process had died (alone)", ["model", "reason"]);
+        worker_deaths: counters("modalkit_worker_deaths_total", "worker processes that died while they should have served, by themselves or killed after batch_timeout_seconds", ["model"]);
+        workers_recycled: counters("modalkit_workers_recycled_total", "worker processes replaced after recycle_after_batches or recycle_after_mb", ["model"]);
         ready: gauges("modalkit_model_ready", "1 while the model serves", ["model"]);
         reloads: counters("modalkit_reloads_total", "changes of a model's plugin by how they ended", ["model", "outcome"]);
         hooks: counters("modalkit_volume_hooks_total", "calls of on_volume_reload by how they ended", ["model", "outcome"]);
@@ -86,6 +89,18 @@ pub struct ModelMetrics {
     pub closed_waited: IntCounter,
     /// Batches closed because no more jobs would come.
     pub closed_drained: IntCounter,
+    /// Batches of one job that came back.
+    pub closed_alone: IntCounter,
+    /// Items that ran again without company.
+    pub reruns_alone: IntCounter,
+    /// Items that ran again in a half of their batch.
+    pub reruns_halved: IntCounter,
+    /// Worker processes that died.
+    pub worker_deaths: IntCounter,
+    /// Worker processes replaced by fresh ones.
+    pub workers_recycled: IntCounter,
+    /// Batches whose process died.
+    pub died: IntCounter,
     /// Jobs dropped before they took a slot because the caller had left.
     pub skipped_cancelled: IntCounter,
     /// Jobs dropped before they took a slot because the deadline had passed.

@@ -21,6 +21,11 @@ use crate::{
 /// The wait after a failed load, and the longest after several; see [`backoff`].
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
+/// The same after a worker process has died.
+const RESTART_FIRST: Duration = Duration::from_millis(100);
+const RESTART_MAX: Duration = Duration::from_secs(30);
+/// What ending a process may take.
+const END_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// When a failed load is tried again.
 #[derive(Default)]
@@ -155,7 +160,11 @@ impl Loop {
     }
 
     pub(super) fn give_up_loading(&mut self) {
-        let limit = self.model.spec().replicas.load_timeout;
+        let mut limit = self.model.spec().replicas.load_timeout;
+        if self.context.generation.plugin.is_isolated() {
+            // Its engine ends the process at the limit, and says so.
+            limit += END_TIME_MAX;
+        }
         let overdue = self.loading.iter().filter(|loading| loading.since.elapsed() >= limit).count();
         self.loading.retain(|loading| loading.since.elapsed() < limit);
         for _ in 0..overdue {
@@ -168,6 +177,12 @@ impl Loop {
         if overdue > 0 {
             self.on_replicas_changed();
         }
+    }
+
+    pub(super) fn pause_after_death(&mut self, deaths: u32) -> Duration {
+        let pause = backoff(deaths, RESTART_FIRST, RESTART_MAX);
+        self.retry.not_before = Some(Instant::now() + pause);
+        pause
     }
 
     fn pause_retries(&mut self) -> Duration {

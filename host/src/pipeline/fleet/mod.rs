@@ -89,6 +89,11 @@ struct Loop {
     stuck: usize,
     started_ever: u64,
     retry: Retry,
+    /// Deaths of processes with no good batch between them, and the good batches there had been at the last one.
+    deaths: u32,
+    good_before: u64,
+    /// The replica that a fresh one is to replace.
+    recycling: Option<Arc<Replica>>,
     short_since: Option<Instant>,
     spare_since: Option<Instant>,
 }
@@ -115,6 +120,7 @@ impl Fleet {
             metrics: Arc::clone(&model.metrics),
             events,
             stream_wait_ms: AtomicU64::new(0),
+            good_batches: AtomicU64::new(0),
         });
         context.set_stream_wait(model.spec().replicas.stream_wait);
         let live = Arc::new(AtomicUsize::new(0));
@@ -135,6 +141,9 @@ impl Fleet {
             stuck: 0,
             started_ever: 0,
             retry: Retry::default(),
+            deaths: 0,
+            good_before: 0,
+            recycling: None,
             short_since: None,
             spare_since: None,
         };
@@ -320,6 +329,7 @@ impl Loop {
                     ));
                 }
                 self.replicas.push(replica);
+                self.retire_recycled();
                 self.on_replicas_changed();
                 // First: what is loaded may be swapped in, and is ready then.
                 self.set_condition(Status::Ready);
@@ -358,6 +368,7 @@ impl Loop {
         self.give_up_overrun();
         self.give_up_loading();
         self.give_up_lost();
+        self.replace_dead();
         self.leaving.retain(|replica| !replica.has_stopped());
         let now = Instant::now();
         if !self.context.generation.serves() {
@@ -371,6 +382,7 @@ impl Loop {
         // Another generation may have set them last.
         self.model.metrics.replicas.set(self.replicas.len() as i64);
         self.say_if_stuck();
+        self.recycle();
         let load = self.model.queue.load();
         let spec = self.model.spec();
         let lanes = self.context.generation.spec.replicas.batches_in_flight;

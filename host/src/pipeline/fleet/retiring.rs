@@ -3,7 +3,16 @@
 use std::{sync::Arc, time::Instant};
 
 use super::{Loop, examine};
-use crate::pipeline::Status;
+use crate::{
+    config::Recycle,
+    pipeline::{
+        Status,
+        replica::{Overrun, Replica},
+    },
+};
+
+/// Deaths without a good batch between them that make a model failed.
+const DEATHS_MAX: u32 = 3;
 
 impl Loop {
     pub(super) fn retire_one(&mut self) {
@@ -38,15 +47,29 @@ impl Loop {
         let mut given_up = Vec::new();
         for replicas in [&mut self.replicas, &mut self.leaving] {
             replicas.retain(|replica| match replica.give_up_overrun(now, limit) {
-                0 => true,
-                lanes => {
+                Overrun::Hang(0) => true,
+                Overrun::Hang(lanes) => {
                     overrun += lanes;
                     given_up.push(Arc::clone(replica));
                     false
                 }
+                Overrun::Killed => {
+                    tracing::error!(
+                        model = self.model.name,
+                        replica = replica.number,
+                        ?limit,
+                        "a batch overran batch_timeout_seconds; its worker process was ended"
+                    );
+                    self.model.metrics.timed_out.inc();
+                    true
+                }
             });
         }
-        overrun += self.given_up.iter().map(|replica| replica.give_up_overrun(now, limit)).sum::<usize>();
+        let still = self.given_up.iter().map(|replica| match replica.give_up_overrun(now, limit) {
+            Overrun::Hang(lanes) => lanes,
+            Overrun::Killed => 0,
+        });
+        overrun += still.sum::<usize>();
         self.given_up.retain(|replica| replica.is_running());
         if overrun == 0 {
             return;
@@ -70,6 +93,88 @@ impl Loop {
         (0..overrun).for_each(|_| self.context.count(limit, false));
         self.on_replicas_changed();
         self.say_if_stuck();
+    }
+
+    /// Replicas whose process has died make room for others. Deaths with no good batch between them are answered ever later, and make the
+    /// model failed.
+    pub(super) fn replace_dead(&mut self) {
+        let (dead, well): (Vec<_>, Vec<_>) =
+            self.replicas.drain(..).partition(|replica| replica.death().is_some());
+        self.replicas = well;
+        if dead.is_empty() {
+            return;
+        }
+        let good = self.context.good_batches();
+        if good != std::mem::replace(&mut self.good_before, good) {
+            self.deaths = 0;
+        }
+        self.deaths += 1;
+        let how =
+            dead.first().and_then(|replica| replica.death()).map_or_else(String::new, |death| death.how);
+        self.model.metrics.worker_deaths.inc_by(dead.len() as u64);
+        self.validate_with_first();
+        dead.iter().for_each(|replica| replica.stop());
+        self.leaving.extend(dead);
+        let pause = self.pause_after_death(self.deaths);
+        let (model, generation) = (&self.model.name, self.context.generation.number);
+        tracing::error!(model, generation, how, deaths = self.deaths, retry_in = ?pause, "a worker process has died");
+        self.on_replicas_changed();
+        if self.deaths >= DEATHS_MAX && self.replicas.is_empty() {
+            let reason = format!(
+                "its worker processes died {} times with no good batch between them, at last so: {how}; another one is tried now and then",
+                self.deaths
+            );
+            self.set_condition(Status::Failed { reason });
+        }
+    }
+
+    /// Replaces one replica whose process has run for long enough or grown too large: the fresh one is loaded first, where there is a device
+    /// for it.
+    pub(super) fn recycle(&mut self) {
+        let spec = self.model.spec();
+        if let Some(old) = &self.recycling {
+            let number = old.number;
+            if !self.replicas.iter().any(|replica| replica.number == number) {
+                self.recycling = None;
+            }
+            return;
+        }
+        let has_had_enough = |replica: &&Arc<Replica>| {
+            spec.recycle.after_batches.is_some_and(|most| replica.batches() >= most)
+                || spec.recycle.after_bytes.is_some_and(|most| replica.resident_bytes().unwrap_or(0) > most)
+        };
+        if spec.recycle == Recycle::default() || !self.loading.is_empty() {
+            return;
+        }
+        let Some(old) = self.replicas.iter().find(has_had_enough).map(Arc::clone) else { return };
+        let now = Instant::now();
+        if !self.may_retry(now) {
+            return;
+        }
+        tracing::info!(
+            model = self.model.name,
+            replica = old.number,
+            batches = old.batches(),
+            resident_bytes = old.resident_bytes(),
+            "a worker process is replaced by a fresh one (recycle_after_batches, recycle_after_mb)"
+        );
+        self.model.metrics.workers_recycled.inc();
+        self.recycling = Some(Arc::clone(&old));
+        self.start_replica();
+        if self.loading.is_empty() {
+            // No device is free beside it.
+            self.retire_recycled();
+        }
+    }
+
+    /// The old one leaves, once it has ended what it runs.
+    pub(super) fn retire_recycled(&mut self) {
+        let Some(old) = self.recycling.take() else { return };
+        self.replicas.retain(|replica| !Arc::ptr_eq(replica, &old));
+        self.validate_with_first();
+        old.stop();
+        self.leaving.push(old);
+        self.on_replicas_changed();
     }
 
     /// Replicas whose device is lost run nothing any more.

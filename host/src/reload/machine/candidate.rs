@@ -69,7 +69,7 @@ impl Machine {
         let (builder, myself, number) = (Arc::clone(&self.builder), self.myself.clone(), candidate.number);
         let spec = self.model.spec();
         let (pin, settings) = (spec.plugin_sha256.clone(), spec.settings.clone());
-        let name = spec.name.clone();
+        let (name, isolation) = (spec.name.clone(), spec.isolation.clone());
         let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
@@ -78,7 +78,7 @@ impl Machine {
                 if let Some(why) = builder.fence.why(&name, staged.sha256()) {
                     return Err(LoadError::Fenced(why));
                 }
-                let plugin = builder.build(&staged, &mut phases)?;
+                let plugin = builder.build(&staged, &isolation, &mut phases)?;
                 match check_settings(&*plugin, &settings) {
                     Ok(()) => Ok(plugin),
                     Err(faults) => Err(LoadError::Refused(faults.to_string())),

@@ -24,11 +24,22 @@ pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpe
             golden,
             gpu,
             enforce_schema,
+            isolation,
             ..
         } = spec.clone();
         let lanes = spec.replicas.batches_in_flight;
         let checks = (golden, enforce_schema);
-        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, checks, gpu, lanes)
+        (
+            plugin,
+            plugin_sha256,
+            all_model_data_folder,
+            common_settings,
+            secrets,
+            checks,
+            gpu,
+            isolation,
+            lanes,
+        )
     };
     loaded(before) != loaded(after) || before.settings != after.settings
 }
@@ -57,7 +68,10 @@ impl Machine {
         if before.plugin != spec.plugin {
             (self.source, self.passed_over, self.later) = (None, None, None);
         }
-        let serving = self.generation().filter(|generation| generation.spec.plugin == spec.plugin);
+        let as_now = |generation: &&Arc<Generation>| {
+            generation.spec.plugin == spec.plugin && generation.spec.isolation == spec.isolation
+        };
+        let serving = self.generation().filter(|generation| as_now(generation));
         let serving = serving.map(|generation| generation.plugin.clone());
         // Content that did badly does so with these settings too; what didn't load may load with them.
         let did_badly =

@@ -1,0 +1,441 @@
+//! One batch on a lane: its inputs decoded, its stages run, its callers answered. What fails as a whole where another try may help is run again
+//! in halves, until the item that does it is alone; what came to nothing since its process died goes back to the queue, to run without
+//! company. It never knows how many replicas there are, nor when one is replaced.
+
+use std::time::{Duration, Instant};
+
+use modalkit_batch::{ArrivalId, Closed, Waiting};
+use modalkit_engine::{ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload};
+
+use super::{
+    Taken,
+    replica::{LaneSlot, Replica, ReplicaContext, Running},
+    stages::{Callers, Ended, StageTimes, counts_as_healthy, decoded_for, is_of_device, stages, unwanted},
+};
+use crate::{
+    insight::BatchTimings,
+    work::{ChunkSender, Deaths, Job, JobError, ReplyHandle, RequestId},
+};
+
+/// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
+const COST_MAX: u64 = 1 << 40;
+/// Times that a job comes back from processes that somebody else ended, until it has failed.
+const UNCHARGED_MAX: u32 = 8;
+
+/// Who waits for an item, and all that is needed to run it again.
+pub(super) struct Waiter {
+    pub(super) reply: ReplyHandle,
+    request_id: RequestId,
+    input: Payload,
+    id: ArrivalId,
+    arrived: Instant,
+    deaths: Deaths,
+    /// Chunks of it have gone out: it can't begin again.
+    has_begun: bool,
+}
+
+/// An item on its way: its place among the batch's waiters, and its input where that is decoded.
+type Item = (usize, Option<Decoded>);
+
+/// What has come to nothing since the process has died.
+struct Died {
+    how: String,
+    by: EndedBy,
+    /// Those that it was running.
+    suspects: Vec<usize>,
+}
+
+struct BatchRun<'r> {
+    instance: &'r dyn Instance,
+    lane: &'r LaneSlot,
+    context: &'r ReplicaContext,
+    /// By the places of waiters.
+    inputs: Vec<Payload>,
+    ends: Vec<Option<Ended>>,
+    callers: LaneCallers<'r>,
+    times: StageTimes,
+    cost: u64,
+    /// Why the batch failed as a whole, at first.
+    failed: Option<Failure>,
+}
+
+/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
+pub(super) fn run(
+    instance: &dyn Instance,
+    lane: &LaneSlot,
+    replica: &Replica,
+    taken: Taken,
+    context: &ReplicaContext,
+) -> bool {
+    let Taken { batch, at, free_since } = taken;
+    // Timings of the jobs that carry any.
+    let mut timed = Vec::new();
+    let (mut waiters, mut items) =
+        (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
+    let mut inputs = Vec::with_capacity(batch.jobs.len());
+    for Waiting { job, arrived, id } in batch.jobs {
+        if job.reply.is_abandoned() {
+            context.metrics.skipped_cancelled.inc();
+            continue;
+        }
+        if let Some(timings) = job.timings {
+            timed.push((timings, arrived));
+        }
+        job.reply.begins();
+        items.push((waiters.len(), job.decoded));
+        inputs.push(job.input.clone());
+        let Job { reply, request_id, input, deaths, .. } = job;
+        waiters.push(Some(Waiter { reply, request_id, input, id, arrived, deaths, has_begun: false }));
+    }
+    if waiters.is_empty() {
+        return true;
+    }
+    let is_alone = batch.closed == Closed::Alone;
+    // Nothing else runs in the same process beside a job that is under suspicion.
+    let _company = replica.company(is_alone);
+    // From here on plugin code runs, and the fleet watches the time.
+    let started = if is_alone { Instant::now() } else { at };
+    *lane.running.lock() = Some(Running { started, waits_since: None, waiters });
+    let count = items.len();
+    let mut run = BatchRun {
+        instance,
+        lane,
+        context,
+        inputs,
+        ends: std::iter::repeat_with(|| None).take(count).collect(),
+        callers: LaneCallers { lane, context, places: Vec::new(), waited: Duration::ZERO },
+        times: StageTimes::default(),
+        cost: 0,
+        failed: None,
+    };
+    let begun = Instant::now();
+    let result = run.run(items);
+    let ended = Instant::now();
+    let BatchRun { mut ends, callers, times, cost, failed, .. } = run;
+    let waited = callers.waited;
+    if failed.is_none() && result.is_ok() {
+        context.metrics.cost.inc_by(cost);
+        context.observe(begun, &times, ended - waited);
+    }
+    let result = result.and_then(|()| after(instance, replica, &mut ends));
+    if !timed.is_empty() {
+        let batch = BatchTimings {
+            closed: batch.closed,
+            size: count,
+            generation: context.generation.number,
+            replica: replica.number,
+            free_since,
+            taken: at,
+            begun,
+            preprocessed: times.preprocessed,
+            predicted: times.predicted,
+            ended,
+            span: None,
+        };
+        context.record_timings(batch, timed);
+    }
+    let Some(Running { mut waiters, .. }) = lane.running.lock().take() else { return false };
+    // What callers took who don't read is no sign of a slow pipeline.
+    let took = (ended - begun).saturating_sub(waited);
+    if let Err(died) = result {
+        let is_certain = count == 1 && (is_alone || replica.has_one_lane());
+        let open: Vec<usize> = (0..count).filter(|place| ends[*place].is_none()).collect();
+        let overran = lane.take_overrun();
+        context.metrics.died.inc();
+        if died.by == EndedBy::Itself || overran.is_some() {
+            context.count(took, false);
+        }
+        come_back(died, &open, is_certain, overran, &mut waiters, context);
+    } else if ends.iter().any(Option::is_some) {
+        match counts_as_healthy(ends.iter().flatten()) {
+            Some(is_healthy) => context.count(took, is_healthy),
+            None => context.generation.batch_stats.note_time(took),
+        }
+        replica.note_batch();
+    }
+    for (place, ended) in ends.into_iter().enumerate() {
+        let (Some(ended), Some(waiter)) = (ended, waiters[place].take()) else { continue };
+        waiter.reply.send(match ended {
+            Ended::Outcome(outcome) => outcome.map_err(JobError::Failed),
+            Ended::Rejected(rejection) => Err(context.generation.rejected(rejection, &waiter.input)),
+        });
+    }
+    true
+}
+
+/// Finds out what failures have to do with the device. In this process, the driver is asked. A process of its own whose device failed in it is
+/// ended: the failure lasts as long as that does, and the device is well.
+fn after(instance: &dyn Instance, replica: &Replica, ends: &mut [Option<Ended>]) -> Result<(), Died> {
+    let Some(process) = instance.process() else {
+        replica.examine(ends.iter_mut().flatten().filter_map(Ended::failure_mut));
+        return Ok(());
+    };
+    let of_device = |ended: &Option<Ended>| ended.as_ref()?.failure().cloned().filter(is_of_device);
+    let suspects: Vec<usize> = (0..ends.len()).filter(|place| of_device(&ends[*place]).is_some()).collect();
+    let Some(failure) = suspects.first().and_then(|place| of_device(&ends[*place])) else { return Ok(()) };
+    let how = format!("its device failed in its process: {}", failure.message);
+    process.kill(&how);
+    suspects.iter().for_each(|place| ends[*place] = None);
+    Err(Died { how, by: EndedBy::Itself, suspects })
+}
+
+impl BatchRun<'_> {
+    /// Runs items, in halves where all of them fail.
+    fn run(&mut self, items: Vec<Item>) -> Result<(), Died> {
+        let (mut places, mut inputs) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
+        for (place, decoded) in items {
+            match decoded_for(self.instance, decoded, &self.inputs[place], &self.context.generation) {
+                Ok(decoded) => {
+                    self.cost += decoded.measure.cost.min(COST_MAX);
+                    places.push(place);
+                    inputs.push(decoded);
+                }
+                Err(error) => self.lane.refuse(place, error),
+            }
+        }
+        if inputs.is_empty() {
+            return Ok(());
+        }
+        if let Some(death) = self.instance.process().and_then(|process| process.death()) {
+            // Before these were its concern.
+            return Err(Died { how: death.how, by: death.by, suspects: Vec::new() });
+        }
+        self.callers.places.clone_from(&places);
+        let ran = stages(self.instance, inputs, &mut self.times, &mut self.callers);
+        if let Some(cost) = self.times.cost.take() {
+            self.cost = cost.min(COST_MAX);
+        }
+        let failure = match ran {
+            Ok(ends) => {
+                for (place, ended) in places.into_iter().zip(ends) {
+                    self.ends[place] = Some(ended);
+                }
+                return Ok(());
+            }
+            Err(failure) => failure,
+        };
+        if failure.kind == FailureKind::Died {
+            let death = self.instance.process().and_then(|process| process.death());
+            let by = death.map_or(EndedBy::Itself, |death| death.by);
+            return Err(Died { how: failure.message, by, suspects: places });
+        }
+        if self.failed.is_none() {
+            self.say_failed(&failure, &places);
+            self.failed = Some(failure.clone());
+        }
+        if places.len() == 1 || !may_be_one_items(&failure) {
+            places
+                .into_iter()
+                .for_each(|place| self.ends[place] = Some(Ended::Outcome(Err(failure.clone()))));
+            return Ok(());
+        }
+        let second = places.split_off(places.len().div_ceil(2));
+        for half in [places, second] {
+            let mut again = Vec::with_capacity(half.len());
+            for place in half {
+                if self.lane.has_begun(place) {
+                    self.ends[place] = Some(Ended::Outcome(Err(failure.clone())));
+                } else if self.callers.interest_of(place) == Interest::Nothing {
+                    self.ends[place] = Some(Ended::Outcome(Err(unwanted())));
+                } else {
+                    again.push((place, None));
+                }
+            }
+            if again.is_empty() {
+                continue;
+            }
+            if !self.lane.starts_again() {
+                // Given up: nobody waits.
+                return Ok(());
+            }
+            self.context.metrics.reruns_halved.inc_by(again.len() as u64);
+            self.run(again)?;
+        }
+        Ok(())
+    }
+
+    fn say_failed(&self, failure: &Failure, places: &[usize]) {
+        let panicked = failure.kind == FailureKind::Panicked;
+        let metrics = &self.context.metrics;
+        if panicked { &metrics.panicked } else { &metrics.failed }.inc();
+        tracing::error!(
+            model = self.context.generation.spec.name,
+            generation = self.context.generation.number,
+            items = places.len(),
+            first_request = places.first().and_then(|place| self.lane.request_id(*place)),
+            error = %failure.message,
+            "a batch failed"
+        );
+    }
+}
+
+/// Whether a failure of a whole batch may be one item's doing, so that the others do better without it.
+fn may_be_one_items(failure: &Failure) -> bool {
+    match failure.kind {
+        FailureKind::InvalidInput | FailureKind::Transient | FailureKind::Panicked => true,
+        FailureKind::Permanent
+        | FailureKind::DeviceLost
+        | FailureKind::DeviceSuspected
+        | FailureKind::Died
+        | FailureKind::Unwanted => false,
+    }
+}
+
+/// What becomes of the items of a batch whose process has died: the one that did it fails, those that may have done it run without company, and
+/// nothing is charged to those that can't have.
+fn come_back(
+    died: Died,
+    open: &[usize],
+    is_certain: bool,
+    overran: Option<Duration>,
+    waiters: &mut [Option<Waiter>],
+    context: &ReplicaContext,
+) {
+    let is_charged = died.by == EndedBy::Itself || overran.is_some();
+    let mut back = Vec::new();
+    // Those that have their outcomes get them.
+    for place in open {
+        let Some(mut waiter) = waiters[*place].take() else { continue };
+        // Of those that hadn't had their turn, it is nobody's doing.
+        let is_charged = is_charged && died.suspects.contains(place);
+        let failed = |how: String| JobError::Failed(Failure { kind: FailureKind::Died, message: how });
+        if is_charged && is_certain {
+            waiter.reply.send(Err(match overran {
+                Some(limit) => JobError::BatchTimedOut(limit),
+                None => failed(format!(
+                    "its worker process died while it ran this input and no other: {}",
+                    died.how
+                )),
+            }));
+            continue;
+        }
+        if waiter.has_begun {
+            waiter.reply.send(Err(failed(format!(
+                "its worker process died when parts of the answer had gone out: {}",
+                died.how
+            ))));
+            continue;
+        }
+        if is_charged {
+            waiter.deaths.suspected += 1;
+        } else {
+            waiter.deaths.uncharged += 1;
+            if waiter.deaths.uncharged > UNCHARGED_MAX {
+                waiter.reply.send(Err(failed(format!(
+                    "its worker process was ended {} times before it had an answer: {}",
+                    waiter.deaths.uncharged, died.how
+                ))));
+                continue;
+            }
+        }
+        waiter.reply.comes_back();
+        let Waiter { reply, request_id, input, id, arrived, deaths, .. } = waiter;
+        let job = Job { request_id, input, decoded: None, reply, timings: None, deaths };
+        back.push(Waiting { job, id, arrived });
+    }
+    tracing::warn!(
+        model = context.generation.spec.name,
+        generation = context.generation.number,
+        run_again = back.len(),
+        how = died.how,
+        "a batch came to nothing: its worker process has died"
+    );
+    context.metrics.reruns_alone.inc_by(back.len() as u64);
+    for job in context.queue.push_alone(back) {
+        job.reply.send(Err(JobError::Unavailable("the model stopped serving".into())));
+    }
+}
+
+/// The callers of the batch that a lane runs.
+pub(super) struct LaneCallers<'l> {
+    lane: &'l LaneSlot,
+    context: &'l ReplicaContext,
+    /// The places of the items that run now among the batch's waiters.
+    places: Vec<usize>,
+    /// How long the batch has waited for those who don't read.
+    waited: Duration,
+}
+
+impl LaneCallers<'_> {
+    /// What the item's reply says; `None` where the batch was given up.
+    fn with_reply<T>(&self, item: usize, look: impl FnOnce(&ReplyHandle) -> T) -> Option<T> {
+        let place = *self.places.get(item)?;
+        self.lane.with_waiter(place, |waiter| look(&waiter.reply))
+    }
+
+    fn interest_of(&self, place: usize) -> Interest {
+        self.lane.with_waiter(place, |waiter| waiter.reply.interest()).unwrap_or(Interest::Nothing)
+    }
+
+    /// Puts a chunk where its caller reads it, and waits for a caller who doesn't read as long as that may be. Not under the lane's lock: the
+    /// fleet looks at it.
+    fn send_waiting(&mut self, chunks: &ChunkSender, json: &[u8]) -> ChunkResult {
+        loop {
+            let result = chunks.try_send(json);
+            if result != ChunkResult::Full {
+                return result;
+            }
+            let begun = Instant::now();
+            let stall_max = self.context.stream_wait();
+            self.lane.note_wait(Some(begun));
+            let reads = chunks.wait_for_room(stall_max);
+            self.waited += begun.elapsed();
+            self.lane.note_wait(None);
+            if !reads {
+                chunks.cut_off(JobError::StoppedReading(stall_max));
+                return ChunkResult::Unwanted;
+            }
+        }
+    }
+}
+
+impl Callers for LaneCallers<'_> {
+    fn interest(&self, item: usize) -> Interest {
+        self.with_reply(item, ReplyHandle::interest).unwrap_or(Interest::Nothing)
+    }
+
+    fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult {
+        let result = match self.with_reply(item, ReplyHandle::chunks) {
+            Some(Some(chunks)) if waits => self.send_waiting(&chunks, json),
+            Some(Some(chunks)) => chunks.try_send(json),
+            Some(None) | None if self.interest(item) == Interest::Nothing => return ChunkResult::Unwanted,
+            // One who wants the outcome alone.
+            Some(None) | None => return ChunkResult::Taken,
+        };
+        if result == ChunkResult::Taken {
+            self.context.metrics.stream_chunks.inc();
+            if let Some(place) = self.places.get(item) {
+                self.lane.note_begun(*place);
+            }
+        }
+        result
+    }
+}
+
+impl LaneSlot {
+    fn with_waiter<T>(&self, place: usize, look: impl FnOnce(&mut Waiter) -> T) -> Option<T> {
+        let mut running = self.running.lock();
+        Some(look(running.as_mut()?.waiters.get_mut(place)?.as_mut()?))
+    }
+
+    fn has_begun(&self, place: usize) -> bool {
+        self.with_waiter(place, |waiter| waiter.has_begun).unwrap_or(true)
+    }
+
+    fn note_begun(&self, place: usize) {
+        self.with_waiter(place, |waiter| waiter.has_begun = true);
+    }
+
+    fn request_id(&self, place: usize) -> Option<String> {
+        self.with_waiter(place, |waiter| waiter.request_id.to_string())
+    }
+
+    /// Answers one whose input turned out to be unfit.
+    fn refuse(&self, place: usize, error: JobError) {
+        let mut running = self.running.lock();
+        // It may have been given up.
+        let waiter = running.as_mut().and_then(|batch| batch.waiters.get_mut(place)?.take());
+        drop(running);
+        waiter.into_iter().for_each(|waiter| waiter.reply.send(Err(error.clone())));
+    }
+}

@@ -1,0 +1,96 @@
+//! The guard: waits for the end of the host, of its connection to the worker, or of the worker, then ends all that is left below it and goes the
+//! way that the worker went.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    process, thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, WaitStatus, kill_process, wait},
+};
+
+/// Between two looks for descendants that came meanwhile.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+/// What can't be killed by then stays: it hangs in the kernel.
+const KILL_TIME_MAX: Duration = Duration::from_secs(10);
+/// The exit code where nobody knows the worker's.
+const UNKNOWN: u8 = 70;
+
+/// Returns the worker's exit code, or ends as it did.
+pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, worker: Pid) -> io::Result<u8> {
+    // For people who look at lists of processes.
+    let _ = rustix::thread::set_name(c"modalkit-guard");
+    let ends = rustix::process::pidfd_open(worker, PidfdFlags::empty());
+    if let Ok(ends) = &ends {
+        let mut wanted = [
+            PollFd::new(host, PollFlags::IN),
+            PollFd::from_borrowed_fd(control.as_fd(), PollFlags::RDHUP),
+            PollFd::new(ends, PollFlags::IN),
+        ];
+        while poll(&mut wanted, None) == Err(rustix::io::Errno::INTR) {}
+    }
+    let status = end_all(worker);
+    match status {
+        Some(status) => Ok(end_like(status)),
+        None => Ok(UNKNOWN),
+    }
+}
+
+/// Ends every descendant. Those whose parents end become children of this process, which is their reaper. How the worker ended comes back.
+fn end_all(worker: Pid) -> Option<WaitStatus> {
+    let (begun, mut status) = (Instant::now(), None);
+    loop {
+        for child in children() {
+            // It may have ended already.
+            let _ = kill_process(child, Signal::KILL);
+        }
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, ended))) if pid == worker => status = Some(ended),
+                Ok(Some(_)) => {}
+                // Some are still there.
+                Ok(None) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return status,
+            }
+        }
+        if begun.elapsed() > KILL_TIME_MAX {
+            return status;
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+fn children() -> Vec<Pid> {
+    let me = process::id();
+    if let Ok(said) = fs::read_to_string(format!("/proc/self/task/{me}/children")) {
+        return said.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
+    }
+    // A kernel without these lists.
+    let parent_of = |pid: i32| -> Option<u32> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    };
+    let all = fs::read_dir("/proc").into_iter().flatten();
+    all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid| parent_of(*pid) == Some(me))
+        .filter_map(Pid::from_raw)
+        .collect()
+}
+
+fn end_like(status: WaitStatus) -> u8 {
+    if let Some(signal) = status.terminating_signal() {
+        // The worker has left a core, where one is wanted.
+        let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+        // SAFETY: restores a signal's own effect and raises it; the process has one thread and nothing to lose.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+    }
+    status.exit_status().map_or(UNKNOWN, |code| code as u8)
+}

@@ -1,0 +1,333 @@
+//! A pipeline that is loaded in a worker process. It owns the worker's connections, one for each batch at once, and never knows which batches
+//! there are.
+
+use std::{
+    any::Any,
+    os::fd::OwnedFd,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use modalkit_engine::{
+    Batch, Death, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, LogLevel, Measure,
+    Measured, Payload, PluginLog, Process, Rejection, Signature,
+};
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use crate::{
+    channel::{Broken, Channel, Incoming, Outgoing},
+    documents::{Change, SignatureDocument},
+    engine::Levels,
+    frame::{Garbage, Kind},
+    items::{self, Encoded, Ended},
+    life::Life,
+    lines,
+    plugin::undecoded,
+    start::{self, END_TIME, Started, broke},
+    supervisor,
+};
+
+/// Inputs that are checked with one frame.
+const CHECKED_MAX: usize = 1000;
+/// How long a worker that was told to leave may take: its pipeline's destructors run.
+const LEAVE_TIME_MAX: Duration = Duration::from_secs(10);
+
+pub(crate) struct WorkerInstance {
+    worker: Arc<Connections>,
+    signature: RwLock<Option<Arc<Signature>>>,
+}
+
+struct Connections {
+    life: Arc<Life>,
+    control: Mutex<Channel>,
+    checks: Mutex<Channel>,
+    /// Those on which no batch runs.
+    free: Mutex<Vec<Channel>>,
+    freed: Condvar,
+    log: OwnedFd,
+}
+
+/// An input as it came: any worker can run it.
+pub(crate) struct WorkerInput(pub(crate) Payload);
+
+impl Input for WorkerInput {}
+
+struct WorkerBatch<'i> {
+    worker: &'i Connections,
+    inputs: Vec<Payload>,
+    /// `None` once it has broken.
+    channel: Option<Channel>,
+    measured: Option<Measured>,
+}
+
+/// Told when another level of the log is wanted.
+pub(crate) trait Listener: Send + Sync {
+    fn hear(&self, level: LogLevel);
+}
+
+impl Listener for Connections {
+    fn hear(&self, level: LogLevel) {
+        // A worker that has died, or has not read the levels before, hears it with the next or not at all.
+        let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
+        let _ = rustix::net::send(&self.log, &[lines::level_number(level)], flags);
+    }
+}
+
+impl WorkerInstance {
+    pub(crate) fn new(started: Started, signature: Option<Arc<Signature>>, log: Option<PluginLog>) -> Self {
+        let Started { life, control, checks, lanes, log: log_socket, warnings } = started;
+        if let Some(log) = &log {
+            for warning in warnings {
+                (log.sink)(LogLevel::Warn, &life.model, module_path!(), &warning, "");
+            }
+        }
+        let worker = Arc::new(Connections {
+            life,
+            control: Mutex::new(control),
+            checks: Mutex::new(checks),
+            free: Mutex::new(lanes),
+            freed: Condvar::new(),
+            log: log_socket,
+        });
+        let weak: Weak<Connections> = Arc::downgrade(&worker);
+        Levels::add(weak);
+        Self { worker, signature: RwLock::new(signature) }
+    }
+}
+
+impl Connections {
+    /// The failure of a call whose connection broke.
+    fn broken(&self, broken: &Broken) -> Failure {
+        let patience = if matches!(broken, Broken::Ended) { END_TIME } else { Duration::ZERO };
+        let death = self.life.wait_for_death(patience, &broke(broken));
+        Failure { kind: FailureKind::Died, message: death.how }
+    }
+
+    fn check(&self, inputs: &[&Decoded]) -> Result<Vec<Result<Measure, Rejection>>, Broken> {
+        let payloads: Vec<&Payload> = inputs.iter().map(|decoded| payload_of(decoded)).collect();
+        let encoded: Vec<Encoded<'_>> = payloads.into_iter().map(Encoded::payload).collect();
+        let mut frame = Outgoing::new(Kind::Check, 0, encoded.len());
+        encoded.iter().for_each(|item| item.push_to(&mut frame));
+        let checked = start::ask(&self.checks, &frame, Kind::Checked)?;
+        if checked.items.len() != inputs.len() {
+            return Err(Garbage::Item("is not there").into());
+        }
+        Ok(checked.items.into_iter().map(items::measured).collect::<Result<_, _>>()?)
+    }
+}
+
+fn payload_of(decoded: &Decoded) -> &Payload {
+    let input: &dyn Any = &*decoded.input;
+    &input.downcast_ref::<WorkerInput>().expect("an input is validated by an engine that decoded it").0
+}
+
+impl Instance for WorkerInstance {
+    fn signature(&self) -> Option<Arc<Signature>> {
+        self.signature.read().clone()
+    }
+
+    fn volume_reload(&self, volume: &str, mount_point: &str, changed: &[String]) -> Result<(), Failure> {
+        let change = items::document(&Change {
+            volume: volume.into(),
+            mount_point: mount_point.into(),
+            changed: changed.into(),
+        });
+        let frame = Outgoing::of(Kind::Reload, items::PAYLOAD, &change);
+        let reloaded = start::ask(&self.worker.control, &frame, Kind::Reloaded)
+            .map_err(|broken| self.worker.broken(&broken))?;
+        let [result, signature] = &reloaded.items[..] else {
+            return Err(self.worker.broken(&Garbage::Item("is not there").into()));
+        };
+        if signature.status == items::PAYLOAD {
+            let read = items::read::<Option<SignatureDocument>>(&signature.payload)
+                .map_err(|garbage| self.worker.broken(&garbage.into()))?;
+            *self.signature.write() = read.and_then(SignatureDocument::signature);
+        }
+        items::failure(result).map_or(Ok(()), Err)
+    }
+
+    fn decode(&self, payload: &Payload) -> Result<Decoded, Rejection> {
+        Ok(undecoded(payload))
+    }
+
+    fn owns(&self, decoded: &Decoded) -> bool {
+        let input: &dyn Any = &*decoded.input;
+        input.is::<WorkerInput>()
+    }
+
+    fn validate(&self, inputs: &[&Decoded]) -> Vec<Result<Measure, Rejection>> {
+        let mut results = Vec::with_capacity(inputs.len());
+        for some in inputs.chunks(CHECKED_MAX) {
+            match self.worker.check(some) {
+                Ok(checked) => results.extend(checked),
+                Err(broken) => {
+                    let failure = self.worker.broken(&broken);
+                    results.extend(some.iter().map(|_| Err(Rejection::Failed(failure.clone()))));
+                }
+            }
+        }
+        results
+    }
+
+    fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign> {
+        if !inputs.iter().all(|decoded| self.owns(decoded)) {
+            return Err(Foreign);
+        }
+        let payload = |decoded: Decoded| {
+            let input = (decoded.input as Box<dyn Any>).downcast::<WorkerInput>();
+            input.expect("all of them are this engine's").0
+        };
+        let inputs = inputs.into_iter().map(payload).collect();
+        let mut free = self.worker.free.lock();
+        let channel = loop {
+            match free.pop() {
+                // A worker that has died frees no connection any more.
+                None if !self.worker.life.has_died() => {
+                    self.worker.freed.wait_for(&mut free, END_TIME);
+                }
+                channel => break channel,
+            }
+        };
+        Ok(Box::new(WorkerBatch { worker: &self.worker, inputs, channel, measured: None }))
+    }
+
+    fn process(&self) -> Option<&dyn Process> {
+        Some(&*self.worker)
+    }
+}
+
+impl Process for Connections {
+    fn death(&self) -> Option<Death> {
+        self.life.death()
+    }
+
+    fn kill(&self, why: &str) {
+        self.life.kill(why);
+        if let Ok(supervisor) = supervisor::shared(None) {
+            supervisor.wake();
+        }
+    }
+
+    fn resident_bytes(&self) -> Option<u64> {
+        self.life.resident_bytes()
+    }
+}
+
+impl Drop for WorkerInstance {
+    fn drop(&mut self) {
+        let worker = &self.worker;
+        if worker.life.has_died() {
+            return;
+        }
+        worker.life.set_leaves();
+        let told = worker.control.lock().send(&Outgoing::new(Kind::Leave, 0, 0));
+        // Their ends are its lanes' ends.
+        worker.free.lock().clear();
+        let patience = if told.is_ok() { LEAVE_TIME_MAX } else { Duration::ZERO };
+        if worker.life.wait(patience).is_none() {
+            worker.kill(&format!("it did not leave within {LEAVE_TIME_MAX:?}"));
+            worker.life.wait(END_TIME);
+        }
+    }
+}
+
+impl WorkerBatch<'_> {
+    fn with_channel<T>(
+        &mut self,
+        call: impl FnOnce(&mut Channel, &[Payload]) -> Result<T, Broken>,
+    ) -> Result<T, Failure> {
+        let Some(channel) = &mut self.channel else { return Err(self.worker.broken(&Broken::Ended)) };
+        let called = call(channel, &self.inputs);
+        called.map_err(|broken| {
+            // Nothing is said on it any more.
+            self.channel = None;
+            self.worker.broken(&broken)
+        })
+    }
+}
+
+impl Batch for WorkerBatch<'_> {
+    fn preprocess(&mut self) -> Result<(), Failure> {
+        if let Some(place) = self.inputs.iter().position(|input| !items::fits(input)) {
+            let message = format!("the input at {place} is too large for a worker process");
+            return Err(Failure { kind: FailureKind::InvalidInput, message });
+        }
+        self.with_channel(|channel, inputs| {
+            let encoded: Vec<Encoded<'_>> = inputs.iter().map(Encoded::payload).collect();
+            let mut frame = Outgoing::new(Kind::Batch, 0, encoded.len());
+            encoded.iter().for_each(|item| item.push_to(&mut frame));
+            channel.send(&frame)
+        })
+    }
+
+    fn predict(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure> {
+        let (measured, failure) = self.with_channel(|channel, _| {
+            loop {
+                let incoming = channel.receive()?;
+                match incoming.kind {
+                    Kind::Done => return Ok(done(incoming, events)?),
+                    Kind::Chunk => {
+                        let item = incoming.batch as usize;
+                        let chunk = incoming.single("a chunk")?;
+                        let result = events.chunk(item, &chunk.payload, chunk.status != 0);
+                        let number = items::chunk_result_number(result);
+                        channel.send(&Outgoing::of(Kind::ChunkResult, number, b""))?;
+                    }
+                    Kind::AskInterest => {
+                        let number = items::interest_number(events.interest(incoming.batch as usize));
+                        channel.send(&Outgoing::of(Kind::Interest, number, b""))?;
+                    }
+                    found => return Err(Garbage::Kinds { expected: "the end of a batch", found }.into()),
+                }
+            }
+        })?;
+        self.measured = Some(measured);
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn measured(&self) -> Option<Measured> {
+        self.measured
+    }
+}
+
+impl Drop for WorkerBatch<'_> {
+    fn drop(&mut self) {
+        let Some(channel) = self.channel.take() else { return };
+        self.worker.free.lock().push(channel);
+        self.worker.freed.notify_one();
+    }
+}
+
+/// Hands out what came of a batch: how long it took and how much work it was, and why all of it failed, if it did.
+fn done(incoming: Incoming, events: &mut dyn EventSink) -> Result<(Measured, Option<Failure>), Garbage> {
+    let mut items = incoming.items.into_iter();
+    let (Some(head), Some(places)) = (items.next(), items.next()) else {
+        return Err(Garbage::Item("is not there"));
+    };
+    let numbers = |bytes: &[u8]| -> Vec<u64> {
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        bytes.chunks_exact(8).map(number).collect()
+    };
+    let [preprocess, predict, postprocess, cost] =
+        numbers(&places.payload)[..4.min(places.payload.len() / 8)]
+    else {
+        return Err(Garbage::Item("has no times"));
+    };
+    let measured = Measured { stages: [preprocess, predict, postprocess].map(Duration::from_nanos), cost };
+    let places = &numbers(&places.payload)[4..];
+    if places.len() != items.len() {
+        return Err(Garbage::Item("has another number of ends than there are"));
+    }
+    for (place, item) in places.iter().zip(items) {
+        let place = usize::try_from(*place).unwrap_or(usize::MAX);
+        match items::ended(item)? {
+            Ended::Outcome(outcome) => events.end(place, outcome),
+            Ended::Rejected(rejection) => events.reject(place, rejection),
+        }
+    }
+    Ok((measured, items::failure(&head)))
+}

@@ -1,0 +1,160 @@
+//! A plugin that is opened in worker processes alone. It never knows how a worker is kept.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use modalkit_engine::{
+    Checked, Confinement, Decoded, Description, Failure, FailureKind, Instance, Load, LoadError, Measure,
+    Payload, Plugin, PluginLog, Rejection, Staged,
+};
+
+use crate::{
+    documents::{Described, DeviceDocument, Hello, Serves, Task},
+    frame::PROTOCOL,
+    instance::{WorkerInput, WorkerInstance},
+    items,
+    start::{self, Program},
+};
+
+/// A plugin, and how its workers are made.
+pub(crate) struct WorkerPlugin {
+    program: Program,
+    log: Option<PluginLog>,
+    confinement: Confinement,
+    description: Description,
+    /// For what is done beside serving.
+    limit: Duration,
+}
+
+impl WorkerPlugin {
+    /// Has a worker open a staged copy and say what it says of itself.
+    ///
+    /// # Errors
+    /// It is no plugin that can be run, or it ended the worker, or took longer than the limit.
+    pub(crate) fn open(
+        program: Program,
+        log: Option<PluginLog>,
+        confinement: &Confinement,
+        staged: &Staged,
+        limit: Duration,
+    ) -> Result<Self, LoadError> {
+        let hello = hello(Task::Describe, staged);
+        let failed = |source| LoadError::Preflight { path: program.path.clone(), source };
+        let mut started = start::start(&program, log.as_ref(), confinement, 0, hello).map_err(failed)?;
+        let answer = started.answer(limit, "it did not open in time");
+        let said = answer.map_err(|failure| match failure.kind {
+            FailureKind::Died if started.life.killed_at().is_some() => LoadError::Hung { limit },
+            FailureKind::Died => LoadError::Crashed { how: failure.message },
+            _ => LoadError::Refused(failure.message),
+        })?;
+        let said: Described =
+            items::read(&said).map_err(|garbage| LoadError::Refused(format!("its worker sent {garbage}")))?;
+        let description = Description {
+            name: said.name,
+            version: said.version,
+            abi: said.abi,
+            sdk: said.sdk,
+            rustc: said.rustc,
+            has_debug_assertions: said.has_debug_assertions,
+            input_schema: said.input_schema,
+            output_schema: said.output_schema,
+            settings_schema: said.settings_schema,
+            staged: staged.clone(),
+        };
+        Ok(Self { program, log, confinement: confinement.clone(), description, limit })
+    }
+
+    /// Whether a plugin that is asked for is this one.
+    pub(crate) fn is(&self, sha256: &str, confinement: &Confinement) -> bool {
+        self.description.sha256() == sha256 && self.confinement == *confinement
+    }
+}
+
+impl Plugin for WorkerPlugin {
+    fn description(&self) -> &Description {
+        &self.description
+    }
+
+    fn check_settings(&self, settings: &str) -> Result<(), Failure> {
+        let mut hello = hello(Task::CheckSettings, &self.description.staged);
+        settings.clone_into(&mut hello.settings);
+        let mut started = start::start(&self.program, self.log.as_ref(), &self.confinement, 0, hello)
+            .map_err(|error| no_worker(&error))?;
+        started.answer(self.limit, "its check of the settings did not end in time").map(drop)
+    }
+
+    fn is_isolated(&self) -> bool {
+        true
+    }
+
+    fn load(&self, with: &Load<'_>) -> Result<Box<dyn Instance>, Failure> {
+        let device = |device: &modalkit_engine::Device<'_>| DeviceDocument {
+            name: device.name.to_owned(),
+            uuid: device.uuid.to_owned(),
+            memory_bytes: device.memory_bytes,
+            memory_budget_bytes: device.memory_budget_bytes,
+        };
+        let hello = Hello {
+            model_name: with.model_name.to_owned(),
+            all_model_data_folder: with.all_model_data_folder.to_owned(),
+            common_settings: with.common_settings.to_owned(),
+            settings: with.settings.to_owned(),
+            secrets: with.secrets.clone(),
+            devices: with.devices.iter().map(device).collect(),
+            ..hello(Task::Serve, &self.description.staged)
+        };
+        let lanes = with.batches_in_flight.max(1);
+        let mut started = start::start(&self.program, self.log.as_ref(), &self.confinement, lanes, hello)
+            .map_err(|error| no_worker(&error))?;
+        let late =
+            format!("`load` and `warmup` did not return within {:?} (load_timeout_seconds)", with.limit);
+        let said = started.answer(with.limit, &late)?;
+        let serves = items::read::<Serves>(&said).ok().and_then(|serves| {
+            let signature = match serves.signature {
+                Some(document) => Some(document.signature()?),
+                None => None,
+            };
+            Some((serves.pid, signature, serves.warnings))
+        });
+        let Some((pid, signature, warnings)) = serves else {
+            let death =
+                started.life.wait_for_death(Duration::ZERO, "what it said when it had loaded can't be read");
+            return Err(Failure { kind: FailureKind::Died, message: death.how });
+        };
+        started.life.set_pid(pid);
+        started.warnings.extend(warnings);
+        let instance = WorkerInstance::new(started, signature, self.log);
+        Ok(Box::new(instance))
+    }
+
+    fn decode(&self, payload: &Payload) -> Result<Decoded, Rejection> {
+        Ok(undecoded(payload))
+    }
+}
+
+/// An input as it came: what it is, the worker says.
+pub(crate) fn undecoded(payload: &Payload) -> Decoded {
+    Decoded {
+        input: Box::new(WorkerInput(payload.clone())),
+        measure: Measure { cost: 1, shape: 0 },
+        checked: Checked::Nothing,
+    }
+}
+
+fn hello(task: Task, staged: &Staged) -> Hello {
+    Hello {
+        protocol: PROTOCOL,
+        task,
+        file: staged.path().to_owned(),
+        model_name: staged.origin().file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        all_model_data_folder: String::new(),
+        common_settings: "{}".into(),
+        settings: "{}".into(),
+        secrets: BTreeMap::new(),
+        devices: Vec::new(),
+        confinement: Default::default(),
+    }
+}
+
+fn no_worker(error: &std::io::Error) -> Failure {
+    Failure { kind: FailureKind::Transient, message: format!("can't start a worker process: {error}") }
+}
