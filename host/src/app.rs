@@ -313,7 +313,9 @@ pub fn engine(server: &Server, log: Option<PluginLog>) -> Result<Arc<dyn Engine>
 pub fn worker(host: i32, connections: usize, cgroup: Option<PathBuf>) -> io::Result<u8> {
     keep_freed_memory();
     let loader = Loader {
-        open: |file, log| modalkit_loader::open_in_place(file, log).map_err(|error| error.chain()),
+        open: |copy, file, log| {
+            modalkit_loader::open_in_place(copy, file, log).map_err(|error| error.chain())
+        },
         note_endings: modalkit_loader::ending::note_all,
     };
     let ended = modalkit_worker::child::run(host, connections, cgroup, loader);

@@ -141,13 +141,15 @@ fn a_wrong_count_of_outcomes_is_an_error_and_never_a_misrouted_answer() {
 }
 
 #[test]
-fn a_failed_batch_says_why_to_each_of_its_callers() {
+fn a_batch_that_fails_as_a_whole_fails_those_items_alone_that_fail_without_the_others() {
     let host = batching_puppet("");
     let (status, answers) =
         host.post("/predict_batch?model_name=puppet", &json!([{"do": "fail the batch"}, {"value": 2}]));
     assert_eq!(status, 200);
-    assert_eq!(answers[0], answers[1]);
-    assert_eq!(answers[1], json!({"status": "error", "error": "told to fail the batch"}));
+    assert_eq!(answers[0], json!({"status": "error", "error": "told to fail the batch"}));
+    assert_eq!((&answers[1]["value"], &answers[1]["batch"]), (&json!(2), &json!(1)), "it ran again, alone");
+    assert_eq!(host.metric(r#"modalkit_batches_failed_total{model="puppet",reason="error"}"#), 1.0);
+    assert_eq!(host.metric(r#"modalkit_item_reruns_total{model="puppet",reason="halved"}"#), 2.0);
     let (status, body) = ask(&host, &json!({"do": "refuse"}));
     assert_eq!((status, &body["detail"][0]["msg"]), (422, &json!("told to refuse this item")));
 }

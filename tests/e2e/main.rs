@@ -19,6 +19,7 @@ mod hostile;
 mod https;
 mod imports;
 mod insight;
+mod isolation;
 mod jobs;
 mod lifecycle;
 mod limits;

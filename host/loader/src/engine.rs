@@ -209,12 +209,12 @@ impl Engine for Libraries {
 /// A plugin, and what has it hear that other lines of it are wanted.
 pub type OpenedInPlace = (Arc<dyn Plugin>, Box<dyn Fn() + Send>);
 
-/// Opens a private copy where it is, without a trial, in a process that has it for itself.
+/// Opens a private copy of a file where it is, without a trial, in a process that has it for itself.
 ///
 /// # Errors
 /// It is no plugin of a pipeline that this process can run.
-pub fn open_in_place(file: &Path, log: PluginLog) -> Result<OpenedInPlace, LoadError> {
-    let library = PipelineLibrary::open(&staged_in_place(file))?;
+pub fn open_in_place(copy: &Path, file: &Path, log: PluginLog) -> Result<OpenedInPlace, LoadError> {
+    let library = PipelineLibrary::open(&staged_in_place(copy)).map_err(|error| error.of(file))?;
     let attached = library.clone();
     let attach = move || attached.attach((log.level)(), &log);
     attach();

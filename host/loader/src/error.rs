@@ -1,6 +1,6 @@
 //! Why a file did not become a plugin: each says what was found, what was expected and what to do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use modalkit_abi::{ABI_MAJOR, ABI_MINOR, Features};
 use modalkit_engine::LoadError;
@@ -132,6 +132,19 @@ fn missing_hint(beside: bool) -> &'static str {
         "a file of that name lies beside the plugin, but the host opens a private copy elsewhere, so that `$ORIGIN` doesn't lead there: link it statically, or put its folder into LD_LIBRARY_PATH and restart the host"
     } else {
         "install it on this machine, put its folder into LD_LIBRARY_PATH and restart the host, or link it statically"
+    }
+}
+
+impl OpenError {
+    /// The same of a copy of this file: a library that it needs may lie beside that.
+    pub(crate) fn of(self, file: &Path) -> Self {
+        match self {
+            Self::MissingLibrary { name, .. } => {
+                let beside = file.with_file_name(&name).exists();
+                Self::MissingLibrary { name, beside }
+            }
+            other => other,
+        }
     }
 }
 

@@ -85,8 +85,7 @@ pub(crate) fn run(staged: &Staged, how: &Preflight) -> Result<(), LoadError> {
         Some(Verdict::Fit) if status.success() => Ok(()),
         Some(Verdict::Refused(reason)) => Err(LoadError::Refused(reason)),
         Some(Verdict::Needs(name)) => {
-            let beside = staged.origin().with_file_name(&name).exists();
-            Err(OpenError::MissingLibrary { name, beside }.into())
+            Err(OpenError::MissingLibrary { name, beside: false }.of(staged.origin()).into())
         }
         Some(Verdict::Fit) | None => Err(LoadError::Crashed { how: describe(status) }),
     }

@@ -13,7 +13,7 @@ use hyper::{
         WWW_AUTHENTICATE,
     },
 };
-use modalkit_engine::{FailureKind, Payload};
+use modalkit_engine::{Failure, FailureKind, Payload};
 use modalkit_queue::{Held, Lease};
 use serde::Serialize;
 use serde_json::{Value, json, value::RawValue};
@@ -55,12 +55,14 @@ pub fn accepted(body: Bytes) -> HttpResponse {
 }
 
 /// The answer to `/predict_batch`: one entry for each item, in order. What fails in the pipeline stands in its place, and with
-/// `partial` what isn't an input of it too; any other error is the whole request's.
+/// `partial` what isn't an input of it too, and so does what overran its time while others didn't; any other error is the whole request's.
 #[must_use]
 pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
     let output_bytes = |output: &Payload| Answer::OPENING_BYTES_MAX + output.json().map_or(0, Bytes::len) + 1;
     let outputs: usize = replies.iter().flatten().map(output_bytes).sum();
     let mut body = Vec::with_capacity(outputs + 2);
+    let overran = |reply: &Reply| matches!(reply, Err(JobError::BatchTimedOut(_)));
+    let all_overran = replies.iter().all(overran);
     body.push(b'[');
     for reply in replies {
         if body.len() > 1 {
@@ -69,6 +71,10 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
         match reply.and_then(|output| output.into_json().map_err(JobError::Failed)) {
             Ok(output) => Answer::of(output).put_into(&mut body),
             Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
+            Err(late @ JobError::BatchTimedOut(_)) if !all_overran => {
+                let message = describe(&late);
+                body.extend_from_slice(&failed_item(&Failure { kind: FailureKind::Transient, message }));
+            }
             Err(JobError::Invalid(details)) if partial => body.extend_from_slice(&invalid_item(details)),
             Err(job_error) => return error(&job_error),
         }

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -52,6 +52,8 @@ pub(super) struct Replica {
     company: Option<RwLock<()>>,
     batches: AtomicU64,
     is_isolated: bool,
+    /// Once it was seen.
+    death: OnceLock<Death>,
 }
 
 /// Who runs beside a batch.
@@ -147,6 +149,7 @@ impl Replica {
             company: (is_isolated && count > 1).then(RwLock::default),
             batches: AtomicU64::new(0),
             is_isolated,
+            death: OnceLock::new(),
             instance: Mutex::new(Some(Arc::new(instance))),
             number,
             lanes,
@@ -226,7 +229,12 @@ impl Replica {
 
     /// How its process ended, where it has one, and that has.
     pub(super) fn death(&self) -> Option<Death> {
-        self.with_process(|process| process.death()).flatten()
+        if self.is_isolated && self.death.get().is_none() {
+            let death = self.with_process(|process| process.death()).flatten();
+            // It outlives the instance.
+            death.into_iter().for_each(|death| drop(self.death.set(death)));
+        }
+        self.death.get().cloned()
     }
 
     /// Bytes of memory of its process, where it has one.
@@ -250,7 +258,7 @@ impl Replica {
     }
 
     fn lane_state(&self, generation: &Generation) -> LaneState {
-        let has_died = self.is_isolated && self.death().is_some();
+        let has_died = self.death().is_some();
         if self.stopping.load(Ordering::SeqCst) || self.is_lost() || has_died {
             LaneState::Stopped
         } else if !generation.serves() || self.paused.load(Ordering::SeqCst) {

@@ -205,6 +205,12 @@ impl Channel {
         self.socket.try_clone().map(Breaker)
     }
 
+    /// Ends the connection, whoever else has handles of it.
+    pub(crate) fn break_off(self) {
+        // One that is broken already is as good.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
     pub(crate) fn send(&mut self, frame: &Outgoing<'_>) -> Result<(), Broken> {
         let (payload_bytes, arena_bytes) = (frame.payload_bytes(), frame.arena_bytes());
         let arena =

@@ -23,8 +23,9 @@ pub(crate) enum Task {
 pub(crate) struct Hello {
     pub(crate) protocol: u32,
     pub(crate) task: Task,
-    /// The private copy of the plugin's file.
+    /// The private copy of the plugin's file, and the file that was copied.
     pub(crate) file: PathBuf,
+    pub(crate) origin: PathBuf,
     pub(crate) model_name: String,
     pub(crate) all_model_data_folder: String,
     /// JSON objects.

@@ -222,7 +222,7 @@ impl Drop for WorkerInstance {
         worker.life.set_leaves();
         let told = worker.control.lock().send(&Outgoing::new(Kind::Leave, 0, 0));
         // Their ends are its lanes' ends.
-        worker.free.lock().clear();
+        worker.free.lock().drain(..).for_each(|lane| lane.break_off());
         let patience = if told.is_ok() { LEAVE_TIME_MAX } else { Duration::ZERO };
         if worker.life.wait(patience).is_none() {
             worker.kill(&format!("it did not leave within {LEAVE_TIME_MAX:?}"));

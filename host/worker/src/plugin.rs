@@ -145,6 +145,7 @@ fn hello(task: Task, staged: &Staged) -> Hello {
         protocol: PROTOCOL,
         task,
         file: staged.path().to_owned(),
+        origin: staged.origin().to_owned(),
         model_name: staged.origin().file_stem().unwrap_or_default().to_string_lossy().into_owned(),
         all_model_data_folder: String::new(),
         common_settings: "{}".into(),

@@ -25,7 +25,7 @@ use rustix::{
 use crate::{
     cgroup::Cgroup,
     channel::{Broken, Channel, End, Incoming, Outgoing, arena, send_descriptors},
-    documents::{ConfinementDocument, Hello, SandboxDocument},
+    documents::{ConfinementDocument, Hello, SandboxDocument, Task},
     frame::Kind,
     items,
     life::Life,
@@ -108,6 +108,9 @@ pub(crate) fn start(
     let mut arguments = vec![program.argument.to_owned(), process::id().to_string(), (1 + lanes).to_string()];
     arguments.extend(cgroup.as_ref().map(|group| group.path().display().to_string()));
     let life = Arc::new(Life::new(hello.model_name.clone(), breakers, note, cgroup));
+    if hello.task != Task::Serve {
+        life.set_leaves();
+    }
     let devices: Vec<&str> = hello.devices.iter().map(|device| device.uuid.as_str()).collect();
     let variable = |name: &&str| Some(((*name).to_owned(), std::env::var(name).ok()?));
     let mut environment: Vec<(String, String)> = VARIABLES.iter().filter_map(variable).collect();
@@ -148,8 +151,12 @@ impl Started {
                 self.control.limit(None).map_err(|error| died(error.to_string()))?;
                 Ok(item.payload)
             }
-            Ok((Kind::Failed, item)) => Err(items::failure(&item)
-                .unwrap_or_else(|| died("it failed for a reason that can't be read".into()))),
+            Ok((Kind::Failed, item)) => {
+                // It ends now, and has said why.
+                self.life.set_leaves();
+                let unreadable = || died("it failed for a reason that can't be read".into());
+                Err(items::failure(&item).unwrap_or_else(unreadable))
+            }
             Err(Broken::TimedOut) => {
                 let death = self.life.wait_for_death(Duration::ZERO, late);
                 Err(died(death.how))

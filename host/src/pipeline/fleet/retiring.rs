@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
+use modalkit_engine::{Death, EndedBy};
+
 use super::{Loop, examine};
 use crate::{
     config::Recycle,
@@ -108,14 +110,15 @@ impl Loop {
         if good != std::mem::replace(&mut self.good_before, good) {
             self.deaths = 0;
         }
-        self.deaths += 1;
-        let how =
-            dead.first().and_then(|replica| replica.death()).map_or_else(String::new, |death| death.how);
+        let deaths: Vec<Death> = dead.iter().filter_map(|replica| replica.death()).collect();
+        // What the host ended, for a batch that overran, says nothing of the model's health.
+        self.deaths += u32::from(deaths.iter().any(|death| death.by != EndedBy::Host));
+        let how = deaths.into_iter().next().map_or_else(String::new, |death| death.how);
         self.model.metrics.worker_deaths.inc_by(dead.len() as u64);
         self.validate_with_first();
         dead.iter().for_each(|replica| replica.stop());
         self.leaving.extend(dead);
-        let pause = self.pause_after_death(self.deaths);
+        let pause = self.pause_after_death(self.deaths.max(1));
         let (model, generation) = (&self.model.name, self.context.generation.number);
         tracing::error!(model, generation, how, deaths = self.deaths, retry_in = ?pause, "a worker process has died");
         self.on_replicas_changed();

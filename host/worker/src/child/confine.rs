@@ -1,18 +1,25 @@
-//! What a worker may use and see, put in force before any plugin code runs. What is asked for and can't be had is said, and where it is a matter of
-//! safety the worker refuses to go on.
+//! What a worker may use and see, put in force before any plugin code runs. What is asked for and can't be had is said as a warning.
+
+use std::os::{fd::OwnedFd, unix::net::UnixStream};
 
 use rustix::{
     process::{Resource, Rlimit},
     thread::CpuSet,
 };
 
-use crate::documents::Hello;
+use super::{sandbox, seccomp};
+use crate::{
+    channel::{Channel, End, Outgoing, send_descriptors},
+    documents::Hello,
+    frame::Kind,
+    items,
+};
 
-/// Confines this process; what comes back are warnings.
+/// Confines this process; what comes back are warnings. The guard is told what it is to answer for.
 ///
 /// # Errors
-/// A sandbox is asked for, and the system has none.
-pub(super) fn confine(hello: &Hello) -> Result<Vec<String>, String> {
+/// What every worker needs can't be had.
+pub(super) fn confine(hello: &Hello, guard: &UnixStream, log: &OwnedFd) -> Result<Vec<String>, String> {
     let mut warnings = Vec::new();
     let confinement = &hello.confinement;
     if let Some(bytes) = confinement.memory_bytes {
@@ -30,5 +37,23 @@ pub(super) fn confine(hello: &Hello) -> Result<Vec<String>, String> {
     }
     rustix::thread::set_no_new_privs(true)
         .map_err(|error| format!("can't give up new privileges: {error}"))?;
+    let Some(sandbox) = &confinement.sandbox else { return Ok(warnings) };
+    let readable = sandbox::readable(hello, sandbox);
+    if let Err(why) = sandbox::restrict_files(&readable, !hello.devices.is_empty()) {
+        warnings.push(format!("the sandbox doesn't hold files: {why}"));
+    }
+    // Last: whatever is forbidden from here on is told to the guard.
+    let held = seccomp::install(sandbox.network).map_err(|error| error.to_string()).and_then(|notices| {
+        let log = log.try_clone().map_err(|error| error.to_string())?;
+        send_descriptors(guard, Kind::Lane, &[notices, log]).map_err(|error| error.to_string())?;
+        let document = items::document(&readable);
+        let frame = Outgoing::of(Kind::Hello, items::PAYLOAD, &document);
+        let mut guard =
+            Channel::new(guard.try_clone().map_err(|error| error.to_string())?, None, End::Worker);
+        guard.send(&frame).map_err(|error| error.to_string())
+    });
+    if let Err(why) = held {
+        warnings.push(format!("the sandbox doesn't hold system calls: {why}"));
+    }
     Ok(warnings)
 }

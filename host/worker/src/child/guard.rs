@@ -3,7 +3,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     process, thread,
     time::{Duration, Instant},
 };
@@ -11,6 +14,13 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, poll},
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, WaitStatus, kill_process, wait},
+};
+
+use super::notices::Notices;
+use crate::{
+    channel::{Channel, End, receive_descriptors},
+    frame::Kind,
+    items,
 };
 
 /// Between two looks for descendants that came meanwhile.
@@ -21,23 +31,54 @@ const KILL_TIME_MAX: Duration = Duration::from_secs(10);
 const UNKNOWN: u8 = 70;
 
 /// Returns the worker's exit code, or ends as it did.
-pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, worker: Pid) -> io::Result<u8> {
+pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, confined: &UnixStream, worker: Pid) -> io::Result<u8> {
     // For people who look at lists of processes.
     let _ = rustix::thread::set_name(c"modalkit-guard");
     let ends = rustix::process::pidfd_open(worker, PidfdFlags::empty());
-    if let Ok(ends) = &ends {
-        let mut wanted = [
+    let mut notices = None;
+    // Says nothing, or that there is a sandbox, once.
+    let mut confined = Some(confined);
+    while let Ok(ends) = &ends {
+        let mut wanted = vec![
             PollFd::new(host, PollFlags::IN),
             PollFd::from_borrowed_fd(control.as_fd(), PollFlags::RDHUP),
             PollFd::new(ends, PollFlags::IN),
         ];
-        while poll(&mut wanted, None) == Err(rustix::io::Errno::INTR) {}
+        wanted.extend(confined.map(|confined| PollFd::new(confined, PollFlags::IN)));
+        wanted.extend(notices.iter().map(|notices: &Notices| PollFd::new(notices.listener(), PollFlags::IN)));
+        match poll(&mut wanted, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => break,
+        }
+        if wanted[..3].iter().any(|one| !one.revents().is_empty()) {
+            break;
+        }
+        let has_something = wanted[3..].iter().any(|one| !one.revents().is_empty());
+        drop(wanted);
+        if let (Some(socket), true) = (confined, has_something) {
+            notices = take_notices(socket);
+            confined = None;
+        } else if let (Some(answering), true) = (&mut notices, has_something) {
+            match answering.answer() {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => notices = None,
+                _ => {}
+            }
+        }
     }
     let status = end_all(worker);
     match status {
         Some(status) => Ok(end_like(status)),
         None => Ok(UNKNOWN),
     }
+}
+
+/// What the worker sends once it is confined; nothing comes where it isn't.
+fn take_notices(socket: &UnixStream) -> Option<Notices> {
+    let [listener, log] = <[OwnedFd; 2]>::try_from(receive_descriptors(socket, Kind::Lane).ok()?).ok()?;
+    let readable = Channel::new(socket.try_clone().ok()?, None, End::Host).receive().ok()?;
+    let readable = readable.single("what may be read").ok()?;
+    Some(Notices::new(listener, log, items::read(&readable.payload).ok()?))
 }
 
 /// Ends every descendant. Those whose parents end become children of this process, which is their reaper. How the worker ended comes back.

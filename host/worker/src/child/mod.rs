@@ -3,6 +3,9 @@
 
 mod confine;
 mod guard;
+mod notices;
+mod sandbox;
+mod seccomp;
 mod serve;
 
 use std::{
@@ -27,8 +30,8 @@ pub type Opened = (Arc<dyn Plugin>, Box<dyn Fn() + Send>);
 /// What a worker needs of whoever makes plugins of files.
 #[derive(Clone, Copy)]
 pub struct Loader {
-    /// Opens a private copy in this process.
-    pub open: fn(&Path, PluginLog) -> Result<Opened, String>,
+    /// Opens a private copy of a file in this process.
+    pub open: fn(&Path, &Path, PluginLog) -> Result<Opened, String>,
     /// Has it noted in this file how plugin code ends the process.
     pub note_endings: fn(&'static File) -> io::Result<()>,
 }
@@ -40,6 +43,7 @@ struct Connections {
     lanes: Vec<Channel>,
     note: &'static File,
     log: OwnedFd,
+    guard: UnixStream,
 }
 
 /// A worker's whole life; what comes back is its exit code. Called before the process has any other thread. The arguments are those that the host
@@ -63,20 +67,22 @@ pub fn run(host: i32, connections: usize, cgroup: Option<PathBuf>, loader: Loade
     rustix::process::setsid()?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let guard = rustix::process::getpid();
+    let (guards_end, workers_end) = UnixStream::pair()?;
     // SAFETY: this process has one thread, so that its copy finds everything as it is here.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            drop(watched);
+            drop((watched, guards_end));
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             if rustix::process::getppid() != Some(guard) {
                 return Err(io::Error::other("its guard is gone"));
             }
-            serve::run(take_connections(control.into(), connections)?, loader)
+            serve::run(take_connections(control.into(), connections, workers_end)?, loader)
         }
         worker => {
             let worker = Pid::from_raw(worker).ok_or(io::ErrorKind::InvalidData)?;
-            guard::watch(&watched, &control, worker)
+            drop(workers_end);
+            guard::watch(&watched, &control, &guards_end, worker)
         }
     }
 }
@@ -98,7 +104,7 @@ fn close_inherited() -> io::Result<()> {
     Ok(())
 }
 
-fn take_connections(control: UnixStream, connections: usize) -> io::Result<Connections> {
+fn take_connections(control: UnixStream, connections: usize, guard: UnixStream) -> io::Result<Connections> {
     let mut pairs = Vec::with_capacity(1 + connections);
     for _ in 0..=connections {
         let descriptors = receive_descriptors(&control, Kind::Lane).map_err(io::Error::other)?;
@@ -118,5 +124,6 @@ fn take_connections(control: UnixStream, connections: usize) -> io::Result<Conne
         lanes: channels.collect(),
         note: Box::leak(Box::new(note.into())),
         log,
+        guard,
     })
 }

@@ -47,14 +47,14 @@ pub(super) fn run(mut connections: Connections, loader: Loader) -> std::io::Resu
     (loader.note_endings)(connections.note)?;
     let log = LOG.get_or_init(|| connections.log);
     follow_level(log, None);
-    let warnings = match confine::confine(&hello) {
+    let warnings = match confine::confine(&hello, &connections.guard, log) {
         Ok(warnings) => warnings,
         Err(message) => {
             return refuse(&mut connections.control, &Failure { kind: FailureKind::Permanent, message });
         }
     };
     let plugin_log = PluginLog { level: || lines::level(LEVEL.load(Ordering::Relaxed)), sink: send_line };
-    let (plugin, attach) = match (loader.open)(&hello.file, plugin_log) {
+    let (plugin, attach) = match (loader.open)(&hello.file, &hello.origin, plugin_log) {
         Ok(opened) => opened,
         Err(message) => {
             return refuse(&mut connections.control, &Failure { kind: FailureKind::Permanent, message });
@@ -162,6 +162,7 @@ fn serve(
         let run = move || run_lane(lane, &*plugin, &*instance);
         threads.push(thread::Builder::new().name(format!("lane {number}")).spawn(run)?);
     }
+    let end_checks = checks.breaker()?;
     let of_checks = Arc::clone(&instance);
     threads.push(thread::Builder::new().name("checks".into()).spawn(move || run_checks(checks, &of_checks))?);
     answer(&mut control, &items::document(serves))?;
@@ -173,12 +174,13 @@ fn serve(
             _ => return Ok(CONFUSED),
         }
     }
-    drop(plugin);
-    // Their connections end with the host's ends of them: the checks' thread is the one that may still look at an instance.
-    for lane in threads.drain(..threads.len() - 1) {
+    // Those of lanes end with the host's ends of their connections.
+    end_checks.break_off();
+    for thread in threads {
         // It has said why, if it panicked.
-        let _ = lane.join();
+        let _ = thread.join();
     }
+    drop(plugin);
     drop(instance);
     Ok(DONE)
 }

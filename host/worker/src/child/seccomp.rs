@@ -1,0 +1,163 @@
+//! Which system calls a worker in a sandbox may make. The filter is one list of numbers: those on it are not made, and told to the guard, who
+//! answers them. It never knows files.
+
+use std::{
+    io,
+    os::fd::{FromRawFd, OwnedFd},
+};
+
+#[cfg(target_arch = "x86_64")]
+const ARCHITECTURE: u32 = 0xc000_003e;
+#[cfg(target_arch = "aarch64")]
+const ARCHITECTURE: u32 = 0xc000_00b7;
+
+/// Calls that open files: Landlock decides on them, and the guard tells of those that it forbids.
+pub(super) const OPENING: &[libc::c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_creat,
+];
+
+/// Calls that are refused, with their names: those that start programs or processes, change files, reach into other processes or into the
+/// kernel, and the one that makes any of these without a call.
+pub(super) const REFUSED: &[(libc::c_long, &str)] = &[
+    (libc::SYS_execve, "execve"),
+    (libc::SYS_execveat, "execveat"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_fork, "fork"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_vfork, "vfork"),
+    (libc::SYS_io_uring_setup, "io_uring_setup"),
+    (libc::SYS_ptrace, "ptrace"),
+    (libc::SYS_process_vm_readv, "process_vm_readv"),
+    (libc::SYS_process_vm_writev, "process_vm_writev"),
+    (libc::SYS_pidfd_getfd, "pidfd_getfd"),
+    (libc::SYS_mkdirat, "mkdirat"),
+    (libc::SYS_unlinkat, "unlinkat"),
+    (libc::SYS_renameat2, "renameat2"),
+    (libc::SYS_linkat, "linkat"),
+    (libc::SYS_symlinkat, "symlinkat"),
+    (libc::SYS_mknodat, "mknodat"),
+    (libc::SYS_truncate, "truncate"),
+    (libc::SYS_fchmodat, "fchmodat"),
+    (libc::SYS_fchownat, "fchownat"),
+    (libc::SYS_utimensat, "utimensat"),
+    (libc::SYS_setxattr, "setxattr"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_mkdir, "mkdir"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_rmdir, "rmdir"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_unlink, "unlink"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_rename, "rename"),
+    (libc::SYS_renameat, "renameat"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_link, "link"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_symlink, "symlink"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_mknod, "mknod"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_chmod, "chmod"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_chown, "chown"),
+    (libc::SYS_mount, "mount"),
+    (libc::SYS_umount2, "umount2"),
+    (libc::SYS_pivot_root, "pivot_root"),
+    (libc::SYS_chroot, "chroot"),
+    (libc::SYS_unshare, "unshare"),
+    (libc::SYS_setns, "setns"),
+    (libc::SYS_bpf, "bpf"),
+    (libc::SYS_perf_event_open, "perf_event_open"),
+    (libc::SYS_keyctl, "keyctl"),
+    (libc::SYS_add_key, "add_key"),
+    (libc::SYS_request_key, "request_key"),
+    (libc::SYS_init_module, "init_module"),
+    (libc::SYS_finit_module, "finit_module"),
+    (libc::SYS_delete_module, "delete_module"),
+    (libc::SYS_kexec_load, "kexec_load"),
+    (libc::SYS_reboot, "reboot"),
+    (libc::SYS_swapon, "swapon"),
+    (libc::SYS_userfaultfd, "userfaultfd"),
+];
+
+/// Refused where there is no network.
+pub(super) const NETWORK: (libc::c_long, &str) = (libc::SYS_socket, "socket");
+/// A process and a thread are started by the same call.
+pub(super) const CLONE: (libc::c_long, &str) = (libc::SYS_clone, "clone");
+
+/// Offsets in what a filter is shown: the number of the call, the architecture, the lower half of the first argument.
+const NUMBER: u32 = 0;
+const OF_ARCHITECTURE: u32 = 4;
+const FIRST_ARGUMENT: u32 = 16;
+/// Numbers from here on are those of another set of calls on the same processor.
+const OTHER_SET: u32 = 0x4000_0000;
+
+/// The filter: instructions that jump over the next `n` where a comparison holds, or doesn't.
+fn filter(network: bool) -> Vec<libc::sock_filter> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let unless = |code: u32, k: u32, jf: u8| libc::sock_filter {
+        code: (libc::BPF_JMP | code | libc::BPF_K) as u16,
+        jt: 0,
+        jf,
+        k,
+    };
+    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let end = |k| statement(libc::BPF_RET | libc::BPF_K, k);
+    let notify = libc::SECCOMP_RET_USER_NOTIF;
+    let errno = |error: i32| libc::SECCOMP_RET_ERRNO | error as u32;
+    let mut program = vec![
+        load(OF_ARCHITECTURE),
+        unless(libc::BPF_JEQ, ARCHITECTURE, 1),
+        libc::sock_filter { code: (libc::BPF_JMP | libc::BPF_JA) as u16, jt: 0, jf: 0, k: 1 },
+        end(libc::SECCOMP_RET_KILL_PROCESS),
+        load(NUMBER),
+        unless(libc::BPF_JGE, OTHER_SET, 1),
+        end(errno(libc::EPERM)),
+        // The C library falls back to `clone`, whose flags can be looked at.
+        unless(libc::BPF_JEQ, libc::SYS_clone3 as u32, 1),
+        end(errno(libc::ENOSYS)),
+    ];
+    let network = (!network).then_some(NETWORK.0);
+    let refused = REFUSED.iter().map(|(number, _)| *number);
+    for number in OPENING.iter().copied().chain(refused).chain(network) {
+        program.push(unless(libc::BPF_JEQ, number as u32, 1));
+        program.push(end(notify));
+    }
+    program.extend([
+        unless(libc::BPF_JEQ, CLONE.0 as u32, 3),
+        load(FIRST_ARGUMENT),
+        unless(libc::BPF_JSET, libc::CLONE_THREAD as u32, 2),
+        end(libc::SECCOMP_RET_ALLOW),
+        end(libc::SECCOMP_RET_ALLOW),
+        end(notify),
+    ]);
+    program
+}
+
+/// From here on this thread, and those that it starts, make no other calls; what they try comes to whoever holds what is returned.
+///
+/// # Errors
+/// The kernel has no such filters.
+pub(super) fn install(network: bool) -> io::Result<OwnedFd> {
+    let mut program = filter(network);
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the kernel copies the program, which lives until the call returns.
+    let listener = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            &raw const program,
+        )
+    };
+    if listener < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel has just made for this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(listener as i32) })
+}
