@@ -4,35 +4,24 @@
 
 use std::time::{Duration, Instant};
 
-use modalkit_batch::{ArrivalId, Closed, Waiting};
+use modalkit_batch::{Closed, Waiting};
 use modalkit_engine::{ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload};
 
 use super::{
     Taken,
-    replica::{LaneSlot, Replica, ReplicaContext, Running},
+    lane::{LaneContext, LaneSlot, Running, Seat, Waiter},
+    lost_device,
     stages::{Callers, Ended, StageTimes, counts_as_healthy, decoded_for, is_of_device, stages, unwanted},
 };
 use crate::{
     insight::BatchTimings,
-    work::{ChunkSender, Deaths, Job, JobError, ReplyHandle, RequestId},
+    work::{ChunkSender, Job, JobError, ReplyHandle},
 };
 
 /// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
 const COST_MAX: u64 = 1 << 40;
 /// Times that a job comes back from processes that somebody else ended, until it has failed.
 const UNCHARGED_MAX: u32 = 8;
-
-/// Who waits for an item, and all that is needed to run it again.
-pub(super) struct Waiter {
-    pub(super) reply: ReplyHandle,
-    request_id: RequestId,
-    input: Payload,
-    id: ArrivalId,
-    arrived: Instant,
-    deaths: Deaths,
-    /// Chunks of it have gone out: it can't begin again.
-    has_begun: bool,
-}
 
 /// An item on its way: its place among the batch's waiters, and its input where that is decoded.
 type Item = (usize, Option<Decoded>);
@@ -48,7 +37,7 @@ struct Died {
 struct BatchRun<'r> {
     instance: &'r dyn Instance,
     lane: &'r LaneSlot,
-    context: &'r ReplicaContext,
+    context: &'r LaneContext,
     /// By the places of waiters.
     inputs: Vec<Payload>,
     ends: Vec<Option<Ended>>,
@@ -60,13 +49,8 @@ struct BatchRun<'r> {
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-pub(super) fn run(
-    instance: &dyn Instance,
-    lane: &LaneSlot,
-    replica: &Replica,
-    taken: Taken,
-    context: &ReplicaContext,
-) -> bool {
+pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
+    let Seat { instance, lane, context, .. } = *seat;
     let Taken { batch, at, free_since } = taken;
     // Timings of the jobs that carry any.
     let mut timed = Vec::new();
@@ -92,7 +76,7 @@ pub(super) fn run(
     }
     let is_alone = batch.closed == Closed::Alone;
     // Nothing else runs in the same process beside a job that is under suspicion.
-    let _company = replica.company(is_alone);
+    let _company = seat.company(is_alone);
     // From here on plugin code runs, and the fleet watches the time.
     let started = if is_alone { Instant::now() } else { at };
     *lane.running.lock() = Some(Running { started, waits_since: None, waiters });
@@ -117,13 +101,13 @@ pub(super) fn run(
         context.metrics.cost.inc_by(cost);
         context.observe(begun, &times, ended - waited);
     }
-    let result = result.and_then(|()| after(instance, replica, &mut ends));
+    let result = result.and_then(|()| examine(seat, &mut ends));
     if !timed.is_empty() {
         let batch = BatchTimings {
             closed: batch.closed,
             size: count,
             generation: context.generation.number,
-            replica: replica.number,
+            replica: seat.number,
             free_since,
             taken: at,
             begun,
@@ -138,7 +122,7 @@ pub(super) fn run(
     // What callers took who don't read is no sign of a slow pipeline.
     let took = (ended - begun).saturating_sub(waited);
     if let Err(died) = result {
-        let is_certain = count == 1 && (is_alone || replica.has_one_lane());
+        let is_certain = count == 1 && (is_alone || seat.is_only_lane);
         let open: Vec<usize> = (0..count).filter(|place| ends[*place].is_none()).collect();
         let overran = lane.take_overrun();
         context.metrics.died.inc();
@@ -151,7 +135,6 @@ pub(super) fn run(
             Some(is_healthy) => context.count(took, is_healthy),
             None => context.generation.batch_stats.note_time(took),
         }
-        replica.note_batch();
     }
     for (place, ended) in ends.into_iter().enumerate() {
         let (Some(ended), Some(waiter)) = (ended, waiters[place].take()) else { continue };
@@ -165,9 +148,9 @@ pub(super) fn run(
 
 /// Finds out what failures have to do with the device. In this process, the driver is asked. A process of its own whose device failed in it is
 /// ended: the failure lasts as long as that does, and the device is well.
-fn after(instance: &dyn Instance, replica: &Replica, ends: &mut [Option<Ended>]) -> Result<(), Died> {
-    let Some(process) = instance.process() else {
-        replica.examine(ends.iter_mut().flatten().filter_map(Ended::failure_mut));
+fn examine(seat: &Seat<'_>, ends: &mut [Option<Ended>]) -> Result<(), Died> {
+    let Some(process) = seat.instance.process() else {
+        lost_device::examine(seat.lease, ends.iter_mut().flatten().filter_map(Ended::failure_mut));
         return Ok(());
     };
     let of_device = |ended: &Option<Ended>| ended.as_ref()?.failure().cloned().filter(is_of_device);
@@ -289,7 +272,7 @@ fn come_back(
     is_certain: bool,
     overran: Option<Duration>,
     waiters: &mut [Option<Waiter>],
-    context: &ReplicaContext,
+    context: &LaneContext,
 ) {
     let is_charged = died.by == EndedBy::Itself || overran.is_some();
     let mut back = Vec::new();
@@ -349,7 +332,7 @@ fn come_back(
 /// The callers of the batch that a lane runs.
 pub(super) struct LaneCallers<'l> {
     lane: &'l LaneSlot,
-    context: &'l ReplicaContext,
+    context: &'l LaneContext,
     /// The places of the items that run now among the batch's waiters.
     places: Vec<usize>,
     /// How long the batch has waited for those who don't read.
@@ -409,33 +392,5 @@ impl Callers for LaneCallers<'_> {
             }
         }
         result
-    }
-}
-
-impl LaneSlot {
-    fn with_waiter<T>(&self, place: usize, look: impl FnOnce(&mut Waiter) -> T) -> Option<T> {
-        let mut running = self.running.lock();
-        Some(look(running.as_mut()?.waiters.get_mut(place)?.as_mut()?))
-    }
-
-    fn has_begun(&self, place: usize) -> bool {
-        self.with_waiter(place, |waiter| waiter.has_begun).unwrap_or(true)
-    }
-
-    fn note_begun(&self, place: usize) {
-        self.with_waiter(place, |waiter| waiter.has_begun = true);
-    }
-
-    fn request_id(&self, place: usize) -> Option<String> {
-        self.with_waiter(place, |waiter| waiter.request_id.to_string())
-    }
-
-    /// Answers one whose input turned out to be unfit.
-    fn refuse(&self, place: usize, error: JobError) {
-        let mut running = self.running.lock();
-        // It may have been given up.
-        let waiter = running.as_mut().and_then(|batch| batch.waiters.get_mut(place)?.take());
-        drop(running);
-        waiter.into_iter().for_each(|waiter| waiter.reply.send(Err(error.clone())));
     }
 }

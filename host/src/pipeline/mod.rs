@@ -8,6 +8,8 @@ mod fleet;
 mod generation;
 mod golden;
 mod input_faults;
+mod lane;
+mod lost_device;
 mod model;
 mod queue;
 mod replica;

@@ -2,6 +2,7 @@
 //! replicas there are.
 
 use std::{
+    ops::Deref,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -11,20 +12,16 @@ use std::{
 };
 
 use modalkit_device::Lease;
-use modalkit_engine::{Death, Failure, FailureKind, Instance, Process};
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use modalkit_engine::{Death, Failure, Instance, Process};
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
 use super::{
-    Generation, SharedInstance,
-    batch_run::{self, Waiter},
-    stages::{StageTimes, is_no_fault},
+    Generation, SharedInstance, batch_run,
+    lane::{LaneContext, LaneSlot, Seat},
+    lost_device::judge,
 };
-use crate::{
-    insight::{BatchTimings, JobRun, JobTimings, metrics::ModelMetrics},
-    pipeline::{LaneState, Queue},
-    work::JobError,
-};
+use crate::{pipeline::LaneState, work::JobError};
 
 /// What a replica's threads tell the fleet.
 pub(super) enum Event {
@@ -56,36 +53,6 @@ pub(super) struct Replica {
     death: OnceLock<Death>,
 }
 
-/// Who runs beside a batch.
-#[expect(dead_code, reason = "what it holds is a lock")]
-pub(super) enum Company<'r> {
-    /// Others may.
-    Any(RwLockReadGuard<'r, ()>),
-    /// Nobody does.
-    Alone(RwLockWriteGuard<'r, ()>),
-    /// There are no others whom it could harm, or it can't be kept from harming them.
-    None,
-}
-
-/// What one of its threads runs.
-#[derive(Default)]
-pub(super) struct LaneSlot {
-    pub(super) running: Mutex<Option<Running>>,
-    /// The limit that its batch overran, for which its process was ended.
-    overran: Mutex<Option<Duration>>,
-}
-
-/// The replies of the batch that a lane runs. Whoever takes them answers: the lane when it is done, or the fleet when
-/// the batch has overrun its time.
-pub(super) struct Running {
-    /// Later by what the batch has waited for callers who don't read.
-    pub(super) started: Instant,
-    /// It waits for one now, since then.
-    pub(super) waits_since: Option<Instant>,
-    /// By the places of items; `None` of those that have their answer.
-    pub(super) waiters: Vec<Option<Waiter>>,
-}
-
 /// What overran its time.
 pub(super) enum Overrun {
     /// So many batches, whose threads hang.
@@ -96,14 +63,16 @@ pub(super) enum Overrun {
 
 /// What a replica needs to run.
 pub(super) struct ReplicaContext {
-    pub(super) generation: Arc<Generation>,
-    pub(super) queue: Arc<Queue>,
-    pub(super) metrics: Arc<ModelMetrics>,
+    pub(super) of_lanes: LaneContext,
     pub(super) events: mpsc::Sender<Event>,
-    /// Milliseconds that a batch waits for a caller who doesn't read; as the model has it now.
-    pub(super) stream_wait_ms: AtomicU64,
-    /// Batches of which something went well.
-    pub(super) good_batches: AtomicU64,
+}
+
+impl Deref for ReplicaContext {
+    type Target = LaneContext;
+
+    fn deref(&self) -> &LaneContext {
+        &self.of_lanes
+    }
 }
 
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
@@ -122,7 +91,8 @@ impl Replica {
             Ok(instance) => Self::serve(number, &context, instance, lease),
             Err(mut failure) => {
                 if let Some(lease) = lease {
-                    judge(&lease, &mut failure);
+                    let is_isolated = context.generation.plugin.is_isolated();
+                    judge((!is_isolated).then_some(&*lease), &mut failure);
                     // Free before anybody tries again.
                     drop(lease);
                 }
@@ -189,37 +159,6 @@ impl Replica {
     /// Whether a device of it is lost: nothing that it would run can go well.
     pub(super) fn is_lost(&self) -> bool {
         self.lease.as_ref().is_some_and(|lease| lease.is_lost())
-    }
-
-    /// Finds out whether what failed has to do with its device, and corrects what was said of that. The driver is asked once for a batch.
-    pub(super) fn examine<'f>(&self, failures: impl Iterator<Item = &'f mut Failure>) {
-        let failures: Vec<&mut Failure> = failures.filter(|failure| !is_no_fault(failure)).collect();
-        if failures.is_empty() {
-            return;
-        }
-        let lost = self.lease.as_ref().is_some_and(|lease| {
-            let claim = failures.iter().find(|failure| failure.kind == FailureKind::DeviceLost);
-            lease.examine(claim.map(|failure| failure.message.as_str()))
-        });
-        failures.into_iter().for_each(|failure| correct(failure, lost));
-    }
-
-    /// Held while a batch runs: beside one without company, no other does, where they share a process of their own.
-    pub(super) fn company(&self, is_alone: bool) -> Company<'_> {
-        match (&self.company, is_alone) {
-            (Some(company), true) => Company::Alone(company.write()),
-            (Some(company), false) => Company::Any(company.read()),
-            (None, _) => Company::None,
-        }
-    }
-
-    pub(super) fn has_one_lane(&self) -> bool {
-        self.lanes.len() == 1
-    }
-
-    /// A batch has come to its end.
-    pub(super) fn note_batch(&self) {
-        self.batches.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Batches that it has run.
@@ -313,7 +252,18 @@ impl Replica {
         let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
         while let Some(taken) = context.queue.next_batch(lane_id, || self.lane_state(&context.generation)) {
-            if !batch_run::run(&**instance, lane, self, taken, context) {
+            let seat = Seat {
+                number: self.number,
+                instance: &**instance,
+                lane,
+                context,
+                is_only_lane: self.lanes.len() == 1,
+                company: self.company.as_ref(),
+                lease: self.lease.as_deref(),
+            };
+            let ended = batch_run::run(&seat, taken);
+            self.batches.fetch_add(1, Ordering::Relaxed);
+            if !ended {
                 context.metrics.replicas_stuck.dec();
                 context.tell(Event::ThreadReturned);
                 break;
@@ -338,92 +288,7 @@ impl Replica {
     }
 }
 
-impl Running {
-    fn has_run(&self, now: Instant) -> Duration {
-        self.waits_since.unwrap_or(now).saturating_duration_since(self.started)
-    }
-}
-
-impl LaneSlot {
-    /// Notes since when the batch waits for a caller who doesn't read, or that it no longer does: its own time stands still meanwhile.
-    pub(super) fn note_wait(&self, since: Option<Instant>) {
-        let mut running = self.running.lock();
-        let Some(batch) = running.as_mut() else { return };
-        if let Some(since) = std::mem::replace(&mut batch.waits_since, since) {
-            batch.started += since.elapsed();
-        }
-    }
-
-    /// The batch, or what is left of it, begins again; `false` when it was given up.
-    pub(super) fn starts_again(&self) -> bool {
-        let mut running = self.running.lock();
-        let Some(batch) = running.as_mut() else { return false };
-        batch.started = Instant::now();
-        true
-    }
-
-    /// The limit that the batch overran, where that is why its process was ended.
-    pub(super) fn take_overrun(&self) -> Option<Duration> {
-        self.overran.lock().take()
-    }
-}
-
-/// Asks the driver what a failure on these devices means, and says so in it.
-pub(super) fn judge(lease: &Lease, failure: &mut Failure) {
-    let claim = (failure.kind == FailureKind::DeviceLost).then(|| failure.message.clone());
-    correct(failure, lease.examine(claim.as_deref()));
-}
-
-/// Sets a failure's kind by whether a device is lost; a loss that the plugin claims and the driver doesn't confirm is transient.
-fn correct(failure: &mut Failure, lost: bool) {
-    failure.kind = match failure.kind {
-        _ if lost => FailureKind::DeviceLost,
-        FailureKind::DeviceLost | FailureKind::DeviceSuspected => FailureKind::Transient,
-        kind => kind,
-    };
-}
-
 impl ReplicaContext {
-    pub(super) fn stream_wait(&self) -> Duration {
-        Duration::from_millis(self.stream_wait_ms.load(Ordering::Relaxed))
-    }
-
-    /// Lets batches wait so long for a caller who doesn't read.
-    pub(super) fn set_stream_wait(&self, wait: Duration) {
-        self.stream_wait_ms.store(wait.as_millis() as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn good_batches(&self) -> u64 {
-        self.good_batches.load(Ordering::Relaxed)
-    }
-
-    /// Counts a batch. The one that fails its generation's probation is its last: the generation stops serving with it, and the
-    /// reload decides what serves then.
-    pub(super) fn count(&self, took: Duration, succeeded: bool) {
-        if succeeded {
-            self.good_batches.fetch_add(1, Ordering::Relaxed);
-        }
-        self.generation.batch_stats.count(took, succeeded, || self.generation.set_serves(false));
-    }
-
-    /// Counts what each stage took.
-    pub(super) fn observe(&self, begun: Instant, times: &StageTimes, ended: Instant) {
-        let (Some(preprocessed), Some(predicted)) = (times.preprocessed, times.predicted) else { return };
-        self.metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
-        self.metrics.predict.observe((predicted - preprocessed).as_secs_f64());
-        self.metrics.postprocess.observe((ended - predicted).as_secs_f64());
-    }
-
-    /// Records a batch's timings for those of its jobs that carry some.
-    pub(super) fn record_timings(&self, mut batch: BatchTimings, timed: Vec<(Arc<JobTimings>, Instant)>) {
-        let traced = timed.iter().filter_map(|(timings, _)| timings.span.clone()).collect();
-        batch.span = self.metrics.traces.batch(&self.generation.spec.name, &batch, traced);
-        let batch = Arc::new(batch);
-        for (timings, arrived) in timed {
-            timings.note(JobRun { arrived, batch: Arc::clone(&batch) });
-        }
-    }
-
     /// `false` where the fleet has ended.
     fn tell(&self, event: Event) -> bool {
         self.events.blocking_send(event).is_ok()

@@ -9,7 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Model, VolumeChange,
     command::{FleetCommand, failure},
-    replica::{Replica, judge},
+    lost_device::judge,
+    replica::Replica,
 };
 
 /// A walk through a generation's replicas with a change of their data: each is paused while its hook
@@ -46,11 +47,12 @@ impl Walk {
         let (change, commands, lease) =
             (Arc::clone(change), self.commands.clone(), replica.lease().map(Arc::clone));
         let stuck = self.model.metrics.replicas_stuck.clone();
+        let lease = lease.filter(|_| instance.process().is_none());
         let run = move || {
             let mut result = instance.volume_reload(&change.volume, &change.mount_point, &change.changed);
             drop(instance);
-            if let (Err(failure), Some(lease)) = (&mut result, lease) {
-                judge(&lease, failure);
+            if let Err(failure) = &mut result {
+                judge(lease.as_deref(), failure);
             }
             // The receiver is gone when the limit has passed, and the fleet perhaps too.
             if done.send(result).is_err() {

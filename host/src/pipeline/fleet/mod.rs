@@ -26,6 +26,7 @@ use self::loading::Retry;
 use super::{
     Generation, Model, SharedInstance, Status,
     command::{FleetCommand, Leases, VolumeChange},
+    lane::LaneContext,
     replica::{Event, Replica, ReplicaContext},
     scale::{self, Observed, Step},
     walk::Walk,
@@ -115,12 +116,14 @@ impl Fleet {
         let (report, progress) = watch::channel(Progress::Loading);
         let (tell_condition, condition) = watch::channel(Status::Loading);
         let context = Arc::new(ReplicaContext {
-            generation: Arc::clone(&generation),
-            queue: Arc::clone(&model.queue),
-            metrics: Arc::clone(&model.metrics),
+            of_lanes: LaneContext {
+                generation: Arc::clone(&generation),
+                queue: Arc::clone(&model.queue),
+                metrics: Arc::clone(&model.metrics),
+                stream_wait_ms: AtomicU64::new(0),
+                good_batches: AtomicU64::new(0),
+            },
             events,
-            stream_wait_ms: AtomicU64::new(0),
-            good_batches: AtomicU64::new(0),
         });
         context.set_stream_wait(model.spec().replicas.stream_wait);
         let live = Arc::new(AtomicUsize::new(0));
