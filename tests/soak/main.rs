@@ -8,6 +8,7 @@
 mod config;
 mod failing;
 mod hostile;
+mod isolation;
 mod jobs;
 mod keys;
 mod memory;
@@ -18,7 +19,7 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 13] = [
+const PARTS: [(&str, fn()); 16] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -32,6 +33,9 @@ const PARTS: [(&str, fn()); 13] = [
     ("sharing", jobs::sharing),
     ("million", jobs::a_million),
     ("hostile", hostile::mix),
+    ("killers", isolation::killers),
+    ("kills", isolation::kills),
+    ("workers", isolation::reloads),
 ];
 
 fn main() -> ExitCode {

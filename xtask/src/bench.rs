@@ -23,6 +23,7 @@ use crate::build;
 use process::Server;
 use wrk::Load;
 
+#[derive(Clone, Copy)]
 struct Workload {
     name: &'static str,
     plugin: &'static str,
@@ -67,6 +68,25 @@ const WORKLOADS: [Workload; 4] = [
     },
 ];
 
+/// What is measured in one process and in two.
+const ISOLATED: [Workload; 5] = [
+    WORKLOADS[0],
+    Workload {
+        name: "echo in batches of 32",
+        concurrency: &[32, 128],
+        config: "[app_settings.batch_config]\nmax_batch_size = 32\n",
+        note: "max_batch_size 32",
+        ..WORKLOADS[0]
+    },
+    WORKLOADS[1],
+    WORKLOADS[2],
+    WORKLOADS[3],
+];
+
+/// Follows a workload's configuration.
+const IN_PROCESS: &str = "[app_settings.deployment_config]\nisolation = \"in-process\"\n";
+const PROCESS: &str = "[app_settings.deployment_config]\nisolation = \"process\"\n";
+
 const PREDICT: &str = "/predict_sync";
 /// Bytes of the tensor that `tensors` sends.
 const TENSOR_BYTES: usize = 1 << 20;
@@ -99,6 +119,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["insight"] {
         return insight::run(rounds, seconds);
     }
+    if only == ["isolation"] {
+        return isolation(options);
+    }
     if only == ["stream"] {
         return stream::run(rounds, seconds);
     }
@@ -106,42 +129,65 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
         return jobs::run(rounds, seconds);
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
-        bail!("no workload {unknown:?}; expected echo, batched, big, tensors, stream, insight or jobs");
+        bail!(
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, stream, insight or jobs"
+        );
     }
-    wrk::ensure()?;
-    let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big", "fixture-tensors"];
-    let mut build = vec!["build", "--release"];
-    packages.iter().for_each(|package| build.extend(["--package", package]));
-    build::cargo(&build)?;
+    build()?;
     for workload in
         WORKLOADS.iter().filter(|workload| only.is_empty() || only.iter().any(|name| name == workload.name))
     {
-        measure(workload, options)?;
+        measure(workload, options, false)?;
     }
     Ok(())
 }
 
-fn measure(workload: &Workload, options: &Options) -> anyhow::Result<()> {
+/// The same host and plugins, in one process and with each replica in one of its own.
+fn isolation(options: &Options) -> anyhow::Result<()> {
+    build()?;
+    ISOLATED.iter().try_for_each(|workload| measure(workload, options, true))
+}
+
+fn build() -> anyhow::Result<()> {
+    wrk::ensure()?;
+    let packages = ["modalkit", "bare", "echo", "fixture-batched", "fixture-big", "fixture-tensors"];
+    let mut build = vec!["build", "--release"];
+    packages.iter().for_each(|package| build.extend(["--package", package]));
+    build::cargo(&build)
+}
+
+fn measure(workload: &Workload, options: &Options, isolation: bool) -> anyhow::Result<()> {
     let folder = std::env::temp_dir().join(format!("modalkit-bench-{}", std::process::id()));
     fs::create_dir_all(&folder)?;
-    let measured = measure_in(workload, options, &folder);
+    let servers =
+        if isolation { in_both_ways(workload, &folder) } else { beside_bare(workload, options, &folder) };
+    let measured = servers.and_then(|servers| measure_in(workload, options, &folder, &servers));
     // Left alone where it can't be removed: it is in the system's folder for such things.
     let _ = fs::remove_dir_all(&folder);
     measured
 }
 
-fn measure_in(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<()> {
-    let body = folder.join("body.json");
-    fs::write(&body, request(w.name))?;
-    let json_bytes = tensors_head().len().to_string();
-    let header = (w.name == "tensors").then_some(("inference-header-content-length", json_bytes.as_str()));
+fn beside_bare(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<Vec<Server>> {
     let bare_port = free_port()?;
     let mut bare = Command::new(build::release().join("bare"));
     let mut servers = vec![Server::start("bare", bare.args([w.name, &bare_port.to_string()]), bare_port)?];
     if let Some(against) = &options.against {
-        servers.push(start_host("before", against, w, folder)?);
+        servers.push(start_host("before", against, w, "", folder)?);
     }
-    servers.push(start_host("host", &build::release(), w, folder)?);
+    servers.push(start_host("host", &build::release(), w, "", folder)?);
+    Ok(servers)
+}
+
+fn in_both_ways(w: &Workload, folder: &Path) -> anyhow::Result<Vec<Server>> {
+    let start = |name, isolation| start_host(name, &build::release(), w, isolation, folder);
+    Ok(vec![start("in-process", IN_PROCESS)?, start("process", PROCESS)?])
+}
+
+fn measure_in(w: &Workload, options: &Options, folder: &Path, servers: &[Server]) -> anyhow::Result<()> {
+    let body = folder.join("body.json");
+    fs::write(&body, request(w.name))?;
+    let json_bytes = tensors_head().len().to_string();
+    let header = (w.name == "tensors").then_some(("inference-header-content-length", json_bytes.as_str()));
     let Options { rounds, seconds, .. } = *options;
     println!(
         "\n{}: {}; {rounds} rounds of {seconds} s each, medians; ratios are medians of the rounds' own",
@@ -166,13 +212,19 @@ fn measure_in(w: &Workload, options: &Options, folder: &Path) -> anyhow::Result<
                 round(&servers[at], &load, &mut figures[at])?;
             }
         }
-        report(concurrency, &servers, &figures);
+        report(concurrency, servers, &figures);
     }
     Ok(())
 }
 
 /// Starts the host that lies in this folder, with the workload's plugin beside it.
-fn start_host(name: &'static str, built: &Path, w: &Workload, folder: &Path) -> anyhow::Result<Server> {
+fn start_host(
+    name: &'static str,
+    built: &Path,
+    w: &Workload,
+    isolation: &str,
+    folder: &Path,
+) -> anyhow::Result<Server> {
     let (volume, state) = (folder.join(name).join("volume"), folder.join(name).join("state"));
     fs::create_dir_all(&volume)?;
     let plugin = built.join(format!("lib{}.so", w.plugin));
@@ -183,7 +235,7 @@ fn start_host(name: &'static str, built: &Path, w: &Workload, folder: &Path) -> 
     fs::write(
         &config,
         format!(
-            "[server]\nlisten = \"127.0.0.1:{port}\"\nlog = \"warn\"\nstate_folder = {state:?}\n{}\n\
+            "[server]\nlisten = \"127.0.0.1:{port}\"\nlog = \"warn\"\nstate_folder = {state:?}\n{}\n{isolation}\n\
              [app_settings.deployment_config.volumes]\n{volume:?} = \"bench\"\n",
             w.config
         ),

@@ -38,6 +38,7 @@ cargo xtask COMMAND
                                 (--rounds N, --seconds N, default 5 and 4; --against FOLDER: beside the host and the
                                 plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
+  bench isolation               the same host with each replica in a process of its own, beside itself without
   bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
@@ -45,7 +46,7 @@ cargo xtask COMMAND
   gpu-test                      what only a GPU shows: leases, reloads, out of memory, a device that is lost, similarity; puts
                                 what it needs into target/release/gpu-test, which can be carried, and runs it
   soak [PART...]                what takes longer than a test should: reload, neighbour, failing, mounts, memory,
-                                race, config, keys, metrics, jobs, sharing, million, hostile
+                                race, config, keys, metrics, jobs, sharing, million, hostile, killers, kills, workers
 
 The volume is target/volume unless --volume says otherwise.";
 

@@ -12,7 +12,7 @@ pub(crate) fn run(parts: &[String]) -> anyhow::Result<()> {
         brokers::ensure_redis()?;
         python::ensure()?;
     }
-    let packages = ["modalkit", "echo", "fixture-puppet", "fixture-versioned"];
+    let packages = ["modalkit", "echo", "fixture-killer", "fixture-puppet", "fixture-versioned"];
     let mut build = vec!["build", "--release"];
     packages.iter().for_each(|package| build.extend(["--package", package]));
     build::cargo(&build)?;

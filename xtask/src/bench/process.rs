@@ -40,32 +40,62 @@ impl Server {
         bail!("{name} did not answer on port {port}")
     }
 
-    /// CPU time of all threads there are now, from the scheduler: in nanoseconds, where `stat` counts hundredths.
+    /// CPU time of all threads there are now, of the server and of what it has started, from the scheduler: in nanoseconds, where `stat` counts
+    /// hundredths.
     pub(super) fn cpu_seconds(&self) -> anyhow::Result<f64> {
         let mut nanoseconds = 0.0;
-        for thread in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
-            let schedule = fs::read_to_string(thread?.path().join("schedstat"))?;
-            let spent: f64 = schedule.split_whitespace().next().context("schedstat is empty")?.parse()?;
-            nanoseconds += spent;
+        for process in self.processes() {
+            for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+                let schedule = fs::read_to_string(thread?.path().join("schedstat"))?;
+                let spent: f64 = schedule.split_whitespace().next().context("schedstat is empty")?.parse()?;
+                nanoseconds += spent;
+            }
         }
         Ok(nanoseconds / 1e9)
     }
 
     /// Lets the peak of memory begin anew.
     pub(super) fn reset_peak(&self) -> anyhow::Result<()> {
-        Ok(fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+        for process in self.processes() {
+            fs::write(format!("/proc/{process}/clear_refs"), "5")?;
+        }
+        Ok(())
     }
 
     pub(super) fn peak_bytes(&self) -> anyhow::Result<f64> {
         self.status("VmHWM:")
     }
 
+    /// The server's process, and all below it.
+    fn processes(&self) -> Vec<u32> {
+        let mut all = vec![self.child.id()];
+        let mut next = 0;
+        while let Some(process) = all.get(next) {
+            let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+            let children =
+                threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+            let children: Vec<u32> = children
+                .flat_map(|line| line.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+                .collect();
+            all.extend(children);
+            next += 1;
+        }
+        all
+    }
+
+    /// The sum of a line of the processes' status.
     fn status(&self, key: &str) -> anyhow::Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line =
-            status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
-        let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
-        Ok(kibibytes * 1024.0)
+        let mut bytes = 0.0;
+        for process in self.processes() {
+            let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .with_context(|| format!("no {key}"))?;
+            let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+            bytes += kibibytes * 1024.0;
+        }
+        Ok(bytes)
     }
 }
 
