@@ -136,7 +136,7 @@ pub enum LoadError {
     },
     /// The process has opened as many libraries as it may.
     #[error(
-        "this process has opened {found} plugin libraries (server.generations_max is {limit}), and none can be closed again; restart the host, which starts over with what is in the volumes, or run the model in a process of its own (isolation = \"process\") where that is to be had"
+        "this process has opened {found} plugin libraries (server.generations_max is {limit}), and none can be closed again; restart the host, which starts over with what is in the volumes, or run the model in a process of its own (isolation = \"process\")"
     )]
     TooManyLibraries {
         /// Libraries there are.
