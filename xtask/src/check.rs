@@ -13,6 +13,24 @@ use crate::{
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
 const NEEDS: [&str; 4] = ["redis", "moto", "taskiq", "mount"];
 
+/// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
+const ISOLATED: [&str; 6] = ["batching::", "digits::", "failures::", "serving::", "streams::", "tensors::"];
+/// Of these, the ones of what is otherwise there: a host that ends with a pipeline, threads that are left hanging, and inputs that are turned down
+/// before they take a place in a batch.
+const IN_PROCESS_ONLY: [&str; 7] = [
+    "failures::a_plugin_that_ends_the_process",
+    "failures::content_that_ends_the_host",
+    "failures::a_batch_that_overruns",
+    "failures::a_thread_of_an_earlier_generation",
+    "failures::a_model_whose_replicas_hang",
+    "failures::each_batch_of_a_given_up_replica",
+    "serving::health_and_metrics_tell_what_happened",
+];
+/// Sets how hosts of tests run their pipelines.
+const ISOLATION: (&str, &str) = ("MODALKIT_APP_SETTINGS__DEPLOYMENT_CONFIG__ISOLATION", "process");
+/// Tests that run at once, for each two cores: most of them wait.
+const THREADS_OF_TWO_CORES: usize = 3;
+
 /// Every test. The end-to-end tests start real hosts with real plugins, so these are built first.
 pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if let Some(unknown) = without.iter().find(|name| !NEEDS.contains(&name.as_str())) {
@@ -36,7 +54,18 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
         // Tests that need a broker stand in modules that say so.
         tests.extend(without.iter().flat_map(|name| ["--skip".to_owned(), format!("with_{name}::")]));
     }
-    cargo(&tests)?;
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let threads = (cores * THREADS_OF_TWO_CORES).div_ceil(2).to_string();
+    let threads = ("RUST_TEST_THREADS", std::env::var("RUST_TEST_THREADS").unwrap_or(threads));
+    let tests: Vec<&str> = tests.iter().map(String::as_str).collect();
+    run(command(&tests).env(threads.0, &threads.1))?;
+    if args.is_empty() {
+        println!("end-to-end tests again, with each replica in a process of its own");
+        let mut tests = vec!["test", "--package", "modalkit-tests", "--test", "e2e", "--"];
+        tests.extend(ISOLATED);
+        tests.extend(IN_PROCESS_ONLY.iter().flat_map(|name| ["--skip", name]));
+        run(command(&tests).env(threads.0, &threads.1).env(ISOLATION.0, ISOLATION.1))?;
+    }
     for name in without {
         println!("not tested: what needs {name} (--without {name})");
     }
