@@ -84,6 +84,32 @@ fn an_item_that_ends_its_process_fails_alone_with_the_reason_and_its_neighbours_
 }
 
 #[test]
+fn several_such_items_in_a_row_take_neither_the_model_nor_their_neighbours_along() {
+    let host = killer("");
+    let killers = [0, 1, 2, 5];
+    let item = |value| json!({"value": value, "do": if killers.contains(&value) { "segfault" } else { "" }});
+    let items: Vec<Value> = (0..8).map(item).collect();
+    let (status, answers) = host.post("/predict_batch?model_name=killer", &json!(items));
+    assert_eq!(status, 200, "{answers}");
+    for (value, answer) in answers.as_array().unwrap().iter().enumerate() {
+        let is_error = answer["error"].as_str().is_some_and(|error| error.contains("SIGSEGV"));
+        assert_eq!(is_error, killers.contains(&value), "{answers}");
+        assert!(is_error || answer["value"] == 2 * value, "{answers}");
+    }
+    // Where they end their process when they are looked at, before they are taken.
+    let item =
+        |value: i64| json!({"value": value, "do": if value == 1 { "segfault in validate" } else { "" }});
+    let before = host.metric(r#"modalkit_worker_deaths_total{model="killer"}"#);
+    let (status, answers) =
+        host.post("/predict_batch?model_name=killer", &json!([item(0), item(1), item(2)]));
+    assert_eq!(status, 200, "{answers}");
+    assert!(answers[1]["error"].to_string().contains("SIGSEGV in decode"), "{answers}");
+    assert_eq!((&answers[0]["value"], &answers[2]["value"]), (&json!(0), &json!(4)), "{answers}");
+    assert!(host.metric(r#"modalkit_worker_deaths_total{model="killer"}"#) - before <= 2.0);
+    assert_eq!(host.model("killer")["state"], "ready");
+}
+
+#[test]
 fn an_item_that_overruns_its_time_alone_gets_the_504() {
     let host = killer("batch_timeout_seconds = 0.5\n");
     let (status, body) = ask(&host, &json!({"do": "spin"}));

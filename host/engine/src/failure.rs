@@ -17,6 +17,8 @@ pub enum FailureKind {
     Panicked,
     /// The process that ran it has died, with all that it was running; which of that did it, nobody knows yet.
     Died,
+    /// The process that was to run it had died before.
+    NeverBegan,
     /// Nobody wanted the item any more, and the pipeline was told so: no fault of anybody's.
     Unwanted,
 }

@@ -83,6 +83,8 @@ pub struct Decoded {
 pub enum Checked {
     /// Not at all: the plugin is elsewhere, and says with the batch what is wrong with an input, by [`EventSink::reject`].
     Nothing,
+    /// Not to the end: the process that looked at it died of that, or of something beside it.
+    Suspect,
     /// It is an input; no instance has validated it.
     Parsed,
     /// An instance has validated and measured it.
@@ -139,8 +141,8 @@ pub trait Process: Send + Sync {
     /// How it ended, where it has: every call fails from then on.
     fn death(&self) -> Option<Death>;
 
-    /// Ends it, and all that it has started, for this reason. Calls that run return soon.
-    fn kill(&self, why: &str);
+    /// Ends it, and all that it has started, for this reason, which lies with it or with the host. Calls that run return soon.
+    fn kill(&self, why: &str, by: EndedBy);
 
     /// Bytes of memory that it holds now; `None` where nobody knows.
     fn resident_bytes(&self) -> Option<u64>;

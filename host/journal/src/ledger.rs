@@ -109,6 +109,13 @@ impl Slot {
         self.write(&slot);
     }
 
+    /// Says that the attempt came to nothing, and begins again later.
+    pub fn waits(&self) {
+        if self.begun.swap(false, Ordering::SeqCst) {
+            self.write(&[0; SLOT_BYTES]);
+        }
+    }
+
     /// Says that other jobs run beside it from now on.
     pub fn joined(&self) {
         if self.alone.swap(false, Ordering::SeqCst) && self.begun.load(Ordering::SeqCst) {

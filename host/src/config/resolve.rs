@@ -148,7 +148,7 @@ impl Resolver<'_> {
             reload: reload_policy(&deployment),
             retries: deployment.retries().0 as u32,
             gpu: self.gpu(&deployment, key),
-            isolation: self.isolation(&own_deployment, &deployment, key),
+            isolation: self.isolation(&own_deployment, &deployment, entry, key),
             recycle: Recycle {
                 after_batches: deployment.recycle_after_batches.value().map(|count| count.0),
                 after_bytes: deployment.recycle_after_mb.value().map(|memory| memory.0 << 20),
@@ -156,13 +156,22 @@ impl Resolver<'_> {
         }
     }
 
-    fn isolation(&mut self, own: &DeploymentConfig, deployment: &DeploymentConfig, key: &str) -> Isolation {
+    fn isolation(
+        &mut self,
+        own: &DeploymentConfig,
+        deployment: &DeploymentConfig,
+        entry: &ModelEntry,
+        key: &str,
+    ) -> Isolation {
         if deployment.isolation() == IsolationKind::InProcess {
             self.warnings.extend(without_isolation(own, key));
             return Isolation::InProcess;
         }
-        let mut readable: Vec<PathBuf> =
-            self.volumes.iter().map(|volume| volume.mount_point.clone()).collect();
+        // Those that its entry names, where it names any.
+        let is_its_own =
+            |volume: &&Volume| entry.volumes.value().is_none_or(|names| names.contains(&volume.name));
+        let its_own = self.volumes.iter().filter(is_its_own);
+        let mut readable: Vec<PathBuf> = its_own.map(|volume| volume.mount_point.clone()).collect();
         readable.push(self.folder.clone());
         let sandbox = Sandbox { readable, network: deployment.sandbox_network() };
         let amount = |amount: Option<&Amount>| amount.map(|amount| amount.0).filter(|amount| *amount > 0.0);
@@ -292,6 +301,7 @@ fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
     let mut note = |name: &str, at: Option<Place>| written.extend(at.map(|at| (name.to_owned(), at)));
     note("memory", deployment.memory.value().map(|_| deployment.memory.at()));
     note("cpu", deployment.cpu.value().map(|_| deployment.cpu.at()));
+    note("sandbox_network", deployment.sandbox_network().then(|| deployment.sandbox_network.at()));
     note("sandbox", deployment.sandbox().then(|| deployment.sandbox.at()));
     note(
         "recycle_after_batches",

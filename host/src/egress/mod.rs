@@ -61,7 +61,7 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
     let output_bytes = |output: &Payload| Answer::OPENING_BYTES_MAX + output.json().map_or(0, Bytes::len) + 1;
     let outputs: usize = replies.iter().flatten().map(output_bytes).sum();
     let mut body = Vec::with_capacity(outputs + 2);
-    let overran = |reply: &Reply| matches!(reply, Err(JobError::BatchTimedOut(_)));
+    let overran = |reply: &Reply| matches!(reply, Err(JobError::BatchTimedOut(_) | JobError::HungAlone(_)));
     let all_overran = replies.iter().all(overran);
     body.push(b'[');
     for reply in replies {
@@ -71,7 +71,7 @@ pub fn replies(replies: Vec<Reply>, partial: bool) -> HttpResponse {
         match reply.and_then(|output| output.into_json().map_err(JobError::Failed)) {
             Ok(output) => Answer::of(output).put_into(&mut body),
             Err(JobError::Failed(failure)) => body.extend_from_slice(&failed_item(&failure)),
-            Err(late @ JobError::BatchTimedOut(_)) if !all_overran => {
+            Err(late @ JobError::HungAlone(_)) if !all_overran => {
                 let message = describe(&late);
                 body.extend_from_slice(&failed_item(&Failure { kind: FailureKind::Transient, message }));
             }
@@ -262,7 +262,9 @@ fn status_of(job_error: &JobError) -> StatusCode {
         JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
         JobError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
         JobError::StoppedReading(_) => StatusCode::REQUEST_TIMEOUT,
-        JobError::DeadlinePassed | JobError::BatchTimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
+        JobError::DeadlinePassed | JobError::BatchTimedOut(_) | JobError::HungAlone(_) => {
+            StatusCode::GATEWAY_TIMEOUT
+        }
         JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
             StatusCode::UNPROCESSABLE_ENTITY
         }

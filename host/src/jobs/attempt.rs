@@ -37,7 +37,11 @@ impl Recorder for Attempt {
     }
 
     fn comes_back(&self) {
+        self.began.store(false, Ordering::SeqCst);
         self.metrics.jobs.running.dec();
+        // Nowhere that it could be taken from: its end is on its way.
+        self.live_job.progress.lock().wait_for_turn();
+        self.slot.waits();
     }
 
     fn answered(mut self: Box<Self>, reply: Reply) {

@@ -347,6 +347,7 @@ fn may_help(error: &JobError) -> bool {
             FailureKind::Transient
             | FailureKind::DeviceLost
             | FailureKind::DeviceSuspected
+            | FailureKind::NeverBegan
             | FailureKind::Panicked => true,
             FailureKind::InvalidInput
             | FailureKind::Permanent
@@ -359,6 +360,7 @@ fn may_help(error: &JobError) -> bool {
         | JobError::TooLarge(_)
         | JobError::Conflict(_)
         | JobError::DeadlinePassed
+        | JobError::HungAlone(_)
         | JobError::StoppedReading(_) => false,
     }
 }

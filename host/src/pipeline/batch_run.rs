@@ -2,10 +2,16 @@
 //! in halves, until the item that does it is alone; what came to nothing since its process died goes back to the queue, to run without
 //! company. It never knows how many replicas there are, nor when one is replaced.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
 
 use modalkit_batch::{Closed, Waiting};
-use modalkit_engine::{ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload};
+use modalkit_engine::{
+    Checked, ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload,
+};
 
 use super::{
     Taken,
@@ -15,11 +21,14 @@ use super::{
 };
 use crate::{
     insight::BatchTimings,
-    work::{ChunkSender, Job, JobError, ReplyHandle},
+    work::{ChunkSender, Deaths, Job, JobError, ReplyHandle},
 };
 
 /// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
 const COST_MAX: u64 = 1 << 40;
+/// How long a process may take to die whose device has failed, and how often that is looked for.
+const DEATH_TIME_MAX: Duration = Duration::from_secs(5);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 /// Times that a job comes back from processes that somebody else ended, until it has failed.
 const UNCHARGED_MAX: u32 = 8;
 
@@ -32,6 +41,8 @@ struct Died {
     by: EndedBy,
     /// Those that it was running.
     suspects: Vec<usize>,
+    /// Its device had failed in it.
+    of_device: bool,
 }
 
 struct BatchRun<'r> {
@@ -46,6 +57,9 @@ struct BatchRun<'r> {
     cost: u64,
     /// Why the batch failed as a whole, at first.
     failed: Option<Failure>,
+    begun: Instant,
+    /// After this it is not run again in parts.
+    time_max: Duration,
 }
 
 /// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
@@ -57,9 +71,22 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
     let (mut waiters, mut items) =
         (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
     let mut inputs = Vec::with_capacity(batch.jobs.len());
+    let is_alone = batch.closed == Closed::Alone;
+    // A process has died while it looked at these.
+    let mut suspects = Vec::new();
     for Waiting { job, arrived, id } in batch.jobs {
         if job.reply.is_abandoned() {
             context.metrics.skipped_cancelled.inc();
+            continue;
+        }
+        if instance.process().is_none() && job.deaths.suspected > 0 {
+            let message = "a worker process died while it ran this input, and its model now runs in the host's own process: there it is not tried".to_owned();
+            job.reply.send(Err(JobError::Failed(Failure { kind: FailureKind::Died, message })));
+            continue;
+        }
+        if !is_alone && job.decoded.as_ref().is_some_and(|decoded| decoded.checked == Checked::Suspect) {
+            let job = Job { decoded: None, deaths: Deaths { suspected: 1, ..job.deaths }, ..job };
+            suspects.push(Waiting { job, arrived, id });
             continue;
         }
         if let Some(timings) = job.timings {
@@ -71,16 +98,17 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
         let Job { reply, request_id, input, deaths, .. } = job;
         waiters.push(Some(Waiter { reply, request_id, input, id, arrived, deaths, has_begun: false }));
     }
+    run_alone(suspects, context);
     if waiters.is_empty() {
         return true;
     }
-    let is_alone = batch.closed == Closed::Alone;
     // Nothing else runs in the same process beside a job that is under suspicion.
     let _company = seat.company(is_alone);
     // From here on plugin code runs, and the fleet watches the time.
-    let started = if is_alone { Instant::now() } else { at };
-    *lane.running.lock() = Some(Running { started, waits_since: None, waiters });
+    let started = if seat.company.is_some() { Instant::now() } else { at };
+    *lane.running.lock() = Some(Running { started, waits_since: None, overran: None, waiters });
     let count = items.len();
+    let begun = Instant::now();
     let mut run = BatchRun {
         instance,
         lane,
@@ -91,8 +119,9 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
         times: StageTimes::default(),
         cost: 0,
         failed: None,
+        begun,
+        time_max: context.generation.spec.replicas.batch_timeout,
     };
-    let begun = Instant::now();
     let result = run.run(items);
     let ended = Instant::now();
     let BatchRun { mut ends, callers, times, cost, failed, .. } = run;
@@ -118,15 +147,17 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
         };
         context.record_timings(batch, timed);
     }
-    let Some(Running { mut waiters, .. }) = lane.running.lock().take() else { return false };
+    let Some(Running { mut waiters, overran, .. }) = lane.running.lock().take() else { return false };
     // What callers took who don't read is no sign of a slow pipeline.
     let took = (ended - begun).saturating_sub(waited);
     if let Err(died) = result {
-        let is_certain = count == 1 && (is_alone || seat.is_only_lane);
+        // Beside others, or after them in the same process, it may have been theirs. What hangs has hung by itself.
+        let is_certain = count == 1 && (is_alone || overran.is_some() && seat.is_only_lane);
         let open: Vec<usize> = (0..count).filter(|place| ends[*place].is_none()).collect();
-        let overran = lane.take_overrun();
-        context.metrics.died.inc();
-        if died.by == EndedBy::Itself || overran.is_some() {
+        if !died.suspects.is_empty() && overran.is_none() {
+            context.metrics.died.inc();
+        }
+        if !died.suspects.is_empty() && (died.by == EndedBy::Itself || overran.is_some()) {
             context.count(took, false);
         }
         come_back(died, &open, is_certain, overran, &mut waiters, context);
@@ -157,9 +188,14 @@ fn examine(seat: &Seat<'_>, ends: &mut [Option<Ended>]) -> Result<(), Died> {
     let suspects: Vec<usize> = (0..ends.len()).filter(|place| of_device(&ends[*place]).is_some()).collect();
     let Some(failure) = suspects.first().and_then(|place| of_device(&ends[*place])) else { return Ok(()) };
     let how = format!("its device failed in its process: {}", failure.message);
-    process.kill(&how);
+    process.kill(&how, EndedBy::Itself);
+    // Nothing is run in it any more.
+    let begun = Instant::now();
+    while process.death().is_none() && begun.elapsed() < DEATH_TIME_MAX {
+        thread::sleep(BETWEEN_LOOKS);
+    }
     suspects.iter().for_each(|place| ends[*place] = None);
-    Err(Died { how, by: EndedBy::Itself, suspects })
+    Err(Died { how, by: EndedBy::Itself, suspects, of_device: true })
 }
 
 impl BatchRun<'_> {
@@ -181,7 +217,7 @@ impl BatchRun<'_> {
         }
         if let Some(death) = self.instance.process().and_then(|process| process.death()) {
             // Before these were its concern.
-            return Err(Died { how: death.how, by: death.by, suspects: Vec::new() });
+            return Err(Died { how: death.how, by: death.by, suspects: Vec::new(), of_device: false });
         }
         self.callers.places.clone_from(&places);
         let ran = stages(self.instance, inputs, &mut self.times, &mut self.callers);
@@ -197,16 +233,17 @@ impl BatchRun<'_> {
             }
             Err(failure) => failure,
         };
-        if failure.kind == FailureKind::Died {
+        if matches!(failure.kind, FailureKind::Died | FailureKind::NeverBegan) {
             let death = self.instance.process().and_then(|process| process.death());
             let by = death.map_or(EndedBy::Itself, |death| death.by);
-            return Err(Died { how: failure.message, by, suspects: places });
+            let suspects = if failure.kind == FailureKind::Died { places } else { Vec::new() };
+            return Err(Died { how: failure.message, by, suspects, of_device: false });
         }
         if self.failed.is_none() {
             self.say_failed(&failure, &places);
             self.failed = Some(failure.clone());
         }
-        if places.len() == 1 || !may_be_one_items(&failure) {
+        if places.len() == 1 || !may_be_one_items(&failure) || self.begun.elapsed() > self.time_max {
             places
                 .into_iter()
                 .for_each(|place| self.ends[place] = Some(Ended::Outcome(Err(failure.clone()))));
@@ -260,6 +297,7 @@ fn may_be_one_items(failure: &Failure) -> bool {
         | FailureKind::DeviceLost
         | FailureKind::DeviceSuspected
         | FailureKind::Died
+        | FailureKind::NeverBegan
         | FailureKind::Unwanted => false,
     }
 }
@@ -283,8 +321,12 @@ fn come_back(
         let is_charged = is_charged && died.suspects.contains(place);
         let failed = |how: String| JobError::Failed(Failure { kind: FailureKind::Died, message: how });
         if is_charged && is_certain {
+            context.convictions.fetch_add(1, Ordering::Relaxed);
             waiter.reply.send(Err(match overran {
-                Some(limit) => JobError::BatchTimedOut(limit),
+                Some(limit) => JobError::HungAlone(limit),
+                None if died.of_device => {
+                    JobError::Failed(Failure { kind: FailureKind::Transient, message: died.how.clone() })
+                }
                 None => failed(format!(
                     "its worker process died while it ran this input and no other: {}",
                     died.how
@@ -323,8 +365,16 @@ fn come_back(
         how = died.how,
         "a batch came to nothing: its worker process has died"
     );
-    context.metrics.reruns_alone.inc_by(back.len() as u64);
-    for job in context.queue.push_alone(back) {
+    run_alone(back, context);
+}
+
+/// Has jobs run next, each without company.
+fn run_alone(jobs: Vec<Waiting<Job>>, context: &LaneContext) {
+    if jobs.is_empty() {
+        return;
+    }
+    context.metrics.reruns_alone.inc_by(jobs.len() as u64);
+    for job in context.queue.push_alone(jobs) {
         job.reply.send(Err(JobError::Unavailable("the model stopped serving".into())));
     }
 }

@@ -140,7 +140,9 @@ impl Generation {
                 Some(Ok(measure)) => (decoded.measure, decoded.checked) = (measure, Checked::Validated),
                 // What could not be looked at now is, where it runs.
                 None | Some(Err(Rejection::Busy)) => {}
-                Some(Err(Rejection::Failed(failure))) if failure.kind == FailureKind::Died => {}
+                Some(Err(Rejection::Failed(failure))) if failure.kind == FailureKind::Died => {
+                    decoded.checked = Checked::Suspect;
+                }
                 Some(Err(rejection)) => return Err(self.rejected(rejection, input)),
             }
             Ok(decoded)

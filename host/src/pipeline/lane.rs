@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -50,8 +50,6 @@ pub(super) enum Company<'r> {
 #[derive(Default)]
 pub(super) struct LaneSlot {
     pub(super) running: Mutex<Option<Running>>,
-    /// The limit that its batch overran, for which its process was ended.
-    pub(super) overran: Mutex<Option<Duration>>,
 }
 
 /// The replies of the batch that a lane runs. Whoever takes them answers: the lane when it is done, or the fleet when
@@ -61,6 +59,8 @@ pub(super) struct Running {
     pub(super) started: Instant,
     /// It waits for one now, since then.
     pub(super) waits_since: Option<Instant>,
+    /// The limit that it overran, for which its process was ended.
+    pub(super) overran: Option<Duration>,
     /// By the places of items; `None` of those that have their answer.
     pub(super) waiters: Vec<Option<Waiter>>,
 }
@@ -86,6 +86,8 @@ pub(super) struct LaneContext {
     pub(super) stream_wait_ms: AtomicU64,
     /// Batches of which something went well.
     pub(super) good_batches: AtomicU64,
+    /// Inputs that were found to end their process; since the fleet looked last.
+    pub(super) convictions: AtomicU32,
 }
 
 impl Seat<'_> {
@@ -121,11 +123,6 @@ impl LaneSlot {
         let Some(batch) = running.as_mut() else { return false };
         batch.started = Instant::now();
         true
-    }
-
-    /// The limit that the batch overran, where that is why its process was ended.
-    pub(super) fn take_overrun(&self) -> Option<Duration> {
-        self.overran.lock().take()
     }
 
     pub(super) fn with_waiter<T>(&self, place: usize, look: impl FnOnce(&mut Waiter) -> T) -> Option<T> {

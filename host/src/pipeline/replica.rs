@@ -12,7 +12,7 @@ use std::{
 };
 
 use modalkit_device::Lease;
-use modalkit_engine::{Death, Failure, Instance, Process};
+use modalkit_engine::{Death, EndedBy, Failure, Instance, Process};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
@@ -78,6 +78,8 @@ impl Deref for ReplicaContext {
 /// Between two looks at an instance that somebody still uses: in most cases to validate one input.
 const INSTANCE_POLL_MIN: Duration = Duration::from_millis(1);
 const INSTANCE_POLL_MAX: Duration = Duration::from_millis(100);
+/// After this one that hangs is ended, where it has a process of its own.
+const INSTANCE_TIME_MAX: Duration = Duration::from_secs(10);
 
 impl Replica {
     /// Loads an instance on a thread of its own, which then becomes its first lane.
@@ -182,8 +184,8 @@ impl Replica {
     }
 
     /// Ends its process; `false` where it has none.
-    pub(super) fn kill(&self, why: &str) -> bool {
-        self.with_process(|process| process.kill(why)).is_some()
+    pub(super) fn kill(&self, why: &str, by: EndedBy) -> bool {
+        self.with_process(|process| process.kill(why, by)).is_some()
     }
 
     fn with_process<T>(&self, look: impl FnOnce(&dyn Process) -> T) -> Option<T> {
@@ -228,11 +230,9 @@ impl Replica {
         let (mut overrun, mut killed) = (0, false);
         for lane in &self.lanes {
             let mut running = lane.running.lock();
-            if running.as_ref().is_none_or(|batch| batch.has_run(now) < limit) {
-                continue;
-            }
+            let Some(batch) = running.as_mut().filter(|batch| batch.has_run(now) >= limit) else { continue };
             if self.is_isolated {
-                killed |= lane.overran.lock().replace(limit).is_none();
+                killed |= batch.overran.replace(limit).is_none();
                 continue;
             }
             let waiters = running.take().map(|batch| batch.waiters).unwrap_or_default();
@@ -242,7 +242,7 @@ impl Replica {
             waiting.for_each(|waiter| waiter.reply.send(Err(JobError::BatchTimedOut(limit))));
         }
         if killed {
-            self.kill(&format!("a batch overran {limit:?} (batch_timeout_seconds)"));
+            self.kill(&format!("a batch overran {limit:?} (batch_timeout_seconds)"), EndedBy::Host);
         }
         if killed { Overrun::Killed } else { Overrun::Hang(overrun) }
     }
@@ -279,9 +279,12 @@ impl Replica {
     /// input) was given another one before the lanes were told to leave, and is done in a moment.
     fn drop_instance(&self) {
         let Some(mut instance) = self.instance.lock().take() else { return };
-        let mut pause = INSTANCE_POLL_MIN;
+        let (mut pause, begun) = (INSTANCE_POLL_MIN, Instant::now());
         while let Err(shared) = Arc::try_unwrap(instance).map(drop) {
             thread::sleep(pause);
+            if let Some(process) = shared.process().filter(|_| begun.elapsed() > INSTANCE_TIME_MAX) {
+                process.kill("somebody still waits for it after its replica has left", EndedBy::Host);
+            }
             pause = (pause * 2).min(INSTANCE_POLL_MAX);
             instance = shared;
         }

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
-use modalkit_engine::Failure;
+use modalkit_engine::{EndedBy, Failure};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -84,8 +84,10 @@ impl Walk {
         self.model.metrics.replicas_stuck.inc();
         replica.stop();
         // The hook comes back with that, where it runs in a process of its own.
-        replica
-            .kill(&format!("on_volume_reload did not return within {:?} (load_timeout_seconds)", self.limit));
+        replica.kill(
+            &format!("on_volume_reload did not return within {:?} (load_timeout_seconds)", self.limit),
+            EndedBy::Itself,
+        );
         if let Some(commands) = self.commands.upgrade() {
             let _ = commands.send(FleetCommand::GiveUp(Arc::clone(replica))).await;
         }

@@ -27,7 +27,7 @@ pub fn describe(job_error: &JobError) -> String {
         }
         JobError::Busy(reason) => (*reason).to_owned(),
         JobError::DeadlinePassed => "the deadline passed before there was an answer".to_owned(),
-        JobError::BatchTimedOut(limit) => {
+        JobError::BatchTimedOut(limit) | JobError::HungAlone(limit) => {
             format!("the batch ran longer than batch_timeout_seconds ({limit:?})")
         }
         JobError::StoppedReading(limit) => {

@@ -29,6 +29,8 @@ pub enum JobError {
     DeadlinePassed,
     /// The batch overran `batch_timeout_seconds`.
     BatchTimedOut(Duration),
+    /// It overran `batch_timeout_seconds` with nothing beside it: it does so again.
+    HungAlone(Duration),
     /// The caller read none of its chunks for as long as a batch waits for that.
     StoppedReading(Duration),
     /// The pipeline failed.

@@ -5,21 +5,19 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     process,
-    sync::{
-        OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use modalkit_engine::Confinement;
+use parking_lot::Mutex;
 
 /// The host itself moves here: a group with processes in it hands nothing down.
 const HOST: &str = "modalkit-host";
 /// The period that cores are counted in, in microseconds.
 const PERIOD_US: f64 = 100_000.0;
 
-/// The group under which those of workers are made, found once; why there is none.
-static PARENT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+/// The group under which those of workers are made, once it was found.
+static PARENT: Mutex<Option<PathBuf>> = Mutex::new(None);
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// A worker's group; removed with this.
@@ -37,12 +35,21 @@ impl Cgroup {
         if confinement.memory_bytes.is_none() && confinement.cores.is_none() {
             return Ok(None);
         }
-        let parent = PARENT.get_or_init(|| {
-            find().and_then(|group| prepare(&group).map(|()| group).map_err(|error| error.to_string()))
-        });
-        let parent = parent.as_ref().map_err(Clone::clone)?;
+        let parent = {
+            let mut known = PARENT.lock();
+            match &*known {
+                Some(group) => group.clone(),
+                None => {
+                    let group = find()?;
+                    prepare(&group).map_err(|error| error.to_string())?;
+                    known.insert(group).clone()
+                }
+            }
+        };
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = parent.join(format!("modalkit-worker-{}-{number}", process::id()));
+        // One that a host of the same process id has left behind.
+        let _ = fs::remove_dir(&path);
         fs::create_dir(&path).map_err(|error| format!("can't make {}: {error}", path.display()))?;
         let group = Self { path };
         if let Some(bytes) = confinement.memory_bytes {

@@ -36,6 +36,9 @@ pub(crate) enum Broken {
     /// The other end is gone.
     #[error("the connection ended")]
     Ended,
+    /// The other end is gone, and has not read what was sent last.
+    #[error("the connection was reset")]
+    Reset,
     /// It took too long.
     #[error("the time for it has passed")]
     TimedOut,
@@ -50,10 +53,10 @@ pub(crate) enum Broken {
 impl From<io::Error> for Broken {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::BrokenPipe
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::NotConnected => Self::Ended,
+            io::ErrorKind::ConnectionReset => Self::Reset,
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected => {
+                Self::Ended
+            }
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::TimedOut,
             _ => Self::Io(error),
         }
@@ -363,6 +366,10 @@ fn write_arena(arena: &File, at: u64, frame: &Outgoing<'_>) -> io::Result<()> {
 pub(crate) struct Breaker(UnixStream);
 
 impl Breaker {
+    pub(crate) fn of(socket: &UnixStream) -> io::Result<Self> {
+        socket.try_clone().map(Self)
+    }
+
     pub(crate) fn break_off(&self) {
         // One that is broken already is as good.
         let _ = self.0.shutdown(Shutdown::Both);

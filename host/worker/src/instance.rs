@@ -9,8 +9,8 @@ use std::{
 };
 
 use modalkit_engine::{
-    Batch, Death, Decoded, EventSink, Failure, FailureKind, Foreign, Input, Instance, LogLevel, Measure,
-    Measured, Payload, PluginLog, Process, Rejection, Signature,
+    Batch, Death, Decoded, EndedBy, EventSink, Failure, FailureKind, Foreign, Input, Instance, LogLevel,
+    Measure, Measured, Payload, PluginLog, Process, Rejection, Signature,
 };
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -29,6 +29,8 @@ use crate::{
 
 /// Inputs that are checked with one frame.
 const CHECKED_MAX: usize = 1000;
+/// How long inputs may be looked at before they are taken; a worker that takes longer hangs in its `validate`, and is ended.
+const CHECK_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a worker that was told to leave may take: its pipeline's destructors run.
 const LEAVE_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -58,6 +60,9 @@ struct WorkerBatch<'i> {
     /// `None` once it has broken.
     channel: Option<Channel>,
     measured: Option<Measured>,
+    /// It was sent, and its end has come.
+    was_sent: bool,
+    has_ended: bool,
 }
 
 /// Told when another level of the log is wanted.
@@ -98,7 +103,8 @@ impl WorkerInstance {
 impl Connections {
     /// The failure of a call whose connection broke.
     fn broken(&self, broken: &Broken) -> Failure {
-        let patience = if matches!(broken, Broken::Ended) { END_TIME } else { Duration::ZERO };
+        let has_ended = matches!(broken, Broken::Ended | Broken::Reset);
+        let patience = if has_ended { END_TIME } else { Duration::ZERO };
         let death = self.life.wait_for_death(patience, &broke(broken));
         Failure { kind: FailureKind::Died, message: death.how }
     }
@@ -108,7 +114,7 @@ impl Connections {
         let encoded: Vec<Encoded<'_>> = payloads.into_iter().map(Encoded::payload).collect();
         let mut frame = Outgoing::new(Kind::Check, 0, encoded.len());
         encoded.iter().for_each(|item| item.push_to(&mut frame));
-        let checked = start::ask(&self.checks, &frame, Kind::Checked)?;
+        let checked = start::ask(&self.checks, &frame, Kind::Checked, Some(CHECK_TIME_MAX))?;
         if checked.items.len() != inputs.len() {
             return Err(Garbage::Item("is not there").into());
         }
@@ -133,7 +139,7 @@ impl Instance for WorkerInstance {
             changed: changed.into(),
         });
         let frame = Outgoing::of(Kind::Reload, items::PAYLOAD, &change);
-        let reloaded = start::ask(&self.worker.control, &frame, Kind::Reloaded)
+        let reloaded = start::ask(&self.worker.control, &frame, Kind::Reloaded, None)
             .map_err(|broken| self.worker.broken(&broken))?;
         let [result, signature] = &reloaded.items[..] else {
             return Err(self.worker.broken(&Garbage::Item("is not there").into()));
@@ -188,7 +194,14 @@ impl Instance for WorkerInstance {
                 channel => break channel,
             }
         };
-        Ok(Box::new(WorkerBatch { worker: &self.worker, inputs, channel, measured: None }))
+        Ok(Box::new(WorkerBatch {
+            worker: &self.worker,
+            inputs,
+            channel,
+            measured: None,
+            was_sent: false,
+            has_ended: false,
+        }))
     }
 
     fn process(&self) -> Option<&dyn Process> {
@@ -201,8 +214,8 @@ impl Process for Connections {
         self.life.death()
     }
 
-    fn kill(&self, why: &str) {
-        self.life.kill(why);
+    fn kill(&self, why: &str, by: EndedBy) {
+        self.life.end(why, by);
         if let Ok(supervisor) = supervisor::shared(None) {
             supervisor.wake();
         }
@@ -225,7 +238,7 @@ impl Drop for WorkerInstance {
         worker.free.lock().drain(..).for_each(|lane| lane.break_off());
         let patience = if told.is_ok() { LEAVE_TIME_MAX } else { Duration::ZERO };
         if worker.life.wait(patience).is_none() {
-            worker.kill(&format!("it did not leave within {LEAVE_TIME_MAX:?}"));
+            worker.kill(&format!("it did not leave within {LEAVE_TIME_MAX:?}"), EndedBy::Host);
             worker.life.wait(END_TIME);
         }
     }
@@ -236,18 +249,30 @@ impl WorkerBatch<'_> {
         &mut self,
         call: impl FnOnce(&mut Channel, &[Payload]) -> Result<T, Broken>,
     ) -> Result<T, Failure> {
-        let Some(channel) = &mut self.channel else { return Err(self.worker.broken(&Broken::Ended)) };
+        let Some(channel) = &mut self.channel else {
+            let failure = self.worker.broken(&Broken::Ended);
+            return Err(Failure { kind: FailureKind::NeverBegan, ..failure });
+        };
         let called = call(channel, &self.inputs);
         called.map_err(|broken| {
             // Nothing is said on it any more.
             self.channel = None;
-            self.worker.broken(&broken)
+            let failure = self.worker.broken(&broken);
+            // Not all of it was sent, or read.
+            let never_began = !self.was_sent || matches!(broken, Broken::Reset);
+            Failure { kind: if never_began { FailureKind::NeverBegan } else { failure.kind }, ..failure }
         })
     }
 }
 
 impl Batch for WorkerBatch<'_> {
     fn preprocess(&mut self) -> Result<(), Failure> {
+        let bytes: u64 = self.inputs.iter().map(items::bytes).sum();
+        if bytes > items::BYTES_MAX && self.inputs.len() > 1 {
+            let message =
+                format!("the batch's inputs have {bytes} bytes, more than a worker process is sent at once");
+            return Err(Failure { kind: FailureKind::Transient, message });
+        }
         if let Some(place) = self.inputs.iter().position(|input| !items::fits(input)) {
             let message = format!("the input at {place} is too large for a worker process");
             return Err(Failure { kind: FailureKind::InvalidInput, message });
@@ -257,7 +282,9 @@ impl Batch for WorkerBatch<'_> {
             let mut frame = Outgoing::new(Kind::Batch, 0, encoded.len());
             encoded.iter().for_each(|item| item.push_to(&mut frame));
             channel.send(&frame)
-        })
+        })?;
+        self.was_sent = true;
+        Ok(())
     }
 
     fn predict(&mut self) -> Result<(), Failure> {
@@ -286,6 +313,7 @@ impl Batch for WorkerBatch<'_> {
             }
         })?;
         self.measured = Some(measured);
+        self.has_ended = true;
         failure.map_or(Ok(()), Err)
     }
 
@@ -297,6 +325,11 @@ impl Batch for WorkerBatch<'_> {
 impl Drop for WorkerBatch<'_> {
     fn drop(&mut self) {
         let Some(channel) = self.channel.take() else { return };
+        if self.was_sent && !self.has_ended {
+            // What comes on it would be taken for the next batch's.
+            self.worker.kill("a batch was given up in the middle", EndedBy::Host);
+            return;
+        }
         self.worker.free.lock().push(channel);
         self.worker.freed.notify_one();
     }

@@ -28,7 +28,7 @@ const BUSY: u16 = 50;
 const MEASURE: u16 = 51;
 
 /// Kinds of failures by their numbers, which are this protocol's.
-const KINDS: [FailureKind; 8] = [
+const KINDS: [FailureKind; 9] = [
     FailureKind::InvalidInput,
     FailureKind::Permanent,
     FailureKind::Transient,
@@ -37,8 +37,14 @@ const KINDS: [FailureKind; 8] = [
     FailureKind::Panicked,
     FailureKind::Unwanted,
     FailureKind::Died,
+    FailureKind::NeverBegan,
 ];
 
+/// Bytes of a message, and of a document, that are read.
+const TEXT_BYTES_MAX: usize = 64 << 10;
+const DOCUMENT_BYTES_MAX: usize = 16 << 20;
+/// Faults of one input that are kept.
+const FAULTS_MAX: usize = 1000;
 /// Sizes of a tensor's shape that are read.
 const RANK_MAX: usize = u8::MAX as usize;
 
@@ -162,7 +168,9 @@ fn rejection(item: Item) -> Result<Rejection, Garbage> {
             if faults.is_empty() {
                 return Err(Garbage::Item("is invalid for no reason"));
             }
-            Rejection::Invalid { faults: faults.into_iter().map(FaultDocument::fault).collect() }
+            Rejection::Invalid {
+                faults: faults.into_iter().take(FAULTS_MAX).map(FaultDocument::fault).collect(),
+            }
         }
         BUSY => Rejection::Busy,
         status => {
@@ -206,12 +214,17 @@ pub(crate) fn chunk_result(number: u16) -> ChunkResult {
 
 /// As JSON.
 pub(crate) fn document(document: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(document).expect("documents hold texts, numbers and lists")
+    // A path that is no text: whoever reads nothing says so.
+    serde_json::to_vec(document).unwrap_or_default()
 }
 
 /// Reads JSON.
 pub(crate) fn read<'a, T: Deserialize<'a>>(document: &'a [u8]) -> Result<T, Garbage> {
-    serde_json::from_slice(document).map_err(|error| Garbage::Document(error.to_string()))
+    if document.len() > DOCUMENT_BYTES_MAX {
+        return Err(Garbage::Document(format!("it has {} bytes", document.len())));
+    }
+    let brief = |error: serde_json::Error| error.to_string().chars().take(TEXT_BYTES_MAX).collect();
+    serde_json::from_slice(document).map_err(|error| Garbage::Document(brief(error)))
 }
 
 /// As the host puts members into it: it looks at both ends.
@@ -227,8 +240,9 @@ fn kind(status: u16, base: u16) -> Option<FailureKind> {
     KINDS.get(usize::from(status.checked_sub(base)?)).copied()
 }
 
+/// What a worker says, as far as it is kept.
 fn text(bytes: &Bytes) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+    String::from_utf8_lossy(&bytes[..bytes.len().min(TEXT_BYTES_MAX)]).into_owned()
 }
 
 /// One after the other: name, datatype, shape and number of bytes of each tensor.
@@ -283,19 +297,28 @@ fn tensors(payload: &Bytes, count: usize) -> Result<Vec<Tensor>, Garbage> {
     heads.into_iter().map(tensor).collect()
 }
 
+/// Bytes of a batch's payloads together, and of each.
+pub(crate) const BYTES_MAX: u64 = 512 << 20;
+
+/// Bytes of a payload.
+pub(crate) fn bytes(payload: &Payload) -> u64 {
+    match payload {
+        Payload::Json(json) => json.len() as u64,
+        Payload::Tensors(tensors) => tensors.iter().map(|tensor| aligned(tensor.data().len() as u64)).sum(),
+    }
+}
+
 /// Whether a payload can cross: of tensors, whether each number fits its field.
 pub(crate) fn fits(payload: &Payload) -> bool {
-    match payload {
-        Payload::Json(json) => u32::try_from(json.len()).is_ok(),
-        Payload::Tensors(tensors) => {
-            let bytes: u64 = tensors.iter().map(|tensor| aligned(tensor.data().len() as u64)).sum();
-            bytes < 1 << 31
-                && tensors.len() <= usize::from(u16::MAX)
-                && tensors
-                    .iter()
-                    .all(|tensor| tensor.shape().len() <= RANK_MAX && tensor.name().len() < 1 << 20)
+    let all_fit = |tensors: &[Tensor]| {
+        tensors.len() <= usize::from(u16::MAX)
+            && tensors.iter().all(|tensor| tensor.shape().len() <= RANK_MAX && tensor.name().len() < 1 << 20)
+    };
+    bytes(payload) <= BYTES_MAX
+        && match payload {
+            Payload::Json(_) => true,
+            Payload::Tensors(tensors) => all_fit(tensors),
         }
-    }
 }
 
 #[derive(Deserialize, Serialize)]

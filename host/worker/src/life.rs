@@ -81,7 +81,7 @@ impl Life {
         self.end(why, EndedBy::Host);
     }
 
-    fn end(&self, why: &str, by: EndedBy) {
+    pub(crate) fn end(&self, why: &str, by: EndedBy) {
         let mut state = self.state.lock();
         if state.death.is_none() {
             state.killed.get_or_insert_with(|| Killed { why: why.to_owned(), at: Instant::now(), by });
@@ -118,16 +118,21 @@ impl Life {
         let was_out_of_memory = self.cgroup.as_ref().is_some_and(Cgroup::was_out_of_memory);
         let note = self.read_note();
         let mut state = self.state.lock();
+        // Without a signal or a note it may have left since its connection was gone.
+        let says_why = !note.is_empty() || status.as_ref().is_ok_and(|status| status.signal().is_some());
+        let own = describe(status, &note);
         let death = match &state.killed {
+            // It had died before the host saw to it.
+            Some(Killed { by: EndedBy::Itself, .. }) if says_why && own.by == EndedBy::Itself => own,
             Some(Killed { why, by, .. }) => {
                 Death { how: format!("it was ended by the host: {why}"), by: *by }
             }
-            None if was_out_of_memory => Death {
+            None if was_out_of_memory && note.is_empty() => Death {
                 how: "it was ended by the kernel: it needed more than its memory (deployment_config.memory)"
                     .into(),
                 by: EndedBy::Itself,
             },
-            None => describe(status, &note),
+            None => own,
         };
         state.death = Some(death.clone());
         drop(state);
@@ -146,7 +151,10 @@ impl Life {
     fn read_note(&self) -> String {
         let mut bytes = [0; NOTE_BYTES_MAX];
         let length = self.note.read_at(&mut bytes, 0).unwrap_or_default();
-        String::from_utf8_lossy(&bytes[..length]).trim().to_owned()
+        let note = bytes[..length].trim_ascii();
+        // The worker's code can write there as well.
+        let is_text = note.iter().all(|byte| byte.is_ascii_graphic() || *byte == b' ');
+        if is_text { String::from_utf8_lossy(note).into_owned() } else { String::new() }
     }
 
     pub(crate) fn resident_bytes(&self) -> Option<u64> {

@@ -41,8 +41,10 @@ impl WorkerPlugin {
         let failed = |source| LoadError::Preflight { path: program.path.clone(), source };
         let mut started = start::start(&program, log.as_ref(), confinement, 0, hello).map_err(failed)?;
         let answer = started.answer(limit, "it did not open in time");
+        let was_killed = started.life.killed_at().is_some();
+        started.end();
         let said = answer.map_err(|failure| match failure.kind {
-            FailureKind::Died if started.life.killed_at().is_some() => LoadError::Hung { limit },
+            FailureKind::Died if was_killed => LoadError::Hung { limit },
             FailureKind::Died => LoadError::Crashed { how: failure.message },
             _ => LoadError::Refused(failure.message),
         })?;
@@ -79,7 +81,9 @@ impl Plugin for WorkerPlugin {
         settings.clone_into(&mut hello.settings);
         let mut started = start::start(&self.program, self.log.as_ref(), &self.confinement, 0, hello)
             .map_err(|error| no_worker(&error))?;
-        started.answer(self.limit, "its check of the settings did not end in time").map(drop)
+        let checked = started.answer(self.limit, "its check of the settings did not end in time");
+        started.end();
+        checked.map(drop)
     }
 
     fn is_isolated(&self) -> bool {
@@ -107,7 +111,14 @@ impl Plugin for WorkerPlugin {
             .map_err(|error| no_worker(&error))?;
         let late =
             format!("`load` and `warmup` did not return within {:?} (load_timeout_seconds)", with.limit);
-        let said = started.answer(with.limit, &late)?;
+        let said = match started.answer(with.limit, &late) {
+            Ok(said) => said,
+            Err(failure) => {
+                // Before its devices count as free.
+                started.end();
+                return Err(failure);
+            }
+        };
         let serves = items::read::<Serves>(&said).ok().and_then(|serves| {
             let signature = match serves.signature {
                 Some(document) => Some(document.signature()?),

@@ -24,7 +24,7 @@ use rustix::{
 
 use crate::{
     cgroup::Cgroup,
-    channel::{Broken, Channel, End, Incoming, Outgoing, arena, send_descriptors},
+    channel::{Breaker, Broken, Channel, End, Incoming, Outgoing, arena, send_descriptors},
     documents::{ConfinementDocument, Hello, SandboxDocument, Task},
     frame::Kind,
     items,
@@ -39,6 +39,9 @@ const VARIABLES: [&str; 7] = ["LD_LIBRARY_PATH", "PATH", "TZ", "LANG", "LC_ALL",
 const CUDA_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
 /// After a worker's connection has ended, the time in which its own end is expected.
 pub(crate) const END_TIME: Duration = Duration::from_secs(1);
+
+/// How long a worker may take to read what it is sent at the start.
+const SEND_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// How workers are made.
 #[derive(Clone)]
@@ -94,19 +97,19 @@ pub(crate) fn start(
         )?;
     }
     let (control, control_there) = UnixStream::pair()?;
-    let mut channels = Vec::with_capacity(1 + lanes);
-    // Before anything else is said on this connection: with a descriptor, nothing may be read ahead.
-    send_descriptors(&control, Kind::Lane, &[note.try_clone()?.into(), log_there])?;
+    // A worker that doesn't read is found out, and not waited for.
+    control.set_write_timeout(Some(SEND_TIME_MAX))?;
+    let (mut channels, mut theirs) = (Vec::with_capacity(1 + lanes), Vec::with_capacity(1 + lanes));
     for _ in 0..=lanes {
         let ((here, there), memory) = (UnixStream::pair()?, arena()?);
-        send_descriptors(&control, Kind::Lane, &[there.into(), memory.try_clone()?.into()])?;
+        theirs.push([there.into(), memory.try_clone()?.into()]);
         channels.push(Channel::new(here, Some(memory), End::Host));
     }
-    let control = Channel::new(control, None, End::Host);
-    let breakers =
-        std::iter::once(&control).chain(&channels).map(Channel::breaker).collect::<Result<_, _>>()?;
+    let mut breakers: Vec<Breaker> = channels.iter().map(Channel::breaker).collect::<Result<_, _>>()?;
+    breakers.push(Breaker::of(&control)?);
     let mut arguments = vec![program.argument.to_owned(), process::id().to_string(), (1 + lanes).to_string()];
     arguments.extend(cgroup.as_ref().map(|group| group.path().display().to_string()));
+    let notes_of_worker: [OwnedFd; 2] = [note.try_clone()?.into(), log_there];
     let life = Arc::new(Life::new(hello.model_name.clone(), breakers, note, cgroup));
     if hello.task != Task::Serve {
         life.set_leaves();
@@ -123,16 +126,30 @@ pub(crate) fn start(
         log: log_here.try_clone()?,
         life: Arc::clone(&life),
     })?;
-    let mut control = control;
+    // First: with descriptors, nothing may be read ahead. Where any of this fails the worker has died, which whoever waits for its answer hears.
+    let mut sent = send_descriptors(&control, Kind::Lane, &notes_of_worker);
+    for descriptors in &theirs {
+        sent = sent.and_then(|()| send_descriptors(&control, Kind::Lane, descriptors));
+    }
+    let mut control = Channel::new(control, None, End::Host);
     let document = items::document(&hello);
-    // Where that fails the worker has died, which whoever waits for its answer hears.
-    let _ = control.send(&Outgoing::of(Kind::Hello, items::PAYLOAD, &document));
+    if sent.is_err() || control.send(&Outgoing::of(Kind::Hello, items::PAYLOAD, &document)).is_err() {
+        life.kill("it did not take its connections");
+    }
     let mut channels = channels.into_iter();
     let checks = channels.next().ok_or(io::ErrorKind::InvalidData)?;
     Ok(Started { life, control, checks, lanes: channels.collect(), log: log_here, warnings })
 }
 
 impl Started {
+    /// Ends it where it doesn't end by itself: its work is done, or it never had any.
+    pub(crate) fn end(self) {
+        if self.life.wait(END_TIME).is_none() {
+            self.life.kill("it did not end when its work was done");
+            self.life.wait(END_TIME);
+        }
+    }
+
     /// Waits for the answer to the first document.
     ///
     /// # Errors
@@ -175,15 +192,21 @@ impl Started {
 /// Why a worker is ended whose connection broke.
 pub(crate) fn broke(broken: &Broken) -> String {
     match broken {
-        Broken::Ended => "it closed its connection to the host".into(),
+        Broken::Ended | Broken::Reset => "it closed its connection to the host".into(),
         Broken::Garbage(garbage) => format!("it sent {garbage}"),
         other => format!("its connection broke: {other}"),
     }
 }
 
 /// Sends a frame and waits for one of this kind.
-pub(crate) fn ask(channel: &Mutex<Channel>, frame: &Outgoing<'_>, kind: Kind) -> Result<Incoming, Broken> {
+pub(crate) fn ask(
+    channel: &Mutex<Channel>,
+    frame: &Outgoing<'_>,
+    kind: Kind,
+    limit: Option<Duration>,
+) -> Result<Incoming, Broken> {
     let mut channel = channel.lock();
+    channel.limit(limit)?;
     channel.send(frame)?;
     let incoming = channel.receive()?;
     if incoming.kind == kind {

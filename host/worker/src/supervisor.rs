@@ -19,14 +19,17 @@ use rustix::{
 
 use crate::{life::Life, lines};
 
-/// The guard of a worker that was killed ends by itself, once all of its descendants have; after this it is killed as well.
-const GUARD_TIME_MAX: Duration = Duration::from_secs(2);
+/// The guard of a worker that was killed ends by itself, once all of its descendants have, and gives up on them before this; then it is killed
+/// as well.
+const GUARD_TIME_MAX: Duration = Duration::from_secs(12);
 /// Looks at processes that should be gone come at least so often.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 /// Workers that wait to be started; whoever wants a further one waits.
 const ORDERS_MAX: usize = 64;
 /// Lines of one worker that are taken before others have their turn.
 const LINES_MAX: usize = 64;
+/// The same of one that has ended: something that escaped may write on.
+const LAST_LINES_MAX: usize = 1000;
 /// Bytes of a printed line; what is longer becomes several.
 const PRINTED_BYTES_MAX: usize = 16 << 10;
 /// What printed lines are logged under.
@@ -56,11 +59,11 @@ struct Watched {
     process: OwnedFd,
     output: Option<PipeReader>,
     printed: Vec<u8>,
-    log: OwnedFd,
+    log: Option<OwnedFd>,
 }
 
 impl Supervisor {
-    /// Starts the thread. It lasts as long as the process: a worker dies with the thread that started it.
+    /// Starts the thread. It lasts as long as the process.
     pub(crate) fn start(log: Option<PluginLog>) -> io::Result<Self> {
         let (orders, taken) = mpsc::sync_channel(ORDERS_MAX);
         let (waker, woken) = UnixStream::pair()?;
@@ -121,7 +124,7 @@ fn wait_for(all: &[Watched], woken: &UnixStream, limit: Option<Duration>) {
     let mut wanted = vec![PollFd::new(woken, PollFlags::IN)];
     for watched in all {
         wanted.push(PollFd::new(&watched.process, PollFlags::IN));
-        wanted.push(PollFd::new(&watched.log, PollFlags::IN));
+        wanted.extend(watched.log.iter().map(|log| PollFd::new(log, PollFlags::IN)));
         wanted.extend(watched.output.iter().map(|output| PollFd::new(output, PollFlags::IN)));
     }
     let limit =
@@ -155,7 +158,7 @@ fn start(order: Order) -> io::Result<Watched> {
             process,
             output: Some(output),
             printed: Vec::new(),
-            log: order.log,
+            log: Some(order.log),
         }),
         Err(error) => {
             // It may have ended already.
@@ -181,8 +184,8 @@ impl Watched {
             Err(error) => Err(error),
         };
         // What it said last.
-        self.take_log(log, usize::MAX);
-        self.take_output(log, usize::MAX);
+        self.take_log(log, LAST_LINES_MAX);
+        self.take_output(log, LAST_LINES_MAX);
         let expected = self.life.was_expected();
         let death = self.life.ended(status);
         if let Some(log) = log.filter(|_| !expected) {
@@ -193,16 +196,19 @@ impl Watched {
     }
 
     fn take_log(&mut self, log: Option<&PluginLog>, most: usize) {
+        let mut bytes = vec![0; lines::BYTES_MAX];
         for _ in 0..most {
-            let mut bytes = vec![0; lines::BYTES_MAX];
-            let Ok((length, _)) =
-                rustix::net::recv(&self.log, &mut bytes[..], rustix::net::RecvFlags::DONTWAIT)
-            else {
-                return;
+            let Some(socket) = &self.log else { return };
+            let received = rustix::net::recv(socket, &mut bytes[..], rustix::net::RecvFlags::DONTWAIT);
+            let length = match received {
+                // The worker has closed its end.
+                Ok((0, _)) => {
+                    self.log = None;
+                    return;
+                }
+                Ok((length, _)) => length,
+                Err(_) => return,
             };
-            if length == 0 {
-                return;
-            }
             let (Some(line), Some(log)) = (lines::read(&bytes[..length]), log) else { continue };
             (log.sink)(line.level, &self.life.model, &line.target, &line.message, &line.fields);
         }

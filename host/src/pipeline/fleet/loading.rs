@@ -131,7 +131,8 @@ impl Loop {
             }
             changes
         });
-        if self.replicas.is_empty() {
+        // Its own that leave may be what it waits for.
+        if self.replicas.is_empty() && self.leaving.is_empty() && self.given_up.is_empty() {
             self.set_condition(Status::Failed { reason });
         }
     }
@@ -181,7 +182,8 @@ impl Loop {
 
     pub(super) fn pause_after_death(&mut self, deaths: u32) -> Duration {
         let pause = backoff(deaths, RESTART_FIRST, RESTART_MAX);
-        self.retry.not_before = Some(Instant::now() + pause);
+        let moment = Instant::now() + pause;
+        self.retry.not_before = Some(self.retry.not_before.map_or(moment, |known| known.max(moment)));
         pause
     }
 

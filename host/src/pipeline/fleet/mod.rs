@@ -8,7 +8,7 @@ mod retiring;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -93,8 +93,8 @@ struct Loop {
     /// Deaths of processes with no good batch between them, and the good batches there had been at the last one.
     deaths: u32,
     good_before: u64,
-    /// The replica that a fresh one is to replace.
-    recycling: Option<Arc<Replica>>,
+    /// The replica that a fresh one is to replace, and that one's number.
+    recycling: Option<(Arc<Replica>, u64)>,
     short_since: Option<Instant>,
     spare_since: Option<Instant>,
 }
@@ -122,6 +122,7 @@ impl Fleet {
                 metrics: Arc::clone(&model.metrics),
                 stream_wait_ms: AtomicU64::new(0),
                 good_batches: AtomicU64::new(0),
+                convictions: AtomicU32::new(0),
             },
             events,
         });
@@ -331,8 +332,11 @@ impl Loop {
                         oneshot::channel().0,
                     ));
                 }
+                let number = replica.number;
                 self.replicas.push(replica);
-                self.retire_recycled();
+                if let Some((old, _)) = self.recycling.take_if(|(_, fresh)| *fresh == number) {
+                    self.retire_recycled(&old);
+                }
                 self.on_replicas_changed();
                 // First: what is loaded may be swapped in, and is ready then.
                 self.set_condition(Status::Ready);

@@ -1,16 +1,16 @@
 //! Replicas on their way down: those without work, those whose batch overran its time, and those whose device is lost.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use modalkit_engine::{Death, EndedBy};
 
 use super::{Loop, examine};
-use crate::{
-    config::Recycle,
-    pipeline::{
-        Status,
-        replica::{Overrun, Replica},
-    },
+use crate::pipeline::{
+    Status,
+    replica::{Overrun, Replica},
 };
 
 /// Deaths without a good batch between them that make a model failed.
@@ -103,6 +103,8 @@ impl Loop {
         let (dead, well): (Vec<_>, Vec<_>) =
             self.replicas.drain(..).partition(|replica| replica.death().is_some());
         self.replicas = well;
+        // A death that an input was found to bring about says nothing of the model.
+        self.deaths = self.deaths.saturating_sub(self.context.convictions.swap(0, Ordering::Relaxed));
         if dead.is_empty() {
             return;
         }
@@ -135,23 +137,24 @@ impl Loop {
     /// for it.
     pub(super) fn recycle(&mut self) {
         let spec = self.model.spec();
-        if let Some(old) = &self.recycling {
-            let number = old.number;
-            if !self.replicas.iter().any(|replica| replica.number == number) {
-                self.recycling = None;
-            }
+        if let Some((_, fresh)) = self.recycling
+            && !self.loading.iter().any(|loading| loading.replica == fresh)
+        {
+            // It did not load. The old one goes on, and its turn comes again.
+            self.recycling = None;
+        }
+        let is_isolated = self.context.generation.plugin.is_isolated();
+        if !is_isolated || self.recycling.is_some() || !self.loading.is_empty() {
             return;
         }
         let has_had_enough = |replica: &&Arc<Replica>| {
-            spec.recycle.after_batches.is_some_and(|most| replica.batches() >= most)
-                || spec.recycle.after_bytes.is_some_and(|most| replica.resident_bytes().unwrap_or(0) > most)
+            let (batches, grown) = (replica.batches(), spec.recycle.after_bytes);
+            spec.recycle.after_batches.is_some_and(|most| batches >= most)
+                // What is too large from the start is so again.
+                || batches > 0 && grown.is_some_and(|most| replica.resident_bytes().unwrap_or(0) > most)
         };
-        if spec.recycle == Recycle::default() || !self.loading.is_empty() {
-            return;
-        }
         let Some(old) = self.replicas.iter().find(has_had_enough).map(Arc::clone) else { return };
-        let now = Instant::now();
-        if !self.may_retry(now) {
+        if !self.may_retry(Instant::now()) {
             return;
         }
         tracing::info!(
@@ -161,22 +164,22 @@ impl Loop {
             resident_bytes = old.resident_bytes(),
             "a worker process is replaced by a fresh one (recycle_after_batches, recycle_after_mb)"
         );
-        self.model.metrics.workers_recycled.inc();
-        self.recycling = Some(Arc::clone(&old));
         self.start_replica();
-        if self.loading.is_empty() {
+        match self.loading.last() {
+            Some(fresh) => self.recycling = Some((old, fresh.replica)),
             // No device is free beside it.
-            self.retire_recycled();
+            None if self.starved_at.is_some() => self.retire_recycled(&old),
+            None => {}
         }
     }
 
     /// The old one leaves, once it has ended what it runs.
-    pub(super) fn retire_recycled(&mut self) {
-        let Some(old) = self.recycling.take() else { return };
-        self.replicas.retain(|replica| !Arc::ptr_eq(replica, &old));
+    pub(super) fn retire_recycled(&mut self, old: &Arc<Replica>) {
+        self.model.metrics.workers_recycled.inc();
+        self.replicas.retain(|replica| !Arc::ptr_eq(replica, old));
         self.validate_with_first();
         old.stop();
-        self.leaving.push(old);
+        self.leaving.push(Arc::clone(old));
         self.on_replicas_changed();
     }
 

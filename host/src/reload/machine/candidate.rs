@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use modalkit_engine::{LoadError, Plugin};
+use modalkit_engine::{Isolation, LoadError, Plugin};
 use tokio::sync::oneshot;
 
 use super::{
@@ -75,7 +75,9 @@ impl Machine {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
                 staged.check_pin(pin.as_deref(), "the model's entry")?;
-                if let Some(why) = builder.fence.why(&name, staged.sha256()) {
+                // In a process of its own it ends nobody else.
+                let why = builder.fence.why(&name, staged.sha256());
+                if let Some(why) = why.filter(|_| isolation == Isolation::InProcess) {
                     return Err(LoadError::Fenced(why));
                 }
                 let plugin = builder.build(&staged, &isolation, &mut phases)?;
@@ -231,6 +233,12 @@ impl Machine {
                 let ask = Ask { number, limit: spec.replicas.load_timeout, myself: self.myself.clone() };
                 tokio::spawn(ask.golden(golden, instance));
                 State::Golden(candidate, fleet)
+            }
+            (Some(_), None) if candidate.back.is_none() => {
+                let (number, reason) =
+                    (candidate.number, "no replica is left that could be asked".to_owned());
+                let gone = GoldenError::Failed { place: 0, reason };
+                self.on_asked(State::Golden(candidate, fleet), number, Err(gone)).await
             }
             _ => self.swap(candidate, fleet).await,
         }

@@ -4,7 +4,7 @@ use std::os::{fd::OwnedFd, unix::net::UnixStream};
 
 use rustix::{
     process::{Resource, Rlimit},
-    thread::CpuSet,
+    thread::{CapabilitySet, CapabilitySets, CpuSet},
 };
 
 use super::{sandbox, seccomp};
@@ -19,7 +19,11 @@ use crate::{
 ///
 /// # Errors
 /// What every worker needs can't be had.
-pub(super) fn confine(hello: &Hello, guard: &UnixStream, log: &OwnedFd) -> Result<Vec<String>, String> {
+pub(super) fn confine(
+    hello: &Hello,
+    guard: Option<&UnixStream>,
+    log: &OwnedFd,
+) -> Result<Vec<String>, String> {
     let mut warnings = Vec::new();
     let confinement = &hello.confinement;
     if let Some(bytes) = confinement.memory_bytes {
@@ -37,7 +41,19 @@ pub(super) fn confine(hello: &Hello, guard: &UnixStream, log: &OwnedFd) -> Resul
     }
     rustix::thread::set_no_new_privs(true)
         .map_err(|error| format!("can't give up new privileges: {error}"))?;
-    let Some(sandbox) = &confinement.sandbox else { return Ok(warnings) };
+    let (Some(sandbox), Some(guard)) = (&confinement.sandbox, guard) else { return Ok(warnings) };
+    // Of root's powers those are left that have files of other users read.
+    let kept = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    if let Ok(now) = rustix::thread::capabilities(None) {
+        let sets = CapabilitySets {
+            effective: now.effective & kept,
+            permitted: now.permitted & kept,
+            inheritable: CapabilitySet::empty(),
+        };
+        if let Err(error) = rustix::thread::set_capabilities(None, sets) {
+            warnings.push(format!("the sandbox keeps the host's capabilities: {error}"));
+        }
+    }
     let readable = sandbox::readable(hello, sandbox);
     if let Err(why) = sandbox::restrict_files(&readable, !hello.devices.is_empty()) {
         warnings.push(format!("the sandbox doesn't hold files: {why}"));

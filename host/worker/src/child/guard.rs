@@ -85,9 +85,9 @@ fn take_notices(socket: &UnixStream) -> Option<Notices> {
 fn end_all(worker: Pid) -> Option<WaitStatus> {
     let (begun, mut status) = (Instant::now(), None);
     loop {
-        for child in children() {
+        for descendant in descendants() {
             // It may have ended already.
-            let _ = kill_process(child, Signal::KILL);
+            let _ = kill_process(descendant, Signal::KILL);
         }
         loop {
             match wait(WaitOptions::NOHANG) {
@@ -106,20 +106,35 @@ fn end_all(worker: Pid) -> Option<WaitStatus> {
     }
 }
 
-fn children() -> Vec<Pid> {
-    let me = process::id();
-    if let Ok(said) = fs::read_to_string(format!("/proc/self/task/{me}/children")) {
-        return said.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
+fn descendants() -> Vec<Pid> {
+    let mut all = vec![process::id() as i32];
+    let mut next = 0;
+    while let Some(parent) = all.get(next) {
+        all.extend(children(*parent));
+        next += 1;
     }
-    // A kernel without these lists.
-    let parent_of = |pid: i32| -> Option<u32> {
+    all.into_iter().skip(1).filter_map(Pid::from_raw).collect()
+}
+
+fn children(parent: i32) -> Vec<i32> {
+    if let Ok(threads) = fs::read_dir(format!("/proc/{parent}/task")) {
+        let mut lists = threads.flatten().map(|thread| fs::read_to_string(thread.path().join("children")));
+        let mut found = Vec::new();
+        if lists.all(|list| {
+            list.map(|list| found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok())))
+                .is_ok()
+        }) {
+            return found;
+        }
+    }
+    // It has ended meanwhile, or the kernel has no such lists.
+    let parent_of = |pid: i32| -> Option<i32> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
     };
     let all = fs::read_dir("/proc").into_iter().flatten();
     all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|pid| parent_of(*pid) == Some(me))
-        .filter_map(Pid::from_raw)
+        .filter(|pid| parent_of(*pid) == Some(parent))
         .collect()
 }
 

@@ -43,7 +43,8 @@ struct Connections {
     lanes: Vec<Channel>,
     note: &'static File,
     log: OwnedFd,
-    guard: UnixStream,
+    /// Where the guard hears what it is to answer for; gone before plugin code runs.
+    guard: Option<UnixStream>,
 }
 
 /// A worker's whole life; what comes back is its exit code. Called before the process has any other thread. The arguments are those that the host
@@ -63,8 +64,12 @@ pub fn run(host: i32, connections: usize, cgroup: Option<PathBuf>, loader: Loade
     if rustix::process::getppid() != Some(host) {
         return Err(io::Error::other("only a host starts workers, and it is gone"));
     }
-    // Signals for the host's terminal are none for workers: the host ends them in its order.
+    // Signals for the host's terminal, or for all processes of its service, are none for workers: the host ends them in its order.
     rustix::process::setsid()?;
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        // SAFETY: has a signal ignored; no code of this process is run for it.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let guard = rustix::process::getpid();
     let (guards_end, workers_end) = UnixStream::pair()?;
@@ -124,6 +129,6 @@ fn take_connections(control: UnixStream, connections: usize, guard: UnixStream) 
         lanes: channels.collect(),
         note: Box::leak(Box::new(note.into())),
         log,
-        guard,
+        guard: Some(guard),
     })
 }

@@ -51,16 +51,20 @@ impl Notices {
         // SAFETY: the kernel writes one structure of this type, which is ours.
         self.control(libc::SECCOMP_IOCTL_NOTIF_RECV, unsafe { &mut *(&raw mut notice).cast() })?;
         let number = libc::c_long::from(notice.data.nr);
-        let opens = seccomp::OPENING.contains(&number);
+        let mut opens = seccomp::OPENING.contains(&number);
         if opens {
             if let Some((path, writes)) = self.opened(&notice)
                 && !sandbox::may_open(&self.readable, &path, writes)
             {
+                // Reading is Landlock's to refuse; what is opened for writing is refused here as well, whatever that holds.
+                opens = !writes;
                 let what = if writes { "write" } else { "read" };
                 self.tell(&format!("the sandbox does not let it {what} {}", path.display()));
             }
         } else {
-            let all = seccomp::REFUSED.iter().chain([&seccomp::NETWORK, &seccomp::CLONE]);
+            let others = [&seccomp::CLONE, &seccomp::PAIR];
+            let all =
+                seccomp::REFUSED.iter().chain(&seccomp::NETWORK).chain(&seccomp::OF_A_PROCESS).chain(others);
             let name = all.into_iter().find(|(known, _)| *known == number).map_or("?", |(_, name)| name);
             self.tell(&format!("the sandbox refuses the system call {name}"));
         }
@@ -100,11 +104,6 @@ impl Notices {
         let memory = File::open(format!("/proc/{thread}/mem")).ok()?;
         let (folder, path, flags) = match libc::c_long::from(notice.data.nr) {
             libc::SYS_openat => (Some(notice.data.args[0]), notice.data.args[1], notice.data.args[2]),
-            libc::SYS_openat2 => {
-                let mut flags = [0; 8];
-                memory.read_exact_at(&mut flags, notice.data.args[2]).ok()?;
-                (Some(notice.data.args[0]), notice.data.args[1], u64::from_ne_bytes(flags))
-            }
             #[cfg(target_arch = "x86_64")]
             libc::SYS_creat => (None, notice.data.args[0], WRITING),
             _ => (None, notice.data.args[0], notice.data.args[1]),

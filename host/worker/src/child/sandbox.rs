@@ -29,6 +29,9 @@ const SYSTEM: [&str; 17] = [
     "/sys/devices/system",
     "/sys/fs/cgroup",
 ];
+/// What connections to other machines need.
+const NETWORK: [&str; 6] =
+    ["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf", "/etc/services", "/etc/pki"];
 /// What may be written as well: nothing of it is kept.
 const SINKS: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
 /// Where drivers of devices are spoken to.
@@ -44,6 +47,7 @@ pub(super) fn readable(hello: &Hello, sandbox: &SandboxDocument) -> Vec<PathBuf>
     let mut readable = sandbox.readable.clone();
     readable.push(hello.file.clone());
     readable.extend(SYSTEM.iter().chain(&SINKS).map(PathBuf::from));
+    readable.extend(NETWORK.iter().filter(|_| sandbox.network).map(PathBuf::from));
     let libraries = std::env::var_os(LIBRARY_PATH).unwrap_or_default();
     readable.extend(std::env::split_paths(&libraries).filter(|folder| folder.is_absolute()));
     // Without links, as paths are told that are opened. What isn't there can't be read.
@@ -80,7 +84,10 @@ pub(super) fn restrict_files(readable: &[PathBuf], with_devices: bool) -> Result
     let status = rules.restrict_self().map_err(|error| failed(&error))?;
     match status.ruleset {
         RulesetStatus::NotEnforced => Err("this kernel has no Landlock".into()),
-        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
+        RulesetStatus::PartiallyEnforced => {
+            Err("this kernel's Landlock is older than 6.12's and holds a part of it".into())
+        }
+        RulesetStatus::FullyEnforced => Ok(()),
     }
 }
 

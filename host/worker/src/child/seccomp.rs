@@ -14,7 +14,6 @@ const ARCHITECTURE: u32 = 0xc000_00b7;
 /// Calls that open files: Landlock decides on them, and the guard tells of those that it forbids.
 pub(super) const OPENING: &[libc::c_long] = &[
     libc::SYS_openat,
-    libc::SYS_openat2,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_open,
     #[cfg(target_arch = "x86_64")]
@@ -45,7 +44,29 @@ pub(super) const REFUSED: &[(libc::c_long, &str)] = &[
     (libc::SYS_fchmodat, "fchmodat"),
     (libc::SYS_fchownat, "fchownat"),
     (libc::SYS_utimensat, "utimensat"),
+    (libc::SYS_fchmod, "fchmod"),
+    (FCHMODAT2, "fchmodat2"),
+    (libc::SYS_fchown, "fchown"),
     (libc::SYS_setxattr, "setxattr"),
+    (libc::SYS_lsetxattr, "lsetxattr"),
+    (libc::SYS_fsetxattr, "fsetxattr"),
+    (libc::SYS_removexattr, "removexattr"),
+    (libc::SYS_lremovexattr, "lremovexattr"),
+    (libc::SYS_fremovexattr, "fremovexattr"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_lchown, "lchown"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_utime, "utime"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_utimes, "utimes"),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_futimesat, "futimesat"),
+    (libc::SYS_tkill, "tkill"),
+    (libc::SYS_pidfd_send_signal, "pidfd_send_signal"),
+    (libc::SYS_open_by_handle_at, "open_by_handle_at"),
+    (libc::SYS_clock_settime, "clock_settime"),
+    (libc::SYS_settimeofday, "settimeofday"),
+    (libc::SYS_sethostname, "sethostname"),
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_mkdir, "mkdir"),
     #[cfg(target_arch = "x86_64")]
@@ -85,8 +106,32 @@ pub(super) const REFUSED: &[(libc::c_long, &str)] = &[
     (libc::SYS_userfaultfd, "userfaultfd"),
 ];
 
+/// It has no name in the C library's headers yet; the same number everywhere.
+const FCHMODAT2: libc::c_long = 452;
+
 /// Refused where there is no network.
-pub(super) const NETWORK: (libc::c_long, &str) = (libc::SYS_socket, "socket");
+pub(super) const NETWORK: [(libc::c_long, &str); 4] = [
+    (libc::SYS_socket, "socket"),
+    (libc::SYS_connect, "connect"),
+    (libc::SYS_bind, "bind"),
+    (libc::SYS_listen, "listen"),
+];
+
+/// Calls whose first argument says which process they are for: refused for any other than this one.
+pub(super) const OF_A_PROCESS: [(libc::c_long, &str); 7] = [
+    (libc::SYS_kill, "kill"),
+    (libc::SYS_tgkill, "tgkill"),
+    (libc::SYS_rt_sigqueueinfo, "rt_sigqueueinfo"),
+    (libc::SYS_rt_tgsigqueueinfo, "rt_tgsigqueueinfo"),
+    (libc::SYS_prlimit64, "prlimit64"),
+    (libc::SYS_sched_setaffinity, "sched_setaffinity"),
+    (libc::SYS_sched_setscheduler, "sched_setscheduler"),
+];
+/// Refused for datagrams, which reach sockets that have a path.
+pub(super) const PAIR: (libc::c_long, &str) = (libc::SYS_socketpair, "socketpair");
+const SECOND_ARGUMENT: u32 = 24;
+/// The kind of a socket, without its flags.
+const KIND_OF_SOCKET: u32 = 0xf;
 /// A process and a thread are started by the same call.
 pub(super) const CLONE: (libc::c_long, &str) = (libc::SYS_clone, "clone");
 
@@ -108,6 +153,7 @@ fn filter(network: bool) -> Vec<libc::sock_filter> {
     };
     let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
     let end = |k| statement(libc::BPF_RET | libc::BPF_K, k);
+    let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     let notify = libc::SECCOMP_RET_USER_NOTIF;
     let errno = |error: i32| libc::SECCOMP_RET_ERRNO | error as u32;
     let mut program = vec![
@@ -121,10 +167,34 @@ fn filter(network: bool) -> Vec<libc::sock_filter> {
         // The C library falls back to `clone`, whose flags can be looked at.
         unless(libc::BPF_JEQ, libc::SYS_clone3 as u32, 1),
         end(errno(libc::ENOSYS)),
+        // The same with `openat`: flags in memory may change after they were looked at.
+        unless(libc::BPF_JEQ, libc::SYS_openat2 as u32, 1),
+        end(errno(libc::ENOSYS)),
     ];
-    let network = (!network).then_some(NETWORK.0);
+    let of_network = NETWORK.iter().filter(|_| !network).map(|(number, _)| *number);
     let refused = REFUSED.iter().map(|(number, _)| *number);
-    for number in OPENING.iter().copied().chain(refused).chain(network) {
+    for (number, _) in OF_A_PROCESS {
+        program.extend([
+            unless(libc::BPF_JEQ, number as u32, 5),
+            load(FIRST_ARGUMENT),
+            // A process that names itself, as 0 does.
+            libc::sock_filter { code: equal, jt: 1, jf: 0, k: 0 },
+            unless(libc::BPF_JEQ, std::process::id(), 1),
+            end(libc::SECCOMP_RET_ALLOW),
+            end(notify),
+        ]);
+    }
+    if !network {
+        program.extend([
+            unless(libc::BPF_JEQ, PAIR.0 as u32, 5),
+            load(SECOND_ARGUMENT),
+            statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, KIND_OF_SOCKET),
+            unless(libc::BPF_JEQ, libc::SOCK_DGRAM as u32, 1),
+            end(notify),
+            end(libc::SECCOMP_RET_ALLOW),
+        ]);
+    }
+    for number in OPENING.iter().copied().chain(refused).chain(of_network) {
         program.push(unless(libc::BPF_JEQ, number as u32, 1));
         program.push(end(notify));
     }

@@ -47,7 +47,10 @@ pub(super) fn run(mut connections: Connections, loader: Loader) -> std::io::Resu
     (loader.note_endings)(connections.note)?;
     let log = LOG.get_or_init(|| connections.log);
     follow_level(log, None);
-    let warnings = match confine::confine(&hello, &connections.guard, log) {
+    let guard = connections.guard.take();
+    let confined = confine::confine(&hello, guard.as_ref(), log);
+    drop(guard);
+    let warnings = match confined {
         Ok(warnings) => warnings,
         Err(message) => {
             return refuse(&mut connections.control, &Failure { kind: FailureKind::Permanent, message });
@@ -209,7 +212,9 @@ fn run_checks(mut channel: Channel, instance: &Arc<dyn Instance>) {
                 let decoded = instance.decode(&payload)?;
                 match decoded.checked {
                     Checked::Validated => Ok(decoded.measure),
-                    Checked::Nothing | Checked::Parsed => first(instance.validate(&[&decoded])),
+                    Checked::Nothing | Checked::Suspect | Checked::Parsed => {
+                        first(instance.validate(&[&decoded]))
+                    }
                 }
             }
             Err(garbage) => Err(unreadable(&garbage)),
