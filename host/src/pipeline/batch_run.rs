@@ -321,7 +321,9 @@ fn come_back(
         let is_charged = is_charged && died.suspects.contains(place);
         let failed = |how: String| JobError::Failed(Failure { kind: FailureKind::Died, message: how });
         if is_charged && is_certain {
-            context.convictions.fetch_add(1, Ordering::Relaxed);
+            if !died.of_device {
+                context.convictions.fetch_add(1, Ordering::Relaxed);
+            }
             waiter.reply.send(Err(match overran {
                 Some(limit) => JobError::HungAlone(limit),
                 None if died.of_device => {

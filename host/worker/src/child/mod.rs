@@ -67,8 +67,9 @@ pub fn run(host: i32, connections: usize, cgroup: Option<PathBuf>, loader: Loade
     // Signals for the host's terminal, or for all processes of its service, are none for workers: the host ends them in its order.
     rustix::process::setsid()?;
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-        // SAFETY: has a signal ignored; no code of this process is run for it.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+        // SAFETY: a function that does nothing may run at any moment. Unlike a signal that is ignored, it isn't passed on to programs that a
+        // pipeline starts.
+        unsafe { libc::signal(signal, pass_over as *const () as usize) };
     }
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let guard = rustix::process::getpid();
@@ -91,6 +92,8 @@ pub fn run(host: i32, connections: usize, cgroup: Option<PathBuf>, loader: Loade
         }
     }
 }
+
+extern "C" fn pass_over(_: i32) {}
 
 /// Whatever the host has open, plugins' files too, is none of the worker's.
 fn close_inherited() -> io::Result<()> {
