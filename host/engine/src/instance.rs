@@ -144,9 +144,15 @@ pub trait Process: Send + Sync {
     /// Ends it, and all that it has started, for this reason, which lies with it or with the host. Calls that run return soon.
     fn kill(&self, why: &str, by: EndedBy);
 
+    /// Keeps from it, until what comes back is dropped, all that isn't a batch: inputs that are checked, and hooks.
+    fn keep_to_batches(&self) -> Box<dyn Kept + '_>;
+
     /// Bytes of memory that it holds now; `None` where nobody knows.
     fn resident_bytes(&self) -> Option<u64>;
 }
+
+/// Something that is held until it is dropped.
+pub trait Kept {}
 
 /// How a process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

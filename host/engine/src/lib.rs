@@ -24,7 +24,7 @@ pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
 pub use instance::{
     Batch, Checked, ChunkResult, Death, Decoded, EndedBy, EventSink, Foreign, Input, Instance, Interest,
-    Measure, Measured, Outcome, Payload, Process,
+    Kept, Measure, Measured, Outcome, Payload, Process,
 };
 pub use isolation::{Confinement, Isolation, Sandbox};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};

@@ -10,7 +10,7 @@ use std::{
 
 use modalkit_batch::{Closed, Waiting};
 use modalkit_engine::{
-    Checked, ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload,
+    Checked, ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload, Process,
 };
 
 use super::{
@@ -104,6 +104,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
     }
     // Nothing else runs in the same process beside a job that is under suspicion.
     let _company = seat.company(is_alone);
+    let _kept = instance.process().filter(|_| is_alone).map(Process::keep_to_batches);
     // From here on plugin code runs, and the fleet watches the time.
     let started = if seat.company.is_some() { Instant::now() } else { at };
     *lane.running.lock() = Some(Running { started, waits_since: None, overran: None, waiters });
@@ -264,6 +265,12 @@ impl BatchRun<'_> {
             if again.is_empty() {
                 continue;
             }
+            if self.begun.elapsed() > self.time_max {
+                again
+                    .iter()
+                    .for_each(|(place, _)| self.ends[*place] = Some(Ended::Outcome(Err(failure.clone()))));
+                continue;
+            }
             if !self.lane.starts_again() {
                 // Given up: nobody waits.
                 return Ok(());
@@ -319,9 +326,11 @@ fn come_back(
         let Some(mut waiter) = waiters[*place].take() else { continue };
         // Of those that hadn't had their turn, it is nobody's doing.
         let is_charged = is_charged && died.suspects.contains(place);
+        // It was there when another one died, or nothing else can have made this one hang.
+        let is_certain = is_certain && (overran.is_some() || waiter.deaths.suspected > 0);
         let failed = |how: String| JobError::Failed(Failure { kind: FailureKind::Died, message: how });
         if is_charged && is_certain {
-            if !died.of_device {
+            if !died.of_device && overran.is_none() {
                 context.convictions.fetch_add(1, Ordering::Relaxed);
             }
             waiter.reply.send(Err(match overran {

@@ -86,7 +86,7 @@ impl Walk {
         // The hook comes back with that, where it runs in a process of its own.
         replica.kill(
             &format!("on_volume_reload did not return within {:?} (load_timeout_seconds)", self.limit),
-            EndedBy::Itself,
+            EndedBy::Host,
         );
         if let Some(commands) = self.commands.upgrade() {
             let _ = commands.send(FleetCommand::GiveUp(Arc::clone(replica))).await;

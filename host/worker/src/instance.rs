@@ -9,10 +9,10 @@ use std::{
 };
 
 use modalkit_engine::{
-    Batch, Death, Decoded, EndedBy, EventSink, Failure, FailureKind, Foreign, Input, Instance, LogLevel,
-    Measure, Measured, Payload, PluginLog, Process, Rejection, Signature,
+    Batch, Death, Decoded, EndedBy, EventSink, Failure, FailureKind, Foreign, Input, Instance, Kept,
+    LogLevel, Measure, Measured, Payload, PluginLog, Process, Rejection, Signature,
 };
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 
 use crate::{
     channel::{Broken, Channel, Incoming, Outgoing},
@@ -24,7 +24,6 @@ use crate::{
     lines,
     plugin::undecoded,
     start::{self, END_TIME, Started, broke},
-    supervisor,
 };
 
 /// Inputs that are checked with one frame.
@@ -47,7 +46,13 @@ struct Connections {
     free: Mutex<Vec<Channel>>,
     freed: Condvar,
     log: OwnedFd,
+    /// Read by checks and hooks.
+    beside: RwLock<()>,
 }
+
+struct KeptToBatches<'c>(#[expect(dead_code, reason = "what it holds is a lock")] RwLockWriteGuard<'c, ()>);
+
+impl Kept for KeptToBatches<'_> {}
 
 /// An input as it came: any worker can run it.
 pub(crate) struct WorkerInput(pub(crate) Payload);
@@ -93,6 +98,7 @@ impl WorkerInstance {
             free: Mutex::new(lanes),
             freed: Condvar::new(),
             log: log_socket,
+            beside: RwLock::new(()),
         });
         let weak: Weak<Connections> = Arc::downgrade(&worker);
         Levels::add(weak);
@@ -109,17 +115,30 @@ impl Connections {
         Failure { kind: FailureKind::Died, message: death.how }
     }
 
-    fn check(&self, inputs: &[&Decoded]) -> Result<Vec<Result<Measure, Rejection>>, Broken> {
+    fn check(&self, inputs: &[&Decoded]) -> Result<Vec<Result<Measure, Rejection>>, Unchecked> {
         let payloads: Vec<&Payload> = inputs.iter().map(|decoded| payload_of(decoded)).collect();
         let encoded: Vec<Encoded<'_>> = payloads.into_iter().map(Encoded::payload).collect();
         let mut frame = Outgoing::new(Kind::Check, 0, encoded.len());
         encoded.iter().for_each(|item| item.push_to(&mut frame));
-        let checked = start::ask(&self.checks, &frame, Kind::Checked, Some(CHECK_TIME_MAX))?;
-        if checked.items.len() != inputs.len() {
-            return Err(Garbage::Item("is not there").into());
-        }
-        Ok(checked.items.into_iter().map(items::measured).collect::<Result<_, _>>()?)
+        let mut checks = self.checks.lock();
+        let sent =
+            checks.limit(Some(CHECK_TIME_MAX)).map_err(Broken::from).and_then(|()| checks.send(&frame));
+        sent.map_err(|broken| Unchecked { was_sent: false, broken })?;
+        let received = checks.receive().and_then(|checked| {
+            if checked.kind != Kind::Checked || checked.items.len() != inputs.len() {
+                return Err(Garbage::Item("is not there").into());
+            }
+            Ok(checked.items.into_iter().map(items::measured).collect::<Result<_, _>>()?)
+        });
+        received.map_err(|broken| Unchecked { was_sent: !matches!(broken, Broken::Reset), broken })
     }
+}
+
+/// Inputs that could not be checked.
+struct Unchecked {
+    /// The worker may have looked at them.
+    was_sent: bool,
+    broken: Broken,
 }
 
 fn payload_of(decoded: &Decoded) -> &Payload {
@@ -139,7 +158,8 @@ impl Instance for WorkerInstance {
             changed: changed.into(),
         });
         let frame = Outgoing::of(Kind::Reload, items::PAYLOAD, &change);
-        let reloaded = start::ask(&self.worker.control, &frame, Kind::Reloaded, None)
+        let _beside = self.worker.beside.read();
+        let reloaded = start::ask(&self.worker.control, &frame, Kind::Reloaded)
             .map_err(|broken| self.worker.broken(&broken))?;
         let [result, signature] = &reloaded.items[..] else {
             return Err(self.worker.broken(&Garbage::Item("is not there").into()));
@@ -163,10 +183,21 @@ impl Instance for WorkerInstance {
 
     fn validate(&self, inputs: &[&Decoded]) -> Vec<Result<Measure, Rejection>> {
         let mut results = Vec::with_capacity(inputs.len());
+        let busy = |some: &[&Decoded]| some.iter().map(|_| Err(Rejection::Busy)).collect::<Vec<_>>();
         for some in inputs.chunks(CHECKED_MAX) {
+            // A batch that is under suspicion has the process to itself, or it has died before these were its concern.
+            let beside = self.worker.beside.try_read().filter(|_| !self.worker.life.has_died());
+            let Some(_beside) = beside else {
+                results.extend(busy(some));
+                continue;
+            };
             match self.worker.check(some) {
                 Ok(checked) => results.extend(checked),
-                Err(broken) => {
+                Err(Unchecked { was_sent: false, broken }) => {
+                    self.worker.broken(&broken);
+                    results.extend(busy(some));
+                }
+                Err(Unchecked { broken, .. }) => {
                     let failure = self.worker.broken(&broken);
                     results.extend(some.iter().map(|_| Err(Rejection::Failed(failure.clone()))));
                 }
@@ -216,9 +247,10 @@ impl Process for Connections {
 
     fn kill(&self, why: &str, by: EndedBy) {
         self.life.end(why, by);
-        if let Ok(supervisor) = supervisor::shared(None) {
-            supervisor.wake();
-        }
+    }
+
+    fn keep_to_batches(&self) -> Box<dyn Kept + '_> {
+        Box::new(KeptToBatches(self.beside.write()))
     }
 
     fn resident_bytes(&self) -> Option<u64> {
@@ -293,8 +325,15 @@ impl Batch for WorkerBatch<'_> {
 
     fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure> {
         let (measured, failure) = self.with_channel(|channel, _| {
+            let mut has_spoken = false;
             loop {
-                let incoming = channel.receive()?;
+                // What it hasn't read is an answer then, and not the batch.
+                let of_answer = |broken| match broken {
+                    Broken::Reset if has_spoken => Broken::Ended,
+                    broken => broken,
+                };
+                let incoming = channel.receive().map_err(of_answer)?;
+                has_spoken = true;
                 match incoming.kind {
                     Kind::Done => return Ok(done(incoming, events)?),
                     Kind::Chunk => {

@@ -11,7 +11,7 @@ use std::{
 use modalkit_engine::{Death, EndedBy};
 use parking_lot::{Condvar, Mutex};
 
-use crate::{cgroup::Cgroup, channel::Breaker};
+use crate::{cgroup::Cgroup, channel::Breaker, supervisor};
 
 /// How long a process that has lost its connection, or was killed, is waited for until it counts as dead all the same.
 const DEATH_TIME_MAX: Duration = Duration::from_secs(5);
@@ -88,6 +88,10 @@ impl Life {
         }
         drop(state);
         self.breakers.iter().for_each(Breaker::break_off);
+        // It sees to it that this comes to an end.
+        if let Ok(supervisor) = supervisor::shared(None) {
+            supervisor.wake();
+        }
     }
 
     /// Waits until it is dead. A worker that has broken its connection is ended for this reason, if it doesn't end by itself at once.

@@ -199,14 +199,8 @@ pub(crate) fn broke(broken: &Broken) -> String {
 }
 
 /// Sends a frame and waits for one of this kind.
-pub(crate) fn ask(
-    channel: &Mutex<Channel>,
-    frame: &Outgoing<'_>,
-    kind: Kind,
-    limit: Option<Duration>,
-) -> Result<Incoming, Broken> {
+pub(crate) fn ask(channel: &Mutex<Channel>, frame: &Outgoing<'_>, kind: Kind) -> Result<Incoming, Broken> {
     let mut channel = channel.lock();
-    channel.limit(limit)?;
     channel.send(frame)?;
     let incoming = channel.receive()?;
     if incoming.kind == kind {

@@ -131,8 +131,12 @@ impl Loop {
             }
             changes
         });
-        // Its own that leave may be what it waits for.
-        if self.replicas.is_empty() && self.leaving.is_empty() && self.given_up.is_empty() {
+        self.say_if_starved(reason);
+    }
+
+    /// The model has failed where it has no replica, nor any that leaves and may be what it waits for.
+    pub(super) fn say_if_starved(&self, reason: String) {
+        if self.replicas.is_empty() && self.leaving.is_empty() {
             self.set_condition(Status::Failed { reason });
         }
     }

@@ -389,6 +389,9 @@ impl Loop {
         // Another generation may have set them last.
         self.model.metrics.replicas.set(self.replicas.len() as i64);
         self.say_if_stuck();
+        if self.starved_at.is_some() && *self.condition.borrow() == Status::Ready {
+            self.say_if_starved("no device is free for a replica".to_owned());
+        }
         self.recycle();
         let load = self.model.queue.load();
         let spec = self.model.spec();

@@ -103,8 +103,6 @@ impl Loop {
         let (dead, well): (Vec<_>, Vec<_>) =
             self.replicas.drain(..).partition(|replica| replica.death().is_some());
         self.replicas = well;
-        // A death that an input was found to bring about says nothing of the model.
-        self.deaths = self.deaths.saturating_sub(self.context.convictions.swap(0, Ordering::Relaxed));
         if dead.is_empty() {
             return;
         }
@@ -115,6 +113,8 @@ impl Loop {
         let deaths: Vec<Death> = dead.iter().filter_map(|replica| replica.death()).collect();
         // What the host ended, for a batch that overran, says nothing of the model's health.
         self.deaths += u32::from(deaths.iter().any(|death| death.by != EndedBy::Host));
+        // A death that an input was found to bring about says nothing of the model.
+        self.deaths = self.deaths.saturating_sub(self.context.convictions.swap(0, Ordering::Relaxed));
         let how = deaths.into_iter().next().map_or_else(String::new, |death| death.how);
         self.model.metrics.worker_deaths.inc_by(dead.len() as u64);
         self.validate_with_first();
@@ -154,7 +154,7 @@ impl Loop {
                 || batches > 0 && grown.is_some_and(|most| replica.resident_bytes().unwrap_or(0) > most)
         };
         let Some(old) = self.replicas.iter().find(has_had_enough).map(Arc::clone) else { return };
-        if !self.may_retry(Instant::now()) {
+        if self.starved_at.is_none() && !self.may_retry(Instant::now()) {
             return;
         }
         tracing::info!(

@@ -85,10 +85,7 @@ fn take_notices(socket: &UnixStream) -> Option<Notices> {
 fn end_all(worker: Pid) -> Option<WaitStatus> {
     let (begun, mut status) = (Instant::now(), None);
     loop {
-        for descendant in descendants() {
-            // It may have ended already.
-            let _ = kill_process(descendant, Signal::KILL);
-        }
+        kill_descendants(begun);
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, ended))) if pid == worker => status = Some(ended),
@@ -106,14 +103,24 @@ fn end_all(worker: Pid) -> Option<WaitStatus> {
     }
 }
 
-fn descendants() -> Vec<Pid> {
-    let mut all = vec![process::id() as i32];
-    let mut next = 0;
-    while let Some(parent) = all.get(next) {
-        all.extend(children(*parent));
-        next += 1;
+/// Each as it is found, before its own are looked for: one that forks without end is to have no time for that.
+fn kill_descendants(begun: Instant) {
+    let mut parents = vec![process::id() as i32];
+    while let Some(parent) = parents.pop() {
+        for child in children(parent) {
+            if let Some(pid) = Pid::from_raw(child) {
+                // Its children are looked for while it can't make more. It may have ended already.
+                let _ = kill_process(pid, Signal::STOP);
+                parents.push(child);
+            }
+        }
+        if let Some(pid) = Pid::from_raw(parent).filter(|_| parent != process::id() as i32) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        if begun.elapsed() > KILL_TIME_MAX {
+            return;
+        }
     }
-    all.into_iter().skip(1).filter_map(Pid::from_raw).collect()
 }
 
 fn children(parent: i32) -> Vec<i32> {

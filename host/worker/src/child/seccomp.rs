@@ -46,6 +46,9 @@ pub(super) const REFUSED: &[(libc::c_long, &str)] = &[
     (libc::SYS_utimensat, "utimensat"),
     (libc::SYS_fchmod, "fchmod"),
     (FCHMODAT2, "fchmodat2"),
+    (SETXATTRAT, "setxattrat"),
+    (REMOVEXATTRAT, "removexattrat"),
+    (FILE_SETATTR, "file_setattr"),
     (libc::SYS_fchown, "fchown"),
     (libc::SYS_setxattr, "setxattr"),
     (libc::SYS_lsetxattr, "lsetxattr"),
@@ -106,8 +109,11 @@ pub(super) const REFUSED: &[(libc::c_long, &str)] = &[
     (libc::SYS_userfaultfd, "userfaultfd"),
 ];
 
-/// It has no name in the C library's headers yet; the same number everywhere.
+/// Not all headers of C libraries have these names yet; the numbers are the same everywhere.
 const FCHMODAT2: libc::c_long = 452;
+const SETXATTRAT: libc::c_long = 463;
+const REMOVEXATTRAT: libc::c_long = 466;
+const FILE_SETATTR: libc::c_long = 469;
 
 /// Refused where there is no network.
 pub(super) const NETWORK: [(libc::c_long, &str); 4] = [
@@ -118,16 +124,14 @@ pub(super) const NETWORK: [(libc::c_long, &str); 4] = [
 ];
 
 /// Calls whose first argument says which process they are for: refused for any other than this one.
-pub(super) const OF_A_PROCESS: [(libc::c_long, &str); 7] = [
+pub(super) const OF_A_PROCESS: [(libc::c_long, &str); 5] = [
     (libc::SYS_kill, "kill"),
     (libc::SYS_tgkill, "tgkill"),
     (libc::SYS_rt_sigqueueinfo, "rt_sigqueueinfo"),
     (libc::SYS_rt_tgsigqueueinfo, "rt_tgsigqueueinfo"),
     (libc::SYS_prlimit64, "prlimit64"),
-    (libc::SYS_sched_setaffinity, "sched_setaffinity"),
-    (libc::SYS_sched_setscheduler, "sched_setscheduler"),
 ];
-/// Refused for datagrams, which reach sockets that have a path.
+/// Refused but for streams and packets in order: datagrams reach sockets that have a path.
 pub(super) const PAIR: (libc::c_long, &str) = (libc::SYS_socketpair, "socketpair");
 const SECOND_ARGUMENT: u32 = 24;
 /// The kind of a socket, without its flags.
@@ -186,12 +190,13 @@ fn filter(network: bool) -> Vec<libc::sock_filter> {
     }
     if !network {
         program.extend([
-            unless(libc::BPF_JEQ, PAIR.0 as u32, 5),
+            unless(libc::BPF_JEQ, PAIR.0 as u32, 6),
             load(SECOND_ARGUMENT),
             statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, KIND_OF_SOCKET),
-            unless(libc::BPF_JEQ, libc::SOCK_DGRAM as u32, 1),
-            end(notify),
+            libc::sock_filter { code: equal, jt: 1, jf: 0, k: libc::SOCK_STREAM as u32 },
+            unless(libc::BPF_JEQ, libc::SOCK_SEQPACKET as u32, 1),
             end(libc::SECCOMP_RET_ALLOW),
+            end(notify),
         ]);
     }
     for number in OPENING.iter().copied().chain(refused).chain(of_network) {
