@@ -60,8 +60,9 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     let tests: Vec<&str> = tests.iter().map(String::as_str).collect();
     run(command(&tests).env(threads.0, &threads.1))?;
     if args.is_empty() {
+        // With the workspace's own choice of features: what is built already will do.
         println!("end-to-end tests again, with each replica in a process of its own");
-        let mut tests = vec!["test", "--package", "modalkit-tests", "--test", "e2e", "--"];
+        let mut tests = vec!["test", "--workspace", "--test", "e2e", "--"];
         tests.extend(ISOLATED);
         tests.extend(IN_PROCESS_ONLY.iter().flat_map(|name| ["--skip", name]));
         run(command(&tests).env(threads.0, &threads.1).env(ISOLATION.0, ISOLATION.1))?;
