@@ -51,7 +51,7 @@ fn minutes(minutes: f64) -> Duration {
 
 fn host(more: &str) -> Host {
     let config = format!(
-        "[server]\nlog = \"error\"\nrequest_timeout_ms = 120000\n[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 2\n{PROCESS}{more}"
+        "[server]\nlog = \"error,modalkit::app=info\"\nrequest_timeout_ms = 120000\n[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 2\n{PROCESS}{more}"
     );
     Setup::new().plugin("killer").config(&config).ready()
 }
@@ -211,7 +211,7 @@ fn tree_mib(host: u32) -> f64 {
 
 /// Reloads with each replica in a process of its own, under load.
 pub(crate) fn reloads() {
-    let config = format!("[server]\nlog = \"error\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\n");
+    let config = format!("[server]\nlog = \"error,modalkit::app=info\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\n");
     let setup = Setup::new().config(&config);
     Version::good(1).install(&setup.volume());
     let host = setup.ready();
