@@ -211,7 +211,9 @@ fn tree_mib(host: u32) -> f64 {
 
 /// Reloads with each replica in a process of its own, under load.
 pub(crate) fn reloads() {
-    let config = format!("[server]\nlog = \"error,modalkit::app=info\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\n");
+    let config = format!(
+        "[server]\nlog = \"error,modalkit::app=info\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\n"
+    );
     let setup = Setup::new().config(&config);
     Version::good(1).install(&setup.volume());
     let host = setup.ready();

@@ -127,6 +127,8 @@ impl Machine {
                     );
                 }
                 self.generations += 1;
+                // Of those in processes of their own nothing stays here that nobody uses.
+                self.plugins.retain(|known| !known.is_isolated() || Arc::strong_count(known) > 1);
                 if !self.plugins.iter().any(|known| known.description().sha256() == sha256) {
                     self.plugins.push(Arc::clone(&plugin));
                 }
