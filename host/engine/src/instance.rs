@@ -144,6 +144,9 @@ pub trait Process: Send + Sync {
     /// Ends it, and all that it has started, for this reason, which lies with it or with the host. Calls that run return soon.
     fn kill(&self, why: &str, by: EndedBy);
 
+    /// Waits until it has ended, at most so long.
+    fn wait(&self, time: Duration) -> Option<Death>;
+
     /// Keeps from it, until what comes back is dropped, all that isn't a batch: inputs that are checked, and hooks.
     fn keep_to_batches(&self) -> Box<dyn Kept + '_>;
 

@@ -4,7 +4,6 @@
 
 use std::{
     sync::atomic::Ordering,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -26,9 +25,8 @@ use crate::{
 
 /// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
 const COST_MAX: u64 = 1 << 40;
-/// How long a process may take to die whose device has failed, and how often that is looked for.
+/// How long a process may take to die whose device has failed.
 const DEATH_TIME_MAX: Duration = Duration::from_secs(5);
-const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 /// Times that a job comes back from processes that somebody else ended, until it has failed.
 const UNCHARGED_MAX: u32 = 8;
 
@@ -190,11 +188,8 @@ fn examine(seat: &Seat<'_>, ends: &mut [Option<Ended>]) -> Result<(), Died> {
     let Some(failure) = suspects.first().and_then(|place| of_device(&ends[*place])) else { return Ok(()) };
     let how = format!("its device failed in its process: {}", failure.message);
     process.kill(&how, EndedBy::Itself);
-    // Nothing is run in it any more.
-    let begun = Instant::now();
-    while process.death().is_none() && begun.elapsed() < DEATH_TIME_MAX {
-        thread::sleep(BETWEEN_LOOKS);
-    }
+    // Before anything else is run in it.
+    process.wait(DEATH_TIME_MAX);
     suspects.iter().for_each(|place| ends[*place] = None);
     Err(Died { how, by: EndedBy::Itself, suspects, of_device: true })
 }

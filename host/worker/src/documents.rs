@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use modalkit_engine::{Datatype, Signature, TensorSpec};
+use modalkit_engine::{Datatype, Description, Signature, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 /// What a worker is to do.
@@ -71,6 +71,23 @@ pub(crate) struct Described {
     pub(crate) input_schema: String,
     pub(crate) output_schema: String,
     pub(crate) settings_schema: String,
+}
+
+impl Described {
+    pub(crate) fn of(said: &Description) -> Self {
+        let said = said.clone();
+        Self {
+            name: said.name,
+            version: said.version,
+            abi: said.abi,
+            sdk: said.sdk,
+            rustc: said.rustc,
+            has_debug_assertions: said.has_debug_assertions,
+            input_schema: said.input_schema,
+            output_schema: said.output_schema,
+            settings_schema: said.settings_schema,
+        }
+    }
 }
 
 /// A worker serves.

@@ -249,6 +249,10 @@ impl Process for Connections {
         self.life.end(why, by);
     }
 
+    fn wait(&self, time: Duration) -> Option<Death> {
+        self.life.wait(time)
+    }
+
     fn keep_to_batches(&self) -> Box<dyn Kept + '_> {
         Box::new(KeptToBatches(self.beside.write()))
     }

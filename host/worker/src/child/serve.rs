@@ -64,7 +64,9 @@ pub(super) fn run(mut connections: Connections, loader: Loader) -> std::io::Resu
         }
     };
     match hello.task {
-        Task::Describe => answer(&mut connections.control, &describe(&*plugin)),
+        Task::Describe => {
+            answer(&mut connections.control, &items::document(&Described::of(plugin.description())))
+        }
         Task::CheckSettings => match plugin.check_settings(&hello.settings) {
             Ok(()) => answer(&mut connections.control, b"{}"),
             Err(failure) => refuse(&mut connections.control, &failure),
@@ -100,42 +102,18 @@ fn refuse(control: &mut Channel, failure: &Failure) -> std::io::Result<u8> {
     Ok(DONE)
 }
 
-fn describe(plugin: &dyn Plugin) -> Vec<u8> {
-    let said = plugin.description().clone();
-    items::document(&Described {
-        name: said.name,
-        version: said.version,
-        abi: said.abi,
-        sdk: said.sdk,
-        rustc: said.rustc,
-        has_debug_assertions: said.has_debug_assertions,
-        input_schema: said.input_schema,
-        output_schema: said.output_schema,
-        settings_schema: said.settings_schema,
-    })
-}
-
 fn load(hello: &Hello, plugin: &dyn Plugin, lanes: usize) -> Result<Arc<dyn Instance>, Failure> {
-    let device = |(place, device): (usize, &'_ DeviceDocument)| -> (u32, String, String, u64, Option<u64>) {
-        (
-            place as u32,
-            device.name.clone(),
-            device.uuid.clone(),
-            device.memory_bytes,
-            device.memory_budget_bytes,
-        )
-    };
-    let devices: Vec<_> = hello.devices.iter().enumerate().map(device).collect();
-    let devices: Vec<Device<'_>> = devices
-        .iter()
-        .map(|(ordinal, name, uuid, memory_bytes, memory_budget_bytes)| Device {
-            ordinal: *ordinal,
+    fn device((ordinal, device): (usize, &DeviceDocument)) -> Device<'_> {
+        let DeviceDocument { name, uuid, memory_bytes, memory_budget_bytes } = device;
+        Device {
+            ordinal: ordinal as u32,
             name,
             uuid,
             memory_bytes: *memory_bytes,
             memory_budget_bytes: *memory_budget_bytes,
-        })
-        .collect();
+        }
+    }
+    let devices: Vec<Device<'_>> = hello.devices.iter().enumerate().map(device).collect();
     let loaded = plugin.load(&Load {
         model_name: &hello.model_name,
         all_model_data_folder: &hello.all_model_data_folder,
