@@ -26,6 +26,7 @@ use crate::{
     access::{self, Access, Keys},
     audit::Audit,
     config::{Loaded, Server, Sources},
+    death_note::DeathNote,
     identity,
     ingress::{self, Certificate, Context, ManagementSocket},
     insight::{
@@ -113,15 +114,19 @@ pub async fn run(
     }
     // First: a host that is refused it changes nothing in it.
     let state_folder = FolderLock::take(&server.state_folder).map_err(journal_error)?;
+    let death_note = DeathNote::open(&server.state_folder);
     let queues = Queues::open(&config.queues.named(&identity::host_name(&state_folder)?), &context)?;
     let context = jobs::JobsContext {
         models: Arc::clone(&models),
         gate: Arc::clone(&gate),
         queues: Arc::clone(&queues),
         metrics: Arc::clone(&metrics),
+        death: death_note.death().clone(),
     };
     tracing::info!(folder = %server.state_folder.display(), "accepted jobs are kept here");
     let jobs = Jobs::open(state_folder, server.jobs, context).map_err(journal_error)?;
+    // Once the journal has counted the last one, and before any job runs.
+    note_death(death_note);
     // After the journal: whoever holds its lock is the only host of this state folder.
     let socket = server.management_socket.as_deref().map(ManagementSocket::bind).transpose()?;
     let consumed = config.queues.consume.clone();
@@ -356,6 +361,17 @@ pub fn keep_freed_memory() {
 /// The system takes no signal handler.
 pub fn watch_endings() -> io::Result<()> {
     modalkit_loader::ending::watch()
+}
+
+/// Has the end of this process noted, should plugin code bring it about.
+fn note_death(note: DeathNote) {
+    match note.begin() {
+        // For the rest of the process: a handler of signals writes into it.
+        Ok(file) => modalkit_loader::ending::note_threads(Box::leak(Box::new(file))),
+        Err(error) => {
+            tracing::warn!(%error, "how this host ends can't be noted; a job that ends it is found later");
+        }
+    }
 }
 
 /// The process ends because it is meant to.

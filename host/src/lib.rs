@@ -10,6 +10,7 @@ pub mod app;
 pub mod audit;
 mod backoff;
 pub mod config;
+mod death_note;
 pub mod egress;
 mod fence;
 pub mod identity;

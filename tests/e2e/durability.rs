@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use modalkit_tests::{Host, Setup, built, free_port, wait_until};
+use modalkit_tests::{Host, Setup, built, free_port, poison::Poison, wait_until};
 use serde_json::{Value, json};
 
 /// Sends a body as it stands, and returns the job's id.
@@ -128,8 +128,7 @@ fn what_is_taken_and_not_acknowledged_comes_back_and_is_delivered_only_then() {
 fn a_job_that_kills_hosts_is_found_and_those_that_ran_with_it_are_not_charged() {
     let config = "[model_settings.model_entries.together]\nplugin = \"puppet\"\n\
          batch_config = { max_batch_size = 8, wait_ms = 2000 }\ndeployment_config = { retries = 0 }\n\
-         [model_settings.model_entries.other]\nplugin = \"puppet\"\ndeployment_config = { retries = 0 }\n\
-         [server]\njob_crashes_max = 2\n";
+         [model_settings.model_entries.other]\nplugin = \"puppet\"\ndeployment_config = { retries = 0 }\n";
     let mut host = Setup::new().plugin("puppet").config(config).ready();
     let slow = host.job("other", &json!({"message": {"do": "sleep", "ms": 3000, "value": 100}}));
     wait_until("it runs", || host.get(&format!("/jobs/{slow}")).1["state"] == "running");
@@ -149,20 +148,28 @@ fn a_job_that_kills_hosts_is_found_and_those_that_ran_with_it_are_not_charged() 
             }
         });
         if report["state"] == "failed" {
-            assert_eq!((&report["crashes"], &report["attempts"]), (&json!(3), &json!(0)), "{report}");
-            assert!(report["error"].as_str().unwrap().contains("job_crashes_max"), "{report}");
+            assert_eq!((&report["crashes"], &report["attempts"]), (&json!(2), &json!(0)), "{report}");
+            assert!(report["error"].as_str().unwrap().contains("ended by SIGABRT in predict"), "{report}");
             break;
         }
         let _ = host.wait();
         deaths += 1;
-        assert!(deaths <= 3, "once with the others, twice alone");
+        assert!(deaths <= 2, "once with the others, once alone");
         host.start_again();
     }
     for job in good.iter().chain([&slow]) {
         let report = host.ended(job);
         assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(1)), "{report}");
     }
+    assert_eq!(host.ended(&slow)["crashes"], Value::Null, "it ran on another thread");
     wait_until("its failure is told", || length(&host, "bad") == 1 && length(&host, "q") == 7);
+}
+
+#[test]
+fn each_job_that_ends_the_host_costs_it_two_lives_at_most_and_the_others_nothing() {
+    let poison = Poison { good: 300, poison: 6, isolation: "in-process" };
+    let deaths = poison.run();
+    assert!(deaths.hosts >= 6 && deaths.hosts <= 12, "{deaths:?}");
 }
 
 #[test]
@@ -170,14 +177,15 @@ fn a_long_job_survives_hosts_that_are_killed_from_outside() {
     let config = "[app_settings.deployment_config]\nretries = 1\n";
     let mut host = Setup::new().plugin("puppet").config(config).ready();
     let job = host.job("puppet", &json!({"message": {"do": "sleep", "ms": 2500, "value": 1}}));
-    for _ in 0..3 {
+    // More often than `job_crashes_max`.
+    for _ in 0..6 {
         wait_until("it runs", || host.get(&format!("/jobs/{job}")).1["state"] == "running");
         host.kill();
         host.start_again();
     }
     let report = host.ended(&job);
     assert_eq!((&report["state"], &report["attempts"]), (&json!("succeeded"), &json!(1)), "{report}");
-    assert_eq!(report["crashes"], 3, "{report}");
+    assert_eq!(report["crashes"], 6, "{report}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::{
 use modalkit_tests::{
     Host, Setup, Version,
     load::{Load, VERSIONED},
+    poison::Poison,
     wait_until,
 };
 use serde_json::json;
@@ -38,6 +39,10 @@ const KILLERS: [&str; 9] = [
 const KILLERS_MINUTES: f64 = 10.0;
 const KILLS_MINUTES: f64 = 2.0;
 const RELOADS: f64 = 1000.0;
+/// Reloads between two looks at memory.
+const RELOADS_BETWEEN_LOOKS: u64 = 100;
+const POISONED_JOBS: f64 = 10_000.0;
+const POISON: u64 = 10;
 const BETWEEN_KILLS: Duration = Duration::from_millis(200);
 
 /// A smaller trial says so.
@@ -200,19 +205,36 @@ fn children(of: u32) -> Vec<u32> {
 
 /// Memory that the host and all below it hold for themselves, in MiB; what they share counts by its share.
 fn tree_mib(host: u32) -> f64 {
-    let all = [vec![host], children(host), workers(host)].concat();
-    let of = |process: u32| {
-        let said = fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap_or_default();
-        let line = said.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap_or("0 kB");
-        line.trim().trim_end_matches(" kB").trim().parse::<f64>().unwrap_or_default() / 1024.0
-    };
-    all.into_iter().map(of).sum()
+    [vec![host], children(host), workers(host)].concat().into_iter().map(pss_mib).sum()
+}
+
+fn pss_mib(process: u32) -> f64 {
+    let said = fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap_or_default();
+    let line = said.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap_or("0 kB");
+    line.trim().trim_end_matches(" kB").trim().parse::<f64>().unwrap_or_default() / 1024.0
+}
+
+/// Poison among good jobs, in both modes, on a host that is started again whenever it dies.
+pub(crate) fn poison() {
+    for isolation in ["in-process", "process"] {
+        let poison = Poison { good: (POISONED_JOBS * share()) as u64, poison: POISON, isolation };
+        let begun = Instant::now();
+        let deaths = poison.run();
+        println!(
+            "{isolation}: {} good jobs succeeded at their first attempt, {POISON} poison ones failed with the reason: {} deaths of hosts, {} of workers, {:.0} s",
+            poison.good,
+            deaths.hosts,
+            deaths.workers,
+            begun.elapsed().as_secs_f64()
+        );
+        assert!(deaths.hosts.max(deaths.workers) <= 2 * POISON, "{deaths:?}");
+    }
 }
 
 /// Reloads with each replica in a process of its own, under load.
 pub(crate) fn reloads() {
     let config = format!(
-        "[server]\nlog = \"error,modalkit::app=info\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\n"
+        "[server]\nlog = \"error,modalkit::app=info\"\nsettle_ms = 10\n{PROCESS}probation_seconds = 0.1\nprobation_p99_ratio_max = 1000.0\n"
     );
     let setup = Setup::new().config(&config);
     Version::good(1).install(&setup.volume());
@@ -227,6 +249,14 @@ pub(crate) fn reloads() {
         if number == 11 {
             thread::sleep(Duration::from_secs(2));
             after_ten = tree_mib(host.id());
+        }
+        if (number - 1).is_multiple_of(RELOADS_BETWEEN_LOOKS) {
+            println!(
+                "after {} reloads: {:.1} MiB, of the host {:.1} MiB",
+                number - 1,
+                tree_mib(host.id()),
+                pss_mib(host.id())
+            );
         }
     }
     let took = begun.elapsed();

@@ -19,7 +19,7 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 16] = [
+const PARTS: [(&str, fn()); 17] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -36,6 +36,7 @@ const PARTS: [(&str, fn()); 16] = [
     ("killers", isolation::killers),
     ("kills", isolation::kills),
     ("workers", isolation::reloads),
+    ("poison", isolation::poison),
 ];
 
 fn main() -> ExitCode {

@@ -11,6 +11,7 @@ pub mod gpus;
 pub mod http2;
 pub mod load;
 pub mod management;
+pub mod poison;
 pub mod version;
 
 pub use version::Version;
@@ -521,6 +522,18 @@ impl Host {
             request = request.header(*name, *value);
         }
         read(&mut request.call().expect("the host answers"))
+    }
+
+    /// As [`Host::post_with`], of a host that may be gone, or go before it has answered.
+    #[must_use]
+    pub fn try_post(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Option<Answer> {
+        let mut request = agent().post(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut response = request.send(body.to_string()).ok()?;
+        let text = response.body_mut().read_to_string().ok()?;
+        Some(answer(response.status().as_u16(), text))
     }
 
     /// As [`Host::get`], of a host that may be gone.

@@ -55,7 +55,7 @@ pub enum Closed {
     Waited,
     /// No more jobs will come, so waiting for some would be in vain.
     Drained,
-    /// Its one job came back to be run without company.
+    /// Its one job is to be run without company.
     Alone,
 }
 
@@ -99,7 +99,7 @@ pub struct Full<I>(pub I);
 pub struct Batcher<J> {
     policy: Policy,
     queue: Queue<J>,
-    /// Jobs that were taken before and came back; each is a batch.
+    /// Each is a batch.
     alone: VecDeque<Waiting<J>>,
     draining: bool,
 }
@@ -134,10 +134,17 @@ impl<J> Batcher<J> {
         self.len() == 0
     }
 
-    /// Takes a job back that was in a batch, to be run next and as a batch of its own. It keeps its id, is counted in no limit, and can't be
-    /// cancelled; whoever runs it finds out whether anybody still wants it.
-    pub fn push_alone(&mut self, job: Waiting<J>) {
+    /// Takes a job back that was in a batch, to be run next and as a batch of its own. It keeps its id, is counted in no limit, and has no
+    /// deadline any more; whoever runs it finds out whether anybody still wants it.
+    pub fn take_back(&mut self, job: Waiting<J>) {
         self.alone.push_back(job);
+    }
+
+    /// Takes a job that is to be run next and as a batch of its own. It is counted in no limit, and has no deadline.
+    pub fn push_alone(&mut self, now: Instant, job: J) -> ArrivalId {
+        let id = self.queue.use_id();
+        self.alone.push_back(Waiting { job, id, arrived: now });
+        id
     }
 
     /// Appends jobs, all or none, and returns the id of the first; the others' follow it one by one.
@@ -166,6 +173,9 @@ impl<J> Batcher<J> {
 
     /// Takes a job out whose caller has left. `None` where it was taken before.
     pub fn cancel(&mut self, id: ArrivalId) -> Option<J> {
+        if let Some(place) = self.alone.iter().position(|waiting| waiting.id == id) {
+            return self.alone.remove(place).map(|waiting| waiting.job);
+        }
         self.queue.remove(id)
     }
 

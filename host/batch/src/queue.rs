@@ -51,6 +51,13 @@ impl<J> Queue<J> {
         ArrivalId(self.next)
     }
 
+    /// The next id, for a job that isn't kept here.
+    pub(crate) fn use_id(&mut self) -> ArrivalId {
+        let id = self.next_id();
+        self.next += 1;
+        id
+    }
+
     pub(crate) fn push(&mut self, job: J, arrived: Instant, deadline: Option<Instant>) {
         self.slots.push_back(Slot { id: ArrivalId(self.next), arrived, deadline, job: Some(job) });
         self.next += 1;

@@ -302,11 +302,25 @@ fn a_job_that_came_back_is_next_and_a_batch_of_its_own_whatever_waits() {
     batcher.push(start, ["a", "b"], None).unwrap();
     let Next::Batch(taken) = batcher.next(start, start) else { panic!("two are a batch") };
     batcher.push(start, ["c", "d"], None).unwrap();
-    taken.jobs.into_iter().for_each(|job| batcher.push_alone(job));
+    taken.jobs.into_iter().for_each(|job| batcher.take_back(job));
     assert_eq!((batcher.len(), batcher.is_ready()), (4, true));
     assert!(batcher.push(start, ["e"], None).is_err(), "they take nobody's place, and make none");
     for (job, closed) in [("a", Closed::Alone), ("b", Closed::Alone), ("c", Closed::Full)] {
         let Next::Batch(batch) = batcher.next(start, start) else { panic!("{job} is next") };
         assert_eq!((batch.jobs[0].job, batch.closed), (job, closed));
     }
+}
+
+#[test]
+fn a_job_that_is_pushed_to_run_alone_has_an_id_of_its_own_and_can_be_cancelled() {
+    let start = Instant::now();
+    let mut batcher = Batcher::new(Policy { max_batch_size: 2, wait: Duration::from_secs(9), queue_max: 2 });
+    let first = batcher.push(start, ["a"], None).unwrap();
+    let (alone, cancelled) = (batcher.push_alone(start, "b"), batcher.push_alone(start, "c"));
+    let last = batcher.push(start, ["d"], None).unwrap();
+    assert!(first < alone && alone < cancelled && cancelled < last);
+    assert_eq!((batcher.cancel(cancelled), batcher.cancel(cancelled), batcher.len()), (Some("c"), None, 3));
+    let Next::Batch(batch) = batcher.next(start, start) else { panic!("it is ready") };
+    assert_eq!((batch.jobs[0].id, batch.jobs.len(), batch.closed), (alone, 1, Closed::Alone));
+    assert_eq!((batcher.cancel(last), batcher.cancel(first), batcher.len()), (Some("d"), Some("a"), 0));
 }

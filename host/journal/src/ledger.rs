@@ -1,5 +1,5 @@
 //! Which jobs are being run at this moment, in a small file of slots that is written in place and never synced: it has to outlive
-//! the process, not the machine. A host that died finds in it whom it died with.
+//! the process, not the machine. The host that is started after one that died finds in it which jobs that was running, and on which threads.
 
 use std::{
     fs::{File, OpenOptions},
@@ -8,7 +8,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -34,6 +34,8 @@ pub struct Slot {
     attempt: u32,
     alone: AtomicBool,
     begun: AtomicBool,
+    /// The one that runs it.
+    thread: AtomicU32,
 }
 
 /// What a slot says of a job that was being run.
@@ -44,9 +46,12 @@ pub(crate) struct Noted {
     pub(crate) attempt: u32,
     /// No other job was being run.
     pub(crate) alone: bool,
+    /// The thread that ran it, by the kernel's number.
+    pub(crate) thread: u32,
 }
 
-const ALONE: u32 = 1;
+/// The bit of an attempt's number that says that it ran alone.
+const ALONE: u32 = 1 << 31;
 
 impl Ledger {
     /// Opens the file and says which jobs it names.
@@ -55,12 +60,14 @@ impl Ledger {
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
+        let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
         let named = bytes
             .chunks_exact(SLOT_BYTES)
             .map(|slot| Noted {
                 row: i64::from_le_bytes(slot[..8].try_into().expect("eight bytes")),
-                attempt: u32::from_le_bytes(slot[8..12].try_into().expect("four bytes")),
-                alone: u32::from_le_bytes(slot[12..].try_into().expect("four bytes")) == ALONE,
+                attempt: number(&slot[8..12]) & !ALONE,
+                alone: number(&slot[8..12]) & ALONE != 0,
+                thread: number(&slot[12..]),
             })
             .filter(|noted| noted.row != 0)
             .collect();
@@ -89,13 +96,22 @@ impl Ledger {
     #[must_use]
     pub fn slot(self: &Arc<Self>, job: JobId, attempt: u32, alone: bool) -> Slot {
         let number = self.free.lock().pop();
-        Slot { ledger: Arc::clone(self), number, job, attempt, alone: alone.into(), begun: false.into() }
+        Slot {
+            ledger: Arc::clone(self),
+            number,
+            job,
+            attempt,
+            alone: alone.into(),
+            begun: false.into(),
+            thread: 0.into(),
+        }
     }
 }
 
 impl Slot {
-    /// Says that the attempt begins.
+    /// Says that the attempt begins, on this thread.
     pub fn begins(&self) {
+        self.thread.store(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned(), Ordering::SeqCst);
         self.begun.store(true, Ordering::SeqCst);
         self.note();
     }
@@ -103,9 +119,9 @@ impl Slot {
     fn note(&self) {
         let mut slot = [0; SLOT_BYTES];
         slot[..8].copy_from_slice(&self.job.row().to_le_bytes());
-        slot[8..12].copy_from_slice(&self.attempt.to_le_bytes());
         let alone = if self.alone.load(Ordering::SeqCst) { ALONE } else { 0 };
-        slot[12..].copy_from_slice(&alone.to_le_bytes());
+        slot[8..12].copy_from_slice(&(self.attempt & !ALONE | alone).to_le_bytes());
+        slot[12..].copy_from_slice(&self.thread.load(Ordering::SeqCst).to_le_bytes());
         self.write(&slot);
     }
 

@@ -10,6 +10,7 @@
 
 mod change;
 mod clock;
+mod death;
 mod id;
 mod ledger;
 mod reader;
@@ -21,7 +22,6 @@ mod tests;
 mod writer;
 
 use std::{
-    collections::HashSet,
     fs::{self, File},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
@@ -35,6 +35,7 @@ use parking_lot::Mutex;
 
 pub use change::Unfit;
 pub use clock::Clock;
+pub use death::{HostDeath, Suspicion};
 pub use id::{JobId, NotAnId};
 pub use ledger::{Ledger, SLOTS, Slot};
 pub use record::{
@@ -43,8 +44,8 @@ pub use record::{
 pub use writer::{Committed, OnCommit, Retention, unix_ms};
 
 use change::Change;
+use death::take_over;
 use id::Ids;
-use ledger::Noted;
 use reader::Reader;
 use schema::StoreError;
 use store::{Opened, Store};
@@ -162,21 +163,23 @@ impl FolderLock {
 }
 
 impl Journal {
-    /// Opens the journal in a folder that is this process's. `on_commit` hears of every group. Returns the jobs that
-    /// aren't done with, in the order in which they came.
+    /// Opens the journal in a folder that is this process's; where the host before this one was running jobs, it died like this.
+    /// `on_commit` hears of every group. Returns the jobs that aren't done with, in the order in which they came.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(
         folder: FolderLock,
+        death: &HostDeath,
         retention: Retention,
         on_commit: OnCommit,
     ) -> Result<(Self, Vec<OpenJob>), OpenError> {
-        Self::open_prepared(folder, retention, on_commit, |_| ())
+        Self::open_prepared(folder, death, retention, on_commit, |_| ())
     }
 
     fn open_prepared(
         lock: FolderLock,
+        death: &HostDeath,
         retention: Retention,
         on_commit: OnCommit,
         prepare: impl FnOnce(&Store),
@@ -196,7 +199,8 @@ impl Journal {
         let unusable = |error: rusqlite::Error| OpenError::Unusable { file: file(), why: error.to_string() };
         let clock = Clock::resume(clock, unix_ms());
         let (ledger, running) = Ledger::open(&folder.join(LEDGER)).map_err(of_folder)?;
-        let is_written = take_over(&mut store, &mut open_jobs, &running, clock.now()).map_err(unusable)?;
+        let is_written =
+            take_over(&mut store, &mut open_jobs, &running, death, clock.now()).map_err(unusable)?;
         let ledger =
             if is_written { Ledger::begin(ledger).map_err(of_folder)? } else { Ledger::go_on(ledger) };
         let reader = || Reader::open(&path).map(Mutex::new).map_err(unusable);
@@ -411,35 +415,4 @@ fn private(path: &Path) -> io::Result<File> {
     // One that was there; a file system without permissions has none to set.
     let _ = file.set_permissions(fs::Permissions::from_mode(FILE_MODE));
     Ok(file)
-}
-
-/// Counts a crash for each job that was being run when the host died, and suspects it; the one that ran alone is the cause. On disk
-/// before the ledger is emptied, so that none is missed; a host that dies between the two counts these once more. `false` where the disk
-/// is full: the host starts all the same, and the next start finds them again.
-fn take_over(
-    store: &mut Store,
-    open_jobs: &mut [OpenJob],
-    running: &[Noted],
-    now: u64,
-) -> rusqlite::Result<bool> {
-    let mut group = store.begin(now)?;
-    let mut seen = HashSet::new();
-    for noted in running {
-        let Ok(index) = open_jobs.binary_search_by_key(&noted.row, |job| job.id.row()) else { continue };
-        let job = &mut open_jobs[index];
-        // An attempt that has ended is known by its number.
-        if job.state == State::Queued && noted.attempt > job.attempts && seen.insert(noted.row) {
-            job.suspect = true;
-            job.crashes += 1;
-            job.crashes_alone += u32::from(noted.alone);
-            group.crashed(job)?;
-        }
-    }
-    if seen.is_empty() {
-        return Ok(true);
-    }
-    match group.commit() {
-        Err(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) => Ok(false),
-        committed => committed.map(|()| true),
-    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::JobId;
+use crate::{JobId, Suspicion};
 
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,12 +172,14 @@ pub struct OpenJob {
     pub state: State,
     /// Attempts that have ended so far.
     pub attempts: u32,
-    /// Whether it was running when its host died, and no attempt of it has ended since.
-    pub suspect: bool,
-    /// How often a host died while it was running.
+    /// What is known of it by the deaths of its hosts.
+    pub suspicion: Suspicion,
+    /// How often a host died while it was running, where that may have been its doing.
     pub crashes: u32,
-    /// How often it was the only job that was running then.
+    /// How often it was the only job that was running then, and nothing else is known to have been the cause.
     pub crashes_alone: u32,
+    /// Why its last attempt failed, or how it ended its host.
+    pub error: Option<String>,
     /// Somebody took it back while it ran.
     pub cancelled: bool,
     /// When it came.
@@ -209,7 +211,7 @@ pub struct Stored {
     pub state: State,
     /// Attempts that have ended so far.
     pub attempts: u32,
-    /// How often a host died while it was running.
+    /// How often a host died while it was running, where that may have been its doing.
     pub crashes: u32,
     /// When it came.
     pub accepted: u64,

@@ -5,7 +5,7 @@ use std::{io::Read, path::Path, sync::Arc};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 
 use crate::{
-    JobId,
+    JobId, Suspicion,
     record::{Accepted, Delivery, Finish, NewJob, OpenJob, Retry, State, Totals},
     schema::{MAGIC, StoreError, prepare},
 };
@@ -150,7 +150,7 @@ struct Found {
     clock: u64,
 }
 
-const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone, suspect, from_queue";
+const OPEN_COLUMNS: &str = "row, tail, model, key, state, attempts, accepted, next, deadline, pending, queue, trace, cancelled, crashes, crashes_alone, suspect, from_queue, error";
 
 fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
     Ok(OpenJob {
@@ -168,8 +168,9 @@ fn open_job(row: &Row<'_>) -> rusqlite::Result<OpenJob> {
         cancelled: row.get(12)?,
         crashes: row.get(13)?,
         crashes_alone: row.get(14)?,
-        suspect: row.get(15)?,
+        suspicion: Suspicion::of(row.get(15)?),
         from_queue: row.get(16)?,
+        error: row.get(17)?,
     })
 }
 
@@ -268,12 +269,13 @@ impl Group<'_> {
         Ok(Accepted::New)
     }
 
-    /// Says how often a host died while this job was running.
+    /// Says how often a host died while this job was running, and what is known of it by that.
     pub(crate) fn crashed(&mut self, job: &OpenJob) -> rusqlite::Result<()> {
-        let mut update = self
-            .transaction
-            .prepare_cached("UPDATE jobs SET crashes = ?2, crashes_alone = ?3, suspect = 1 WHERE row = ?1")?;
-        update.execute(params![job.id.row(), job.crashes, job.crashes_alone]).map(drop)
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE jobs SET crashes = ?2, crashes_alone = ?3, suspect = ?4, error = ?5 WHERE row = ?1",
+        )?;
+        let suspect = job.suspicion.code();
+        update.execute(params![job.id.row(), job.crashes, job.crashes_alone, suspect, job.error]).map(drop)
     }
 
     pub(crate) fn retry(&mut self, retry: &Retry) -> rusqlite::Result<()> {

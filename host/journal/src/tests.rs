@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    num::NonZeroU32,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     sync::{Arc, mpsc},
@@ -12,19 +13,24 @@ use bytes::Bytes;
 use tempfile::tempdir;
 
 use crate::{
-    AcceptError, Accepted, Delivery, Filter, Finish, FolderLock, IdempotencyKey, Journal, NewJob, OpenError,
-    OpenJob, Retention, Retry, State, set_aside,
+    AcceptError, Accepted, Delivery, Filter, Finish, FolderLock, HostDeath, IdempotencyKey, Journal, NewJob,
+    OpenError, OpenJob, Retention, Retry, State, Suspicion, set_aside,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
 const KEEP: Retention = Retention { time: HOUR, bytes_max: 1 << 30, names: HOUR };
+const UNKNOWN: HostDeath = HostDeath::Killed { memory_was_short: true };
 
 fn open(folder: &Path, retention: Retention) -> (Journal, Vec<OpenJob>) {
     try_open(folder, retention).unwrap()
 }
 
 fn try_open(folder: &Path, retention: Retention) -> Result<(Journal, Vec<OpenJob>), OpenError> {
-    Journal::open(FolderLock::take(folder)?, retention, Box::new(|_| ()))
+    Journal::open(FolderLock::take(folder)?, &UNKNOWN, retention, Box::new(|_| ()))
+}
+
+fn open_after(death: &HostDeath, folder: &Path) -> (Journal, Vec<OpenJob>) {
+    Journal::open(FolderLock::take(folder).unwrap(), death, KEEP, Box::new(|_| ())).unwrap()
 }
 
 fn job(journal: &Journal, envelope: &str) -> NewJob {
@@ -174,21 +180,91 @@ fn a_crash_is_counted_for_all_that_ran_and_blamed_on_the_one_that_ran_alone() {
     drop(journal);
     // Who is suspected stays so until an attempt has ended, however often a host starts.
     let (journal, found) = open(folder.path(), KEEP);
-    assert_eq!(found.iter().map(|job| job.suspect).collect::<Vec<_>>(), [true, false, false, true]);
+    let suspects =
+        |found: &[OpenJob]| found.iter().map(|job| job.suspicion == Suspicion::Suspected).collect::<Vec<_>>();
+    assert_eq!(suspects(&found), [true, false, false, true]);
     journal.retry(Retry { id: ids[3], attempts: 1, started: None, next: 0, error: String::new() });
     drop(journal);
     let (journal, found) = open(folder.path(), KEEP);
-    assert_eq!(found.iter().map(|job| job.suspect).collect::<Vec<_>>(), [true, false, false, false]);
+    assert_eq!(suspects(&found), [true, false, false, false]);
     assert_eq!(journal.job(ids[0]).unwrap().unwrap().crashes, 2);
+}
+
+/// Has a job begin on a thread of its own, whose number comes back, and leaves it there as a host does that dies.
+fn begin(journal: &Journal, id: crate::JobId, alone: bool) -> NonZeroU32 {
+    let slot = journal.ledger().slot(id, 1, alone);
+    let begins = || {
+        slot.begins();
+        NonZeroU32::new(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()).unwrap()
+    };
+    let thread = std::thread::scope(|scope| scope.spawn(begins).join().unwrap());
+    std::mem::forget(slot);
+    thread
+}
+
+#[test]
+fn only_what_ran_on_the_thread_that_ended_the_host_is_suspected_and_convicted_where_it_was_alone() {
+    let folder = tempdir().unwrap();
+    let (journal, _) = open(folder.path(), KEEP);
+    let jobs: Vec<NewJob> = (0..2).map(|_| job(&journal, "{}")).collect();
+    let (first, second) = (jobs[0].id, jobs[1].id);
+    for job in jobs {
+        accept(&journal, job).unwrap();
+    }
+    let again = |journal: Journal, death: &HostDeath| {
+        drop(journal);
+        let (journal, found) = open_after(death, folder.path());
+        let known: Vec<_> = found.iter().map(|job| (job.suspicion, job.crashes, job.crashes_alone)).collect();
+        (journal, known)
+    };
+    let code = |thread| HostDeath::Code { thread, how: "SIGSEGV in predict".to_owned() };
+    let innocent = (Suspicion::None, 0, 0);
+    let suspected = |crashes, alone| (Suspicion::Suspected, crashes, alone);
+    // A machine that stopped, and code on a thread that ran no job, are no job's doing.
+    begin(&journal, first, false);
+    begin(&journal, second, false);
+    let (journal, known) = again(journal, &HostDeath::MachineStopped);
+    assert_eq!(known, [innocent; 2]);
+    begin(&journal, first, false);
+    let other = NonZeroU32::new(begin(&journal, second, false).get() ^ 1 << 30);
+    let (journal, known) = again(journal, &code(other));
+    assert_eq!(known, [innocent; 2]);
+    let thread = begin(&journal, first, false);
+    begin(&journal, second, false);
+    let (journal, known) = again(journal, &code(Some(thread)));
+    assert_eq!(known, [suspected(1, 0), innocent]);
+    // Whoever kills from outside adds nothing to what a job fails for.
+    begin(&journal, first, true);
+    let (journal, known) = again(journal, &HostDeath::Killed { memory_was_short: false });
+    assert_eq!(known, [suspected(2, 0), innocent]);
+    // Code outside of any call may be anybody's: once is not enough.
+    begin(&journal, first, true);
+    let (journal, known) = again(journal, &code(None));
+    assert_eq!(known, [suspected(3, 1), innocent]);
+    let thread = begin(&journal, first, true);
+    let (journal, known) = again(journal, &code(Some(thread)));
+    assert_eq!(known, [(Suspicion::Convicted, 4, 2), innocent]);
+    // On disk, with the reason.
+    drop(journal);
+    let (_journal, found) = open(folder.path(), KEEP);
+    assert_eq!(
+        (found[0].suspicion, found[0].error.as_deref()),
+        (Suspicion::Convicted, Some("SIGSEGV in predict"))
+    );
 }
 
 #[test]
 fn one_change_that_cannot_be_written_is_told_and_the_others_of_its_group_are_written() {
     let folder = tempdir().unwrap();
     let limit = |store: &crate::store::Store| store.limit_bytes(10_000);
-    let (journal, _) =
-        Journal::open_prepared(FolderLock::take(folder.path()).unwrap(), KEEP, Box::new(|_| ()), limit)
-            .unwrap();
+    let (journal, _) = Journal::open_prepared(
+        FolderLock::take(folder.path()).unwrap(),
+        &UNKNOWN,
+        KEEP,
+        Box::new(|_| ()),
+        limit,
+    )
+    .unwrap();
     let jobs: Vec<NewJob> = (0..3).map(|_| job(&journal, "{}")).collect();
     let ids: Vec<_> = jobs.iter().map(|job| job.id).collect();
     for job in jobs {

@@ -39,6 +39,8 @@ static LOG_TIME: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 200_000_0
 static BEFORE: OnceLock<[libc::sigaction; FAULTS.len()]> = OnceLock::new();
 /// The file into which the end is noted whichever thread's code brings it about, and nowhere else; -1 for none.
 static NOTE_OF_ALL: AtomicI32 = AtomicI32::new(-1);
+/// The file into which the end is noted with the thread whose code brings it about; -1 for none.
+static NOTE_OF_THREADS: AtomicI32 = AtomicI32::new(-1);
 static PLANNED: AtomicBool = AtomicBool::new(false);
 /// The process that is watched: those that plugins fork have the handlers too, and end as they like.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
@@ -141,6 +143,12 @@ pub fn note_all(file: &'static File) -> io::Result<()> {
     watch()
 }
 
+/// Has this file say, after what it says already, on which thread plugin code ends this process, and how: `THREAD HOW`, a line, with the
+/// kernel's number of the thread, or 0 where that was outside of any call into a plugin.
+pub fn note_threads(file: &'static File) {
+    NOTE_OF_THREADS.store(file.as_raw_fd(), Ordering::SeqCst);
+}
+
 /// Has [`on_exit`] run before what was to run at the end of the process until now. Called again after each library that is opened, whose
 /// destructors would run first otherwise, in a process that others still work in.
 pub(crate) fn watch_exit() -> io::Result<()> {
@@ -228,14 +236,21 @@ fn tell(how: &str) {
     if of_all < 0 {
         line.write(libc::STDERR_FILENO, true);
     }
+    let mut line = Line { bytes: [0; LINE_BYTES], length: 0 };
+    line.put_how(how, code.stage);
     let note = if of_all < 0 { NOTE.get() } else { of_all };
     if note >= 0 {
+        line.write(note, false);
+    }
+    let note = NOTE_OF_THREADS.load(Ordering::SeqCst);
+    if note >= 0 {
+        // SAFETY: a system call without arguments, which can't fail.
+        let thread = if code.stage.is_empty() { 0 } else { unsafe { libc::gettid() } };
         let mut line = Line { bytes: [0; LINE_BYTES], length: 0 };
-        line.put(how.as_bytes());
-        if !code.stage.is_empty() {
-            line.put(b" in ");
-            line.put(code.stage.as_bytes());
-        }
+        line.put_number(thread.unsigned_abs());
+        line.put(b" ");
+        line.put_how(how, code.stage);
+        line.put(b"\n");
         line.write(note, false);
     }
 }
@@ -250,6 +265,21 @@ impl Line {
         let length = text.len().min(LINE_BYTES - self.length);
         self.bytes[self.length..self.length + length].copy_from_slice(&text[..length]);
         self.length += length;
+    }
+
+    fn put_how(&mut self, how: &str, stage: &str) {
+        self.put(how.as_bytes());
+        if !stage.is_empty() {
+            self.put(b" in ");
+            self.put(stage.as_bytes());
+        }
+    }
+
+    fn put_number(&mut self, number: u32) {
+        if number >= 10 {
+            self.put_number(number / 10);
+        }
+        self.put(&[b'0' + (number % 10) as u8]);
     }
 
     /// As a part of a text in JSON.
@@ -299,6 +329,9 @@ mod tests {
         let mut line = Line { bytes: [0; LINE_BYTES], length: 0 };
         line.put_text(b"a\"b\\c\n");
         assert_eq!(&line.bytes[..line.length], b"a?b?c?");
+        let mut number = Line { bytes: [0; LINE_BYTES], length: 0 };
+        number.put_number(40_507);
+        assert_eq!(&number.bytes[..number.length], b"40507");
         line.put(&[b'x'; 2 * LINE_BYTES]);
         assert_eq!(line.length, LINE_BYTES);
     }

@@ -110,7 +110,8 @@ layer! {
         job_store_bytes_max: Count<1_048_576, 1_099_511_627_776> = Count(1 << 30);
         /// Bytes of an asynchronous job's result, `meta` included: a job whose result has more has failed.
         result_bytes_max: Count<1_024, 536_870_912> = Count(64 << 20);
-        /// Times that the host may die while it runs a job and no other, until the job has failed.
+        /// Times that the host may die of something that nobody knows of while it runs a job and no other, until the job has failed. One that is
+        /// seen to end the host fails at once.
         job_crashes_max: Count<1, 1_000> = Count(3);
         /// Seconds that the names in `Idempotency-Key`, and those of messages from queues, are remembered while the host runs, from the
         /// job's acceptance on and at least until it is done with.

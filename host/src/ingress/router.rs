@@ -171,6 +171,7 @@ mod tests {
             gate: Arc::clone(&gate),
             queues: Queues::of_nobody(),
             metrics: Arc::clone(&metrics),
+            death: modalkit_journal::HostDeath::MachineStopped,
         };
         let jobs = Jobs::open(
             modalkit_journal::FolderLock::take(state.path()).unwrap(),

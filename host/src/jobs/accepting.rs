@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use modalkit_engine::Decoded;
 use modalkit_journal::{
-    AcceptError, Accepted, Finish, IdempotencyKey, JobId, NewJob, OpenJob, State, unix_ms,
+    AcceptError, Accepted, Finish, IdempotencyKey, JobId, NewJob, OpenJob, State, Suspicion, unix_ms,
 };
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
@@ -161,9 +161,10 @@ impl Jobs {
             key: key.clone(),
             state: State::Failed,
             attempts: 0,
-            suspect: false,
+            suspicion: Suspicion::None,
             crashes: 0,
             crashes_alone: 0,
+            error: None,
             cancelled: false,
             accepted: now,
             next: None,

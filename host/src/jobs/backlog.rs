@@ -150,7 +150,12 @@ impl ModelBacklog {
         self.handed += 1;
         // Before the queue has it: a lane may begin it at once.
         let mut progress = live_job.progress.lock();
-        match model.queue.push([job], live_job.deadline.map(Deadline)) {
+        let pushed = if alone {
+            model.queue.push_alone(job)
+        } else {
+            model.queue.push([job], live_job.deadline.map(Deadline))
+        };
+        match pushed {
             Ok(queued) => {
                 progress.hand_over(Arc::clone(&model.queue), queued.first);
                 HandoverResult::Queued { must_wake: queued.must_wake, slot }

@@ -19,6 +19,9 @@ use crate::{
 
 /// Bytes of an error that are kept.
 const ERROR_BYTES_MAX: usize = 64 << 10;
+/// Deaths of hosts that were running a job, until that has failed: where none left a trace, they may all have come from outside; but a pipeline
+/// that leaves by `_exit` leaves none either, and would be run for ever.
+const DEATHS_MAX: u32 = 16;
 
 /// How a job ends.
 pub(super) struct Ending {
@@ -56,6 +59,15 @@ impl Ending {
         let message = Some(protocol::succeeded_job(output, meta));
         let queue = parts.map(|parts| parts.success_queue).filter(|queue| !queue.is_empty());
         Self { state: State::Succeeded, message, error: None, queue }
+    }
+
+    /// Of a job that has ended the host.
+    pub(super) fn convicted(live_job: &LiveJob, journal: &Journal) -> Self {
+        let how = live_job.progress.lock().error.clone().unwrap_or_default();
+        let error = format!(
+            "the host was ended by {how} while it ran this job and no other in the batch; it is not tried again"
+        );
+        Self::failed(live_job, journal, error)
     }
 
     pub(super) fn failed(live_job: &LiveJob, journal: &Journal, error: String) -> Self {
@@ -160,14 +172,19 @@ pub(super) fn ending_without_run(
         let error = protocol::job_failure(&JobError::DeadlinePassed);
         return Some(Ending::failed(live_job, journal, error));
     }
-    let (attempts, crashes_alone) = {
+    let (attempts, crashes, crashes_alone) = {
         let progress = live_job.progress.lock();
-        (progress.attempts, progress.crashes_alone)
+        (progress.attempts, progress.crashes, progress.crashes_alone)
     };
     if crashes_alone >= crashes_max {
         let error = format!(
             "the host died {crashes_alone} times while it was running this job and no other; it is not tried again (server.job_crashes_max)"
         );
+        return Some(Ending::failed(live_job, journal, error));
+    }
+    if crashes >= DEATHS_MAX {
+        let error =
+            format!("the host died {crashes} times while it was running this job; it is not tried again");
         return Some(Ending::failed(live_job, journal, error));
     }
     // The configuration may have allowed more.

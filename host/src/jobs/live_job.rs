@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use modalkit_batch::ArrivalId;
 use modalkit_engine::Decoded;
-use modalkit_journal::{JobId, unix_ms};
+use modalkit_journal::{JobId, Suspicion, unix_ms};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -37,9 +37,9 @@ pub(super) struct LiveJob {
 /// What changes about it.
 pub(super) struct JobProgress {
     phase: JobPhase,
-    /// It was running when the host died last, and has not run to an end since.
-    pub(super) suspect: bool,
-    /// How often a host died while it was running, and how often it was the only job that was.
+    /// What is known of it by the deaths of its hosts.
+    pub(super) suspicion: Suspicion,
+    /// How often a host died that it may have ended, and how often it was alone then and nothing else is known to have been the cause.
     pub(super) crashes: u32,
     pub(super) crashes_alone: u32,
     pub(super) attempts: u32,
@@ -47,7 +47,7 @@ pub(super) struct JobProgress {
     pub(super) started: Option<u64>,
     /// When the next one may begin, in milliseconds since 1970: for people, who look at clocks.
     pub(super) next: Option<u64>,
-    /// Why the last one failed.
+    /// Why the last one failed, or how it ended its host.
     pub(super) error: Option<String>,
     /// As long as it is kept in memory; the journal has it as well.
     pub(super) input: Option<Input>,
@@ -187,7 +187,7 @@ impl JobProgress {
     pub(super) fn new(phase: JobPhase) -> Self {
         Self {
             phase,
-            suspect: false,
+            suspicion: Suspicion::None,
             crashes: 0,
             crashes_alone: 0,
             attempts: 0,

@@ -31,7 +31,8 @@ use std::{
 
 use bytes::Bytes;
 use modalkit_journal::{
-    Committed, Delivery as Delivered, FolderLock, Journal, OpenError, OpenJob, Retention, State,
+    Committed, Delivery as Delivered, FolderLock, HostDeath, Journal, OpenError, OpenJob, Retention, State,
+    Suspicion,
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::{
@@ -42,6 +43,7 @@ use tokio::{
 
 use crate::{
     config::JobSpec,
+    death_note::DeathNote,
     insight::metrics::Metrics,
     models::Models,
     queues::Queues,
@@ -88,6 +90,8 @@ pub struct JobsContext {
     pub queues: Arc<Queues>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// How the host before this one died, where it was running jobs.
+    pub death: HostDeath,
 }
 
 impl Jobs {
@@ -96,7 +100,7 @@ impl Jobs {
     /// # Errors
     /// [`OpenError`].
     pub fn open(folder: FolderLock, spec: JobSpec, context: JobsContext) -> Result<Arc<Self>, OpenError> {
-        let JobsContext { models, gate, queues, metrics } = context;
+        let JobsContext { models, gate, queues, metrics, death } = context;
         let retention = Retention { time: spec.retention, bytes_max: spec.bytes_max, names: spec.names };
         let inbox = Arc::new(Inbox::default());
         let of_commits = (Arc::clone(&metrics), Arc::clone(&inbox));
@@ -107,7 +111,7 @@ impl Jobs {
             inbox.wake();
         });
         let path = folder.path().to_owned();
-        let (journal, open) = Journal::open(folder, retention, on_commit)?;
+        let (journal, open) = Journal::open(folder, &death, retention, on_commit)?;
         let shared = Arc::new(Shared { open: Mutex::default(), spec, metrics });
         let blocking = Handle::current();
         let jobs = Arc::new_cyclic(|jobs| Self {
@@ -121,7 +125,7 @@ impl Jobs {
             listers: Semaphore::new(LISTERS_MAX),
             draining: AtomicBool::new(false),
         });
-        jobs.resume(open);
+        jobs.resume(open, &death);
         let runner = Runner::new(&jobs, models, gate, inbox);
         *jobs.runner.lock() =
             Some(runner.start().map_err(|source| OpenError::Folder { folder: path, source })?);
@@ -129,13 +133,14 @@ impl Jobs {
     }
 
     /// Takes over what the journal holds from before.
-    fn resume(&self, open: Vec<OpenJob>) {
+    fn resume(&self, open: Vec<OpenJob>, death: &HostDeath) {
         if !open.is_empty() {
-            let running = open.iter().filter(|job| job.suspect).count();
-            tracing::info!(jobs = open.len(), running, "jobs from before are resumed");
-            if running > 0 {
+            let suspects = open.iter().filter(|job| job.suspicion == Suspicion::Suspected).count();
+            tracing::info!(jobs = open.len(), suspects, "jobs from before are resumed");
+            if suspects > 0 {
                 tracing::warn!(
-                    jobs = running,
+                    jobs = suspects,
+                    ?death,
                     "the host died while these jobs were running: each runs alone now, and the others wait for it"
                 );
             }
@@ -231,7 +236,9 @@ impl Jobs {
 /// It can't be moved, or it can't be used for another reason.
 pub fn set_aside_if_damaged(state_folder: &Path) -> Result<(), OpenError> {
     let retention = Retention { time: Duration::MAX, bytes_max: u64::MAX, names: Duration::MAX };
-    match Journal::open(FolderLock::take(state_folder)?, retention, Box::new(|_| ())) {
+    let lock = FolderLock::take(state_folder)?;
+    let death = DeathNote::open(state_folder);
+    match Journal::open(lock, death.death(), retention, Box::new(|_| ())) {
         Err(OpenError::Damaged { why, .. }) => {
             let aside = modalkit_journal::set_aside(state_folder)?;
             tracing::error!(journal = %aside.display(), why, "the journal was set aside; jobs that it holds are not run");

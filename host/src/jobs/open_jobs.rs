@@ -111,8 +111,9 @@ impl Shared {
         let phase = if job.state == State::Queued { JobPhase::Waiting } else { JobPhase::Ended };
         let mut progress = JobProgress::new(phase);
         (progress.attempts, progress.next) = (job.attempts, job.next);
-        (progress.suspect, progress.crashes, progress.crashes_alone) =
-            (job.suspect, job.crashes, job.crashes_alone);
+        (progress.suspicion, progress.crashes, progress.crashes_alone) =
+            (job.suspicion, job.crashes, job.crashes_alone);
+        progress.error.clone_from(&job.error);
         let live_job = Arc::new(LiveJob {
             id: job.id,
             model: Arc::clone(&job.model),

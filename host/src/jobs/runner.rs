@@ -10,7 +10,7 @@ use std::{
 };
 
 use modalkit_engine::FailureKind;
-use modalkit_journal::{Journal, Retry, unix_ms};
+use modalkit_journal::{Journal, Retry, Suspicion, unix_ms};
 
 use super::{
     Jobs,
@@ -109,7 +109,7 @@ impl Runner {
 
     fn on(&mut self, event: Event, jobs: &Arc<Jobs>, journal: &Journal) {
         match event {
-            Event::Accepted(live_job, first_attempt) => self.accepted(live_job, first_attempt),
+            Event::Accepted(live_job, first_attempt) => self.accepted(live_job, first_attempt, jobs, journal),
             Event::Answered { live_job, reply, began, permit } => {
                 self.suspects.ended(live_job.id, Instant::now());
                 self.backlog(&live_job).handed -= 1;
@@ -132,14 +132,24 @@ impl Runner {
         }
     }
 
-    fn accepted(&mut self, live_job: Arc<LiveJob>, first_attempt: FirstAttempt) {
-        let (next, suspect) = {
+    fn accepted(
+        &mut self,
+        live_job: Arc<LiveJob>,
+        first_attempt: FirstAttempt,
+        jobs: &Arc<Jobs>,
+        journal: &Journal,
+    ) {
+        let (next, suspicion) = {
             let mut progress = live_job.progress.lock();
             progress.wait_for_turn();
-            (progress.next, progress.suspect)
+            (progress.next, progress.suspicion)
         };
-        if suspect {
-            return self.suspects.add(live_job, fastrand::usize(..));
+        match suspicion {
+            Suspicion::None => {}
+            Suspicion::Suspected => return self.suspects.add(live_job, fastrand::usize(..)),
+            Suspicion::Convicted => {
+                return end(&live_job, Ending::convicted(&live_job, journal), None, jobs, journal);
+            }
         }
         let backlog = self.backlog(&live_job);
         match next {
@@ -172,7 +182,7 @@ impl Runner {
         if began {
             let mut progress = live_job.progress.lock();
             progress.attempts += 1;
-            progress.suspect = false;
+            progress.suspicion = Suspicion::None;
         }
         if live_job.is_cancelled() {
             return end(live_job, Ending::cancelled(), Some(permit), jobs, journal);
@@ -186,12 +196,12 @@ impl Runner {
         };
         if !began && came_back(&error) {
             // Nobody ran it: it waits for its turn again, in front of those that came later.
-            let suspect = {
+            let suspicion = {
                 let mut progress = live_job.progress.lock();
                 progress.wait_for_turn();
-                progress.suspect
+                progress.suspicion
             };
-            if suspect {
+            if suspicion == Suspicion::Suspected {
                 return self.suspects.put_back(Arc::clone(live_job), Instant::now());
             }
             let backlog = self.backlog(live_job);
@@ -289,7 +299,7 @@ impl Runner {
         match backlog.hand_over(Arc::clone(&live_job), FirstAttempt::default(), &handover) {
             HandoverResult::Queued { must_wake, slot } => {
                 tracing::info!(model = &*live_job.model, job_id = %live_job.id, crashes, "a job that was running when the host died runs alone");
-                self.suspects.handed(&live_job, crashes, model.spec().batch.wait, &slot, Instant::now());
+                self.suspects.handed(&live_job, crashes, &slot, Instant::now());
                 if must_wake {
                     model.queue.wake();
                 }

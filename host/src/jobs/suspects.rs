@@ -1,4 +1,4 @@
-//! Jobs that were running when a host died. Each runs again with no other job beside it, so that one that takes hosts down is found,
+//! Jobs that were running when a host died, and may have done it. Each runs again with no other job beside it, so that one that takes hosts down is found,
 //! and those that only ran with it are not blamed. It decides whose turn that is, and never runs one; time and chance are arguments.
 
 use std::{
@@ -89,16 +89,9 @@ impl Suspects {
         self.waiting.len() < before
     }
 
-    /// One was handed over alone, to a model whose batches wait so long to be filled.
-    pub(super) fn handed(
-        &mut self,
-        live_job: &LiveJob,
-        crashes: u32,
-        batch_wait: Duration,
-        slot: &Arc<Slot>,
-        now: Instant,
-    ) {
-        let time = ALONE_TIME * 2u32.pow(crashes.saturating_sub(1).min(DOUBLINGS_MAX)) + batch_wait;
+    /// One was handed over alone.
+    pub(super) fn handed(&mut self, live_job: &LiveJob, crashes: u32, slot: &Arc<Slot>, now: Instant) {
+        let time = ALONE_TIME * 2u32.pow(crashes.saturating_sub(1).min(DOUBLINGS_MAX));
         self.alone =
             Some(Alone { id: live_job.id, since: now, until: now + time, slot: Arc::downgrade(slot) });
     }
@@ -168,6 +161,7 @@ mod tests {
             modalkit_journal::Retention { time: Duration::ZERO, bytes_max: u64::MAX, names: Duration::ZERO };
         let (journal, _) = modalkit_journal::Journal::open(
             modalkit_journal::FolderLock::take(folder.path()).unwrap(),
+            &modalkit_journal::HostDeath::MachineStopped,
             retention,
             Box::new(|_| ()),
         )
@@ -207,7 +201,7 @@ mod tests {
         let first = alone(suspects.next(now(1), 0, serves));
         assert_eq!(first.id, all[3].id);
         let hand = |suspects: &mut Suspects, live_job: &LiveJob, at: Instant| {
-            suspects.handed(live_job, 1, Duration::ZERO, &slot(), at);
+            suspects.handed(live_job, 1, &slot(), at);
         };
         hand(&mut suspects, &first, now(1));
         assert!(matches!(suspects.next(now(10), 1, serves), NextSuspect::None));
@@ -248,7 +242,7 @@ mod tests {
         }
         let (mut now, mut turns) = (begun, 0);
         while let NextSuspect::Alone(live_job) = suspects.next(now, 0, |_| true) {
-            suspects.handed(&live_job, 1, Duration::ZERO, &slot(), now);
+            suspects.handed(&live_job, 1, &slot(), now);
             now += Duration::from_secs(9);
             suspects.ended(live_job.id, now);
             turns += 1;

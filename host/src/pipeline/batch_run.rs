@@ -380,7 +380,7 @@ fn run_alone(jobs: Vec<Waiting<Job>>, context: &LaneContext) {
         return;
     }
     context.metrics.reruns_alone.inc_by(jobs.len() as u64);
-    for job in context.queue.push_alone(jobs) {
+    for job in context.queue.take_back(jobs) {
         job.reply.send(Err(JobError::Unavailable("the model stopped serving".into())));
     }
 }

@@ -23,6 +23,7 @@ pub struct VolumeChange {
 pub type Leases = Vec<Weak<Lease>>;
 
 pub(super) enum FleetCommand {
+    DataChanged,
     VolumeReload(VolumeChange, oneshot::Sender<Vec<Result<(), Failure>>>),
     /// A hook overran its time; its replica is given up.
     GiveUp(Arc<Replica>),

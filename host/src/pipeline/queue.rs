@@ -143,15 +143,29 @@ impl Queue {
         Ok(Queued { first, must_wake: state.wants_a_lane() })
     }
 
+    /// Queues a job that is run next, without company. The caller wakes a lane as for [`Queue::push`].
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`].
+    pub fn push_alone(&self, job: Job) -> Result<Queued, JobError> {
+        let mut state = self.state.lock();
+        if !state.open {
+            return Err(JobError::Unavailable("the model stopped serving".into()));
+        }
+        let first = state.batcher.push_alone(Instant::now(), job);
+        self.metrics.queued.set(state.batcher.len() as i64);
+        Ok(Queued { first, must_wake: state.wants_a_lane() })
+    }
+
     /// Takes jobs back that were in a batch which came to nothing: each is run next, without company, or, where nobody runs it any more,
     /// handed back.
-    pub fn push_alone(&self, jobs: Vec<Waiting<Job>>) -> Vec<Job> {
+    pub fn take_back(&self, jobs: Vec<Waiting<Job>>) -> Vec<Job> {
         let mut state = self.state.lock();
         if !state.open {
             drop(state);
             return jobs.into_iter().map(|waiting| waiting.job).collect();
         }
-        jobs.into_iter().for_each(|job| state.batcher.push_alone(job));
+        jobs.into_iter().for_each(|job| state.batcher.take_back(job));
         self.metrics.queued.set(state.batcher.len() as i64);
         drop(state);
         self.work.notify_all();

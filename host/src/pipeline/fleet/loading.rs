@@ -6,7 +6,7 @@ use std::{
 };
 
 use modalkit_device::{Holder, Lease, NoLease};
-use modalkit_engine::Failure;
+use modalkit_engine::{Failure, FailureKind};
 
 use super::{Loading, Loop, Progress};
 use crate::{
@@ -33,12 +33,24 @@ pub(super) struct Retry {
     not_before: Option<Instant>,
     /// Loads that failed in a row.
     failures: u32,
+    /// One has gone well.
+    has_loaded: bool,
+    /// The pipeline has said that another try would end alike.
+    is_final: bool,
 }
 
 impl Retry {
     /// A load went well: the next one that fails is tried again soon.
     pub(super) fn succeeded(&mut self) {
         self.failures = 0;
+        self.has_loaded = true;
+    }
+
+    /// Its data have changed: the next try may end otherwise.
+    pub(super) fn lift(&mut self) {
+        if std::mem::take(&mut self.is_final) {
+            (self.failures, self.not_before) = (0, None);
+        }
     }
 }
 
@@ -46,6 +58,7 @@ impl Loop {
     pub(super) fn may_retry(&self, now: Instant) -> bool {
         // Each thread that hangs keeps its memory: beyond this many, another try only spreads the damage.
         self.stuck <= self.model.spec().replicas.stuck_max
+            && !self.retry.is_final
             && self.starved_at.is_none_or(|freed| freed != self.model.devices.freed())
             && self.retry.not_before.is_none_or(|moment| moment <= now)
     }
@@ -141,9 +154,31 @@ impl Loop {
         }
     }
 
+    /// The pipeline said why it doesn't load. In a process of its own that is believed, where it says that the same would happen again, and
+    /// it has never loaded with this content.
+    pub(super) fn on_load_refused(&mut self, failure: &Failure) {
+        let is_isolated = self.context.generation.plugin.is_isolated();
+        if !is_isolated || failure.kind != FailureKind::Permanent || self.retry.has_loaded {
+            return self.on_load_failed(failure);
+        }
+        self.retry.is_final = true;
+        let (model, generation) = (&self.model.name, self.context.generation.number);
+        tracing::error!(
+            model,
+            generation,
+            error = failure.message,
+            "the pipeline didn't load, and isn't tried again as it is"
+        );
+        let reason = format!(
+            "the pipeline didn't load: {}; it is tried again when its data or its plugin change, or by `modalkit reload {model}`",
+            failure.message
+        );
+        self.say_not_loaded(reason);
+    }
+
     pub(super) fn on_load_failed(&mut self, failure: &Failure) {
         let pause = self.pause_retries();
-        let reason = failure.message.clone();
+        let reason = &failure.message;
         tracing::error!(
             model = self.model.name,
             generation = self.context.generation.number,
@@ -151,7 +186,10 @@ impl Loop {
             retry_in = ?pause,
             "the pipeline didn't load"
         );
-        let reason = format!("the pipeline didn't load: {reason}");
+        self.say_not_loaded(format!("the pipeline didn't load: {reason}"));
+    }
+
+    fn say_not_loaded(&self, reason: String) {
         self.progress.send_if_modified(|progress| {
             let loading = *progress != Progress::Loaded;
             if loading {
@@ -194,7 +232,7 @@ impl Loop {
     fn pause_retries(&mut self) -> Duration {
         let failures = self.retry.failures.saturating_add(1);
         let pause = backoff(failures, RETRY_FIRST, RETRY_MAX);
-        self.retry = Retry { not_before: Some(Instant::now() + pause), failures };
+        (self.retry.not_before, self.retry.failures) = (Some(Instant::now() + pause), failures);
         pause
     }
 

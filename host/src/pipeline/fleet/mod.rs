@@ -204,6 +204,12 @@ impl Fleet {
         leases.await.unwrap_or_default()
     }
 
+    /// Data have changed that it reads when it loads.
+    pub async fn data_changed(&self) {
+        // A fleet that has ended loads nothing.
+        let _ = self.commands.send(FleetCommand::DataChanged).await;
+    }
+
     /// Runs `on_volume_reload` on one replica after the other. What comes back has one entry for each; it ends with the
     /// fleet.
     pub async fn volume_reload(&self, change: VolumeChange) -> oneshot::Receiver<Vec<Result<(), Failure>>> {
@@ -283,7 +289,9 @@ impl Loop {
                 // Whoever asked may have left.
                 let _ = reply.send(leases.collect());
             }
+            FleetCommand::DataChanged => self.retry.lift(),
             FleetCommand::VolumeReload(change, reply) => {
+                self.retry.lift();
                 for loading in &mut self.loading {
                     loading.missed.push(change.clone());
                 }
@@ -346,7 +354,7 @@ impl Loop {
             }
             Event::Failed(replica, failure) => {
                 if self.has_loaded(replica).is_some() {
-                    self.on_load_failed(&failure);
+                    self.on_load_refused(&failure);
                 } else {
                     self.load_came_back();
                 }

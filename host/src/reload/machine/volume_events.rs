@@ -90,9 +90,11 @@ impl Machine {
     pub(super) async fn on_data(&mut self, state: &mut State, change: VolumeChange, waiting: Vec<HookReply>) {
         let another_chance = self.refused.as_ref().is_some_and(|refused| refused.by_data);
         match state {
-            State::Loading(candidate, _) | State::Golden(candidate, _) => {
+            State::Loading(candidate, fleet) => {
                 candidate.missed.add(change.clone(), Vec::new());
+                fleet.data_changed().await;
             }
+            State::Golden(candidate, _) => candidate.missed.add(change.clone(), Vec::new()),
             State::Idle if another_chance => {
                 tracing::info!(
                     model = self.model.name,
