@@ -195,6 +195,10 @@ impl Fence {
 
     /// Keeps a copy of what a model serves with. Blocking.
     pub(crate) fn keep(&self, model: &str, plugin: &dyn Plugin, order: u64) {
+        if plugin.is_isolated() {
+            // It ends no host.
+            return;
+        }
         let mut orders = self.orders.lock();
         let last = orders.entry(model.to_owned()).or_default();
         if *last > order {

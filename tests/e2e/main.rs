@@ -36,3 +36,4 @@ mod similarity;
 mod state;
 mod streams;
 mod tensors;
+mod with_python;

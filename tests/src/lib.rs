@@ -12,6 +12,7 @@ pub mod http2;
 pub mod load;
 pub mod management;
 pub mod poison;
+pub mod python;
 pub mod version;
 
 pub use version::Version;

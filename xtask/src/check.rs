@@ -11,10 +11,11 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 4] = ["redis", "moto", "taskiq", "mount"];
+const NEEDS: [&str; 5] = ["redis", "moto", "taskiq", "python", "mount"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
-const ISOLATED: [&str; 6] = ["batching::", "digits::", "failures::", "serving::", "streams::", "tensors::"];
+const ISOLATED: [&str; 7] =
+    ["batching::", "digits::", "failures::", "lifecycle::", "serving::", "streams::", "tensors::"];
 /// Of these, the ones of what is otherwise there: a host that ends with a pipeline, threads that are left hanging, and inputs that are turned down
 /// before they take a place in a batch.
 const IN_PROCESS_ONLY: [&str; 7] = [
@@ -40,7 +41,7 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if has("moto") || has("taskiq") {
+    if has("moto") || has("taskiq") || has("python") {
         python::ensure()?;
     }
     println!("building the host, the plugins and the fixtures");

@@ -29,7 +29,7 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
     run(Command::new(Path::new(FOLDER).join("bin/pip"))
         .args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--requirement", TOOLS]))
     .with_context(|| {
-        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install --require-hashes --requirement {TOOLS}`, or leave them out with `--without moto --without taskiq`")
+        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install --require-hashes --requirement {TOOLS}`, or leave them out with `--without moto --without taskiq --without python`")
     })?;
     Ok(fs::write(stamp, wanted)?)
 }

@@ -48,6 +48,8 @@ pub struct InputFault {
     pub path: Vec<PathSegment>,
     /// What is wrong.
     pub message: String,
+    /// A short name for the kind of fault, where the pipeline gives one.
+    pub kind: Option<String>,
 }
 
 /// Why an input was not taken.

@@ -1,6 +1,6 @@
 //! How a plugin's code is kept apart from the host: what a model's entry says of it, in the words of engines.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// Where a plugin's code runs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,6 +21,25 @@ pub struct Confinement {
     pub cores: Option<f64>,
     /// What it may see and do; `None` for what the host's user may.
     pub sandbox: Option<Sandbox>,
+    /// How its interpreter is made and what it runs, where it is one of Python.
+    pub python: Python,
+}
+
+/// A pipeline in Python, as its model's entry has it. What it says nothing of is found in its folder.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Python {
+    /// The class or function, as `module:Name`.
+    pub pipeline: Option<String>,
+    /// The interpreter.
+    pub interpreter: Option<PathBuf>,
+    /// The pydantic model of one input, as `module:Name`.
+    pub input_model: Option<String>,
+    /// The same of one output.
+    pub output_model: Option<String>,
+    /// Variables of its environment.
+    pub environment: BTreeMap<String, String>,
+    /// Threads that its libraries may use each.
+    pub threads: Option<u32>,
 }
 
 /// What a process in a sandbox may see and do, beside the system's own files.

@@ -19,6 +19,7 @@ mod isolation;
 mod plugin;
 mod queue;
 mod tensor;
+pub mod tree;
 
 pub use failure::{Failure, FailureKind, InputFault, PathSegment, Rejection};
 pub use file::{LoadError, Staged};
@@ -26,7 +27,7 @@ pub use instance::{
     Batch, Checked, ChunkResult, Death, Decoded, EndedBy, EventSink, Foreign, Input, Instance, Interest,
     Kept, Measure, Measured, Outcome, Payload, Process,
 };
-pub use isolation::{Confinement, Isolation, Sandbox};
+pub use isolation::{Confinement, Isolation, Python, Sandbox};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
 pub use tensor::{Datatype, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};

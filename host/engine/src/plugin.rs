@@ -1,6 +1,13 @@
 //! Where pipelines come from: engines, and the plugins that they open.
 
-use std::{collections::BTreeMap, fs::File, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::{Decoded, Failure, Instance, Isolation, LoadError, Payload, QueuePlugin, Rejection, Staged};
 
@@ -59,6 +66,12 @@ pub trait Engine: Send + Sync {
     /// It can't be read.
     fn exports_queue(&self, staged: &Staged) -> io::Result<bool>;
 
+    /// Puts files of the program's own where copies are; `name` says for what.
+    ///
+    /// # Errors
+    /// They can't be written.
+    fn put(&self, name: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<Staged, LoadError>;
+
     /// Opens a copy, or finds its content opened: tries it in a process of its own first, since opening it may run its code.
     ///
     /// # Errors
@@ -91,6 +104,9 @@ pub trait Engine: Send + Sync {
     /// Lets threads that answer callers run before the calling one, from here on and for good. No plugin may start threads of its own on
     /// such a thread: they would inherit that.
     fn lower_thread_priority(&self);
+
+    /// Gives memory back to the system that was freed: a version of a model has ended.
+    fn return_freed_memory(&self);
 
     /// Removes every private copy; what is open stays so.
     fn close(&self);

@@ -192,13 +192,17 @@ pub(crate) fn signature(document: &str) -> Result<Option<Signature>, Failure> {
 pub(crate) fn faults(message: String, details: &str) -> Vec<InputFault> {
     let Details { faults } = serde_json::from_str(details).unwrap_or_default();
     if faults.is_empty() {
-        return vec![InputFault { path: Vec::new(), message }];
+        return vec![InputFault { path: Vec::new(), message, kind: None }];
     }
     let step = |step| match step {
         Step::Key(key) => PathSegment::Key(key),
         Step::Index(index) => PathSegment::Index(index),
     };
-    let fault = |Fault { path, message }| InputFault { path: path.into_iter().map(step).collect(), message };
+    let fault = |Fault { path, message }| InputFault {
+        path: path.into_iter().map(step).collect(),
+        message,
+        kind: None,
+    };
     faults.into_iter().map(fault).collect()
 }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -16,7 +16,7 @@ use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, PluginL
 use parking_lot::Mutex;
 
 use crate::{
-    Preflight, Trust, elf,
+    Preflight, Trust, allocator, elf,
     library::{Library, PipelineLibrary},
     preflight,
     queue::QueueLibrary,
@@ -143,11 +143,16 @@ impl Engine for Libraries {
     }
 
     fn is_whole(&self, file: &Path) -> io::Result<bool> {
-        elf::is_whole(file)
+        // Of a folder, each file is whole as it is.
+        Ok(file.is_dir() || elf::is_whole(file)?)
     }
 
     fn exports_queue(&self, staged: &Staged) -> io::Result<bool> {
-        elf::exports_queue(staged.path())
+        Ok(!staged.path().is_dir() && elf::exports_queue(staged.path())?)
+    }
+
+    fn put(&self, name: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<Staged, LoadError> {
+        self.store.put(name, files)
     }
 
     fn open(
@@ -199,6 +204,10 @@ impl Engine for Libraries {
 
     fn lower_thread_priority(&self) {
         thread_priority::lower();
+    }
+
+    fn return_freed_memory(&self) {
+        allocator::return_freed_memory();
     }
 
     fn close(&self) {

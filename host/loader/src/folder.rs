@@ -92,7 +92,10 @@ fn sweep_one(path: &Path) -> io::Result<()> {
     }
     let entries: Vec<fs::DirEntry> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
     if entries.iter().all(is_copy) {
-        entries.iter().try_for_each(|entry| fs::remove_file(entry.path()))?;
+        entries.iter().try_for_each(|entry| match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path()),
+            false => fs::remove_file(entry.path()),
+        })?;
         fs::remove_dir(path)?;
     }
     Ok(())
@@ -102,11 +105,11 @@ fn sweep_one(path: &Path) -> io::Result<()> {
 fn is_copy(entry: &fs::DirEntry) -> bool {
     let name = entry.file_name();
     let is_named = name.to_str().is_some_and(|name| {
-        let digest = name.strip_suffix(".so").unwrap_or_default();
+        let digest = name.strip_suffix(".so").unwrap_or(name);
         let is_digest = digest.len() == DIGEST_LETTERS && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
         is_digest || name.starts_with(".tmp")
     });
-    is_named && entry.file_type().is_ok_and(|kind| kind.is_file())
+    is_named && entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir())
 }
 
 fn is_same(open: &File, path: &Path) -> io::Result<bool> {

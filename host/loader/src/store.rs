@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use modalkit_engine::{LoadError, Staged};
+use modalkit_engine::{LoadError, Staged, tree};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -44,7 +44,8 @@ impl Drop for Copy {
         if all.get(&self.sha256).is_none_or(|copy| std::ptr::eq(copy.as_ptr(), self)) {
             all.remove(&self.sha256);
             // It is gone with the store at the latest.
-            let _ = fs::remove_file(&self.path);
+            let _ =
+                if self.path.is_dir() { fs::remove_dir_all(&self.path) } else { fs::remove_file(&self.path) };
         }
     }
 }
@@ -73,6 +74,9 @@ impl Store {
     /// The file can't be read, somebody else could have changed it, or the copy can't be written.
     pub(crate) fn stage(&self, file: &Path) -> Result<Staged, LoadError> {
         let unreadable = |source| LoadError::Io { doing: "read", path: file.to_owned(), source };
+        if file.is_dir() {
+            return self.stage_tree(file);
+        }
         let folder = self.folder()?;
         let unwritable =
             |source| LoadError::Io { doing: "write a private copy in", path: folder.clone(), source };
@@ -93,21 +97,85 @@ impl Store {
         }
         let sha256 = hex(&hasher.finalize());
         let path = folder.join(format!("{sha256}.so"));
+        let place = || copy.persist(&path).map(drop).map_err(|error| error.error);
+        let copy = self.keep(sha256, path.clone(), place).map_err(unwritable)?;
+        Ok(Staged::new(file, &copy.path.clone(), &copy.sha256.clone(), copy))
+    }
+
+    /// The copy of this content that somebody holds, or else the one that is put into place now.
+    fn keep(
+        &self,
+        sha256: String,
+        path: PathBuf,
+        place: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<Arc<Copy>> {
         // Goes after the lock: its other holders may leave meanwhile, and the last one to drop it takes the lock.
         let known;
         let mut all = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
         known = all.get(&sha256).and_then(Weak::upgrade);
-        let copy = match &known {
-            Some(copy) if copy.path.exists() => Arc::clone(copy),
+        match &known {
+            Some(copy) if copy.path.exists() => Ok(Arc::clone(copy)),
             // Somebody may have taken the file away, alone or with the folder.
             _ => {
-                copy.persist(&path).map_err(|error| unwritable(error.error))?;
+                place()?;
                 let copy = Arc::new(Copy { path, sha256: sha256.clone(), all: Arc::clone(&self.copies) });
                 all.insert(sha256, Arc::downgrade(&copy));
-                copy
+                Ok(copy)
             }
+        }
+    }
+
+    /// Copies the code below a folder, each file of which is asked whose it is.
+    fn stage_tree(&self, origin: &Path) -> Result<Staged, LoadError> {
+        let unreadable = |path: &Path, source| LoadError::Io { doing: "read", path: path.to_owned(), source };
+        let mut files = Vec::new();
+        let mut bytes = 0;
+        for inside in tree::code_files(origin).map_err(|error| unreadable(origin, error))? {
+            let path = origin.join(&inside);
+            let mut source = File::open(&path).map_err(|error| unreadable(&path, error))?;
+            self.trust.check_file(&path, &source)?;
+            let mut content = Vec::new();
+            source.read_to_end(&mut content).map_err(|error| unreadable(&path, error))?;
+            bytes += content.len();
+            if bytes > TREE_BYTES_MAX {
+                let source = io::Error::other(format!("its code has more than {TREE_BYTES_MAX} bytes"));
+                return Err(unreadable(origin, source));
+            }
+            files.push((inside, content));
+        }
+        self.put(origin, &files)
+    }
+
+    /// Puts files into a folder of their own, which is named by all that they say.
+    ///
+    /// # Errors
+    /// They can't be written.
+    pub(crate) fn put(&self, origin: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<Staged, LoadError> {
+        let folder = self.folder()?;
+        let unwritable =
+            |source| LoadError::Io { doing: "write a private copy in", path: folder.clone(), source };
+        let mut hasher = Sha256::new();
+        let copy = tempfile::tempdir_in(&folder).map_err(unwritable)?;
+        for (inside, content) in files {
+            // Lengths, so that nothing of one file can pass for a part of another.
+            let name = inside.as_os_str().as_encoded_bytes();
+            hasher.update((name.len() as u64).to_le_bytes());
+            hasher.update(name);
+            hasher.update((content.len() as u64).to_le_bytes());
+            hasher.update(content);
+            let path = copy.path().join(inside);
+            path.parent().map_or(Ok(()), fs::create_dir_all).map_err(unwritable)?;
+            fs::write(path, content).map_err(unwritable)?;
+        }
+        let sha256 = hex(&hasher.finalize());
+        let path = folder.join(&sha256);
+        let place = || {
+            // A rest of one that somebody took apart.
+            let _ = fs::remove_dir_all(&path);
+            fs::rename(copy.keep(), &path)
         };
-        Ok(Staged::new(file, &copy.path.clone(), &copy.sha256.clone(), copy))
+        let copy = self.keep(sha256, path.clone(), place).map_err(unwritable)?;
+        Ok(Staged::new(origin, &copy.path.clone(), &copy.sha256.clone(), copy))
     }
 
     /// This copy where it is still there, and otherwise another one of the same file.
@@ -146,6 +214,8 @@ fn no_folder(source: io::Error) -> LoadError {
 }
 
 const COPY_CHUNK_BYTES: usize = 256 * 1024;
+/// Bytes of all code of a folder.
+const TREE_BYTES_MAX: usize = 256 << 20;
 
 /// A file that was staged by the parent of this process, which removes it.
 pub(crate) fn staged_in_place(file: &Path) -> Staged {
@@ -240,6 +310,36 @@ mod tests {
     const STAGING_THREADS: usize = 4;
     const STAGES_OF_A_THREAD: usize = 1_000;
     const STAGES_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+
+    #[test]
+    fn code_of_a_folder_is_one_copy_named_by_all_of_it_and_goes_with_its_last_holder() {
+        let store = Store::new(STRICT).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let put_in = |name: &str, content: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            put(&path, content.as_bytes(), 0o644);
+        };
+        put_in("pipeline.py", "a = 1");
+        put_in("inside/__init__.py", "");
+        put_in("weights.bin", "w");
+        let first = store.stage(folder.path()).unwrap();
+        assert_eq!(fs::read_to_string(first.path().join("pipeline.py")).unwrap(), "a = 1");
+        assert!(
+            first.path().join("inside/__init__.py").exists() && !first.path().join("weights.bin").exists()
+        );
+        put_in("weights.bin", "other");
+        assert_eq!(store.stage(folder.path()).unwrap().path(), first.path());
+        put_in("inside/__init__.py", "b = 2");
+        let second = store.stage(folder.path()).unwrap();
+        assert_ne!(second.sha256(), first.sha256());
+        let gone = first.path().to_owned();
+        drop(first);
+        assert!(!gone.exists() && second.path().exists());
+        // Any of its files may be exchanged by whoever can write it.
+        put(&folder.path().join("inside/__init__.py"), b"", 0o666);
+        assert!(store.stage(folder.path()).unwrap_err().chain().contains("chmod go-w"));
+    }
 
     #[test]
     fn a_missing_file_is_named() {

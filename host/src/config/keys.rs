@@ -476,12 +476,32 @@ layer! {
         golden: String;
         /// Milliseconds that each of those answers may take.
         golden_latency_ms: Milliseconds;
+        /// A pipeline in Python: what is not found in its folder by itself.
+        python: Python;
         /// Its own batches; what isn't said here is as for the application.
         batch_config: Over<BatchConfig>;
         /// Its own deployment; what isn't said here is as for the application.
         deployment_config: Over<DeploymentConfig>;
     }
     rest settings;
+}
+
+layer! {
+    /// A pipeline in Python, which is a folder in a volume, under the plugin's name. It runs in a process of its own.
+    pub(super) struct Python {
+        /// Its class or function, as `module:Name`.
+        pipeline: String, or "the only one in pipeline.py, model.py or app.py";
+        /// The interpreter, by its path from the folder on.
+        interpreter: String, or ".venv/bin/python in the folder, else python3";
+        /// The pydantic model of one input, as `module:Name`.
+        input_model: String, or "what the annotation list[Model] of its first stage says";
+        /// The pydantic model of one output, as `module:Name`: for its JSON Schema.
+        output_model: String, or "none";
+        /// Variables of its environment.
+        env: Named<String> = Named::default();
+        /// Threads that its libraries for arrays may use each.
+        threads: Count<1, 1_024>, or "as many as `cpu` says, else what they choose";
+    }
 }
 
 impl Server {

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use modalkit_device::{Preference, Wanted};
-use modalkit_engine::{Confinement, Isolation, Sandbox};
+use modalkit_engine::{self as engine, Confinement, Isolation, Sandbox};
 
 use super::{
     BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, Recycle,
@@ -163,7 +163,8 @@ impl Resolver<'_> {
         entry: &ModelEntry,
         key: &str,
     ) -> Isolation {
-        if deployment.isolation() == IsolationKind::InProcess {
+        let python = entry.python.value();
+        if deployment.isolation() == IsolationKind::InProcess && python.is_none() {
             self.warnings.extend(without_isolation(own, key));
             return Isolation::InProcess;
         }
@@ -179,6 +180,7 @@ impl Resolver<'_> {
             memory_bytes: amount(deployment.memory.value()).map(|megabytes| (megabytes * 1e6) as u64),
             cores: amount(deployment.cpu.value()),
             sandbox: deployment.sandbox().then_some(sandbox),
+            python: python.map_or_else(engine::Python::default, python_of),
         })
     }
 
@@ -296,6 +298,22 @@ impl Resolver<'_> {
 }
 
 /// What is said of processes of their own, and has no effect on a pipeline in the host's.
+fn python_of(written: &keys::Python) -> engine::Python {
+    engine::Python {
+        pipeline: written.pipeline.value().cloned(),
+        interpreter: written.interpreter.value().map(PathBuf::from),
+        input_model: written.input_model.value().cloned(),
+        output_model: written.output_model.value().cloned(),
+        environment: written
+            .env()
+            .entries
+            .iter()
+            .map(|(name, (value, _))| (name.clone(), value.clone()))
+            .collect(),
+        threads: written.threads.value().map(|threads| threads.0 as u32),
+    }
+}
+
 fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
     let mut written = Vec::new();
     let mut note = |name: &str, at: Option<Place>| written.extend(at.map(|at| (name.to_owned(), at)));

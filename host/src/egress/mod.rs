@@ -13,7 +13,7 @@ use hyper::{
         WWW_AUTHENTICATE,
     },
 };
-use modalkit_engine::{Failure, FailureKind, Payload};
+use modalkit_engine::{Failure, FailureKind, InputFault, Payload};
 use modalkit_queue::{Held, Lease};
 use serde::Serialize;
 use serde_json::{Value, json, value::RawValue};
@@ -247,7 +247,11 @@ fn input_faults(job_error: &JobError) -> Option<Value> {
     match job_error {
         JobError::Invalid(details) => Some(json!(details)),
         JobError::Failed(failure) if failure.kind == FailureKind::InvalidInput => {
-            Some(json!([Detail::invalid(&[], failure.message.clone())]))
+            Some(json!([Detail::invalid(InputFault {
+                path: Vec::new(),
+                message: failure.message.clone(),
+                kind: None
+            })]))
         }
         _ => None,
     }

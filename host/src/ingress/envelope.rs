@@ -116,7 +116,7 @@ pub(super) fn open_envelope(body: &Bytes) -> Result<Envelope, JobError> {
         return Err(JobError::Invalid(vec![Detail {
             loc: vec!["body".into(), "meta".into()],
             msg: "expected an object".into(),
-            kind: "dict_type",
+            kind: "dict_type".into(),
         }]));
     }
     Ok(parts)
@@ -182,11 +182,11 @@ mod tests {
             Ok(_) => Vec::new(),
             Err(JobError::Invalid(details)) => details
                 .into_iter()
-                .map(|detail| (serde_json::to_string(&detail.loc).unwrap(), detail.kind))
+                .map(|detail| (serde_json::to_string(&detail.loc).unwrap(), detail.kind.into_owned()))
                 .collect(),
             Err(other) => panic!("{other:?}"),
         };
-        let fault = |loc: &str, kind: &'static str| (loc.to_owned(), kind);
+        let fault = |loc: &str, kind: &str| (loc.to_owned(), kind.to_owned());
         assert_eq!(kinds(r#"{"message": 1, "success_queue": "a", "meta": {}}"#), []);
         assert_eq!(kinds(r#"{"message": null, "meta": null}"#), []);
         assert_eq!(kinds(r#"{"message": 1e999, "meta": 1}"#), [fault(r#"["body","meta"]"#, "dict_type")]);

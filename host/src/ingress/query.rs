@@ -66,7 +66,11 @@ impl<'q> Query<'q> {
 
 /// What is wrong with a parameter.
 pub(super) fn invalid(parameter: &str, msg: String) -> JobError {
-    JobError::Invalid(vec![Detail { loc: vec!["query".into(), parameter.into()], msg, kind: "value_error" }])
+    JobError::Invalid(vec![Detail {
+        loc: vec!["query".into(), parameter.into()],
+        msg,
+        kind: "value_error".into(),
+    }])
 }
 
 /// A name in a path. A `+` stands for itself there.

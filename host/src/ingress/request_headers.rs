@@ -126,7 +126,7 @@ impl Shown for Headers<'_> {
 pub(super) fn json_bytes(headers: &HeaderMap) -> Result<Option<usize>, JobError> {
     let invalid = |header: &str, msg: String| {
         let loc = vec!["header".into(), header.into()];
-        JobError::Invalid(vec![Detail { loc, msg, kind: "value_error" }])
+        JobError::Invalid(vec![Detail { loc, msg, kind: "value_error".into() }])
     };
     if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
         let msg = format!("expected a body that isn't compressed, found {encoding:?}");
@@ -181,7 +181,7 @@ pub(super) fn deadline(known: &Known<'_>, server: &Server, now: Instant) -> Resu
                 JobError::Invalid(vec![Detail {
                     loc: vec!["header".into(), "x-request-timeout-ms".into()],
                     msg: format!("expected milliseconds, a whole number above 0, found {value:?}"),
-                    kind: "int_parsing",
+                    kind: "int_parsing".into(),
                 }])
             },
         )?;
@@ -205,7 +205,7 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, JobEr
             msg: format!(
                 "expected 1 to {IDEMPOTENCY_KEY_BYTES_MAX} visible ASCII characters, found {value:?}"
             ),
-            kind: "value_error",
+            kind: "value_error".into(),
         }])),
     }
 }

@@ -183,7 +183,7 @@ impl Generation {
                 return Err(JobError::Invalid(vec![Detail {
                     loc: vec!["body".into()],
                     msg,
-                    kind: "value_error",
+                    kind: "value_error".into(),
                 }]));
             };
             return Ok(signature);
@@ -214,11 +214,7 @@ impl Generation {
                 JobError::Invalid(input_faults::malformed(self.input_schema(), json, &message))
             }
             Rejection::Invalid { faults } => JobError::Invalid(
-                faults
-                    .into_iter()
-                    .take(input_faults::DETAILS_MAX)
-                    .map(|fault| Detail::invalid(&fault.path, fault.message))
-                    .collect(),
+                faults.into_iter().take(input_faults::DETAILS_MAX).map(Detail::invalid).collect(),
             ),
             Rejection::Failed(failure) => JobError::Failed(failure),
             Rejection::Busy => JobError::Unavailable(format!("the model {} is changing", self.spec.name)),

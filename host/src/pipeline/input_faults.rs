@@ -2,7 +2,7 @@
 //! from the input's JSON Schema, on the failure path only.
 
 use jsonschema::{ValidationError, Validator, error::ValidationErrorKind, paths::LocationSegment};
-use modalkit_engine::PathSegment;
+use modalkit_engine::{InputFault, PathSegment};
 use serde_json::Value;
 
 use crate::work::{Detail, Location};
@@ -21,18 +21,22 @@ impl Detail {
         Self {
             loc: vec!["body".into(), Location::Index(offset as u64)],
             msg: format!("the body is not valid JSON: {error}"),
-            kind: "json_invalid",
+            kind: "json_invalid".into(),
         }
     }
 
     /// What a pipeline's `validate` said.
     #[must_use]
-    pub fn invalid(path: &[PathSegment], message: String) -> Self {
-        let steps = path.iter().map(|step| match step {
+    pub fn invalid(fault: InputFault) -> Self {
+        let steps = fault.path.iter().map(|step| match step {
             PathSegment::Key(key) => Location::Key(key.to_string()),
             PathSegment::Index(index) => Location::Index(*index),
         });
-        Self { loc: std::iter::once("body".into()).chain(steps).collect(), msg: message, kind: "value_error" }
+        Self {
+            loc: std::iter::once("body".into()).chain(steps).collect(),
+            msg: fault.message,
+            kind: fault.kind.map_or("value_error".into(), Into::into),
+        }
     }
 }
 
@@ -46,7 +50,7 @@ pub fn malformed(schema: Option<&Validator>, input: &[u8], said: &str) -> Vec<De
     let found = schema.map_or_else(Vec::new, |schema| violations(schema, &value));
     if found.is_empty() {
         // The schema is looser than the type: a custom `Deserialize`, say.
-        return vec![Detail { loc: vec!["body".into()], msg: said.to_owned(), kind: "value_error" }];
+        return vec![Detail { loc: vec!["body".into()], msg: said.to_owned(), kind: "value_error".into() }];
     }
     found
 }
@@ -108,12 +112,12 @@ fn details(error: &ValidationError<'_>, whole: &Value) -> Vec<Detail> {
         }
         _ => ("value_error", shortened(error)),
     };
-    vec![Detail { loc, msg, kind }]
+    vec![Detail { loc, msg, kind: kind.into() }]
 }
 
 fn extra(parent: &[Location], name: &str) -> Detail {
     let loc = parent.iter().cloned().chain([Location::Key(cut(name))]).collect();
-    Detail { loc, msg: format!("unknown field: `{}`", cut(name)), kind: "extra_forbidden" }
+    Detail { loc, msg: format!("unknown field: `{}`", cut(name)), kind: "extra_forbidden".into() }
 }
 
 fn type_names(kind: &jsonschema::error::TypeKind) -> String {
@@ -163,11 +167,13 @@ fn cut(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use serde_json::json;
 
     use super::*;
 
-    fn faults_of(input: &str) -> Vec<(String, &'static str)> {
+    fn faults_of(input: &str) -> Vec<(String, Cow<'static, str>)> {
         let schema = json!({
             "type": "object",
             "required": ["text", "top_k"],
@@ -186,18 +192,18 @@ mod tests {
         assert_eq!(
             faults_of(r#"{"text": 5, "top_k": 0, "tags": ["a", 1]}"#),
             [
-                (r#"["body","tags",1]"#.to_owned(), "string_type"),
-                (r#"["body","text"]"#.to_owned(), "string_type"),
-                (r#"["body","top_k"]"#.to_owned(), "greater_than_equal"),
+                (r#"["body","tags",1]"#.to_owned(), "string_type".into()),
+                (r#"["body","text"]"#.to_owned(), "string_type".into()),
+                (r#"["body","top_k"]"#.to_owned(), "greater_than_equal".into()),
             ]
         );
-        assert_eq!(faults_of(r#"{"text": "a"}"#), [(r#"["body","top_k"]"#.to_owned(), "missing")]);
+        assert_eq!(faults_of(r#"{"text": "a"}"#), [(r#"["body","top_k"]"#.to_owned(), "missing".into())]);
         assert_eq!(
             faults_of(r#"{"text": "a", "top_k": 1, "x": 1}"#),
-            [(r#"["body","x"]"#.to_owned(), "extra_forbidden")]
+            [(r#"["body","x"]"#.to_owned(), "extra_forbidden".into())]
         );
-        assert_eq!(faults_of("[]"), [(r#"["body"]"#.to_owned(), "dict_type")]);
-        assert_eq!(faults_of("{\"text\": 1,\n x}"), [(r#"["body",13]"#.to_owned(), "json_invalid")]);
+        assert_eq!(faults_of("[]"), [(r#"["body"]"#.to_owned(), "dict_type".into())]);
+        assert_eq!(faults_of("{\"text\": 1,\n x}"), [(r#"["body",13]"#.to_owned(), "json_invalid".into())]);
     }
 
     #[test]
@@ -210,20 +216,27 @@ mod tests {
         ] {
             let schema = jsonschema::validator_for(&schema).unwrap();
             let [detail] = &malformed(Some(&schema), input.as_bytes(), "")[..] else { panic!("one fault") };
-            assert_eq!((detail.msg.as_str(), detail.kind), ("unknown field: `top_k`", "extra_forbidden"));
+            assert_eq!((detail.msg.as_str(), &*detail.kind), ("unknown field: `top_k`", "extra_forbidden"));
             assert_eq!(serde_json::to_string(&detail.loc).unwrap(), loc);
         }
     }
 
     #[test]
     fn serde_has_the_word_where_the_schema_finds_nothing() {
-        assert_eq!(faults_of(r#"{"text": "a", "top_k": 1}"#), [(r#"["body"]"#.to_owned(), "value_error")]);
+        assert_eq!(
+            faults_of(r#"{"text": "a", "top_k": 1}"#),
+            [(r#"["body"]"#.to_owned(), "value_error".into())]
+        );
     }
 
     #[test]
     fn a_detail_moves_into_a_batch() {
-        let detail =
-            Detail::invalid(&[PathSegment::Key("a".into())], "x".into()).inside(&[Location::Index(3)]);
+        let detail = Detail::invalid(InputFault {
+            path: vec![PathSegment::Key("a".into())],
+            message: "x".into(),
+            kind: None,
+        })
+        .inside(&[Location::Index(3)]);
         assert_eq!(serde_json::to_string(&detail.loc).unwrap(), r#"["body",3,"a"]"#);
     }
 

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, Staged};
+use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, Staged, tree};
 use prometheus::IntGauge;
 
 use super::history::Phases;
@@ -47,13 +47,14 @@ impl Builder {
     }
 }
 
-/// The file of a plugin of this name in the volumes.
+/// The file of a plugin of this name in the volumes, or the folder of a pipeline in Python.
 #[must_use]
 pub fn find(plugin: &str, volumes: &[Volume]) -> Option<PathBuf> {
     let files = volumes.iter().flat_map(|volume| {
-        [format!("{plugin}.so"), format!("lib{plugin}.so")].map(|name| volume.mount_point.join(name))
+        [format!("{plugin}.so"), format!("lib{plugin}.so"), plugin.to_owned()]
+            .map(|name| volume.mount_point.join(name))
     });
-    files.into_iter().find(|file| file.is_file())
+    files.into_iter().find(|file| file.is_file() || tree::is_pipeline(file))
 }
 
 /// Since a moment, in milliseconds.

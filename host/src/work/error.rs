@@ -1,6 +1,6 @@
 //! What can become of a job beside an answer, and what is wrong with an input. It never knows statuses.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use modalkit_engine::Failure;
 use serde::Serialize;
@@ -48,7 +48,7 @@ pub struct Detail {
     pub msg: String,
     /// A short name for the kind of error.
     #[serde(rename = "type")]
-    pub kind: &'static str,
+    pub kind: Cow<'static, str>,
 }
 
 /// One step of a [`Detail::loc`].

@@ -6,7 +6,7 @@ use std::{
     io::{self, IoSlice, Read, Write},
     net::Shutdown,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     time::Duration,
@@ -206,6 +206,11 @@ impl Channel {
     /// A handle that breaks the connection from another thread.
     pub(crate) fn breaker(&self) -> io::Result<Breaker> {
         self.socket.try_clone().map(Breaker)
+    }
+
+    /// The socket, and the shared memory beside it.
+    pub(crate) fn descriptors(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
+        (self.socket.as_fd(), self.arena.as_ref().map(AsFd::as_fd))
     }
 
     /// Ends the connection, whoever else has handles of it.

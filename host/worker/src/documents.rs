@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use modalkit_engine::{Datatype, Description, Signature, TensorSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::python::PythonDocument;
+
 /// What a worker is to do.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -19,7 +21,7 @@ pub(crate) enum Task {
 }
 
 /// The first document.
-#[derive(Deserialize, Serialize)]
+#[derive(Clone, Deserialize, Serialize)]
 pub(crate) struct Hello {
     pub(crate) protocol: u32,
     pub(crate) task: Task,
@@ -35,9 +37,13 @@ pub(crate) struct Hello {
     /// In the order in which this process sees them.
     pub(crate) devices: Vec<DeviceDocument>,
     pub(crate) confinement: ConfinementDocument,
+    /// Where an interpreter is to run it; the file is a folder then.
+    pub(crate) python: Option<PythonDocument>,
+    /// What of its confinement couldn't be had; for an interpreter, which doesn't confine itself.
+    pub(crate) warnings: Vec<String>,
 }
 
-#[derive(Deserialize, Serialize)]
+#[derive(Clone, Deserialize, Serialize)]
 pub(crate) struct DeviceDocument {
     pub(crate) name: String,
     pub(crate) uuid: String,
@@ -45,7 +51,7 @@ pub(crate) struct DeviceDocument {
     pub(crate) memory_budget_bytes: Option<u64>,
 }
 
-#[derive(Default, Deserialize, Serialize)]
+#[derive(Clone, Default, Deserialize, Serialize)]
 pub(crate) struct ConfinementDocument {
     /// Where no control group holds it to that.
     pub(crate) memory_bytes: Option<u64>,
@@ -53,7 +59,7 @@ pub(crate) struct ConfinementDocument {
     pub(crate) sandbox: Option<SandboxDocument>,
 }
 
-#[derive(Deserialize, Serialize)]
+#[derive(Clone, Deserialize, Serialize)]
 pub(crate) struct SandboxDocument {
     pub(crate) readable: Vec<PathBuf>,
     pub(crate) network: bool,

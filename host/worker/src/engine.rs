@@ -2,15 +2,22 @@
 
 use std::{
     io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, PluginLog, QueuePlugin, Staged};
+use modalkit_engine::{
+    Confinement, Engine, Isolation, LoadError, OpenTimings, Plugin, PluginLog, QueuePlugin, Staged,
+};
 use parking_lot::Mutex;
 
-use crate::{instance::Listener, plugin::WorkerPlugin, start::Program};
+use crate::{
+    instance::Listener,
+    plugin::{Maker, WorkerPlugin},
+    python::{self, Interpreter},
+    start::Program,
+};
 
 /// An [`Engine`] that runs isolated plugins in worker processes, and leaves all else to another one.
 pub struct Workers {
@@ -20,6 +27,8 @@ pub struct Workers {
     /// How long a plugin may take to be opened and described.
     limit: Duration,
     opened: Mutex<Vec<Weak<WorkerPlugin>>>,
+    /// The worker of Python, once it is needed.
+    package: Mutex<Option<Staged>>,
 }
 
 impl Workers {
@@ -31,7 +40,24 @@ impl Workers {
         limit: Duration,
         log: Option<PluginLog>,
     ) -> Self {
-        Self { in_process, program, log, limit, opened: Mutex::default() }
+        Self { in_process, program, log, limit, opened: Mutex::default(), package: Mutex::default() }
+    }
+
+    /// What runs a folder of Python.
+    fn interpreter(&self, staged: &Staged, confinement: &Confinement) -> Result<Interpreter, LoadError> {
+        if confinement.sandbox.is_some() {
+            let why = "expected a pipeline in Python without a sandbox, found sandbox = true: that holds compiled plugins alone";
+            return Err(LoadError::Refused(why.to_owned()));
+        }
+        let mut package = self.package.lock();
+        let there = package.take().filter(|package| package.path().exists());
+        let there = match there {
+            Some(there) => there,
+            None => python::put_package(&*self.in_process)?,
+        };
+        *package = Some(there.clone());
+        drop(package);
+        Interpreter::find(staged.origin(), &confinement.python, there)
     }
 
     fn find(&self, matches: impl Fn(&WorkerPlugin) -> bool) -> Option<Arc<WorkerPlugin>> {
@@ -54,20 +80,36 @@ impl Engine for Workers {
         self.in_process.exports_queue(staged)
     }
 
+    fn put(&self, name: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<Staged, LoadError> {
+        self.in_process.put(name, files)
+    }
+
     fn open(
         &self,
         staged: &Staged,
         isolation: &Isolation,
         timings: &mut OpenTimings,
     ) -> Result<Arc<dyn Plugin>, LoadError> {
-        let Isolation::Process(confinement) = isolation else {
-            return self.in_process.open(staged, isolation, timings);
+        let is_python = staged.path().is_dir();
+        let by_itself = Confinement::default();
+        let confinement = match isolation {
+            Isolation::Process(confinement) => confinement,
+            // An interpreter has a process of its own whatever is said.
+            Isolation::InProcess if is_python => &by_itself,
+            Isolation::InProcess => return self.in_process.open(staged, isolation, timings),
         };
         if let Some(known) = self.find(|plugin| plugin.is(staged.sha256(), confinement)) {
             return Ok(known);
         }
         let begun = Instant::now();
-        let opened = WorkerPlugin::open(self.program.clone(), self.log, confinement, staged, self.limit);
+        let interpreter = is_python.then(|| self.interpreter(staged, confinement)).transpose()?;
+        let maker = Maker {
+            program: self.program.clone(),
+            log: self.log,
+            confinement: confinement.clone(),
+            interpreter,
+        };
+        let opened = WorkerPlugin::open(maker, staged, self.limit);
         timings.preflight = Some(begun.elapsed());
         let opened = Arc::new(opened?);
         self.opened.lock().push(Arc::downgrade(&opened));
@@ -100,6 +142,10 @@ impl Engine for Workers {
 
     fn lower_thread_priority(&self) {
         self.in_process.lower_thread_priority();
+    }
+
+    fn return_freed_memory(&self) {
+        self.in_process.return_freed_memory();
     }
 
     fn close(&self) {

@@ -325,6 +325,8 @@ pub(crate) fn fits(payload: &Payload) -> bool {
 struct FaultDocument {
     path: Vec<Step>,
     message: String,
+    #[serde(default)]
+    kind: Option<String>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -340,7 +342,11 @@ impl FaultDocument {
             PathSegment::Key(key) => Step::Key(key.clone()),
             PathSegment::Index(index) => Step::Index(*index),
         };
-        Self { path: fault.path.iter().map(step).collect(), message: fault.message.clone() }
+        Self {
+            path: fault.path.iter().map(step).collect(),
+            message: fault.message.clone(),
+            kind: fault.kind.clone(),
+        }
     }
 
     fn fault(self) -> InputFault {
@@ -348,7 +354,11 @@ impl FaultDocument {
             Step::Key(key) => PathSegment::Key(key),
             Step::Index(index) => PathSegment::Index(index),
         };
-        InputFault { path: self.path.into_iter().map(segment).collect(), message: self.message }
+        InputFault {
+            path: self.path.into_iter().map(segment).collect(),
+            message: self.message,
+            kind: self.kind,
+        }
     }
 }
 
@@ -402,7 +412,7 @@ mod tests {
         let failure = Failure { kind: FailureKind::Panicked, message: "no luck".into() };
         for there in [
             Rejection::Malformed { message: "no luck".into() },
-            Rejection::Invalid { faults: vec![InputFault { path, message: "no luck".into() }] },
+            Rejection::Invalid { faults: vec![InputFault { path, message: "no luck".into(), kind: None }] },
             Rejection::Failed(failure),
             Rejection::Busy,
         ] {

@@ -17,6 +17,7 @@ mod items;
 mod life;
 mod lines;
 mod plugin;
+mod python;
 mod start;
 mod supervisor;
 

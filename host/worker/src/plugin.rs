@@ -1,6 +1,6 @@
 //! A plugin that is opened in worker processes alone. It never knows how a worker is kept.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, io, time::Duration};
 
 use modalkit_engine::{
     Checked, Confinement, Decoded, Description, Failure, FailureKind, Instance, Load, LoadError, Measure,
@@ -12,17 +12,49 @@ use crate::{
     frame::PROTOCOL,
     instance::{WorkerInput, WorkerInstance},
     items,
-    start::{self, Program},
+    python::Interpreter,
+    start::{self, Program, Started},
 };
+
+/// How a plugin's workers are made.
+pub(crate) struct Maker {
+    pub(crate) program: Program,
+    pub(crate) log: Option<PluginLog>,
+    pub(crate) confinement: Confinement,
+    /// For a folder of Python.
+    pub(crate) interpreter: Option<Interpreter>,
+}
 
 /// A plugin, and how its workers are made.
 pub(crate) struct WorkerPlugin {
-    program: Program,
-    log: Option<PluginLog>,
-    confinement: Confinement,
+    maker: Maker,
     description: Description,
     /// For what is done beside serving.
     limit: Duration,
+}
+
+impl Maker {
+    fn start(&self, lanes: usize, hello: Hello) -> io::Result<Started> {
+        start::start(&self.program, self.log.as_ref(), &self.confinement, lanes, hello)
+    }
+
+    fn hello(&self, task: Task, staged: &Staged) -> Hello {
+        Hello {
+            protocol: PROTOCOL,
+            task,
+            file: staged.path().to_owned(),
+            origin: staged.origin().to_owned(),
+            model_name: staged.origin().file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+            all_model_data_folder: String::new(),
+            common_settings: "{}".into(),
+            settings: "{}".into(),
+            secrets: BTreeMap::new(),
+            devices: Vec::new(),
+            confinement: Default::default(),
+            python: self.interpreter.as_ref().map(|interpreter| interpreter.document(self.confinement.cores)),
+            warnings: Vec::new(),
+        }
+    }
 }
 
 impl WorkerPlugin {
@@ -30,16 +62,10 @@ impl WorkerPlugin {
     ///
     /// # Errors
     /// It is no plugin that can be run, or it ended the worker, or took longer than the limit.
-    pub(crate) fn open(
-        program: Program,
-        log: Option<PluginLog>,
-        confinement: &Confinement,
-        staged: &Staged,
-        limit: Duration,
-    ) -> Result<Self, LoadError> {
-        let hello = hello(Task::Describe, staged);
-        let failed = |source| LoadError::Preflight { path: program.path.clone(), source };
-        let mut started = start::start(&program, log.as_ref(), confinement, 0, hello).map_err(failed)?;
+    pub(crate) fn open(maker: Maker, staged: &Staged, limit: Duration) -> Result<Self, LoadError> {
+        let hello = maker.hello(Task::Describe, staged);
+        let failed = |source| LoadError::Preflight { path: maker.program.path.clone(), source };
+        let mut started = maker.start(0, hello).map_err(failed)?;
         let answer = started.answer(limit, "it did not open in time");
         let was_killed = started.life.killed_at().is_some();
         started.end();
@@ -62,12 +88,12 @@ impl WorkerPlugin {
             settings_schema: said.settings_schema,
             staged: staged.clone(),
         };
-        Ok(Self { program, log, confinement: confinement.clone(), description, limit })
+        Ok(Self { maker, description, limit })
     }
 
     /// Whether a plugin that is asked for is this one.
     pub(crate) fn is(&self, sha256: &str, confinement: &Confinement) -> bool {
-        self.description.sha256() == sha256 && self.confinement == *confinement
+        self.description.sha256() == sha256 && self.maker.confinement == *confinement
     }
 }
 
@@ -77,10 +103,13 @@ impl Plugin for WorkerPlugin {
     }
 
     fn check_settings(&self, settings: &str) -> Result<(), Failure> {
-        let mut hello = hello(Task::CheckSettings, &self.description.staged);
+        if self.maker.interpreter.is_some() {
+            // They are its constructor's arguments: what it takes, only a load tells.
+            return Ok(());
+        }
+        let mut hello = self.maker.hello(Task::CheckSettings, &self.description.staged);
         settings.clone_into(&mut hello.settings);
-        let mut started = start::start(&self.program, self.log.as_ref(), &self.confinement, 0, hello)
-            .map_err(|error| no_worker(&error))?;
+        let mut started = self.maker.start(0, hello).map_err(|error| no_worker(&error))?;
         let checked = started.answer(self.limit, "its check of the settings did not end in time");
         started.end();
         checked.map(drop)
@@ -104,11 +133,11 @@ impl Plugin for WorkerPlugin {
             settings: with.settings.to_owned(),
             secrets: with.secrets.clone(),
             devices: with.devices.iter().map(device).collect(),
-            ..hello(Task::Serve, &self.description.staged)
+            ..self.maker.hello(Task::Serve, &self.description.staged)
         };
-        let lanes = with.batches_in_flight.max(1);
-        let mut started = start::start(&self.program, self.log.as_ref(), &self.confinement, lanes, hello)
-            .map_err(|error| no_worker(&error))?;
+        // An interpreter runs one batch at a time.
+        let lanes = if self.maker.interpreter.is_some() { 1 } else { with.batches_in_flight.max(1) };
+        let mut started = self.maker.start(lanes, hello).map_err(|error| no_worker(&error))?;
         let late =
             format!("`load` and `warmup` did not return within {:?} (load_timeout_seconds)", with.limit);
         let said = match started.answer(with.limit, &late) {
@@ -133,7 +162,7 @@ impl Plugin for WorkerPlugin {
         };
         started.life.set_pid(pid);
         started.warnings.extend(warnings);
-        let instance = WorkerInstance::new(started, signature, self.log);
+        let instance = WorkerInstance::new(started, signature, self.maker.log);
         Ok(Box::new(instance))
     }
 
@@ -151,22 +180,6 @@ pub(crate) fn undecoded(payload: &Payload) -> Decoded {
     }
 }
 
-fn hello(task: Task, staged: &Staged) -> Hello {
-    Hello {
-        protocol: PROTOCOL,
-        task,
-        file: staged.path().to_owned(),
-        origin: staged.origin().to_owned(),
-        model_name: staged.origin().file_stem().unwrap_or_default().to_string_lossy().into_owned(),
-        all_model_data_folder: String::new(),
-        common_settings: "{}".into(),
-        settings: "{}".into(),
-        secrets: BTreeMap::new(),
-        devices: Vec::new(),
-        confinement: Default::default(),
-    }
-}
-
-fn no_worker(error: &std::io::Error) -> Failure {
+fn no_worker(error: &io::Error) -> Failure {
     Failure { kind: FailureKind::Transient, message: format!("can't start a worker process: {error}") }
 }

@@ -332,7 +332,7 @@ fn check_queues(jobs: &Jobs, parts: &Envelope, caller: &Caller) -> Result<(), Jo
             details.push(Detail {
                 loc: vec!["body".into(), member.into()],
                 msg: error.to_string(),
-                kind: "value_error",
+                kind: "value_error".into(),
             });
         }
     }

@@ -372,7 +372,7 @@ fn wanted(
 }
 
 fn invalid(place: &[Location], msg: String) -> JobError {
-    let detail = Detail { loc: vec!["body".into()], msg, kind: "value_error" };
+    let detail = Detail { loc: vec!["body".into()], msg, kind: "value_error".into() };
     JobError::Invalid(vec![detail.inside(place)])
 }
 

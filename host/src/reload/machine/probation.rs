@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use modalkit_engine::Engine;
 use modalkit_journal::unix_ms;
 
 use super::{Event, Machine, OutcomeReply, Serving, candidate::Refused};
@@ -81,8 +82,9 @@ impl Machine {
 
     pub(super) fn retire(&self, fleet: Fleet, record: u64) {
         let myself = self.myself.clone();
+        let engine = Arc::clone(&self.builder.engine);
         tokio::spawn(async move {
-            fleet.stop().await;
+            end(fleet, engine).await;
             if let Some(myself) = myself.upgrade() {
                 // A machine that has ended keeps no history.
                 let _ = myself.send(Event::Left(record)).await;
@@ -91,7 +93,7 @@ impl Machine {
     }
 
     pub(super) fn drop_fleet(&self, fleet: Fleet) {
-        tokio::spawn(fleet.stop());
+        tokio::spawn(end(fleet, Arc::clone(&self.builder.engine)));
     }
 
     pub(super) fn on_left(&mut self, record: u64) {
@@ -100,4 +102,11 @@ impl Machine {
             self.history.drained(record, took as f64);
         }
     }
+}
+
+/// Lets a fleet leave, and then its memory.
+async fn end(fleet: Fleet, engine: Arc<dyn Engine>) {
+    fleet.stop().await;
+    // The host may be ending.
+    let _ = tokio::task::spawn_blocking(move || engine.return_freed_memory()).await;
 }

@@ -8,6 +8,7 @@ use std::{
     time::SystemTime,
 };
 
+use modalkit_engine::tree;
 use sha2::{Digest, Sha256};
 
 /// Data files up to this are compared by content: a touch or a rewrite with the same bytes is no change. Larger ones are
@@ -50,8 +51,29 @@ pub(super) struct Completeness {
 }
 
 impl Stamp {
-    pub(super) fn of_file(path: &Path) -> io::Result<Self> {
-        Ok(Self::of(&fs::metadata(path)?))
+    /// Of a plugin: its file, or all code of its folder.
+    pub(super) fn of_plugin(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        if !metadata.is_dir() {
+            return Ok(Self::of(&metadata));
+        }
+        let mut whole = Self::of(&metadata);
+        let mut hasher = Sha256::new();
+        for inside in tree::code_files(path)? {
+            let stamp = Self::of(&fs::metadata(path.join(&inside))?);
+            let modified = stamp.modified.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+            hasher.update(inside.as_os_str().as_encoded_bytes());
+            for number in [stamp.bytes, stamp.inode, modified.unwrap_or_default().as_nanos() as u64] {
+                hasher.update(number.to_le_bytes());
+            }
+            whole.bytes += stamp.bytes;
+            whole.changed = whole.changed.max(stamp.changed);
+        }
+        // What was added to a folder that holds no code changes nothing.
+        (whole.modified, whole.inode) = (None, u64::from_le_bytes(first_eight(&hasher.finalize())));
+        whole.bytes -= metadata.len();
+        whole.changed = (0, 0);
+        Ok(whole)
     }
 
     fn of(metadata: &fs::Metadata) -> Self {
@@ -67,7 +89,12 @@ impl Stamp {
 
 impl Files {
     /// Hidden files and folders are somebody's half-written ones, or the inside of a volume such as Kubernetes' `..data`.
-    pub(super) fn collect(&mut self, folder: &Path, depth: usize) -> io::Result<()> {
+    pub(super) fn collect(&mut self, folder: &Path) -> io::Result<()> {
+        self.collect_below(folder, 0, false)
+    }
+
+    /// `of_pipeline`: what is code, or was installed, is no data.
+    fn collect_below(&mut self, folder: &Path, depth: usize, of_pipeline: bool) -> io::Result<()> {
         use std::os::unix::fs::MetadataExt;
         let this = fs::metadata(folder)?;
         if !self.entered.insert((this.dev(), this.ino())) {
@@ -94,16 +121,20 @@ impl Files {
                     continue;
                 }
             };
-            if metadata.is_dir() {
+            if metadata.is_dir() && depth == 0 && tree::is_pipeline(&path) {
+                self.add_pipeline(&path);
+            } else if of_pipeline && metadata.is_dir() && tree::is_passed_over(&path) {
+                continue;
+            } else if metadata.is_dir() {
                 if depth >= DEPTH_MAX {
                     self.warning = Some(format!("folders deeper than {DEPTH_MAX} are not watched"));
                     continue;
                 }
-                if let Err(error) = self.collect(&path, depth + 1) {
+                if let Err(error) = self.collect_below(&path, depth + 1, of_pipeline) {
                     self.warning = Some(format!("can't read {} in the volume: {error}", path.display()));
                     self.miss(depth + 1);
                 }
-            } else if metadata.is_file() {
+            } else if metadata.is_file() && !(of_pipeline && tree::is_code(&path)) {
                 self.add(path, Stamp::of(&metadata), depth);
             }
         }
@@ -116,18 +147,35 @@ impl Files {
         self.plugins_partial |= depth == 0;
     }
 
-    fn add(&mut self, path: PathBuf, stamp: Stamp, depth: usize) {
-        match plugin_name(&path).filter(|_| depth == 0) {
-            Some(name) => {
-                let first = self.plugins.entry(name).or_insert_with(|| (path.clone(), stamp));
-                if first.0 != path {
-                    self.warning = Some(format!(
-                        "{} and {} are the same plugin's; the first counts, remove one",
-                        first.0.display(),
-                        path.display()
-                    ));
-                }
+    /// A folder of Python: its code is a plugin, and what else it holds is data.
+    fn add_pipeline(&mut self, folder: &Path) {
+        match Stamp::of_plugin(folder) {
+            Ok(stamp) => self.add_plugin(plugin_name(folder).unwrap_or_default(), folder.to_owned(), stamp),
+            Err(error) => {
+                self.warning = Some(format!("can't read the pipeline in {}: {error}", folder.display()));
+                self.miss(0);
             }
+        }
+        if let Err(error) = self.collect_below(folder, 1, true) {
+            self.warning = Some(format!("can't read {} in the volume: {error}", folder.display()));
+            self.miss(1);
+        }
+    }
+
+    fn add_plugin(&mut self, name: String, path: PathBuf, stamp: Stamp) {
+        let first = self.plugins.entry(name).or_insert_with(|| (path.clone(), stamp));
+        if first.0 != path {
+            self.warning = Some(format!(
+                "{} and {} are the same plugin's; the first counts, remove one",
+                first.0.display(),
+                path.display()
+            ));
+        }
+    }
+
+    fn add(&mut self, path: PathBuf, stamp: Stamp, depth: usize) {
+        match name_of_library(&path).filter(|_| depth == 0) {
+            Some(name) => self.add_plugin(name, path, stamp),
             None if is_unfinished(&path) => {}
             None if self.data.len() >= FILES_MAX => {
                 self.warning = Some(format!("files beyond the first {FILES_MAX} are not watched"));
@@ -137,8 +185,17 @@ impl Files {
     }
 }
 
-/// `NAME` of `NAME.so` or `libNAME.so`.
+fn first_eight(digest: &[u8]) -> [u8; 8] {
+    std::array::from_fn(|at| digest.get(at).copied().unwrap_or_default())
+}
+
+/// The name of a plugin that lies in a volume: its library's, or its folder's.
 pub(super) fn plugin_name(path: &Path) -> Option<String> {
+    name_of_library(path).or_else(|| Some(path.file_name()?.to_str()?.to_owned()))
+}
+
+/// `NAME` of `NAME.so` or `libNAME.so`.
+pub(super) fn name_of_library(path: &Path) -> Option<String> {
     let stem = path.file_name()?.to_str()?.strip_suffix(".so")?;
     let name = stem.strip_prefix("lib").unwrap_or(stem);
     (!name.is_empty()).then(|| name.to_owned())

@@ -105,7 +105,7 @@ impl Scanner {
     /// What lies in the volume.
     pub(super) fn collect(&mut self) -> Files {
         let mut files = Files::default();
-        if let Err(error) = files.collect(&self.mount_point, 0) {
+        if let Err(error) = files.collect(&self.mount_point) {
             let hint = match error.kind() {
                 io::ErrorKind::NotFound => {
                     "; make the folder, or correct app_settings.deployment_config.volumes"
@@ -196,7 +196,7 @@ impl Scanner {
                 continue;
             };
             // A file that was written while it was copied gives an unusable copy.
-            if Stamp::of_file(path).ok().as_ref() != Some(stamp) {
+            if Stamp::of_plugin(path).ok().as_ref() != Some(stamp) {
                 earlier_of(next, self.settle);
                 continue;
             }

@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::SystemTime};
 
 use super::{
-    files::plugin_name,
+    files::name_of_library,
     scan::{RETRY, earlier_of},
     *,
 };
@@ -160,7 +160,7 @@ fn data_that_can_not_be_read_now_is_read_again_and_is_no_change_before() {
 
 #[test]
 fn names_are_read_from_files() {
-    let name = |path: &str| plugin_name(Path::new(path));
+    let name = |path: &str| name_of_library(Path::new(path));
     assert_eq!(name("/v/echo.so").as_deref(), Some("echo"));
     assert_eq!(name("/v/libecho.so").as_deref(), Some("echo"));
     assert_eq!((name("/v/lib.so"), name("/v/echo.so.part")), (None, None));

@@ -3,6 +3,7 @@
 
 mod confine;
 mod guard;
+mod interpreter;
 mod notices;
 mod sandbox;
 mod seccomp;

@@ -17,7 +17,7 @@ use modalkit_engine::{
     LogLevel, Measure, Outcome, Payload, Plugin, PluginLog, Rejection,
 };
 
-use super::{Connections, Loader, confine};
+use super::{Connections, Loader, confine, interpreter};
 use crate::{
     channel::{Broken, Channel, Incoming, Outgoing},
     documents::{Change, Described, DeviceDocument, Hello, Serves, SignatureDocument, Task},
@@ -56,6 +56,13 @@ pub(super) fn run(mut connections: Connections, loader: Loader) -> std::io::Resu
             return refuse(&mut connections.control, &Failure { kind: FailureKind::Permanent, message });
         }
     };
+    if let Some(python) = &hello.python {
+        let hello = Hello { warnings, ..hello.clone() };
+        let mut connections = Connections { log: log.try_clone()?, ..connections };
+        let error = interpreter::become_one(python, &hello, &connections, log, LEVEL.load(Ordering::Relaxed));
+        let message = format!("can't run the interpreter {}: {error}", python.interpreter.display());
+        return refuse(&mut connections.control, &Failure { kind: FailureKind::Permanent, message });
+    }
     let plugin_log = PluginLog { level: || lines::level(LEVEL.load(Ordering::Relaxed)), sink: send_line };
     let (plugin, attach) = match (loader.open)(&hello.file, &hello.origin, plugin_log) {
         Ok(opened) => opened,

@@ -1,0 +1,118 @@
+//! Which files of a folder are the code of a pipeline in Python: what of it is copied, pinned and watched as one. It reads folders, and never knows
+//! what is done with them.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Files by which a folder is known as a pipeline's.
+const MAIN_FILES: [&str; 2] = ["pipeline.py", "app.py"];
+/// Endings of what an interpreter imports, and names of files that say what it needs.
+const ENDINGS: [&str; 3] = ["py", "pyi", "so"];
+const NAMES: [&str; 6] =
+    ["pyproject.toml", "requirements.txt", "uv.lock", "poetry.lock", "pylock.toml", "Pipfile.lock"];
+/// Folders that hold what was installed or made, and not what was written.
+const MADE: [&str; 3] = ["__pycache__", "node_modules", "site-packages"];
+/// What marks the folder of a virtual environment.
+const VENV: &str = "pyvenv.cfg";
+/// Files and depths beyond which a folder is none of a pipeline.
+const FILES_MAX: usize = 10_000;
+const DEPTH_MAX: usize = 16;
+
+/// Whether a folder holds a pipeline in Python, without an entry that says so.
+#[must_use]
+pub fn is_pipeline(folder: &Path) -> bool {
+    MAIN_FILES.iter().any(|name| folder.join(name).is_file())
+}
+
+/// The files of code below a folder, by their paths in it, in order. Links are followed; what is hidden is passed over, and environments are.
+///
+/// # Errors
+/// A folder can't be read, or holds more than any pipeline does.
+pub fn code_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    collect(folder, Path::new(""), 0, &mut files)?;
+    files.sort();
+    Ok(files)
+}
+
+/// Whether a file of this path in a pipeline's folder is code.
+#[must_use]
+pub fn is_code(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    ENDINGS.contains(&ending) || NAMES.contains(&name)
+}
+
+/// Whether a folder of this name is passed over.
+#[must_use]
+pub fn is_passed_over(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.starts_with('.') || MADE.contains(&name) || path.join(VENV).exists()
+}
+
+fn collect(root: &Path, below: &Path, depth: usize, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    if depth > DEPTH_MAX {
+        return Err(io::Error::other(format!("{} lies deeper than {DEPTH_MAX} folders", below.display())));
+    }
+    for entry in fs::read_dir(root.join(below))? {
+        let name = entry?.file_name();
+        if name.as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        let inside = below.join(&name);
+        let path = root.join(&inside);
+        // Links are followed; one to nothing is nothing.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if metadata.is_dir() && !is_passed_over(&path) {
+            collect(root, &inside, depth + 1, files)?;
+        } else if metadata.is_file() && is_code(&path) {
+            files.push(inside);
+        }
+        if files.len() > FILES_MAX {
+            return Err(io::Error::other(format!("it holds more than {FILES_MAX} files of code")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_what_was_written_and_can_be_imported() {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        };
+        for name in [
+            "model.py",
+            "pyproject.toml",
+            "weights.bin",
+            ".env",
+            ".venv/lib/a.py",
+            "env/pyvenv.cfg",
+            "env/lib/a.py",
+            "package/__init__.py",
+            "package/fast.cpython-311-x86_64-linux-gnu.so",
+            "package/__pycache__/a.py",
+        ] {
+            put(name);
+        }
+        let files = code_files(folder.path()).unwrap();
+        let expected = [
+            "model.py",
+            "package/__init__.py",
+            "package/fast.cpython-311-x86_64-linux-gnu.so",
+            "pyproject.toml",
+        ];
+        assert_eq!(files, expected.map(PathBuf::from));
+        assert!(!is_pipeline(folder.path()));
+        put("pipeline.py");
+        assert!(is_pipeline(folder.path()));
+    }
+}

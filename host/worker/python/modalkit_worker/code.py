@@ -1,0 +1,74 @@
+"""Finds the user's modules in the private copy of their folder, as if they lay in the folder itself: `__file__` and tracebacks name the user's own
+files, and an edit while the worker runs changes nothing of it."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+SUFFIXES = importlib.machinery.EXTENSION_SUFFIXES
+
+
+class Folder(importlib.abc.MetaPathFinder):
+    """Modules of one folder."""
+
+    def __init__(self, folder, copy):
+        self.folder, self.copy = folder, copy
+
+    def find_spec(self, name, path=None, target=None):
+        if path is None:
+            below = ""
+        else:
+            inside = [place for place in path if place == self.folder or place.startswith(self.folder + os.sep)]
+            if not inside:
+                return None
+            below = os.path.relpath(inside[0], self.folder)
+        place = os.path.normpath(os.path.join(below, name.rpartition(".")[2]))
+        return self._package(name, place) or self._module(name, place)
+
+    def _package(self, name, place):
+        init = os.path.join(place, "__init__.py")
+        if not os.path.isfile(os.path.join(self.copy, init)):
+            return None
+        return self._source(name, init, [os.path.join(self.folder, place)])
+
+    def _module(self, name, place):
+        if os.path.isfile(os.path.join(self.copy, place + ".py")):
+            return self._source(name, place + ".py", None)
+        for suffix in SUFFIXES:
+            extension = os.path.join(self.copy, place + suffix)
+            if os.path.isfile(extension):
+                loader = importlib.machinery.ExtensionFileLoader(name, extension)
+                return importlib.util.spec_from_file_location(name, extension, loader=loader)
+        return None
+
+    def _source(self, name, place, locations):
+        loader = Source(name, os.path.join(self.folder, place), os.path.join(self.copy, place))
+        return importlib.util.spec_from_file_location(
+            name, loader.path, loader=loader, submodule_search_locations=locations
+        )
+
+
+class Source(importlib.machinery.SourceFileLoader):
+    """A module that says it is the user's file, and is read from the copy."""
+
+    def __init__(self, name, path, copy):
+        super().__init__(name, path)
+        self.copy = copy
+
+    def get_data(self, path):
+        return super().get_data(self.copy if path == self.path else path)
+
+    def get_code(self, fullname):
+        # Compiled files beside the user's may be of another edit.
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def use(folder, copy, shim):
+    """Has imports look into the user's folder first, then into the shim, then where they looked before."""
+    folder = folder.rstrip(os.sep) or os.sep
+    standard = sys.meta_path.index(importlib.machinery.PathFinder)
+    sys.meta_path.insert(standard, Folder(folder, copy))
+    sys.path[:0] = [folder, shim]
+    os.chdir(folder)

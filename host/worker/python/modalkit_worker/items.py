@@ -1,0 +1,48 @@
+"""What the items of frames are: their statuses, and how failures and rejections are written. The numbers are those of the host's `items.rs`."""
+
+import json
+import struct
+
+PAYLOAD = 0
+FAILED, REJECTED = 16, 32
+MALFORMED, INVALID, BUSY, MEASURE = 48, 49, 50, 51
+# Kinds of failures.
+INVALID_INPUT, PERMANENT, TRANSIENT, DEVICE_LOST, DEVICE_SUSPECTED, RAISED, UNWANTED = range(7)
+
+# An input of one unit of work, of no shape in particular.
+ONE = struct.pack("<QQ", 1, 0)
+# Faults of one input that are told.
+FAULTS_MAX = 16
+
+
+def document(value):
+    return (PAYLOAD, 0, [json.dumps(value).encode()])
+
+
+def failure(kind, message):
+    return (FAILED + kind, 0, [message.encode(errors="replace")])
+
+
+def malformed(message):
+    return (MALFORMED, 0, [message.encode(errors="replace")])
+
+
+def invalid(faults):
+    """Of faults that are each a path, a message and a word for their kind."""
+    said = [{"path": path, "message": message, "kind": kind} for path, message, kind in faults[:FAULTS_MAX]]
+    return (INVALID, 0, [json.dumps(said).encode()])
+
+
+def raised(error):
+    """Of an exception: its type and what it says. Those of the machine may pass; of all others another try of the item alone says whose it is."""
+    kind = TRANSIENT if isinstance(error, (MemoryError, ConnectionError, TimeoutError)) else RAISED
+    return failure(kind, describe(error))
+
+
+def describe(error):
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's own
+        text = "(its text can't be had)"
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name

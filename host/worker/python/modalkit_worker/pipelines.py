@@ -1,0 +1,243 @@
+"""Makes of what a module holds something that runs batches: a class with `run_inference`, with stages, or with `predict` alone, or a function.
+
+It owns how inputs are made of JSON and outputs made into it, and never knows frames.
+"""
+
+import asyncio
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+import time
+import typing
+
+from . import items
+
+# Where a pipeline is looked for whose entry names none.
+MODULES = ("pipeline", "model", "app")
+STAGES = ("preprocess", "predict", "postprocess")
+# Annotations whose one argument is the input's model.
+LISTS = (list, tuple, typing.Sequence, typing.List, typing.Iterable)
+
+
+class Refused(Exception):
+    """There is no pipeline that can be served, for this reason."""
+
+
+class Rejected(Exception):
+    """An input that isn't the pipeline's; `item` says why."""
+
+    def __init__(self, item):
+        super().__init__()
+        self.item = item
+
+
+def find(wanted):
+    """The class or function that an entry names as `module:Name`, or the only one of the folder's."""
+    if wanted:
+        module, colon, name = wanted.partition(":")
+        found = importlib.import_module(module)
+        for part in name.split(".") if colon else ():
+            if not hasattr(found, part):
+                raise Refused(f"{wanted}: expected {name!r} in {module}.py, and there is no such name")
+            found = getattr(found, part)
+        return found if colon else only(found)
+    for module in MODULES:
+        if importlib.util.find_spec(module) is not None:
+            return only(importlib.import_module(module))
+    files = " or ".join(f"{module}.py" for module in MODULES)
+    raise Refused(f"expected {files} in the folder, and there is none")
+
+
+def only(module):
+    """The one pipeline that a module defines."""
+    own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    found = [value for value in own if callable(getattr(value, "run_inference", None))]
+    found = found or [value for value in own if callable(getattr(value, "predict", None))]
+    if not found and inspect.isfunction(getattr(module, "predict", None)):
+        found = [module.predict]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(sorted(value.__name__ for value in found))
+    expected = f"expected one class with `run_inference` or `predict`, or a function `predict`, in {module.__name__}.py"
+    if not found:
+        raise Refused(f"{expected}, found none")
+    raise Refused(f'{expected}, found {names}; name one: pipeline = "{module.__name__}:{found[0].__name__}"')
+
+
+def model_named(name):
+    """The model `module:Name` of an entry."""
+    module, _, name = name.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class Pipeline:
+    """What runs batches."""
+
+    def __init__(self, target, input_model=None, output_model=None):
+        self.target = target
+        self.is_function = not inspect.isclass(target)
+        self.input_model = input_model or self._annotated(self._takes_inputs())
+        self.output_model = output_model
+        self.instance = None
+        self.loop = None
+        self.validate = self._validator()
+
+    def _takes_inputs(self):
+        if self.is_function:
+            return self.target
+        base = [stage for stage in ("run_inference", *STAGES) if stage in vars(self.target)]
+        # Where a stage is inherited, its annotation is that of whoever wrote it.
+        names = base or [stage for stage in STAGES if hasattr(self.target, stage)]
+        return getattr(self.target, names[0])
+
+    def _annotated(self, function):
+        """The pydantic model of `inputs: list[Model]`, where the function says so. Only this annotation is read: others may need what isn't there."""
+        parameters = list(inspect.signature(function).parameters.values())
+        parameters = parameters if self.is_function else parameters[1:]
+        annotation = parameters[0].annotation if parameters else inspect.Parameter.empty
+        if isinstance(annotation, str):
+            module = sys.modules.get(function.__module__)
+            try:
+                annotation = eval(annotation, vars(module) if module else {})  # noqa: S307 - the user's own text
+            except Exception:  # noqa: BLE001 - a name that is there for type checkers only
+                return None
+        arguments = typing.get_args(annotation)
+        model = arguments[0] if len(arguments) >= 1 else None
+        return model if hasattr(model, "__pydantic_validator__") else None
+
+    def _validator(self):
+        if self.input_model is None:
+            return None
+        if not hasattr(self.input_model, "__pydantic_validator__"):
+            raise Refused(f"expected a pydantic model for the input, found {self.input_model!r}")
+        # Its annotations may have been incomplete until now.
+        self.input_model.model_rebuild()
+        return self.input_model.__pydantic_validator__.validate_json
+
+    def input_schema(self):
+        if self.input_model is None:
+            return {}
+        return self.input_model.model_json_schema()
+
+    def output_schema(self):
+        return {} if self.output_model is None else self.output_model.model_json_schema(mode="serialization")
+
+    def load(self, model_name, all_model_data_folder, common_settings, settings):
+        """Calls the constructor with what it takes."""
+        if self.is_function:
+            return
+        given = {
+            "model_name": model_name,
+            "all_model_data_folder": all_model_data_folder,
+            "common_settings": common_settings,
+        }
+        parameters = inspect.signature(self.target).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        arguments = {name: value for name, value in given.items() if takes_any or name in names}
+        self.instance = self.target(**{**arguments, **settings})
+
+    def reload(self):
+        hook = getattr(self.instance, "on_volume_reload", None)
+        if hook is not None:
+            self._finish(hook())
+
+    def decode(self, payload):
+        """An input of its JSON.
+
+        Raises:
+            Rejected: it is none.
+        """
+        if self.validate is None:
+            try:
+                return json.loads(payload)
+            except ValueError as error:
+                raise Rejected(items.malformed(f"the body is not valid JSON: {error}")) from None
+        try:
+            return self.validate(payload)
+        except Exception as error:  # noqa: BLE001 - validators are the user's own
+            if not hasattr(error, "errors"):
+                raise Rejected(_rejected(error)) from None
+            faults = [(list(said["loc"]), said["msg"], said["type"]) for said in error.errors(include_url=False)]
+            raise Rejected(items.invalid(faults)) from None
+
+    def run(self, inputs):
+        """Runs a batch: its outputs, and the nanoseconds of each stage."""
+        begun = time.perf_counter_ns()
+        if self.is_function:
+            return self._outputs(self._finish(self.target(inputs))), [0, time.perf_counter_ns() - begun, 0]
+        pipeline = self.instance
+        run = getattr(type(pipeline), "run_inference", None)
+        if run is not None and not getattr(run, "is_of_shim", False):
+            return self._outputs(self._finish(pipeline.run_inference(inputs))), [0, time.perf_counter_ns() - begun, 0]
+        prepare, finish = getattr(pipeline, "preprocess", None), getattr(pipeline, "postprocess", None)
+        prepared = self._finish(prepare(inputs)) if prepare else None
+        preprocessed = time.perf_counter_ns()
+        raw = pipeline.predict(inputs, prepared) if prepare else pipeline.predict(inputs)
+        raw = self._finish(raw)
+        predicted = time.perf_counter_ns()
+        outputs = self._outputs(self._finish(finish(inputs, raw)) if finish else raw)
+        return outputs, [preprocessed - begun, predicted - preprocessed, time.perf_counter_ns() - predicted]
+
+    def _finish(self, result):
+        """What an asynchronous function comes to."""
+        if not inspect.isawaitable(result):
+            return result
+        if self.loop is None:
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
+        return self.loop.run_until_complete(result)
+
+    def _outputs(self, outputs):
+        return outputs if isinstance(outputs, list) else list(outputs)
+
+
+def _rejected(error):
+    kind, _, pieces = items.raised(error)
+    return (kind - items.FAILED + items.REJECTED, 0, pieces)
+
+
+def encode(output):
+    """An output as an item: a JSON object without `status`, which the host writes, or a failure."""
+    if isinstance(output, BaseException):
+        return items.raised(output)
+    status = output.get("status") if isinstance(output, dict) else getattr(output, "status", None)
+    if status == "error":
+        error = output.get("error") if isinstance(output, dict) else getattr(output, "error", None)
+        return items.failure(items.PERMANENT, str(error or "the pipeline says no more than that it failed"))
+    serializer = getattr(output, "__pydantic_serializer__", None)
+    if serializer is not None:
+        said = serializer.to_json(output, exclude=_of_host(output, status))
+    else:
+        if dataclasses.is_dataclass(output):
+            output = dataclasses.asdict(output)
+        if status is not None and isinstance(output, dict):
+            output = {name: value for name, value in output.items() if name != "status"}
+        said = json.dumps(output, separators=(",", ":"), default=_plain, ensure_ascii=False).encode()
+    if not (said == b"{}" or said.startswith(b'{"') and said.endswith(b"}")):
+        return items.failure(items.PERMANENT, f"expected a model or a dict as an output, found {type(output).__name__}")
+    return (items.PAYLOAD, 0, [said])
+
+
+def _of_host(output, status):
+    """Members of an output that the host writes itself, or that say nothing where it succeeded."""
+    if status is None:
+        return None
+    return {"status", "error"} if getattr(output, "error", "") is None else {"status"}
+
+
+def _plain(value):
+    """What `json` doesn't know: models, and the numbers and arrays of numpy and torch."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    if isinstance(value, bytes):
+        return value.decode()
+    raise TypeError(f"an output holds {type(value).__name__}, which is no JSON")

@@ -1,0 +1,176 @@
+"""The worker's life: the first document, one task, and where that is to serve, batches until the host has no more.
+
+Everything happens on the main thread: a batch, a check of inputs and a hook wait for each other.
+"""
+
+import gc
+import json
+import os
+import select
+import struct
+import sys
+import traceback
+
+from . import code, frames, items, output, pipelines
+
+# Exit codes, as those of the host's own workers.
+DONE, CONFUSED = 0, 71
+NUMBER = struct.Struct("<Q")
+
+
+def run(descriptors):
+    """A worker's whole life, over connections whose descriptors are these: control, the log, checks, one for batches, each but the first two
+    with its memory; the first document; and, last, the level of the log. Returns the exit code."""
+    control, log, checks, checks_memory, lane, lane_memory, first, level = descriptors
+    control, log = frames.Channel(control), output.Log(log)
+    with open(first, "rb") as file:
+        hello = json.load(file)
+    output.take(log)
+    log.set_level(level)
+    python = hello["python"]
+    code.use(python["folder"], hello["file"], python["shim"])
+    try:
+        pipeline = prepare(python)
+        if hello["task"] == "describe":
+            control.send(frames.READY, 0, [items.document(describe(hello, python, pipeline))])
+            return DONE
+        pipeline.load(
+            hello["model_name"],
+            hello["all_model_data_folder"],
+            json.loads(hello["common_settings"]),
+            json.loads(hello["settings"]),
+        )
+    except pipelines.Refused as refused:
+        control.send(frames.FAILED, 0, [items.failure(items.PERMANENT, str(refused))])
+        return DONE
+    except BaseException as error:  # noqa: BLE001 - also one that would leave
+        control.send(frames.FAILED, 0, [items.failure(items.PERMANENT, told(error))])
+        return DONE
+    # What is there now stays: collections need not look at it again.
+    gc.collect()
+    gc.freeze()
+    channels = Channels(control, frames.Channel(checks, checks_memory), lane and frames.Channel(lane, lane_memory), log)
+    ready = {"pid": os.getpid(), "signature": None, "warnings": hello["warnings"]}
+    control.send(frames.READY, 0, [items.document(ready)])
+    try:
+        return serve(pipeline, channels)
+    except frames.Ended:
+        return DONE
+    except OSError as error:
+        log.error("the connection to the host broke", error)
+        return CONFUSED
+
+
+class Channels:
+    def __init__(self, control, checks, lane, log):
+        self.control, self.checks, self.lane, self.log = control, checks, lane, log
+
+
+def prepare(python):
+    def named(key):
+        return python[key] and pipelines.model_named(python[key])
+
+    return pipelines.Pipeline(pipelines.find(python["pipeline"]), named("input_model"), named("output_model"))
+
+
+def describe(hello, python, pipeline):
+    """What the plugin says of itself. Its settings are its constructor's arguments, of which nobody can say beforehand what they are."""
+    return {
+        "name": hello["model_name"],
+        "version": "",
+        "abi": "python",
+        "sdk": ".".join(map(str, sys.version_info[:3])),
+        "rustc": sys.executable,
+        "has_debug_assertions": False,
+        "input_schema": json.dumps(pipeline.input_schema()),
+        "output_schema": json.dumps(pipeline.output_schema()),
+        "settings_schema": "{}",
+    }
+
+
+def told(error):
+    """Why a pipeline doesn't load: the exception, and where in the user's code it was raised."""
+    places = [
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not place.filename.startswith((output.OWN, "<frozen"))
+    ]
+    lines = traceback.format_list(places)
+    return items.describe(error) + ("\n" + "".join(lines).rstrip() if lines else "")
+
+
+def serve(pipeline, channels):
+    poll = select.poll()
+    for channel in (channels.lane, channels.control, channels.checks, channels.log):
+        poll.register(channel, select.POLLIN)
+    lane, control, checks, log = (
+        channel.fileno() for channel in (channels.lane, channels.control, channels.checks, channels.log)
+    )
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == lane:
+                kind, batch, inputs = channels.lane.receive()
+                if kind != frames.BATCH:
+                    return CONFUSED
+                channels.lane.send(frames.DONE, batch, ends(pipeline, inputs, channels.log))
+            elif descriptor == checks:
+                _, batch, inputs = channels.checks.receive()
+                channels.checks.send(frames.CHECKED, batch, [check(pipeline, item) for item in inputs])
+            elif descriptor == control:
+                kind, _, _ = channels.control.receive()
+                if kind == frames.LEAVE:
+                    return DONE
+                channels.control.send(frames.RELOADED, 0, reload(pipeline, channels.log))
+            elif not channels.log.take_level():
+                poll.unregister(log)
+
+
+def reload(pipeline, log):
+    nothing = items.document(None)
+    try:
+        pipeline.reload()
+    except Exception as error:  # noqa: BLE001 - the hook is the user's own
+        log.error("on_volume_reload failed", error)
+        return [items.raised(error), nothing]
+    return [items.document({}), nothing]
+
+
+def check(pipeline, item):
+    try:
+        pipeline.decode(bytes(item[2]))
+    except pipelines.Rejected as rejected:
+        return rejected.item
+    return (items.MEASURE, 0, [items.ONE])
+
+
+def ends(pipeline, inputs, log):
+    """Runs a batch; the items of the frame that says what came of it."""
+    places, decoded, ended = [], [], []
+    for place, (_, _, payload) in enumerate(inputs):
+        try:
+            decoded.append(pipeline.decode(payload if type(payload) is bytes else bytes(payload)))
+            places.append(place)
+        except pipelines.Rejected as rejected:
+            ended.append((place, rejected.item))
+    times, failed = [0, 0, 0], (items.PAYLOAD, 0, [b""])
+    if decoded:
+        try:
+            outputs, times = pipeline.run(decoded)
+            if len(outputs) != len(decoded):
+                text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs"
+                failed = items.failure(items.PERMANENT, text)
+            else:
+                ended.extend(zip(places, map(encode, outputs)))
+        except BaseException as error:  # noqa: BLE001 - the pipeline is the user's own, and may call sys.exit
+            log.error("a batch failed", error)
+            failed = items.raised(error)
+    numbers = [*times, len(decoded), *(place for place, _ in ended)]
+    head = b"".join([NUMBER.pack(number) for number in numbers])
+    return [failed, (items.PAYLOAD, 0, [head]), *(item for _, item in ended)]
+
+
+def encode(output):
+    try:
+        return pipelines.encode(output)
+    except Exception as error:  # noqa: BLE001 - serializers are the user's own
+        return items.raised(error)

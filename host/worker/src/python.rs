@@ -1,0 +1,116 @@
+//! A pipeline in Python: which interpreter runs it, and with what. The interpreter is the user's own; what it runs first is this crate's package
+//! (`python/`), which the program carries. It never knows how a process is started.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use modalkit_engine::{Engine, LoadError, Python, Staged};
+use serde::{Deserialize, Serialize};
+
+macro_rules! package {
+    ($($path:literal)+) => { &[$(($path, include_str!(concat!("../python/", $path)))),+] };
+}
+
+/// The package, by the paths of its files.
+const PACKAGE: &[(&str, &str)] = package!(
+    "__main__.py"
+    "modalkit_worker/__init__.py"
+    "modalkit_worker/code.py"
+    "modalkit_worker/frames.py"
+    "modalkit_worker/items.py"
+    "modalkit_worker/output.py"
+    "modalkit_worker/pipelines.py"
+    "modalkit_worker/serving.py"
+    "shim/modalkit/__init__.py"
+    "shim/modalkit/inference_pipeline.py"
+    "shim/modalkit/iomodel.py"
+);
+/// Where it is put is named after this.
+const PACKAGE_NAME: &str = "modalkit-worker-of-python";
+/// What stands for code that people put beside their own, where they import what the Python library has.
+const SHIM: &str = "shim";
+/// Interpreters of a folder's own environment, and the system's.
+const OF_FOLDER: [&str; 2] = [".venv/bin/python", "venv/bin/python"];
+const OF_SYSTEM: &str = "python3";
+/// Threads of libraries that compute, by the variables that they read before they are loaded.
+const THREADS: [&str; 4] =
+    ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"];
+
+/// What runs a folder.
+#[derive(Clone, Debug)]
+pub(crate) struct Interpreter {
+    path: PathBuf,
+    folder: PathBuf,
+    package: Staged,
+    python: Python,
+}
+
+/// What a worker is told of it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct PythonDocument {
+    /// The interpreter, and the package's folder, which it runs.
+    pub(crate) interpreter: PathBuf,
+    pub(crate) package: PathBuf,
+    /// The user's own folder, and what is searched after it.
+    pub(crate) folder: PathBuf,
+    pub(crate) shim: PathBuf,
+    pub(crate) pipeline: Option<String>,
+    pub(crate) input_model: Option<String>,
+    pub(crate) output_model: Option<String>,
+    pub(crate) environment: BTreeMap<String, String>,
+}
+
+/// Puts the package where interpreters find it.
+pub(crate) fn put_package(engine: &dyn Engine) -> Result<Staged, LoadError> {
+    let file = |(path, text): &(&str, &str)| (PathBuf::from(path), text.as_bytes().to_vec());
+    let files: Vec<(PathBuf, Vec<u8>)> = PACKAGE.iter().map(file).collect();
+    engine.put(Path::new(PACKAGE_NAME), &files)
+}
+
+impl Interpreter {
+    /// The interpreter of an entry, or of a folder's own environment, or the system's.
+    ///
+    /// # Errors
+    /// The entry names one that isn't there.
+    pub(crate) fn find(folder: &Path, python: &Python, package: Staged) -> Result<Self, LoadError> {
+        let path = match &python.interpreter {
+            Some(named) => {
+                let path = folder.join(named);
+                if !path.is_file() {
+                    return Err(LoadError::Refused(format!(
+                        "expected the interpreter {} (python.interpreter), and there is no such file",
+                        path.display()
+                    )));
+                }
+                path
+            }
+            None => {
+                let own = OF_FOLDER.iter().map(|inside| folder.join(inside)).find(|path| path.is_file());
+                own.unwrap_or_else(|| OF_SYSTEM.into())
+            }
+        };
+        Ok(Self { path, folder: folder.to_owned(), package, python: python.clone() })
+    }
+
+    pub(crate) fn document(&self, cores: Option<f64>) -> PythonDocument {
+        let package = self.package.path().to_owned();
+        let threads = self.python.threads.or(cores.map(|cores| cores.ceil() as u32));
+        let mut environment: BTreeMap<String, String> = threads
+            .into_iter()
+            .flat_map(|threads| THREADS.map(|name| (name.to_owned(), threads.to_string())))
+            .collect();
+        environment.extend(self.python.environment.clone());
+        PythonDocument {
+            interpreter: self.path.clone(),
+            shim: package.join(SHIM),
+            package,
+            folder: self.folder.clone(),
+            pipeline: self.python.pipeline.clone(),
+            input_model: self.python.input_model.clone(),
+            output_model: self.python.output_model.clone(),
+            environment,
+        }
+    }
+}
