@@ -1,8 +1,8 @@
 //! Pipelines in Python: a folder in a volume serves, its inputs are what pydantic says, and what its code does harms nobody else.
 
-use std::{fs, thread, time::Duration};
+use std::{fs, path::Path, process::Command, thread, time::Duration};
 
-use modalkit_tests::{Host, Setup, python::write, wait_until};
+use modalkit_tests::{Host, Setup, built, python::write, wait_until};
 use serde_json::{Value, json};
 
 const SENTIMENT: &str = r#"
@@ -207,7 +207,8 @@ fn code_that_ends_its_process_or_hangs_costs_its_own_caller_alone() {
         assert!(deaths <= 2.0, "{what}: {deaths} deaths");
     }
     let _ = host.log_line("last words");
-    let _ = host.logged("the stack at the fault", |line| line["message"].to_string().contains("Fatal Python error"));
+    let _ = host
+        .logged("the stack at the fault", |line| line["message"].to_string().contains("Fatal Python error"));
     for what in ["print", "child"] {
         assert_eq!(ask(&host, "killer", &json!({"value": 4, "do": what})).1["value"], 8, "{what}");
     }
@@ -237,4 +238,173 @@ fn code_that_ends_its_process_or_hangs_costs_its_own_caller_alone() {
 /// What the command lines of a host's interpreters have in common.
 fn host_folder(host: &Host) -> String {
     host.temporary_folder().join("modalkit-plugins-").display().to_string()
+}
+
+/// As the library's README prints them.
+const MODEL: &str = include_str!("../python_library/model.py");
+const APP: &str = include_str!("../python_library/app.py");
+/// Modules by their later names.
+const NEW_NAMES: [(&str, &str); 3] = [
+    ("modalkit.inference ", "modalkit.inference_pipeline "),
+    ("modalkit.modalapp ", "modalkit.modal_service "),
+    ("modalkit.modalutils ", "modalkit.modal_config "),
+];
+
+#[test]
+fn what_the_python_librarys_readme_prints_serves_as_it_is_and_answers_what_calling_it_answers() {
+    let renamed =
+        |text: &str| NEW_NAMES.iter().fold(text.to_owned(), |text, (old, new)| text.replace(old, new));
+    let both = format!("{MODEL}\n{APP}");
+    let model = renamed(MODEL);
+    assert!(model != MODEL && renamed(APP) != APP);
+    let importing = renamed(&format!("from model import TextInput, TextOutput, TranslationModel\n{APP}"));
+    let host = Setup::new()
+        .python("as_printed", &[("app.py", &both)])
+        .python("model_alone", &[("pipeline.py", MODEL)])
+        .python("with_new_names", &[("app.py", &importing), ("model.py", &model)])
+        .config("[model_settings.common]\ndevice = \"cpu\"\n[model_settings.model_entries.as_printed]\nmodel_path = \"path/to/model.pt\"\nvocab_size = 50000\n")
+        .start();
+    // What the class says where nobody serves it.
+    let script = format!(
+        "{MODEL}\nmodel = TranslationModel('m', '', {{}})\nfor output in model.run_inference([TextInput(text='Hello world'), TextInput(text='b', language='de')]): print(output.model_dump_json())\n"
+    );
+    let library = format!("import sys; sys.path.insert(0, {:?})\n{script}", shim(&host));
+    let said = python(&library);
+    let direct: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(direct[0], json!({"translated_text": "HELLO WORLD", "confidence": 0.95}));
+    for name in ["as_printed", "model_alone", "with_new_names"] {
+        wait_until("it serves", || ask(&host, name, &json!({"text": "Hello world"})).0 == 200);
+        for (input, mut expected) in [json!({"text": "Hello world"}), json!({"text": "b", "language": "de"})]
+            .iter()
+            .zip(direct.clone())
+        {
+            expected["status"] = json!("success");
+            assert_eq!(ask(&host, name, input), (200, expected), "{name}");
+        }
+    }
+}
+
+/// What is put beside the code of users, wherever this host has it.
+fn shim(host: &Host) -> String {
+    let folders = fs::read_dir(host.temporary_folder()).unwrap().flatten();
+    let copies = folders.flat_map(|folder| fs::read_dir(folder.path()).into_iter().flatten().flatten());
+    let found = copies.map(|copy| copy.path().join("shim")).find(|path| path.is_dir());
+    found
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/worker/python/shim"))
+        .display()
+        .to_string()
+}
+
+/// What this program prints.
+fn python(program: &str) -> String {
+    let interpreter = built().with_file_name("python").join("bin/python");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../host/worker/python");
+    let output = Command::new(interpreter)
+        .args(["-c", program])
+        .env("PYTHONPATH", folder)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const CHECKED: &str = r#"
+from typing import Literal, Optional, Union
+from pydantic import BaseModel, Field, field_validator
+
+
+class Inner(BaseModel):
+    name: str = Field(min_length=1, max_length=5)
+    sizes: list[int] = Field(default_factory=list, max_length=3)
+
+
+class Input(BaseModel):
+    kind: Literal["a", "b"]
+    number: int = Field(ge=-5, le=5)
+    ratio: Optional[float] = None
+    inner: Union[Inner, str, None] = None
+    flag: bool = False
+
+    @field_validator("flag")
+    @classmethod
+    def never_with_force(cls, flag):
+        assert flag is not True, "no flags today"
+        return flag
+
+
+def predict(batch: list[Input]):
+    return [{"read": item.model_dump(mode="json")} for item in batch]
+"#;
+
+/// Something that is nearly an input, or nothing like it.
+fn nearly(random: &mut fastrand::Rng) -> String {
+    let any = |random: &mut fastrand::Rng| -> Value {
+        let values = [
+            json!("a"),
+            json!("b"),
+            json!("7"),
+            json!(3),
+            json!(-9),
+            json!(2.5),
+            json!(null),
+            json!(true),
+            json!("true"),
+            json!([]),
+            json!([1, "2", 3.0]),
+            json!([1, 2, 3, 4]),
+            json!({"name": "ann"}),
+            json!({"name": "", "sizes": ["x"]}),
+            json!({}),
+            json!("0"),
+        ];
+        values[random.usize(..values.len())].clone()
+    };
+    let mut input = json!({"kind": "a", "number": 3});
+    for _ in 0..random.usize(..4) {
+        let member = ["kind", "number", "ratio", "inner", "flag", "other"][random.usize(..6)];
+        input[member] = any(random);
+    }
+    match random.usize(..20) {
+        0 => any(random).to_string(),
+        1 => input.to_string().replacen(',', "", 1),
+        2 => input.to_string().replacen("number", "numb\u{e9}r", 1),
+        _ => input.to_string(),
+    }
+}
+
+#[test]
+fn each_inputs_verdict_is_pydantics_own() {
+    let cases =
+        std::env::var("MODALKIT_TEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1_000_usize);
+    let mut random = fastrand::Rng::with_seed(19);
+    let inputs: Vec<String> = (0..cases).map(|_| nearly(&mut random)).collect();
+    let host = Setup::new().python("checked", &[("pipeline.py", CHECKED)]).ready();
+    let file = host.folder().join("inputs.json");
+    fs::write(&file, serde_json::to_string(&inputs).unwrap()).unwrap();
+    let program = format!(
+        "import json\n{CHECKED}\nfrom pydantic import ValidationError\nfor text in json.load(open({file:?})):\n    try:\n        print(json.dumps({{'read': Input.model_validate_json(text).model_dump(mode='json')}}))\n    except ValidationError as error:\n        print(json.dumps({{'faults': [[list(said['loc']), said['msg'], said['type']] for said in error.errors()][:16]}}))\n"
+    );
+    let verdicts: Vec<Value> =
+        python(&program).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(verdicts.len(), inputs.len());
+    wait_until("it serves", || ask(&host, "checked", &json!({"kind": "a", "number": 1})).0 == 200);
+    let mut invalid = 0;
+    for (input, verdict) in inputs.iter().zip(&verdicts) {
+        let (status, answer) = host.post_text("/predict_sync?model_name=checked", input);
+        if let Some(read) = verdict.get("read") {
+            assert_eq!((status, &answer["read"]), (200, read), "{input}");
+            continue;
+        }
+        invalid += 1;
+        assert_eq!(status, 422, "{input}: {answer}");
+        let told: Vec<Value> = answer["detail"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|detail| json!([detail["loc"].as_array().unwrap()[1..], detail["msg"], detail["type"]]))
+            .collect();
+        assert_eq!(json!(told), verdict["faults"], "{input}");
+    }
+    assert!(invalid > cases / 10 && invalid < cases, "{invalid} of {cases} are invalid");
 }

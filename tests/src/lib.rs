@@ -525,6 +525,15 @@ impl Host {
         read(&mut request.call().expect("the host answers"))
     }
 
+    /// Sends a body as it stands, over the network.
+    ///
+    /// # Panics
+    /// Where no answer comes.
+    #[must_use]
+    pub fn post_text(&self, path: &str, body: &str) -> Answer {
+        read(&mut agent().post(self.url(path)).send(body).expect("the host answers"))
+    }
+
     /// As [`Host::post_with`], of a host that may be gone, or go before it has answered.
     #[must_use]
     pub fn try_post(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> Option<Answer> {

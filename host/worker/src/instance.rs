@@ -45,6 +45,9 @@ struct Connections {
     /// Those on which no batch runs.
     free: Mutex<Vec<Channel>>,
     freed: Condvar,
+    lanes: usize,
+    /// It does one thing at a time: inputs are checked when the batch under way has ended.
+    is_serial: bool,
     log: OwnedFd,
     /// Read by checks and hooks.
     beside: RwLock<()>,
@@ -84,7 +87,12 @@ impl Listener for Connections {
 }
 
 impl WorkerInstance {
-    pub(crate) fn new(started: Started, signature: Option<Arc<Signature>>, log: Option<PluginLog>) -> Self {
+    pub(crate) fn new(
+        started: Started,
+        signature: Option<Arc<Signature>>,
+        is_serial: bool,
+        log: Option<PluginLog>,
+    ) -> Self {
         let Started { life, control, checks, lanes, log: log_socket, warnings } = started;
         if let Some(log) = &log {
             for warning in warnings {
@@ -95,8 +103,10 @@ impl WorkerInstance {
             life,
             control: Mutex::new(control),
             checks: Mutex::new(checks),
+            lanes: lanes.len(),
             free: Mutex::new(lanes),
             freed: Condvar::new(),
+            is_serial,
             log: log_socket,
             beside: RwLock::new(()),
         });
@@ -124,7 +134,14 @@ impl Connections {
         let sent =
             checks.limit(Some(CHECK_TIME_MAX)).map_err(Broken::from).and_then(|()| checks.send(&frame));
         sent.map_err(|broken| Unchecked { was_sent: false, broken })?;
-        let received = checks.receive().and_then(|checked| {
+        let received = loop {
+            match checks.receive() {
+                // A batch that takes too long ends the worker.
+                Err(Broken::TimedOut) if self.is_serial && self.free.lock().len() < self.lanes => {}
+                received => break received,
+            }
+        };
+        let received = received.and_then(|checked| {
             if checked.kind != Kind::Checked || checked.items.len() != inputs.len() {
                 return Err(Garbage::Item("is not there").into());
             }

@@ -162,7 +162,8 @@ impl Plugin for WorkerPlugin {
         };
         started.life.set_pid(pid);
         started.warnings.extend(warnings);
-        let instance = WorkerInstance::new(started, signature, self.maker.log);
+        let instance =
+            WorkerInstance::new(started, signature, self.maker.interpreter.is_some(), self.maker.log);
         Ok(Box::new(instance))
     }
 

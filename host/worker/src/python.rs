@@ -23,9 +23,22 @@ const PACKAGE: &[(&str, &str)] = package!(
     "modalkit_worker/output.py"
     "modalkit_worker/pipelines.py"
     "modalkit_worker/serving.py"
+    "modalkit_worker/told.py"
+    "shim/modal/__init__.py"
+    "shim/modal/experimental.py"
     "shim/modalkit/__init__.py"
+    "shim/modalkit/exceptions.py"
+    "shim/modalkit/fast_api.py"
+    "shim/modalkit/inference.py"
     "shim/modalkit/inference_pipeline.py"
     "shim/modalkit/iomodel.py"
+    "shim/modalkit/logger.py"
+    "shim/modalkit/modal_config.py"
+    "shim/modalkit/modal_service.py"
+    "shim/modalkit/modalapp.py"
+    "shim/modalkit/modalutils.py"
+    "shim/modalkit/settings.py"
+    "shim/modalkit/task_queue.py"
 );
 /// Where it is put is named after this.
 const PACKAGE_NAME: &str = "modalkit-worker-of-python";

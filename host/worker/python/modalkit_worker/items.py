@@ -34,9 +34,18 @@ def invalid(faults):
 
 
 def raised(error):
-    """Of an exception: its type and what it says. Those of the machine may pass; of all others another try of the item alone says whose it is."""
-    kind = TRANSIENT if isinstance(error, (MemoryError, ConnectionError, TimeoutError)) else RAISED
-    return failure(kind, describe(error))
+    """Of an exception: its type and what it says. Of what may not pass, another try of the item alone says whose it is."""
+    return failure(TRANSIENT if may_pass(error) else RAISED, describe(error))
+
+
+def kind_at_load(error):
+    """Of an exception in a load, which would come again unless it may pass."""
+    return TRANSIENT if may_pass(error) else PERMANENT
+
+
+def may_pass(error):
+    """Whether it is of the machine, and not of the code."""
+    return isinstance(error, (MemoryError, ConnectionError, TimeoutError))
 
 
 def describe(error):

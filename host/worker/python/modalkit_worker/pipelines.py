@@ -12,7 +12,7 @@ import sys
 import time
 import typing
 
-from . import items
+from . import items, told
 
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
@@ -53,7 +53,9 @@ def find(wanted):
 def only(module):
     """The one pipeline that a module defines."""
     own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
-    found = [value for value in own if callable(getattr(value, "run_inference", None))]
+    # A service's pipeline, however it is called there.
+    services = [value.inference_implementation for value in own if getattr(value, "inference_implementation", None)]
+    found = services or [value for value in own if callable(getattr(value, "run_inference", None))]
     found = found or [value for value in own if callable(getattr(value, "predict", None))]
     if not found and inspect.isfunction(getattr(module, "predict", None)):
         found = [module.predict]
@@ -124,20 +126,20 @@ class Pipeline:
     def output_schema(self):
         return {} if self.output_model is None else self.output_model.model_json_schema(mode="serialization")
 
-    def load(self, model_name, all_model_data_folder, common_settings, settings):
-        """Calls the constructor with what it takes."""
+    def load(self):
+        """Calls the constructor with what it takes of what the host told."""
         if self.is_function:
             return
         given = {
-            "model_name": model_name,
-            "all_model_data_folder": all_model_data_folder,
-            "common_settings": common_settings,
+            "model_name": told.model_name,
+            "all_model_data_folder": told.all_model_data_folder,
+            "common_settings": told.common_settings,
         }
         parameters = inspect.signature(self.target).parameters.values()
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters}
         arguments = {name: value for name, value in given.items() if takes_any or name in names}
-        self.instance = self.target(**{**arguments, **settings})
+        self.instance = self.target(**{**arguments, **told.settings})
 
     def reload(self):
         hook = getattr(self.instance, "on_volume_reload", None)

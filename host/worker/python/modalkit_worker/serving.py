@@ -7,11 +7,12 @@ import gc
 import json
 import os
 import select
+import signal
 import struct
 import sys
 import traceback
 
-from . import code, frames, items, output, pipelines
+from . import code, frames, items, output, pipelines, told
 
 # Exit codes, as those of the host's own workers.
 DONE, CONFUSED = 0, 71
@@ -22,11 +23,15 @@ def run(descriptors):
     """A worker's whole life, over connections whose descriptors are these: control, the log, checks, one for batches, each but the first two
     with its memory; the first document; and, last, the level of the log. Returns the exit code."""
     control, log, checks, checks_memory, lane, lane_memory, first, level = descriptors
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # For the host's terminal, or for all processes of its service: the host ends workers in its order.
+        signal.signal(number, pass_over)
     control, log = frames.Channel(control), output.Log(log)
     with open(first, "rb") as file:
         hello = json.load(file)
     output.take(log)
     log.set_level(level)
+    told.take(hello)
     python = hello["python"]
     code.use(python["folder"], hello["file"], python["shim"])
     try:
@@ -34,17 +39,12 @@ def run(descriptors):
         if hello["task"] == "describe":
             control.send(frames.READY, 0, [items.document(describe(hello, python, pipeline))])
             return DONE
-        pipeline.load(
-            hello["model_name"],
-            hello["all_model_data_folder"],
-            json.loads(hello["common_settings"]),
-            json.loads(hello["settings"]),
-        )
+        pipeline.load()
     except pipelines.Refused as refused:
         control.send(frames.FAILED, 0, [items.failure(items.PERMANENT, str(refused))])
         return DONE
     except BaseException as error:  # noqa: BLE001 - also one that would leave
-        control.send(frames.FAILED, 0, [items.failure(items.PERMANENT, told(error))])
+        control.send(frames.FAILED, 0, [items.failure(items.kind_at_load(error), reason(error))])
         return DONE
     # What is there now stays: collections need not look at it again.
     gc.collect()
@@ -59,6 +59,10 @@ def run(descriptors):
     except OSError as error:
         log.error("the connection to the host broke", error)
         return CONFUSED
+
+
+def pass_over(number, frame):
+    """Unlike a signal that is ignored, it isn't passed on to programs that a pipeline starts."""
 
 
 class Channels:
@@ -88,7 +92,7 @@ def describe(hello, python, pipeline):
     }
 
 
-def told(error):
+def reason(error):
     """Why a pipeline doesn't load: the exception, and where in the user's code it was raised."""
     places = [
         place
