@@ -337,11 +337,11 @@ fn queue_opener(engine: Arc<dyn Engine>) -> modalkit_queue::OpenPlugin {
 ///
 /// # Errors
 /// Why a host would not take it.
-pub fn inspect(file: &Path, server: &Server) -> Result<Arc<dyn Plugin>, LoadError> {
+pub fn inspect(file: &Path, isolation: &Isolation, server: &Server) -> Result<Arc<dyn Plugin>, LoadError> {
     // Without a log, a plugin that panics says so on standard error.
     let engine = engine(server, None)?;
     let staged = engine.stage(file)?;
-    engine.open(&staged, &Isolation::InProcess, &mut OpenTimings::default())
+    engine.open(&staged, isolation, &mut OpenTimings::default())
 }
 
 /// What the child process does that tries a library: opens it, and says in a line how that went.

@@ -116,7 +116,7 @@ mod tests {
         config,
         insight::{metrics::Metrics, traces::Traces},
         pipeline::LaneState,
-        work::{Deaths, Job, Mailbox, RequestId, reply},
+        work::{Deaths, Job, Mailbox, Replies, RequestId, reply},
     };
 
     #[test]
@@ -146,7 +146,9 @@ mod tests {
                 deaths: Deaths::default(),
             };
             queue.push([job], None).unwrap();
-            let taken = queue.next_batch(queue.lane(), || LaneState::Active).expect("the lane is active");
+            let taken = queue
+                .next_batch(queue.lane(), || LaneState::Active, &mut Replies::default())
+                .expect("the lane is active");
             assert_eq!((taken.batch.jobs.len(), taken.batch.closed), (1, Closed::Drained), "{}", model.name);
         }
     }

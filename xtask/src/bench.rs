@@ -7,6 +7,7 @@
 mod insight;
 mod jobs;
 mod process;
+mod python;
 mod stream;
 mod wrk;
 
@@ -122,6 +123,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["isolation"] {
         return isolation(options);
     }
+    if only == ["python"] {
+        return python::run(options);
+    }
     if only == ["stream"] {
         return stream::run(rounds, seconds);
     }
@@ -130,7 +134,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, stream, insight or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, insight or jobs"
         );
     }
     build()?;
@@ -202,7 +206,7 @@ fn measure_in(w: &Workload, options: &Options, folder: &Path, servers: &[Server]
                 let at = (place + number) % servers.len();
                 let load = Load {
                     port: servers[at].port,
-                    path: w.path,
+                    path: servers[at].path.unwrap_or(w.path),
                     concurrency,
                     seconds,
                     body: &body,
@@ -313,6 +317,7 @@ fn tensors_head() -> String {
 
 fn request(workload: &str) -> Vec<u8> {
     match workload {
+        "digits-python" => format!("{{\"pixels\":{:?}}}", [0.0, 4.0, 8.0, 12.0].repeat(16)).into_bytes(),
         "tensors" => {
             let mut body = tensors_head().into_bytes();
             body.extend(

@@ -39,6 +39,7 @@ cargo xtask COMMAND
                                 plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
   bench isolation               the same host with each replica in a process of its own, beside itself without
+  bench python                  a pipeline in Python beside mosec 0.9.8, with the same model
   bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers

@@ -53,6 +53,14 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Write a folder with a pipeline that serves, its tests, and what to do next.
+    New {
+        /// The folder; the model is served under its name.
+        folder: PathBuf,
+        /// In Python. Compiled ones come from `cargo xtask new-plugin` in the host's own tree.
+        #[arg(long, required = true)]
+        python: bool,
+    },
     /// What there is to be configured.
     Config {
         #[command(subcommand)]

@@ -1,7 +1,10 @@
 //! `check`: every setting with its value and where that comes from; everything that is wrong, also with what the models' own keys
 //! say to their plugins, as far as these lie in the volumes.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use modalkit::{
     app,
@@ -10,7 +13,7 @@ use modalkit::{
     pipeline::check_settings,
     reload::build,
 };
-use modalkit_engine::Plugin;
+use modalkit_engine::{Isolation, LoadError, Plugin};
 use serde_json::{Value, json};
 
 use super::{
@@ -36,11 +39,12 @@ pub(crate) fn run(files: &[PathBuf], environment: &Environment, as_json: bool, s
         return NOT_DONE;
     };
     let warnings = warnings(&loaded);
+    let interpreters = if as_json { Vec::new() } else { interpreters(&loaded) };
     let any = faults.iter().next().is_some();
     if as_json {
         print(&in_json(&loaded, &faults));
     } else {
-        print(&for_people(&loaded, &warnings));
+        print(&for_people(&loaded, &interpreters, &warnings));
         if any {
             tell_faults(&faults, false);
         }
@@ -75,7 +79,7 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     let mut faults = Vec::new();
     for spec in loaded.config.models.values() {
         let Some(file) = build::find(&spec.plugin, &loaded.config.volumes) else { continue };
-        match app::inspect(&file, &loaded.config.server) {
+        match inspect(spec, &file, loaded) {
             Ok(plugin) => match check_settings(&*plugin, &spec.settings) {
                 Err(found) => faults.extend(found.iter().cloned()),
                 Ok(()) => faults.extend(missing_files(spec, &*plugin)),
@@ -84,6 +88,26 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
         }
     }
     faults
+}
+
+/// As the host would take it: a folder of Python with the interpreter that the entry says.
+fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plugin>, LoadError> {
+    let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::InProcess };
+    app::inspect(file, &isolation, &loaded.config.server)
+}
+
+/// What runs the models that are written in Python.
+fn interpreters(loaded: &Loaded) -> Vec<String> {
+    let folder =
+        |spec: &&ModelSpec| build::find(&spec.plugin, &loaded.config.volumes).filter(|file| file.is_dir());
+    let models = loaded.config.models.values().filter_map(|spec| Some((spec, folder(&spec)?)));
+    let found = models.filter_map(|(spec, folder)| Some((spec, inspect(spec, &folder, loaded).ok()?)));
+    found
+        .map(|(spec, plugin)| {
+            let about = plugin.description();
+            format!("{}: Python {}, by {}", spec.name, about.sdk, about.rustc)
+        })
+        .collect()
 }
 
 /// Files that a model's own keys name, as its pipeline's settings say of themselves, and that aren't there.
@@ -101,7 +125,7 @@ fn missing_files(spec: &ModelSpec, plugin: &dyn Plugin) -> Vec<Fault> {
         .collect()
 }
 
-fn for_people(loaded: &Loaded, warnings: &[String]) -> String {
+fn for_people(loaded: &Loaded, interpreters: &[String], warnings: &[String]) -> String {
     let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned)];
     for row in loaded.rows() {
         let mut value: String = row.value.chars().take(VALUE_CHARS_MAX).collect();
@@ -111,6 +135,9 @@ fn for_people(loaded: &Loaded, warnings: &[String]) -> String {
         rows.push([row.key, value, row.at.to_string()]);
     }
     let mut text = table(&rows);
+    for (index, line) in interpreters.iter().enumerate() {
+        text.push_str(&format!("{}{line}\n", if index == 0 { "\n" } else { "" }));
+    }
     for (index, line) in warnings.iter().enumerate() {
         let gap = if index == 0 { "\n" } else { "" };
         text.push_str(&format!("{gap}{}: {line}\n", coloured("warning", Colour::Yellow)));

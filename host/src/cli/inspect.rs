@@ -6,7 +6,7 @@ use modalkit::{
     app,
     config::{self, Environment},
 };
-use modalkit_engine::Description;
+use modalkit_engine::{Description, Isolation};
 use serde_json::{Value, json};
 
 use super::{
@@ -25,7 +25,7 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
     };
     // A bare name is a file of the current folder. A folder that can't be told is a matter of the file.
     let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    match app::inspect(&whole, &loaded.config.server) {
+    match app::inspect(&whole, &Isolation::InProcess, &loaded.config.server) {
         Ok(plugin) => {
             let about = plugin.description();
             print(&if as_json { in_json(about) } else { for_people(about) });
@@ -60,16 +60,26 @@ fn in_json(plugin: &Description) -> String {
 }
 
 fn for_people(plugin: &Description) -> String {
-    let mut text = format!(
-        "{} {}, {}\n\nsha256  {}\nabi     {}\nsdk     {}\nrustc   {}\n",
-        plugin.name,
-        plugin.version,
-        coloured("this host would take it", Colour::Green),
-        plugin.sha256(),
-        plugin.abi,
-        plugin.sdk,
-        plugin.rustc,
-    );
+    let taken = coloured("this host would take it", Colour::Green);
+    let is_python = plugin.staged.path().is_dir();
+    let mut text = match is_python {
+        true => format!(
+            "{}, {taken}\n\nsha256  {}\npython  {}\nat      {}\n",
+            plugin.name,
+            plugin.sha256(),
+            plugin.sdk,
+            plugin.rustc
+        ),
+        false => format!(
+            "{} {}, {taken}\n\nsha256  {}\nabi     {}\nsdk     {}\nrustc   {}\n",
+            plugin.name,
+            plugin.version,
+            plugin.sha256(),
+            plugin.abi,
+            plugin.sdk,
+            plugin.rustc,
+        ),
+    };
     let schemas = [
         ("input", &plugin.input_schema),
         ("output", &plugin.output_schema),

@@ -6,6 +6,7 @@ mod ask;
 mod check;
 mod client;
 mod inspect;
+mod new;
 mod print;
 mod request;
 mod serve;
@@ -43,6 +44,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             print(&format!("{:#}\n", config::schema()));
             return ExitCode::from(DONE);
         }
+        Some(Command::New { folder, .. }) => return ExitCode::from(new::run(folder)),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(*shell, &mut Cli::command(), "modalkit", &mut std::io::stdout());
             return ExitCode::from(DONE);
@@ -74,6 +76,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Some(
             Command::Config { command: ConfigCommand::Schema }
             | Command::Completions { .. }
+            | Command::New { .. }
             | Command::Preflight { .. }
             | Command::Worker { .. },
         ) => DONE,

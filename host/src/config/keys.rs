@@ -489,6 +489,8 @@ layer! {
 layer! {
     /// A pipeline in Python, which is a folder in a volume, under the plugin's name. It runs in a process of its own.
     pub(super) struct Python {
+        /// Its folder, where that lies in no volume; it is the working directory.
+        folder: String, or "the folder of the plugin's name in a volume";
         /// Its class or function, as `module:Name`.
         pipeline: String, or "the only one in pipeline.py, model.py or app.py";
         /// The interpreter, by its path from the folder on.

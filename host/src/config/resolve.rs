@@ -14,7 +14,7 @@ use super::{
     layer::{Row, Setting, child},
     queues,
     resolve_server::{check_allowed_hosts, server, state_folder},
-    types::{Amount, IsolationKind, MountKind, ReloadGpu, Watch},
+    types::{Amount, IsolationKind, MountKind, Named, ReloadGpu, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -55,6 +55,7 @@ pub(super) fn resolve(
             (name.to_owned(), context.model(name, entry, &key))
         })
         .collect();
+    let pipelines = pipelines_outside(&entries, &specs);
     if ![&defaults].into_iter().chain(specs.values()).any(|spec| spec.isolation != Isolation::InProcess) {
         context.warnings.extend(without_isolation(&deployment, "app_settings"));
     }
@@ -104,9 +105,9 @@ pub(super) fn resolve(
         auth,
         requests_max: deployment.allow_concurrent_inputs_handler().0 as usize,
         mounts: mounts(&deployment, faults),
+        volumes: volumes.iter().cloned().chain(pipelines).collect(),
         models: specs,
         defaults,
-        volumes,
         queues,
     }
 }
@@ -339,6 +340,25 @@ fn deployment_of(key: &str) -> String {
     child(key, "deployment_config")
 }
 
+/// The folders of pipelines in Python that lie in no volume: each is watched like one.
+fn pipelines_outside(entries: &Named<ModelEntry>, specs: &BTreeMap<String, ModelSpec>) -> Vec<Volume> {
+    let mut found: BTreeMap<String, Volume> = BTreeMap::new();
+    for (name, entry) in entries.iter() {
+        let python = entry.python.value();
+        let (Some(folder), Some(spec)) = (python.and_then(|python| python.folder.value()), specs.get(name))
+        else {
+            continue;
+        };
+        found.entry(spec.plugin.clone()).or_insert_with(|| Volume {
+            name: format!("python-{}", spec.plugin),
+            mount_point: folder.into(),
+            watch: Watching::Fitting,
+            pipeline: Some(spec.plugin.clone()),
+        });
+    }
+    found.into_values().collect()
+}
+
 fn volumes(
     deployment: &DeploymentConfig,
     folder: Option<&PathBuf>,
@@ -381,6 +401,7 @@ fn volumes(
         watch: watch(name),
         name: name.clone(),
         mount_point: mount_point.clone(),
+        pipeline: None,
     };
     mounts.iter().map(volume).collect()
 }

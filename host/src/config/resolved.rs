@@ -360,6 +360,8 @@ pub struct Volume {
     pub mount_point: PathBuf,
     /// How changes in it are noticed.
     pub watch: Watching,
+    /// The plugin that the folder is itself, a pipeline in Python; `None` where it holds plugins.
+    pub pipeline: Option<String>,
 }
 
 /// How changes in a volume are noticed.

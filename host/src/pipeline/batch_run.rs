@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     insight::BatchTimings,
-    work::{ChunkSender, Deaths, Job, JobError, ReplyHandle},
+    work::{ChunkSender, Deaths, Job, JobError, Replies, ReplyHandle},
 };
 
 /// What one input's cost counts for at most: a counter of whole numbers begins again where it overflows.
@@ -60,8 +60,9 @@ struct BatchRun<'r> {
     time_max: Duration,
 }
 
-/// Runs a batch. `false` when it was given up meanwhile, and this thread with it.
-pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
+/// Runs a batch, and sends the replies of the one before as soon as it is under way. What comes back are its own; `None` when it was given up
+/// meanwhile, and this thread with it.
+pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<Replies> {
     let Seat { instance, lane, context, .. } = *seat;
     let Taken { batch, at, free_since } = taken;
     // Timings of the jobs that carry any.
@@ -98,7 +99,11 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
     }
     run_alone(suspects, context);
     if waiters.is_empty() {
-        return true;
+        return Some(before);
+    }
+    if seat.company.is_some() {
+        // It may wait for other lanes.
+        before.send();
     }
     // Nothing else runs in the same process beside a job that is under suspicion.
     let _company = seat.company(is_alone);
@@ -114,7 +119,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
         context,
         inputs,
         ends: std::iter::repeat_with(|| None).take(count).collect(),
-        callers: LaneCallers { lane, context, places: Vec::new(), waited: Duration::ZERO },
+        callers: LaneCallers { lane, context, places: Vec::new(), waited: Duration::ZERO, before },
         times: StageTimes::default(),
         cost: 0,
         failed: None,
@@ -146,7 +151,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
         };
         context.record_timings(batch, timed);
     }
-    let Some(Running { mut waiters, overran, .. }) = lane.running.lock().take() else { return false };
+    let Running { mut waiters, overran, .. } = lane.running.lock().take()?;
     // What callers took who don't read is no sign of a slow pipeline.
     let took = (ended - begun).saturating_sub(waited);
     if let Err(died) = result {
@@ -166,14 +171,21 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken) -> bool {
             None => context.generation.batch_stats.note_time(took),
         }
     }
+    let mut replies = Replies::default();
     for (place, ended) in ends.into_iter().enumerate() {
         let (Some(ended), Some(waiter)) = (ended, waiters[place].take()) else { continue };
-        waiter.reply.send(match ended {
+        let reply = match ended {
             Ended::Outcome(outcome) => outcome.map_err(JobError::Failed),
             Ended::Rejected(rejection) => Err(context.generation.rejected(rejection, &waiter.input)),
-        });
+        };
+        // Another process begins the next batch, where one waits, before these callers are answered and ask again: else it would wait for a core
+        // behind them. In this process the lane has the core.
+        match instance.process() {
+            Some(_) => replies.push(waiter.reply, reply),
+            None => waiter.reply.send(reply),
+        }
     }
-    true
+    Some(replies)
 }
 
 /// Finds out what failures have to do with the device. In this process, the driver is asked. A process of its own whose device failed in it is
@@ -393,6 +405,8 @@ pub(super) struct LaneCallers<'l> {
     places: Vec<usize>,
     /// How long the batch has waited for those who don't read.
     waited: Duration,
+    /// The replies of the batch before.
+    before: Replies,
 }
 
 impl LaneCallers<'_> {
@@ -429,6 +443,10 @@ impl LaneCallers<'_> {
 }
 
 impl Callers for LaneCallers<'_> {
+    fn are_waiting(&mut self) {
+        self.before.send();
+    }
+
     fn interest(&self, item: usize) -> Interest {
         self.with_reply(item, ReplyHandle::interest).unwrap_or(Interest::Nothing)
     }

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::{
     config::BatchPolicy,
     insight::metrics::ModelMetrics,
-    work::{Deadline, Job, JobError},
+    work::{Deadline, Job, JobError, Replies},
 };
 
 /// One model's queue, shared by those who push jobs and the lanes that run batches.
@@ -244,8 +244,14 @@ impl Queue {
         self.paused.notify_all();
     }
 
-    /// Waits for the next batch for a lane, while `state_of_lane` is active. `None` when it is stopped.
-    pub fn next_batch(&self, lane: LaneId, state_of_lane: impl Fn() -> LaneState) -> Option<Taken> {
+    /// Waits for the next batch for a lane, while `state_of_lane` is active. `None` when it is stopped. Where none is ready, replies that
+    /// are still to be sent are sent first.
+    pub fn next_batch(
+        &self,
+        lane: LaneId,
+        state_of_lane: impl Fn() -> LaneState,
+        replies: &mut Replies,
+    ) -> Option<Taken> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
         // The clock is read again after each wait, and not before.
@@ -254,6 +260,10 @@ impl Queue {
         loop {
             match state_of_lane() {
                 LaneState::Active => {}
+                LaneState::Paused | LaneState::Stopped if !replies.is_empty() => {
+                    MutexGuard::unlocked(&mut state, || replies.send());
+                    continue;
+                }
                 LaneState::Paused => {
                     state.remove_free(lane);
                     // Another lane takes over the timer or the work that this one was woken for.
@@ -284,6 +294,9 @@ impl Queue {
                     drop(state);
                     self.observe(&batch, now, since);
                     return Some(Taken { batch, at: now, free_since: since });
+                }
+                Next::Wait(_) | Next::Idle if !replies.is_empty() => {
+                    MutexGuard::unlocked(&mut state, || replies.send());
                 }
                 Next::Wait(until) if state.timer.is_none_or(|holder| holder == lane) => {
                     state.timer = Some(lane);

@@ -21,7 +21,10 @@ use super::{
     lane::{LaneContext, LaneSlot, Seat},
     lost_device::judge,
 };
-use crate::{pipeline::LaneState, work::JobError};
+use crate::{
+    pipeline::LaneState,
+    work::{JobError, Replies},
+};
 
 /// What a replica's threads tell the fleet.
 pub(super) enum Event {
@@ -251,7 +254,9 @@ impl Replica {
         let lane = &self.lanes[index];
         let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
-        while let Some(taken) = context.queue.next_batch(lane_id, || self.lane_state(&context.generation)) {
+        let mut replies = Replies::default();
+        let state = || self.lane_state(&context.generation);
+        while let Some(taken) = context.queue.next_batch(lane_id, state, &mut replies) {
             let seat = Seat {
                 number: self.number,
                 instance: &**instance,
@@ -261,13 +266,14 @@ impl Replica {
                 company: self.company.as_ref(),
                 lease: self.lease.as_deref(),
             };
-            let ended = batch_run::run(&seat, taken);
+            let ended = batch_run::run(&seat, taken, replies);
             self.batches.fetch_add(1, Ordering::Relaxed);
-            if !ended {
+            let Some(unsent) = ended else {
                 context.metrics.replicas_stuck.dec();
                 context.tell(Event::ThreadReturned);
                 break;
-            }
+            };
+            replies = unsent;
         }
         drop(instance);
         if self.running_lanes.fetch_sub(1, Ordering::SeqCst) == 1 {

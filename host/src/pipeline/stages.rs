@@ -75,6 +75,8 @@ pub(super) trait Callers: Send {
     fn interest(&self, item: usize) -> Interest;
     /// A part of an item's output, as [`EventSink::chunk`] has it.
     fn chunk(&mut self, item: usize, json: &[u8], waits: bool) -> ChunkResult;
+    /// The batch is under way: time for what need not be done before.
+    fn are_waiting(&mut self) {}
 }
 
 /// The host itself asks, for the outcome.
@@ -203,9 +205,11 @@ pub(super) fn stages(
     callers: &mut dyn Callers,
 ) -> Result<Vec<Ended>, Failure> {
     let begun = Instant::now();
-    let mut events = Events::of(items.len(), callers);
+    let count = items.len();
     let mut batch = instance.begin(items).expect("`decoded_for` made them all of this plugin");
     batch.preprocess()?;
+    callers.are_waiting();
+    let mut events = Events::of(count, callers);
     times.preprocessed = Some(Instant::now());
     batch.predict()?;
     times.predicted = Some(Instant::now());

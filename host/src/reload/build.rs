@@ -50,7 +50,10 @@ impl Builder {
 /// The file of a plugin of this name in the volumes, or the folder of a pipeline in Python.
 #[must_use]
 pub fn find(plugin: &str, volumes: &[Volume]) -> Option<PathBuf> {
-    let files = volumes.iter().flat_map(|volume| {
+    if let Some(volume) = volumes.iter().find(|volume| volume.pipeline.as_deref() == Some(plugin)) {
+        return Some(volume.mount_point.clone());
+    }
+    let files = volumes.iter().filter(|volume| volume.pipeline.is_none()).flat_map(|volume| {
         [format!("{plugin}.so"), format!("lib{plugin}.so"), plugin.to_owned()]
             .map(|name| volume.mount_point.join(name))
     });

@@ -9,6 +9,9 @@ use crate::config::{ModelSpec, Volume};
 /// Whether a model hears of changes in a volume: named in its entry, or holding its data folder, or lying in it, or named by
 /// a path among its settings.
 pub(super) fn uses(spec: &ModelSpec, volume: &Volume) -> bool {
+    if let Some(pipeline) = &volume.pipeline {
+        return *pipeline == spec.plugin;
+    }
     if let Some(names) = &spec.volumes {
         return names.contains(&volume.name);
     }
@@ -43,7 +46,7 @@ mod tests {
     use crate::config::{self, Watching};
 
     fn volume(name: &str, mount: &str) -> Volume {
-        Volume { name: name.into(), mount_point: mount.into(), watch: Watching::Fitting }
+        Volume { name: name.into(), mount_point: mount.into(), watch: Watching::Fitting, pipeline: None }
     }
 
     #[test]

@@ -10,5 +10,5 @@ mod stream;
 pub use admission::{Budget, Gate, JobPermit, Permit};
 pub use error::{Detail, JobError, Location};
 pub use job::{Deadline, Deaths, Job, RequestId};
-pub use reply::{Mailbox, PendingReply, Recorder, Reply, ReplyHandle, reply, stream_reply};
+pub use reply::{Mailbox, PendingReply, Recorder, Replies, Reply, ReplyHandle, reply, stream_reply};
 pub use stream::{ChunkSender, PendingStream, Received};

@@ -39,6 +39,34 @@ pub trait Recorder: Send {
     fn is_abandoned(&self) -> bool;
 }
 
+/// Answers that are there and not sent yet. They are sent when this is dropped at the latest.
+#[derive(Default)]
+pub struct Replies(Vec<(ReplyHandle, Reply)>);
+
+impl Replies {
+    /// Adds one.
+    pub fn push(&mut self, handle: ReplyHandle, reply: Reply) {
+        self.0.push((handle, reply));
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Sends them.
+    pub fn send(&mut self) {
+        self.0.drain(..).for_each(|(handle, reply)| handle.send(reply));
+    }
+}
+
+impl Drop for Replies {
+    fn drop(&mut self) {
+        self.send();
+    }
+}
+
 /// Receives a reply.
 pub struct PendingReply(oneshot::Receiver<Reply>);
 

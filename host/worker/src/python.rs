@@ -23,6 +23,7 @@ const PACKAGE: &[(&str, &str)] = package!(
     "modalkit_worker/output.py"
     "modalkit_worker/pipelines.py"
     "modalkit_worker/serving.py"
+    "modalkit_worker/tensors.py"
     "modalkit_worker/told.py"
     "shim/modal/__init__.py"
     "shim/modal/experimental.py"

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::{Confinement, Failure, FailureKind, PluginLog};
+use modalkit_engine::{Confinement, Failure, FailureKind, LogLevel, PluginLog};
 use parking_lot::Mutex;
 use rustix::{
     fs::MemfdFlags,
@@ -89,13 +89,9 @@ pub(crate) fn start(
     let note: File = rustix::fs::memfd_create("modalkit-note", MemfdFlags::CLOEXEC)?.into();
     let (log_here, log_there) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    if let Some(log) = log {
-        rustix::net::send(
-            &log_here,
-            &[lines::level_number((log.level)())],
-            rustix::net::SendFlags::NOSIGNAL,
-        )?;
-    }
+    // It waits for this.
+    let level = log.map_or(LogLevel::Off, |log| (log.level)());
+    rustix::net::send(&log_here, &[lines::level_number(level)], rustix::net::SendFlags::NOSIGNAL)?;
     let (control, control_there) = UnixStream::pair()?;
     // A worker that doesn't read is found out, and not waited for.
     control.set_write_timeout(Some(SEND_TIME_MAX))?;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read, Write},
     net::TcpStream,
     process::{Child, Command, Stdio},
     thread,
@@ -19,13 +20,15 @@ pub(super) struct Server {
     pub(super) name: &'static str,
     pub(super) port: u16,
     pub(super) idle_bytes: f64,
+    /// Where it is asked, if not where the others are.
+    pub(super) path: Option<&'static str>,
     child: Child,
 }
 
 impl Server {
     pub(super) fn start(name: &'static str, command: &mut Command, port: u16) -> anyhow::Result<Self> {
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("can't start {name}"))?;
-        let mut server = Self { name, port, idle_bytes: 0.0, child };
+        let mut server = Self { name, port, idle_bytes: 0.0, path: None, child };
         for _ in 0..LOOKS {
             if TcpStream::connect(("127.0.0.1", port)).is_ok() {
                 thread::sleep(SETTLE);
@@ -38,6 +41,27 @@ impl Server {
             thread::sleep(BETWEEN_LOOKS);
         }
         bail!("{name} did not answer on port {port}")
+    }
+
+    pub(super) fn with_path(mut self, path: &'static str) -> Self {
+        self.path = Some(path);
+        self
+    }
+
+    /// Waits for models that load after the port answers; of this host alone.
+    pub(super) fn wait_until_ready(&self) -> anyhow::Result<()> {
+        let request = b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+        for _ in 0..LOOKS {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+            stream.write_all(request)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            if answer.starts_with("HTTP/1.1 200") {
+                return Ok(());
+            }
+            thread::sleep(BETWEEN_LOOKS);
+        }
+        bail!("{} was not ready", self.name)
     }
 
     /// CPU time of all threads there are now, of the server and of what it has started, from the scheduler: in nanoseconds, where `stat` counts

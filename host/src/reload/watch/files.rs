@@ -93,6 +93,13 @@ impl Files {
         self.collect_below(folder, 0, false)
     }
 
+    /// Of a folder that is a plugin itself.
+    pub(super) fn collect_pipeline(&mut self, name: &str, folder: &Path) -> io::Result<()> {
+        fs::metadata(folder)?;
+        self.add_pipeline(name, folder);
+        Ok(())
+    }
+
     /// `of_pipeline`: what is code, or was installed, is no data.
     fn collect_below(&mut self, folder: &Path, depth: usize, of_pipeline: bool) -> io::Result<()> {
         use std::os::unix::fs::MetadataExt;
@@ -122,7 +129,7 @@ impl Files {
                 }
             };
             if metadata.is_dir() && depth == 0 && tree::is_pipeline(&path) {
-                self.add_pipeline(&path);
+                self.add_pipeline(&plugin_name(&path).unwrap_or_default(), &path);
             } else if of_pipeline && metadata.is_dir() && tree::is_passed_over(&path) {
                 continue;
             } else if metadata.is_dir() {
@@ -148,9 +155,9 @@ impl Files {
     }
 
     /// A folder of Python: its code is a plugin, and what else it holds is data.
-    fn add_pipeline(&mut self, folder: &Path) {
+    fn add_pipeline(&mut self, name: &str, folder: &Path) {
         match Stamp::of_plugin(folder) {
-            Ok(stamp) => self.add_plugin(plugin_name(folder).unwrap_or_default(), folder.to_owned(), stamp),
+            Ok(stamp) => self.add_plugin(name.to_owned(), folder.to_owned(), stamp),
             Err(error) => {
                 self.warning = Some(format!("can't read the pipeline in {}: {error}", folder.display()));
                 self.miss(0);

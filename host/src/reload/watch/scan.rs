@@ -40,6 +40,8 @@ pub(super) struct Hints<'h> {
 pub(super) struct Scanner {
     pub(super) volume: String,
     pub(super) mount_point: PathBuf,
+    /// The plugin that the folder is itself.
+    pipeline: Option<String>,
     settle: Duration,
     settle_timeout: Duration,
     /// [`RETRY`], or less where volumes are polled more often.
@@ -78,6 +80,7 @@ impl Scanner {
         Self {
             volume: volume.name.clone(),
             mount_point: std::path::absolute(&volume.mount_point).unwrap_or(volume.mount_point.clone()),
+            pipeline: volume.pipeline.clone(),
             settle: server.settle,
             settle_timeout: server.settle_timeout,
             retry: RETRY.min(server.poll_interval),
@@ -105,7 +108,11 @@ impl Scanner {
     /// What lies in the volume.
     pub(super) fn collect(&mut self) -> Files {
         let mut files = Files::default();
-        if let Err(error) = files.collect(&self.mount_point) {
+        let collected = match &self.pipeline {
+            Some(name) => files.collect_pipeline(name, &self.mount_point),
+            None => files.collect(&self.mount_point),
+        };
+        if let Err(error) = collected {
             let hint = match error.kind() {
                 io::ErrorKind::NotFound => {
                     "; make the folder, or correct app_settings.deployment_config.volumes"
@@ -140,7 +147,7 @@ impl Scanner {
             self.plugins.retain(|path, file| {
                 let there = files.plugins.values().any(|(known, _)| known == path);
                 if !there && file.known {
-                    let name = plugin_name(path).unwrap_or_default();
+                    let name = self.pipeline.clone().or_else(|| plugin_name(path)).unwrap_or_default();
                     told.push(VolumeEvent::Gone { name, path: path.clone() });
                 }
                 there

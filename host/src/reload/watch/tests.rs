@@ -26,8 +26,12 @@ impl Watched {
             .clone();
         let fence = Fence::open(tempfile::tempdir().unwrap().path()).unwrap();
         let builder = Arc::new(Builder::new(engine, fence, gauge));
-        let volume =
-            Volume { name: "v".into(), mount_point: folder.path().to_owned(), watch: Watching::Poll };
+        let volume = Volume {
+            name: "v".into(),
+            mount_point: folder.path().to_owned(),
+            watch: Watching::Poll,
+            pipeline: None,
+        };
         Self { scanner: Scanner::new(&volume, &server, builder), folder, begun: Instant::now() }
     }
 

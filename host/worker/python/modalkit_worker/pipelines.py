@@ -84,6 +84,10 @@ class Pipeline:
         self.output_model = output_model
         self.instance = None
         self.loop = None
+        said = getattr(target, "signature", None)
+        # With numpy, which only pipelines that take arrays have.
+        self.tensors = importlib.import_module(".tensors", __package__) if isinstance(said, dict) else None
+        self.signature = self.tensors and self.tensors.Signature(said)
         self.validate = self._validator()
 
     def _takes_inputs(self):
@@ -146,12 +150,17 @@ class Pipeline:
         if hook is not None:
             self._finish(hook())
 
-    def decode(self, payload):
-        """An input of its JSON.
+    def decode(self, item):
+        """An input of an item: its JSON, or its arrays by their names.
 
         Raises:
             Rejected: it is none.
         """
+        _, count, payload = item
+        if count:
+            return self._decode_arrays(self.tensors.read(payload, count))
+        if type(payload) is not bytes:
+            payload = bytes(payload)
         if self.validate is None:
             try:
                 return json.loads(payload)
@@ -160,10 +169,21 @@ class Pipeline:
         try:
             return self.validate(payload)
         except Exception as error:  # noqa: BLE001 - validators are the user's own
-            if not hasattr(error, "errors"):
-                raise Rejected(_rejected(error)) from None
-            faults = [(list(said["loc"]), said["msg"], said["type"]) for said in error.errors(include_url=False)]
-            raise Rejected(items.invalid(faults)) from None
+            raise Rejected(_faults(error)) from None
+
+    def _decode_arrays(self, arrays):
+        if self.input_model is None:
+            return arrays
+        try:
+            return self.input_model.model_validate({name: array.tolist() for name, array in arrays.items()})
+        except Exception as error:  # noqa: BLE001 - validators are the user's own
+            raise Rejected(_faults(error)) from None
+
+    def encode(self, output, as_tensors):
+        """An output as an item; arrays where its input was made of them."""
+        if not as_tensors or isinstance(output, BaseException) or _status(output) == "error":
+            return encode(output)
+        return (items.PAYLOAD, len(self.signature.outputs), self.tensors.write(output, self.signature))
 
     def run(self, inputs):
         """Runs a batch: its outputs, and the nanoseconds of each stage."""
@@ -196,16 +216,24 @@ class Pipeline:
         return outputs if isinstance(outputs, list) else list(outputs)
 
 
-def _rejected(error):
-    kind, _, pieces = items.raised(error)
-    return (kind - items.FAILED + items.REJECTED, 0, pieces)
+def _faults(error):
+    """What pydantic says is wrong, or that something else was raised."""
+    if not hasattr(error, "errors"):
+        kind, _, pieces = items.raised(error)
+        return (kind - items.FAILED + items.REJECTED, 0, pieces)
+    said = error.errors(include_url=False)
+    return items.invalid([(list(fault["loc"]), fault["msg"], fault["type"]) for fault in said])
+
+
+def _status(output):
+    return output.get("status") if isinstance(output, dict) else getattr(output, "status", None)
 
 
 def encode(output):
     """An output as an item: a JSON object without `status`, which the host writes, or a failure."""
     if isinstance(output, BaseException):
         return items.raised(output)
-    status = output.get("status") if isinstance(output, dict) else getattr(output, "status", None)
+    status = _status(output)
     if status == "error":
         error = output.get("error") if isinstance(output, dict) else getattr(output, "error", None)
         return items.failure(items.PERMANENT, str(error or "the pipeline says no more than that it failed"))

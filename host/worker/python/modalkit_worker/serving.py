@@ -50,7 +50,8 @@ def run(descriptors):
     gc.collect()
     gc.freeze()
     channels = Channels(control, frames.Channel(checks, checks_memory), lane and frames.Channel(lane, lane_memory), log)
-    ready = {"pid": os.getpid(), "signature": None, "warnings": hello["warnings"]}
+    signature = pipeline.signature and pipeline.signature.document()
+    ready = {"pid": os.getpid(), "signature": signature, "warnings": hello["warnings"]}
     control.send(frames.READY, 0, [items.document(ready)])
     try:
         return serve(pipeline, channels)
@@ -83,13 +84,23 @@ def describe(hello, python, pipeline):
         "name": hello["model_name"],
         "version": "",
         "abi": "python",
-        "sdk": ".".join(map(str, sys.version_info[:3])),
+        "sdk": ".".join(map(str, sys.version_info[:3])) + packages(),
         "rustc": sys.executable,
         "has_debug_assertions": False,
         "input_schema": json.dumps(pipeline.input_schema()),
         "output_schema": json.dumps(pipeline.output_schema()),
         "settings_schema": "{}",
     }
+
+
+def packages():
+    """What was imported that is installed, with its versions."""
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        version = getattr(module, "__version__", None) if "." not in name and not name.startswith("_") else None
+        if isinstance(version, str) and "site-packages" in (getattr(module, "__file__", None) or ""):
+            found.append(f"{name} {version}")
+    return f", with {', '.join(found)}" if found else ""
 
 
 def reason(error):
@@ -130,18 +141,18 @@ def serve(pipeline, channels):
 
 
 def reload(pipeline, log):
-    nothing = items.document(None)
+    signature = items.document(pipeline.signature and pipeline.signature.document())
     try:
         pipeline.reload()
     except Exception as error:  # noqa: BLE001 - the hook is the user's own
         log.error("on_volume_reload failed", error)
-        return [items.raised(error), nothing]
-    return [items.document({}), nothing]
+        return [items.raised(error), signature]
+    return [items.document({}), signature]
 
 
 def check(pipeline, item):
     try:
-        pipeline.decode(bytes(item[2]))
+        pipeline.decode(item)
     except pipelines.Rejected as rejected:
         return rejected.item
     return (items.MEASURE, 0, [items.ONE])
@@ -150,9 +161,9 @@ def check(pipeline, item):
 def ends(pipeline, inputs, log):
     """Runs a batch; the items of the frame that says what came of it."""
     places, decoded, ended = [], [], []
-    for place, (_, _, payload) in enumerate(inputs):
+    for place, item in enumerate(inputs):
         try:
-            decoded.append(pipeline.decode(payload if type(payload) is bytes else bytes(payload)))
+            decoded.append(pipeline.decode(item))
             places.append(place)
         except pipelines.Rejected as rejected:
             ended.append((place, rejected.item))
@@ -164,7 +175,7 @@ def ends(pipeline, inputs, log):
                 text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs"
                 failed = items.failure(items.PERMANENT, text)
             else:
-                ended.extend(zip(places, map(encode, outputs)))
+                ended.extend((place, encode(pipeline, output, inputs[place])) for place, output in zip(places, outputs))
         except BaseException as error:  # noqa: BLE001 - the pipeline is the user's own, and may call sys.exit
             log.error("a batch failed", error)
             failed = items.raised(error)
@@ -173,8 +184,8 @@ def ends(pipeline, inputs, log):
     return [failed, (items.PAYLOAD, 0, [head]), *(item for _, item in ended)]
 
 
-def encode(output):
+def encode(pipeline, output, item):
     try:
-        return pipelines.encode(output)
+        return pipeline.encode(output, item[1] > 0)
     except Exception as error:  # noqa: BLE001 - serializers are the user's own
         return items.raised(error)

@@ -1,0 +1,127 @@
+"""Tensors of the Open Inference Protocol, as arrays of numpy by their names. It is imported where a pipeline has a signature, and numpy with it."""
+
+import struct
+
+import numpy
+
+from . import frames
+
+# Datatypes by their numbers, which are the host's, with numpy's names; of BF16 numpy has none.
+DATATYPES = (
+    ("BOOL", "bool"),
+    ("UINT8", "uint8"),
+    ("UINT16", "uint16"),
+    ("UINT32", "uint32"),
+    ("UINT64", "uint64"),
+    ("INT8", "int8"),
+    ("INT16", "int16"),
+    ("INT32", "int32"),
+    ("INT64", "int64"),
+    ("FP16", "float16"),
+    ("BF16", None),
+    ("FP32", "float32"),
+    ("FP64", "float64"),
+    ("BYTES", "object"),
+)
+NUMBERS = {name: number for number, names in enumerate(DATATYPES) for name in names if name}
+HEAD = struct.Struct("<IBB")
+SIZE = struct.Struct("<Q")
+LENGTH = struct.Struct("<I")
+
+
+class Wrong(Exception):
+    """A signature, or an output that isn't what it says."""
+
+
+class Signature:
+    """What a pipeline says of its tensors: `{"inputs": {name: (datatype, shape)}, "outputs": …}`, each of one item, `None` for any size."""
+
+    def __init__(self, said):
+        self.inputs, self.outputs = _specs(said, "inputs"), _specs(said, "outputs")
+
+    def document(self):
+        def listed(specs):
+            return [
+                {"name": name, "datatype": DATATYPES[number][0], "shape": shape, "optional": False}
+                for name, (number, shape) in specs.items()
+            ]
+
+        return {"inputs": listed(self.inputs), "outputs": listed(self.outputs), "batched": True}
+
+
+def _specs(said, key):
+    specs = {}
+    for name, spec in said[key].items():
+        datatype, shape = spec
+        number = NUMBERS.get(str(datatype) if isinstance(datatype, str) else numpy.dtype(datatype).name)
+        if number is None:
+            known = ", ".join(name for name, _ in DATATYPES)
+            raise Wrong(f"signature: expected a datatype for {name}, one of {known}, found {datatype!r}")
+        specs[name] = (number, [None if size in (None, -1) else int(size) for size in shape])
+    return specs
+
+
+def read(payload, count):
+    """The arrays of an item; they own what they hold."""
+    heads, at = [], 0
+    for _ in range(count):
+        name_bytes, number, rank = HEAD.unpack_from(payload, at)
+        at += HEAD.size
+        shape = struct.unpack_from(f"<{rank}Q", payload, at)
+        at += 8 * rank
+        (size,) = SIZE.unpack_from(payload, at)
+        at += SIZE.size
+        name = bytes(payload[at : at + name_bytes]).decode()
+        at += name_bytes
+        heads.append((name, number, shape, size))
+    arrays = {}
+    for name, number, shape, size in heads:
+        at = frames.aligned(at)
+        data = payload[at : at + size]
+        at += size
+        if DATATYPES[number][0] == "BYTES":
+            array = numpy.array(_words(data), dtype=object)
+        else:
+            dtype = DATATYPES[number][1] or "uint16"
+            # A copy: the memory is the host's again when the batch has ended.
+            array = numpy.frombuffer(data, dtype=dtype).copy()
+        arrays[name] = array.reshape(shape)
+    return arrays
+
+
+def _words(data):
+    words, at = [], 0
+    while at < len(data):
+        (length,) = LENGTH.unpack_from(data, at)
+        at += LENGTH.size
+        words.append(bytes(data[at : at + length]))
+        at += length
+    return words
+
+
+def write(output, signature):
+    """The pieces of an output: what comes before the bytes of its arrays, then these, each at its multiple."""
+    head, data = [], []
+    for name, (number, _) in signature.outputs.items():
+        value = output[name] if isinstance(output, dict) else getattr(output, name)
+        kind, dtype = DATATYPES[number]
+        if kind == "BYTES":
+            array = numpy.asarray(value, dtype=object)
+            words = [word.encode() if isinstance(word, str) else bytes(word) for word in array.ravel()]
+            content = b"".join(LENGTH.pack(len(word)) + word for word in words)
+        else:
+            array = numpy.asarray(value, dtype=dtype or "uint16")
+            content = array.tobytes()
+        encoded = name.encode()
+        head.append(HEAD.pack(len(encoded), number, array.ndim))
+        head.append(struct.pack(f"<{array.ndim}Q", *array.shape))
+        head.append(SIZE.pack(len(content)))
+        head.append(encoded)
+        data.append(content)
+    pieces = [b"".join(head)]
+    size = len(pieces[0])
+    for content in data:
+        padding = frames.aligned(size) - size
+        pieces.append(bytes(padding) + content)
+        size += padding + len(content)
+    return pieces
