@@ -510,3 +510,15 @@ fn a_new_folder_serves_passes_its_tests_and_is_served_from_wherever_it_lies() {
         modalkit(&["--config", host.folder().join("modalkit.toml").to_str().unwrap(), "check"]);
     assert!(code == Some(0) && said.contains("letters: Python 3.") && said.contains("pydantic 2."), "{said}");
 }
+
+#[test]
+fn the_same_code_in_two_folders_is_two_plugins() {
+    let code = "def predict(batch):\n    return [{'file': __file__} for _ in batch]\n";
+    let host =
+        Setup::new().python("one", &[("pipeline.py", code)]).python("two", &[("pipeline.py", code)]).ready();
+    for name in ["one", "two"] {
+        wait_until("it serves", || ask(&host, name, &json!({})).0 == 200);
+        let file = host.volume().join(name).join("pipeline.py");
+        assert_eq!(ask(&host, name, &json!({})).1["file"], json!(file));
+    }
+}

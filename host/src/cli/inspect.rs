@@ -14,6 +14,9 @@ use super::{
     print::{Colour, coloured, complain, print},
 };
 
+/// What stands for the boundary that a pipeline in Python was built for.
+const PYTHON: &str = "python";
+
 pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_json: bool) -> u8 {
     // Whose files are taken, and how long they may take to open, stands in the configuration.
     let loaded = match config::load(files, environment) {
@@ -61,7 +64,7 @@ fn in_json(plugin: &Description) -> String {
 
 fn for_people(plugin: &Description) -> String {
     let taken = coloured("this host would take it", Colour::Green);
-    let is_python = plugin.staged.path().is_dir();
+    let is_python = plugin.abi == PYTHON;
     let mut text = match is_python {
         true => format!(
             "{}, {taken}\n\nsha256  {}\npython  {}\nat      {}\n",

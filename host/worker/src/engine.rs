@@ -98,11 +98,13 @@ impl Engine for Workers {
             Isolation::InProcess if is_python => &by_itself,
             Isolation::InProcess => return self.in_process.open(staged, isolation, timings),
         };
-        if let Some(known) = self.find(|plugin| plugin.is(staged.sha256(), confinement)) {
+        // The same code in two folders is two plugins: each has its own environment, and data beside it.
+        let interpreter = is_python.then(|| self.interpreter(staged, confinement)).transpose()?;
+        if let Some(known) = self.find(|plugin| plugin.is(staged.sha256(), confinement, interpreter.as_ref()))
+        {
             return Ok(known);
         }
         let begun = Instant::now();
-        let interpreter = is_python.then(|| self.interpreter(staged, confinement)).transpose()?;
         let maker = Maker {
             program: self.program.clone(),
             log: self.log,

@@ -92,8 +92,15 @@ impl WorkerPlugin {
     }
 
     /// Whether a plugin that is asked for is this one.
-    pub(crate) fn is(&self, sha256: &str, confinement: &Confinement) -> bool {
-        self.description.sha256() == sha256 && self.maker.confinement == *confinement
+    pub(crate) fn is(
+        &self,
+        sha256: &str,
+        confinement: &Confinement,
+        interpreter: Option<&Interpreter>,
+    ) -> bool {
+        self.description.sha256() == sha256
+            && self.maker.confinement == *confinement
+            && self.maker.interpreter.as_ref().map(Interpreter::place) == interpreter.map(Interpreter::place)
     }
 }
 

@@ -108,6 +108,11 @@ impl Interpreter {
         Ok(Self { path, folder: folder.to_owned(), package, python: python.clone() })
     }
 
+    /// What tells it from others: which interpreter it is, and in which folder.
+    pub(crate) fn place(&self) -> (&Path, &Path) {
+        (&self.path, &self.folder)
+    }
+
     pub(crate) fn document(&self, cores: Option<f64>) -> PythonDocument {
         let package = self.package.path().to_owned();
         let threads = self.python.threads.or(cores.map(|cores| cores.ceil() as u32));
