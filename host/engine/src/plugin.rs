@@ -198,6 +198,11 @@ pub trait Plugin: Send + Sync {
         false
     }
 
+    /// How many batches an instance runs at once at most; `None` for any number.
+    fn batches_at_once(&self) -> Option<usize> {
+        None
+    }
+
     /// Builds a pipeline and warms it up; takes as long as the author's `load` and `warmup`.
     ///
     /// # Errors

@@ -2,7 +2,9 @@
 //! what is done with them.
 
 use std::{
+    collections::HashSet,
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -16,7 +18,7 @@ const NAMES: [&str; 6] =
 const MADE: [&str; 3] = ["__pycache__", "node_modules", "site-packages"];
 /// What marks the folder of a virtual environment.
 const VENV: &str = "pyvenv.cfg";
-/// Files and depths beyond which a folder is none of a pipeline.
+/// Files beyond which a folder is none of a pipeline, and folders below which no code is looked for.
 const FILES_MAX: usize = 10_000;
 const DEPTH_MAX: usize = 16;
 
@@ -31,8 +33,8 @@ pub fn is_pipeline(folder: &Path) -> bool {
 /// # Errors
 /// A folder can't be read, or holds more than any pipeline does.
 pub fn code_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    collect(folder, Path::new(""), 0, &mut files)?;
+    let (mut files, mut entered) = (Vec::new(), HashSet::new());
+    collect(folder, Path::new(""), 0, &mut files, &mut entered)?;
     files.sort();
     Ok(files)
 }
@@ -52,9 +54,17 @@ pub fn is_passed_over(path: &Path) -> bool {
     name.starts_with('.') || MADE.contains(&name) || path.join(VENV).exists()
 }
 
-fn collect(root: &Path, below: &Path, depth: usize, files: &mut Vec<PathBuf>) -> io::Result<()> {
-    if depth > DEPTH_MAX {
-        return Err(io::Error::other(format!("{} lies deeper than {DEPTH_MAX} folders", below.display())));
+fn collect(
+    root: &Path,
+    below: &Path,
+    depth: usize,
+    files: &mut Vec<PathBuf>,
+    entered: &mut HashSet<(u64, u64)>,
+) -> io::Result<()> {
+    let this = fs::metadata(root.join(below))?;
+    // Links may lead in circles, and nobody imports from so deep.
+    if depth > DEPTH_MAX || !entered.insert((this.dev(), this.ino())) {
+        return Ok(());
     }
     for entry in fs::read_dir(root.join(below))? {
         let name = entry?.file_name();
@@ -66,7 +76,7 @@ fn collect(root: &Path, below: &Path, depth: usize, files: &mut Vec<PathBuf>) ->
         // Links are followed; one to nothing is nothing.
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.is_dir() && !is_passed_over(&path) {
-            collect(root, &inside, depth + 1, files)?;
+            collect(root, &inside, depth + 1, files, entered)?;
         } else if metadata.is_file() && is_code(&path) {
             files.push(inside);
         }
@@ -110,8 +120,10 @@ mod tests {
             "package/fast.cpython-311-x86_64-linux-gnu.so",
             "pyproject.toml",
         ];
-        assert_eq!(files, expected.map(PathBuf::from));
+        assert_eq!(files, expected.map(PathBuf::from).to_vec());
         assert!(!is_pipeline(folder.path()));
+        std::os::unix::fs::symlink(".", folder.path().join("package/latest")).unwrap();
+        assert_eq!(code_files(folder.path()).unwrap(), files, "once");
         put("pipeline.py");
         assert!(is_pipeline(folder.path()));
     }

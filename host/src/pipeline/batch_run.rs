@@ -101,8 +101,8 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
     if waiters.is_empty() {
         return Some(before);
     }
-    if seat.company.is_some() {
-        // It may wait for other lanes.
+    if seat.company.is_some() || is_alone {
+        // It may wait for other lanes, or for checks of inputs.
         before.send();
     }
     // Nothing else runs in the same process beside a job that is under suspicion.

@@ -38,6 +38,8 @@ pub struct Generation {
     /// Whether its replicas take work. Changed under the queue's lock, by `Queue::update_lane_states`, or to
     /// `false` without it, where a probation is failed.
     serves: AtomicBool,
+    /// A replica of it has loaded, in this fleet or in one before.
+    has_loaded: AtomicBool,
     /// An instance that validates inputs on their way in; `None` while there is none.
     validating: ArcSwapOption<Box<dyn Instance>>,
     /// The signature that its instances had last.
@@ -61,6 +63,7 @@ impl Generation {
             batch_stats: BatchStats::default(),
             fence,
             serves: AtomicBool::new(false),
+            has_loaded: AtomicBool::new(false),
             validating: ArcSwapOption::empty(),
             signature: ArcSwapOption::empty(),
             decodes_elsewhere: AtomicBool::new(false),
@@ -73,6 +76,24 @@ impl Generation {
     #[must_use]
     pub fn serves(&self) -> bool {
         self.serves.load(Ordering::SeqCst)
+    }
+
+    /// Batches that each of its replicas runs at once.
+    #[must_use]
+    pub fn batches_in_flight(&self) -> usize {
+        let wanted = self.spec.replicas.batches_in_flight;
+        self.plugin.batches_at_once().map_or(wanted, |most| most.min(wanted))
+    }
+
+    /// Whether a replica of it has loaded, in this fleet or in one before.
+    #[must_use]
+    pub fn has_loaded(&self) -> bool {
+        self.has_loaded.load(Ordering::SeqCst)
+    }
+
+    /// A replica of it has loaded.
+    pub fn note_loaded(&self) {
+        self.has_loaded.store(true, Ordering::SeqCst);
     }
 
     /// Marks the generation as serving, or not.
@@ -253,7 +274,7 @@ impl Generation {
             secrets: spec.secrets.values(),
             devices: &devices,
             crash_note: loading.as_ref().map(Loading::note),
-            batches_in_flight: spec.replicas.batches_in_flight,
+            batches_in_flight: self.batches_in_flight(),
             limit: spec.replicas.load_timeout,
         })
     }

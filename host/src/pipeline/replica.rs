@@ -117,7 +117,7 @@ impl Replica {
         instance: Box<dyn Instance>,
         lease: Option<Arc<Lease>>,
     ) {
-        let count = context.generation.spec.replicas.batches_in_flight;
+        let count = context.generation.batches_in_flight();
         let lanes: Vec<LaneSlot> = (0..count).map(|_| LaneSlot::default()).collect();
         let is_isolated = instance.process().is_some();
         let replica = Arc::new(Self {

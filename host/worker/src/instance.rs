@@ -4,7 +4,10 @@
 use std::{
     any::Any,
     os::fd::OwnedFd,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,6 +49,7 @@ struct Connections {
     free: Mutex<Vec<Channel>>,
     freed: Condvar,
     lanes: usize,
+    batches_ended: AtomicU64,
     /// It does one thing at a time: inputs are checked when the batch under way has ended.
     is_serial: bool,
     log: OwnedFd,
@@ -104,6 +108,7 @@ impl WorkerInstance {
             control: Mutex::new(control),
             checks: Mutex::new(checks),
             lanes: lanes.len(),
+            batches_ended: AtomicU64::new(0),
             free: Mutex::new(lanes),
             freed: Condvar::new(),
             is_serial,
@@ -134,10 +139,14 @@ impl Connections {
         let sent =
             checks.limit(Some(CHECK_TIME_MAX)).map_err(Broken::from).and_then(|()| checks.send(&frame));
         sent.map_err(|broken| Unchecked { was_sent: false, broken })?;
+        let mut ended = self.batches_ended.load(Ordering::SeqCst);
         let received = loop {
-            match checks.receive() {
+            let received = checks.receive();
+            let before = std::mem::replace(&mut ended, self.batches_ended.load(Ordering::SeqCst));
+            let waited_for_batch = before != ended || self.free.lock().len() < self.lanes;
+            match received {
                 // A batch that takes too long ends the worker.
-                Err(Broken::TimedOut) if self.is_serial && self.free.lock().len() < self.lanes => {}
+                Err(Broken::TimedOut) if self.is_serial && waited_for_batch => {}
                 received => break received,
             }
         };
@@ -204,6 +213,9 @@ impl Instance for WorkerInstance {
         for some in inputs.chunks(CHECKED_MAX) {
             // A batch that is under suspicion has the process to itself, or it has died before these were its concern.
             let beside = self.worker.beside.try_read().filter(|_| !self.worker.life.has_died());
+            // One that does one thing at a time would look at them when its hook has ended.
+            let beside =
+                beside.filter(|_| !self.worker.is_serial || self.worker.control.try_lock().is_some());
             let Some(_beside) = beside else {
                 results.extend(busy(some));
                 continue;
@@ -390,6 +402,7 @@ impl Drop for WorkerBatch<'_> {
             self.worker.kill("a batch was given up in the middle", EndedBy::Host);
             return;
         }
+        self.worker.batches_ended.fetch_add(1, Ordering::SeqCst);
         self.worker.free.lock().push(channel);
         self.worker.freed.notify_one();
     }

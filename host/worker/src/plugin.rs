@@ -126,6 +126,11 @@ impl Plugin for WorkerPlugin {
         true
     }
 
+    fn batches_at_once(&self) -> Option<usize> {
+        // Of an interpreter, one thread runs the user's code.
+        self.maker.interpreter.as_ref().map(|_| 1)
+    }
+
     fn load(&self, with: &Load<'_>) -> Result<Box<dyn Instance>, Failure> {
         let device = |device: &modalkit_engine::Device<'_>| DeviceDocument {
             name: device.name.to_owned(),
@@ -142,8 +147,7 @@ impl Plugin for WorkerPlugin {
             devices: with.devices.iter().map(device).collect(),
             ..self.maker.hello(Task::Serve, &self.description.staged)
         };
-        // An interpreter runs one batch at a time.
-        let lanes = if self.maker.interpreter.is_some() { 1 } else { with.batches_in_flight.max(1) };
+        let lanes = with.batches_in_flight.max(1);
         let mut started = self.maker.start(lanes, hello).map_err(|error| no_worker(&error))?;
         let late =
             format!("`load` and `warmup` did not return within {:?} (load_timeout_seconds)", with.limit);

@@ -33,8 +33,6 @@ pub(super) struct Retry {
     not_before: Option<Instant>,
     /// Loads that failed in a row.
     failures: u32,
-    /// One has gone well.
-    has_loaded: bool,
     /// The pipeline has said that another try would end alike.
     is_final: bool,
 }
@@ -43,7 +41,7 @@ impl Retry {
     /// A load went well: the next one that fails is tried again soon.
     pub(super) fn succeeded(&mut self) {
         self.failures = 0;
-        self.has_loaded = true;
+        self.is_final = false;
     }
 
     /// Its data have changed: the next try may end otherwise.
@@ -155,10 +153,10 @@ impl Loop {
     }
 
     /// The pipeline said why it doesn't load. In a process of its own that is believed, where it says that the same would happen again, and
-    /// it has never loaded with this content.
+    /// this version has never loaded.
     pub(super) fn on_load_refused(&mut self, failure: &Failure) {
         let is_isolated = self.context.generation.plugin.is_isolated();
-        if !is_isolated || failure.kind != FailureKind::Permanent || self.retry.has_loaded {
+        if !is_isolated || failure.kind != FailureKind::Permanent || self.context.generation.has_loaded() {
             return self.on_load_failed(failure);
         }
         self.retry.is_final = true;

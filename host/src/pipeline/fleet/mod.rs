@@ -325,6 +325,7 @@ impl Loop {
                     return;
                 };
                 self.retry.succeeded();
+                self.context.generation.note_loaded();
                 tracing::info!(
                     model = self.model.name,
                     generation = self.context.generation.number,
@@ -403,7 +404,7 @@ impl Loop {
         self.recycle();
         let load = self.model.queue.load();
         let spec = self.model.spec();
-        let lanes = self.context.generation.spec.replicas.batches_in_flight;
+        let lanes = self.context.generation.batches_in_flight();
         let batch = spec.batch.max_batch_size;
         keep(&mut self.short_since, now, load.queued >= batch && load.free_lanes == 0);
         keep(&mut self.spare_since, now, load.spare_lanes >= lanes);

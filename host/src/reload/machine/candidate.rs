@@ -141,7 +141,9 @@ impl Machine {
                 let file = self.source.as_ref().map(|source| source.path.display().to_string());
                 let reason = format!("{} was refused: {}", file.unwrap_or_default(), error.chain());
                 if !error.may_pass() {
-                    self.remember_refused(&candidate, &reason, false);
+                    // Opening a folder of Python runs its code, which may read data.
+                    let by_data = self.source.as_ref().is_some_and(|source| source.path.is_dir());
+                    self.remember_refused(&candidate, &reason, by_data);
                 }
                 let is_fenced = matches!(error, LoadError::Fenced(_)) && candidate.cause == Cause::File;
                 self.refuse(candidate, Phase::Build, reason);

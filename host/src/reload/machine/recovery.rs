@@ -53,7 +53,11 @@ impl Machine {
     /// A generation of the same content and settings, with nothing else in common.
     pub(super) fn again(&self, before: &Generation) -> Arc<Generation> {
         let fence = Arc::clone(&self.builder.fence);
-        Generation::new(before.number, Arc::clone(&before.plugin), before.spec.clone(), fence)
+        let again = Generation::new(before.number, Arc::clone(&before.plugin), before.spec.clone(), fence);
+        if before.has_loaded() {
+            again.note_loaded();
+        }
+        again
     }
 
     /// Takes the content that served in an earlier run, where the file's may not be loaded and nothing serves.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::LoadError;
+use modalkit_engine::{LoadError, tree};
 
 use super::{
     VolumeEvent,
@@ -185,7 +185,12 @@ impl Scanner {
                 false if file.in_place => DATA_SETTLE.max(self.settle),
                 false => self.settle,
             };
-            let unfinished = hints.writing.contains(path) && !file.finished;
+            // Of a folder, any of its code.
+            let is_written = hints
+                .writing
+                .iter()
+                .any(|written| written == path || written.starts_with(path) && tree::is_code(written));
+            let unfinished = is_written && !file.finished;
             if still >= wait && (unfinished || !self.builder.engine.is_whole(path).unwrap_or(true)) {
                 wait = self.settle_timeout;
             }

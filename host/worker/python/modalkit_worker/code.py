@@ -20,10 +20,11 @@ class Folder(importlib.abc.MetaPathFinder):
         if path is None:
             below = ""
         else:
-            inside = [place for place in path if place == self.folder or place.startswith(self.folder + os.sep)]
+            places = [(place, root) for place in path for root in (self.folder, self.copy)]
+            inside = [(place, root) for place, root in places if place == root or place.startswith(root + os.sep)]
             if not inside:
                 return None
-            below = os.path.relpath(inside[0], self.folder)
+            below = os.path.relpath(*inside[0])
         place = os.path.normpath(os.path.join(below, name.rpartition(".")[2]))
         return self._package(name, place) or self._module(name, place)
 
@@ -65,10 +66,23 @@ class Source(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
+copy_of_folder = ""
+
+
 def use(folder, copy, shim):
-    """Has imports look into the user's folder first, then into the shim, then where they looked before."""
+    """Has imports look into the copy first, then into the shim, then where they looked before; never into the folder itself, where what nobody has
+    looked at may lie by now."""
+    global copy_of_folder
+    copy_of_folder = copy
     folder = folder.rstrip(os.sep) or os.sep
     standard = sys.meta_path.index(importlib.machinery.PathFinder)
     sys.meta_path.insert(standard, Folder(folder, copy))
-    sys.path[:0] = [folder, shim]
+    # For folders without an `__init__.py`, which are packages of what lies in them.
+    sys.path[:0] = [copy, shim]
     os.chdir(folder)
+
+
+def has(module):
+    """Whether the user's folder has a module of this name: a folder of data, or something installed, is none."""
+    place = os.path.join(copy_of_folder, module)
+    return os.path.isfile(place + ".py") or os.path.isfile(os.path.join(place, "__init__.py"))

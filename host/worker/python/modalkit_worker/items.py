@@ -35,17 +35,18 @@ def invalid(faults):
 
 def raised(error):
     """Of an exception: its type and what it says. Of what may not pass, another try of the item alone says whose it is."""
-    return failure(TRANSIENT if may_pass(error) else RAISED, describe(error))
+    text = describe(error)
+    if isinstance(error, (MemoryError, ConnectionError, TimeoutError)) or "CUDA out of memory" in text:
+        return failure(TRANSIENT, text)
+    # The context is broken for as long as the process lives.
+    of_device = any(words in text for words in ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "device-side assert"))
+    return failure(DEVICE_SUSPECTED if of_device else RAISED, text)
 
 
 def kind_at_load(error):
-    """Of an exception in a load, which would come again unless it may pass."""
-    return TRANSIENT if may_pass(error) else PERMANENT
-
-
-def may_pass(error):
-    """Whether it is of the machine, and not of the code."""
-    return isinstance(error, (MemoryError, ConnectionError, TimeoutError))
+    """Of an exception in a load: what is wrong with the code comes again, and all else may pass."""
+    of_code = (ImportError, SyntaxError, NameError, TypeError, AttributeError, NotImplementedError)
+    return PERMANENT if isinstance(error, of_code) else TRANSIENT
 
 
 def describe(error):

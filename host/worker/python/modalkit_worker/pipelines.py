@@ -8,11 +8,12 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import sys
 import time
 import typing
 
-from . import items, told
+from . import code, items, told
 
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
@@ -44,7 +45,7 @@ def find(wanted):
             found = getattr(found, part)
         return found if colon else only(found)
     for module in MODULES:
-        if importlib.util.find_spec(module) is not None:
+        if code.has(module):
             return only(importlib.import_module(module))
     files = " or ".join(f"{module}.py" for module in MODULES)
     raise Refused(f"expected {files} in the folder, and there is none")
@@ -111,12 +112,12 @@ class Pipeline:
                 return None
         arguments = typing.get_args(annotation)
         model = arguments[0] if len(arguments) >= 1 else None
-        return model if hasattr(model, "__pydantic_validator__") else None
+        return model if hasattr(model, "model_rebuild") else None
 
     def _validator(self):
         if self.input_model is None:
             return None
-        if not hasattr(self.input_model, "__pydantic_validator__"):
+        if not hasattr(self.input_model, "model_rebuild"):
             raise Refused(f"expected a pydantic model for the input, found {self.input_model!r}")
         # Its annotations may have been incomplete until now.
         self.input_model.model_rebuild()
@@ -151,11 +152,7 @@ class Pipeline:
             self._finish(hook())
 
     def decode(self, item):
-        """An input of an item: its JSON, or its arrays by their names.
-
-        Raises:
-            Rejected: it is none.
-        """
+        """An input of an item: its JSON, or its arrays by their names. What is raised says that it is none; `rejected` tells how."""
         _, count, payload = item
         if count:
             return self._decode_arrays(self.tensors.read(payload, count))
@@ -164,20 +161,14 @@ class Pipeline:
         if self.validate is None:
             try:
                 return json.loads(payload)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Rejected(items.malformed(f"the body is not valid JSON: {error}")) from None
-        try:
-            return self.validate(payload)
-        except Exception as error:  # noqa: BLE001 - validators are the user's own
-            raise Rejected(_faults(error)) from None
+        return self.validate(payload)
 
     def _decode_arrays(self, arrays):
         if self.input_model is None:
             return arrays
-        try:
-            return self.input_model.model_validate({name: array.tolist() for name, array in arrays.items()})
-        except Exception as error:  # noqa: BLE001 - validators are the user's own
-            raise Rejected(_faults(error)) from None
+        return self.input_model.model_validate({name: array.tolist() for name, array in arrays.items()})
 
     def encode(self, output, as_tensors):
         """An output as an item; arrays where its input was made of them."""
@@ -216,13 +207,15 @@ class Pipeline:
         return outputs if isinstance(outputs, list) else list(outputs)
 
 
-def _faults(error):
-    """What pydantic says is wrong, or that something else was raised."""
-    if not hasattr(error, "errors"):
-        kind, _, pieces = items.raised(error)
-        return (kind - items.FAILED + items.REJECTED, 0, pieces)
-    said = error.errors(include_url=False)
-    return items.invalid([(list(fault["loc"]), fault["msg"], fault["type"]) for fault in said])
+def rejected(error):
+    """Why an input wasn't taken: what pydantic says is wrong, or that something else was raised."""
+    if isinstance(error, Rejected):
+        return error.item
+    if type(error).__name__ == "ValidationError" and hasattr(error, "error_count"):
+        said = error.errors(include_url=False)
+        return items.invalid([(list(fault["loc"]), fault["msg"], fault["type"]) for fault in said])
+    kind, _, pieces = items.raised(error)
+    return (kind - items.FAILED + items.REJECTED, 0, pieces)
 
 
 def _status(output):
@@ -239,21 +232,42 @@ def encode(output):
         return items.failure(items.PERMANENT, str(error or "the pipeline says no more than that it failed"))
     serializer = getattr(output, "__pydantic_serializer__", None)
     if serializer is not None:
-        said = serializer.to_json(output, exclude=_of_host(output, status))
+        # By alias, as FastAPI answers.
+        said = serializer.to_json(output, exclude=_of_host(output), by_alias=True)
     else:
         if dataclasses.is_dataclass(output):
             output = dataclasses.asdict(output)
-        if status is not None and isinstance(output, dict):
+        if isinstance(output, dict) and "status" in output:
             output = {name: value for name, value in output.items() if name != "status"}
-        said = json.dumps(output, separators=(",", ":"), default=_plain, ensure_ascii=False).encode()
+        try:
+            said = _json(output)
+        except ValueError:
+            said = _json(_finite(output))
     if not (said == b"{}" or said.startswith(b'{"') and said.endswith(b"}")):
         return items.failure(items.PERMANENT, f"expected a model or a dict as an output, found {type(output).__name__}")
     return (items.PAYLOAD, 0, [said])
 
 
-def _of_host(output, status):
+def _json(output):
+    return json.dumps(output, separators=(",", ":"), default=_plain, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _finite(value):
+    """As pydantic writes it: JSON has no word for what is no number, or has no end."""
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(member) for member in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    return _finite(_plain(value))
+
+
+def _of_host(output):
     """Members of an output that the host writes itself, or that say nothing where it succeeded."""
-    if status is None:
+    if not hasattr(output, "status"):
         return None
     return {"status", "error"} if getattr(output, "error", "") is None else {"status"}
 

@@ -23,6 +23,9 @@ def run(descriptors):
     """A worker's whole life, over connections whose descriptors are these: control, the log, checks, one for batches, each but the first two
     with its memory; the first document; and, last, the level of the log. Returns the exit code."""
     control, log, checks, checks_memory, lane, lane_memory, first, level = descriptors
+    for descriptor in descriptors[:-1]:
+        # They crossed one exec, and are none of what a pipeline starts.
+        os.set_inheritable(descriptor, False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # For the host's terminal, or for all processes of its service: the host ends workers in its order.
         signal.signal(number, pass_over)
@@ -32,6 +35,8 @@ def run(descriptors):
     output.take(log)
     log.set_level(level)
     told.take(hello)
+    # Where code of Python looks for them; what was there when the process began, others may read.
+    os.environ.update({name: value for name, value in hello["secrets"].items() if name.isidentifier()})
     python = hello["python"]
     code.use(python["folder"], hello["file"], python["shim"])
     try:
@@ -153,8 +158,8 @@ def reload(pipeline, log):
 def check(pipeline, item):
     try:
         pipeline.decode(item)
-    except pipelines.Rejected as rejected:
-        return rejected.item
+    except BaseException as error:  # noqa: BLE001 - validators are the user's own
+        return pipelines.rejected(error)
     return (items.MEASURE, 0, [items.ONE])
 
 
@@ -165,8 +170,8 @@ def ends(pipeline, inputs, log):
         try:
             decoded.append(pipeline.decode(item))
             places.append(place)
-        except pipelines.Rejected as rejected:
-            ended.append((place, rejected.item))
+        except BaseException as error:  # noqa: BLE001 - validators are the user's own
+            ended.append((place, pipelines.rejected(error)))
     times, failed = [0, 0, 0], (items.PAYLOAD, 0, [b""])
     if decoded:
         try:

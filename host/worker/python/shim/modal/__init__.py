@@ -1,7 +1,7 @@
 """What files for the hosted cloud `modal` call when they are imported. Here nothing of it is deployed: decorators give back what they are given, and
 what describes machines, images and volumes describes nothing. Batches, replicas and devices are the host's configuration."""
 
-from . import experimental
+from . import experimental  # noqa: F401 - it is asked for by its name
 
 
 def _decorator(*args, **settings):
@@ -38,6 +38,13 @@ class _Described(metaclass=_Anything):
         return lambda *args, **settings: self
 
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        return False
+
+
 class Image(_Described):
     """An image of a container."""
 
@@ -68,3 +75,14 @@ class App:
 
 
 Stub = App
+
+
+def is_local():
+    """Whether the file is read on somebody's machine, and not in the cloud."""
+    return True
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Described()

@@ -2,4 +2,4 @@
 
 
 def stop_fetching_inputs():
-    """Ends a container there. Here the host sees by itself that a device has failed."""
+    """Ends a container there. Here an exception that says `CUDA error` has the host replace the process."""
