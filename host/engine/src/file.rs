@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-/// A private copy of a plugin's file, which nobody changes any more. It lasts until the last clone is dropped.
+/// A private copy of a plugin's file, or of the code of its folder, which nobody changes any more. It lasts until the last clone is dropped.
 #[derive(Clone)]
 pub struct Staged {
     origin: PathBuf,

@@ -18,8 +18,6 @@ from . import code, items, told
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
 STAGES = ("preprocess", "predict", "postprocess")
-# Annotations whose one argument is the input's model.
-LISTS = (list, tuple, typing.Sequence, typing.List, typing.Iterable)
 
 
 class Refused(Exception):
