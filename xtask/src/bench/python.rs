@@ -76,8 +76,9 @@ fn both(code: &str, workers: usize, w: &Workload, folder: &Path) -> anyhow::Resu
     let port = free_port()?;
     let mut mosec = Command::new(environment.join("bin/python"));
     mosec
-        .args(["mosec_server.py", "served", &workers.to_string(), &port.to_string()])
+        .args(["mosec_server.py", "--address", "127.0.0.1", "--port", &port.to_string()])
         .current_dir(&theirs)
+        .env("WORKERS", workers.to_string())
         .env("DIGITS", &model);
     let mosec = Server::start("mosec", &mut mosec, port)?.with_path("/inference");
 

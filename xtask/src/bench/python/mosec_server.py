@@ -1,18 +1,15 @@
-"""The same model behind mosec: `mosec_server.py MODULE WORKERS PORT`."""
+"""The same model behind mosec, with as many workers as WORKERS says: `mosec_server.py --port PORT`. Its processes import this file again."""
 
 import importlib
-import sys
+import os
 
-module, workers, port = sys.argv[1:4]
-sys.argv = [sys.argv[0], "--address", "127.0.0.1", "--port", port]
-
-from mosec import Server, Worker  # noqa: E402 - it reads the arguments
+from mosec import Server, Worker
 
 
 class Served(Worker):
     def __init__(self):
         super().__init__()
-        self.model = importlib.import_module(module).Model()
+        self.model = importlib.import_module("served").Model()
 
     def forward(self, batch):
         return self.model.predict(batch)
@@ -20,5 +17,5 @@ class Served(Worker):
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Served, num=int(workers), max_batch_size=32, max_wait_time=2)
+    server.append_worker(Served, num=int(os.environ["WORKERS"]), max_batch_size=32, max_wait_time=2)
     server.run()
