@@ -1,4 +1,4 @@
-//! Private copies of plugin files, named by content. The user's own file is never opened by the linker: it may be
+//! Private copies of plugin files, and of the code of folders, named by content. The user's own file is never opened by the linker: it may be
 //! overwritten at any moment, and a mapped file that changes takes the process down. It never knows what is done with them.
 
 use std::{

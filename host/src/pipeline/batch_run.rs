@@ -1,4 +1,4 @@
-//! One batch on a lane: its inputs decoded, its stages run, its callers answered. What fails as a whole where another try may help is run again
+//! One batch on a lane: its inputs decoded, its stages run, its callers answered, or of another process their replies handed back for later. What fails as a whole where another try may help is run again
 //! in halves, until the item that does it is alone; what came to nothing since its process died goes back to the queue, to run without
 //! company. It never knows how many replicas there are, nor when one is replaced.
 
