@@ -191,10 +191,13 @@ fn moto_answers(port: u16) -> bool {
 pub fn ministack() -> Server {
     let (port, folder) = (free_port(), tempfile::tempdir().expect("a temporary folder"));
     let program: PathBuf = python_tool("ministack");
+    let temporary = folder.path().to_owned();
     Server::new(port, folder, ministack_answers, move || {
         let mut command = Command::new(&program);
         command.env("BIND_HOST", "127.0.0.1").env("GATEWAY_PORT", port.to_string());
         command.env("STATE_DIR", "state").env("S3_DATA_DIR", "s3");
+        // Its file with its process id would be left behind.
+        command.env("TMPDIR", &temporary);
         command
     })
 }

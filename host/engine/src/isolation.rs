@@ -2,14 +2,35 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-/// Where a plugin's code runs.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub enum Isolation {
-    /// In the host's own process: fastest, and its crash is the host's.
-    #[default]
-    InProcess,
+/// Where a plugin's code runs, and what it may use there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Isolation {
+    /// Libraries run in the host's own process: fastest, and their crash is the host's. An interpreter has a process of its own in any case.
+    pub in_process: bool,
+    /// Of each process that is its instance's own.
+    pub confinement: Confinement,
+}
+
+impl Default for Isolation {
+    fn default() -> Self {
+        Self { in_process: true, confinement: Confinement::default() }
+    }
+}
+
+impl Isolation {
     /// Each instance in a process of its own.
-    Process(Confinement),
+    #[must_use]
+    pub fn process(confinement: Confinement) -> Self {
+        Self { in_process: false, confinement }
+    }
+
+    /// Whether it means the same for a plugin that is, or isn't, in processes of its own.
+    #[must_use]
+    pub fn is_same_for(&self, is_isolated: bool, other: &Self) -> bool {
+        let both_in_process = self.in_process && other.in_process;
+        !is_isolated && both_in_process
+            || self.in_process == other.in_process && self.confinement == other.confinement
+    }
 }
 
 /// What a process of its own may use.
@@ -26,7 +47,7 @@ pub struct Confinement {
 }
 
 /// A pipeline in Python, as its model's entry has it. What it says nothing of is found in its folder.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Python {
     /// The class or function, as `module:Name`.
     pub pipeline: Option<String>,
@@ -40,6 +61,22 @@ pub struct Python {
     pub environment: BTreeMap<String, String>,
     /// Threads that its libraries may use each.
     pub threads: Option<u32>,
+    /// Whether the Python library's modules are the host's own.
+    pub shim: bool,
+}
+
+impl Default for Python {
+    fn default() -> Self {
+        Self {
+            pipeline: None,
+            interpreter: None,
+            input_model: None,
+            output_model: None,
+            environment: BTreeMap::new(),
+            threads: None,
+            shim: true,
+        }
+    }
 }
 
 /// What a process in a sandbox may see and do, beside the system's own files.

@@ -161,7 +161,7 @@ impl Engine for Libraries {
         isolation: &Isolation,
         timings: &mut OpenTimings,
     ) -> Result<Arc<dyn Plugin>, LoadError> {
-        if *isolation != Isolation::InProcess {
+        if !isolation.in_process {
             return Err(LoadError::Refused("libraries are opened in this process".into()));
         }
         let library = self.open_once(staged, &self.pipelines, &self.resident, |staged| {

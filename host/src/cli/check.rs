@@ -92,7 +92,7 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
 
 /// As the host would take it: a folder of Python with the interpreter that the entry says.
 fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plugin>, LoadError> {
-    let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::InProcess };
+    let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::default() };
     app::inspect(file, &isolation, &loaded.config.server)
 }
 

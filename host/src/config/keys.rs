@@ -493,6 +493,8 @@ layer! {
         folder: String, or "the folder of the plugin's name in a volume";
         /// Its class or function, as `module:Name`.
         pipeline: String, or "the only one in pipeline.py, model.py or app.py";
+        /// In place of `pipeline`: the file with the service around it, as `app.py`.
+        app: String, or "none";
         /// The interpreter, by its path from the folder on.
         interpreter: String, or ".venv/bin/python in the folder, else python3";
         /// The pydantic model of one input, as `module:Name`.
@@ -503,6 +505,8 @@ layer! {
         env: Named<String> = Named::default();
         /// Threads that its libraries for arrays may use each.
         threads: Count<1, 1_024>, or "as many as `cpu` says, else what they choose";
+        /// Whether `modalkit` and `modal` are the host's own modules of these names, and not what is installed.
+        shim: bool = true;
     }
 }
 

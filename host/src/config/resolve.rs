@@ -56,7 +56,7 @@ pub(super) fn resolve(
         })
         .collect();
     let pipelines = pipelines_outside(&entries, &specs);
-    if ![&defaults].into_iter().chain(specs.values()).any(|spec| spec.isolation != Isolation::InProcess) {
+    if ![&defaults].into_iter().chain(specs.values()).any(|spec| !spec.isolation.in_process) {
         context.warnings.extend(without_isolation(&deployment, "app_settings"));
     }
     let max = written.server().request_timeout_ms_max().0;
@@ -165,9 +165,19 @@ impl Resolver<'_> {
         key: &str,
     ) -> Isolation {
         let python = entry.python.value();
-        if deployment.isolation() == IsolationKind::InProcess && python.is_none() {
+        if let Some(python) = python
+            && let (Some(app), Some(_)) = (python.app.value(), python.pipeline.value())
+        {
+            self.faults.push(Fault::new(
+                &python.app.at(),
+                &child(key, "python.app"),
+                "either python.pipeline or python.app",
+                format!("both, and app = {app:?}"),
+            ));
+        }
+        let in_process = deployment.isolation() == IsolationKind::InProcess && python.is_none();
+        if in_process {
             self.warnings.extend(without_isolation(own, key));
-            return Isolation::InProcess;
         }
         // Those that its entry names, where it names any.
         let is_its_own =
@@ -177,12 +187,13 @@ impl Resolver<'_> {
         readable.push(self.folder.clone());
         let sandbox = Sandbox { readable, network: deployment.sandbox_network() };
         let amount = |amount: Option<&Amount>| amount.map(|amount| amount.0).filter(|amount| *amount > 0.0);
-        Isolation::Process(Confinement {
+        let confinement = Confinement {
             memory_bytes: amount(deployment.memory.value()).map(|megabytes| (megabytes * 1e6) as u64),
             cores: amount(deployment.cpu.value()),
             sandbox: deployment.sandbox().then_some(sandbox),
             python: python.map_or_else(engine::Python::default, python_of),
-        })
+        };
+        Isolation { in_process, confinement }
     }
 
     fn warn_of_the_host(&mut self, own: &DeploymentConfig, key: &str) {
@@ -301,7 +312,7 @@ impl Resolver<'_> {
 /// What is said of processes of their own, and has no effect on a pipeline in the host's.
 fn python_of(written: &keys::Python) -> engine::Python {
     engine::Python {
-        pipeline: written.pipeline.value().cloned(),
+        pipeline: written.pipeline.value().cloned().or_else(|| written.app.value().map(|app| module_of(app))),
         interpreter: written.interpreter.value().map(PathBuf::from),
         input_model: written.input_model.value().cloned(),
         output_model: written.output_model.value().cloned(),
@@ -312,7 +323,14 @@ fn python_of(written: &keys::Python) -> engine::Python {
             .map(|(name, (value, _))| (name.clone(), value.clone()))
             .collect(),
         threads: written.threads.value().map(|threads| threads.0 as u32),
+        shim: written.shim(),
     }
+}
+
+/// The module that a file of a pipeline's folder is.
+fn module_of(file: &str) -> String {
+    let file = file.strip_prefix("./").unwrap_or(file);
+    file.strip_suffix(".py").unwrap_or(file).replace('/', ".")
 }
 
 fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
@@ -330,7 +348,7 @@ fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
     let warning = |(name, at): (String, Place)| Warning {
         at,
         key: format!("{}.{name}", deployment_of(key)),
-        why: "it has no effect without isolation = \"process\"".to_owned(),
+        why: "it has no effect on a compiled plugin without isolation = \"process\"".to_owned(),
     };
     written.into_iter().map(warning).collect()
 }

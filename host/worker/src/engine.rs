@@ -45,10 +45,6 @@ impl Workers {
 
     /// What runs a folder of Python.
     fn interpreter(&self, staged: &Staged, confinement: &Confinement) -> Result<Interpreter, LoadError> {
-        if confinement.sandbox.is_some() {
-            let why = "expected a pipeline in Python without a sandbox, found sandbox = true: that holds compiled plugins alone";
-            return Err(LoadError::Refused(why.to_owned()));
-        }
         let mut package = self.package.lock();
         let there = package.take().filter(|package| package.path().exists());
         let there = match there {
@@ -91,13 +87,10 @@ impl Engine for Workers {
         timings: &mut OpenTimings,
     ) -> Result<Arc<dyn Plugin>, LoadError> {
         let is_python = staged.path().is_dir();
-        let by_itself = Confinement::default();
-        let confinement = match isolation {
-            Isolation::Process(confinement) => confinement,
-            // An interpreter has a process of its own whatever is said.
-            Isolation::InProcess if is_python => &by_itself,
-            Isolation::InProcess => return self.in_process.open(staged, isolation, timings),
-        };
+        if isolation.in_process && !is_python {
+            return self.in_process.open(staged, isolation, timings);
+        }
+        let confinement = &isolation.confinement;
         // The same code in two folders is two plugins: each has its own environment, and data beside it.
         let interpreter = is_python.then(|| self.interpreter(staged, confinement)).transpose()?;
         if let Some(known) = self.find(|plugin| plugin.is(staged.sha256(), confinement, interpreter.as_ref()))

@@ -18,11 +18,13 @@ const PACKAGE: &[(&str, &str)] = package!(
     "__main__.py"
     "modalkit_worker/__init__.py"
     "modalkit_worker/code.py"
+    "modalkit_worker/encoding.py"
     "modalkit_worker/frames.py"
     "modalkit_worker/items.py"
     "modalkit_worker/output.py"
     "modalkit_worker/pipelines.py"
     "modalkit_worker/serving.py"
+    "modalkit_worker/streams.py"
     "modalkit_worker/tensors.py"
     "modalkit_worker/told.py"
     "shim/modal/__init__.py"
@@ -67,9 +69,9 @@ pub(crate) struct PythonDocument {
     /// The interpreter, and the package's folder, which it runs.
     pub(crate) interpreter: PathBuf,
     pub(crate) package: PathBuf,
-    /// The user's own folder, and what is searched after it.
+    /// The user's own folder, and what is searched after it, if anything.
     pub(crate) folder: PathBuf,
-    pub(crate) shim: PathBuf,
+    pub(crate) shim: Option<PathBuf>,
     pub(crate) pipeline: Option<String>,
     pub(crate) input_model: Option<String>,
     pub(crate) output_model: Option<String>,
@@ -83,11 +85,33 @@ pub(crate) fn put_package(engine: &dyn Engine) -> Result<Staged, LoadError> {
     engine.put(Path::new(PACKAGE_NAME), &files)
 }
 
+impl PythonDocument {
+    /// What it has to read: the folder, the package, the environment, and where the interpreter itself is installed.
+    pub(crate) fn readable(&self) -> Vec<PathBuf> {
+        let prefix = |path: &Path| path.parent().and_then(Path::parent).map(Path::to_owned);
+        let installed = self.interpreter.canonicalize().ok().and_then(|path| prefix(&path));
+        let of_interpreter = [prefix(&self.interpreter), installed].into_iter().flatten();
+        // One that lies at the top has no folder of its own.
+        let of_interpreter = of_interpreter.filter(|folder| folder.parent().is_some());
+        [self.folder.clone(), self.package.clone(), self.interpreter.clone()]
+            .into_iter()
+            .chain(of_interpreter)
+            .collect()
+    }
+}
+
+/// The absolute path of a program that is looked for where programs are.
+fn in_path(program: &str) -> Option<PathBuf> {
+    let folders = std::env::var_os("PATH")?;
+    let folders = std::env::split_paths(&folders).filter(|folder| folder.is_absolute());
+    folders.map(|folder| folder.join(program)).find(|path| path.is_file())
+}
+
 impl Interpreter {
     /// The interpreter of an entry, or of a folder's own environment, or the system's.
     ///
     /// # Errors
-    /// The entry names one that isn't there.
+    /// The entry names one that isn't there, or there is none at all.
     pub(crate) fn find(folder: &Path, python: &Python, package: Staged) -> Result<Self, LoadError> {
         let path = match &python.interpreter {
             Some(named) => {
@@ -102,7 +126,14 @@ impl Interpreter {
             }
             None => {
                 let own = OF_FOLDER.iter().map(|inside| folder.join(inside)).find(|path| path.is_file());
-                own.unwrap_or_else(|| OF_SYSTEM.into())
+                own.or_else(|| in_path(OF_SYSTEM)).ok_or_else(|| {
+                    LoadError::Refused(format!(
+                        "expected an interpreter, and there is neither {} in {} nor {OF_SYSTEM} in PATH: make an environment with `python3 -m venv {}/.venv` or `uv venv`",
+                        OF_FOLDER[0],
+                        folder.display(),
+                        folder.display()
+                    ))
+                })?
             }
         };
         Ok(Self { path, folder: folder.to_owned(), package, python: python.clone() })
@@ -123,7 +154,7 @@ impl Interpreter {
         environment.extend(self.python.environment.clone());
         PythonDocument {
             interpreter: self.path.clone(),
-            shim: package.join(SHIM),
+            shim: self.python.shim.then(|| package.join(SHIM)),
             package,
             folder: self.folder.clone(),
             pipeline: self.python.pipeline.clone(),

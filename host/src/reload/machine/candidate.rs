@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use modalkit_engine::{Isolation, LoadError, Plugin};
+use modalkit_engine::{LoadError, Plugin};
 use tokio::sync::oneshot;
 
 use super::{
@@ -77,7 +77,7 @@ impl Machine {
                 staged.check_pin(pin.as_deref(), "the model's entry")?;
                 // In a process of its own it ends nobody else.
                 let why = builder.fence.why(&name, staged.sha256());
-                if let Some(why) = why.filter(|_| isolation == Isolation::InProcess) {
+                if let Some(why) = why.filter(|_| isolation.in_process && !staged.path().is_dir()) {
                     return Err(LoadError::Fenced(why));
                 }
                 let plugin = builder.build(&staged, &isolation, &mut phases)?;

@@ -69,7 +69,9 @@ impl Machine {
             (self.source, self.passed_over, self.later) = (None, None, None);
         }
         let as_now = |generation: &&Arc<Generation>| {
-            generation.spec.plugin == spec.plugin && generation.spec.isolation == spec.isolation
+            let is_isolated = generation.plugin.is_isolated();
+            generation.spec.plugin == spec.plugin
+                && generation.spec.isolation.is_same_for(is_isolated, &spec.isolation)
         };
         let serving = self.generation().filter(|generation| as_now(generation));
         let serving = serving.map(|generation| generation.plugin.clone());

@@ -78,7 +78,7 @@ def use(folder, copy, shim):
     standard = sys.meta_path.index(importlib.machinery.PathFinder)
     sys.meta_path.insert(standard, Folder(folder, copy))
     # For folders without an `__init__.py`, which are packages of what lies in them.
-    sys.path[:0] = [copy, shim]
+    sys.path[:0] = [copy, shim] if shim else [copy]
     os.chdir(folder)
 
 

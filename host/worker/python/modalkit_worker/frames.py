@@ -3,9 +3,12 @@
 The layout is that of the host's `frame.rs` and `channel.rs`. Lengths stand on the socket alone; what lies in shared memory is bytes.
 """
 
+import ctypes
 import mmap
+import os
 import socket
 import struct
+import weakref
 
 HELLO, READY, FAILED, LANE, BATCH, DONE, CHUNK, CHUNK_RESULT = range(1, 9)
 ASK_INTEREST, INTEREST, CHECK, CHECKED, RELOAD, RELOADED, LEAVE = range(9, 16)
@@ -18,6 +21,11 @@ INLINE_BYTES_MAX = 64 << 10
 # Bytes of each end's half of it.
 HALF_BYTES = 64 << 20
 READ_BYTES = 256 << 10
+
+
+# After so many batches of whose memory something was kept, what comes is copied beforehand.
+KEPT_MAX = 8
+MAP_FIXED = 0x10
 
 
 class Ended(Exception):
@@ -34,8 +42,12 @@ class Channel:
     def __init__(self, descriptor, memory=None):
         self.socket = socket.socket(fileno=descriptor)
         self.socket.setblocking(True)
+        self.descriptor = memory
         self.memory = None if memory is None else mmap.mmap(memory, 2 * HALF_BYTES)
         self.rest = b""
+        # Of the frame that came last, what of its memory can be kept: a weak reference, and where it lies.
+        self.lent = None
+        self.kept = 0
 
     def fileno(self):
         return self.socket.fileno()
@@ -58,12 +70,43 @@ class Channel:
                 items.append((status, tensors, data[start : start + size]))
                 start += size
         else:
-            start = place - 1
-            view = memoryview(self.memory)
+            rows = list(rows)
+            view = self._lend(place - 1, sum(aligned(size) for size, _, _ in rows))
+            start = 0
             for size, status, tensors in rows:
                 items.append((status, tensors, view[start : start + size]))
                 start += aligned(size)
         return kind, batch, items
+
+    def _lend(self, start, size):
+        """The payloads of a frame where they lie. When the batch has ended, `take_back`."""
+        if self.kept >= KEPT_MAX:
+            return memoryview(bytearray(memoryview(self.memory)[start : start + size]))
+        slot = (ctypes.c_char * size).from_buffer(self.memory, start)
+        self.lent = (weakref.ref(slot), start, size)
+        return memoryview(slot).cast("B")
+
+    def take_back(self):
+        """The host writes the next frame where the last one lay. What somebody has kept of that, such as an array, stays what it is: its pages become this
+        process's own, at the same addresses."""
+        if self.lent is None:
+            return
+        (slot, start, size), self.lent = self.lent, None
+        slot = slot()
+        if slot is None:
+            return
+        self.kept += 1
+        address = ctypes.addressof(slot)
+        before = address % mmap.PAGESIZE
+        pages = os.memfd_create("modalkit-kept", os.MFD_CLOEXEC)
+        try:
+            os.pwrite(pages, memoryview(slot), before)
+            os.ftruncate(pages, -(-(before + size) // mmap.PAGESIZE) * mmap.PAGESIZE)
+            _map(address - before, before + size, pages)
+        finally:
+            os.close(pages)
+        # What they were mapped with lasts as long as they do.
+        self.memory = mmap.mmap(self.descriptor, 2 * HALF_BYTES)
 
     def _read(self):
         data = self.socket.recv(READ_BYTES)
@@ -100,3 +143,13 @@ class Channel:
             return
         header = HEADER.pack(len(table) + total, kind, 0, len(items), batch, 0)
         self.socket.sendall(b"".join([header, table, *[piece for item in items for piece in item[2]]]))
+
+
+def _map(address, size, descriptor):
+    """Puts a private copy of a file where something else is mapped."""
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    if call(address, size, access, mmap.MAP_PRIVATE | MAP_FIXED, descriptor, 0) != address:
+        raise OSError(ctypes.get_errno(), "can't keep what a pipeline has kept")

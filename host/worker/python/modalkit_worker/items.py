@@ -33,8 +33,14 @@ def invalid(faults):
     return (INVALID, 0, [json.dumps(said).encode()])
 
 
+class Abandoned(Exception):
+    """In the place of an output that nobody waits for any more."""
+
+
 def raised(error):
     """Of an exception: its type and what it says. Of what may not pass, another try of the item alone says whose it is."""
+    if isinstance(error, Abandoned):
+        return failure(UNWANTED, str(error))
     text = describe(error)
     if isinstance(error, (MemoryError, ConnectionError, TimeoutError)) or "CUDA out of memory" in text:
         return failure(TRANSIENT, text)

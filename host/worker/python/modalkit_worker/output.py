@@ -1,5 +1,6 @@
 """What the pipeline prints and logs, on its way to the host's log. It never knows what runs."""
 
+import faulthandler
 import logging
 import os
 import socket
@@ -13,6 +14,8 @@ LINE_BYTES_MAX = 16 << 10
 OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
 LEVELS = {OFF: logging.CRITICAL + 1, ERROR: logging.ERROR, WARN: logging.WARNING, INFO: logging.INFO, DEBUG: logging.DEBUG, TRACE: 1}
 HEAD = struct.Struct("<BII")
+# Sent by the guard before it ends a worker that hangs; the number is that of the host's `guard.rs`.
+STACK_SIGNAL = 62
 # Where this package lies.
 OWN = os.path.dirname(__file__)
 
@@ -78,4 +81,9 @@ def take(log):
     """Has lines that are printed leave this process when they end, so that the last one before a crash is there too; records go to the log."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="replace")
+    try:
+        faulthandler.register(STACK_SIGNAL, all_threads=True)
+    except (AttributeError, ValueError, RuntimeError):
+        # Nobody will ask here.
+        pass
     logging.getLogger().addHandler(log)

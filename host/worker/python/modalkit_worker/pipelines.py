@@ -4,16 +4,14 @@ It owns how inputs are made of JSON and outputs made into it, and never knows fr
 """
 
 import asyncio
-import dataclasses
 import importlib
 import inspect
 import json
-import math
 import sys
 import time
 import typing
 
-from . import code, items, told
+from . import code, encoding, items, streams, told
 
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
@@ -170,26 +168,27 @@ class Pipeline:
 
     def encode(self, output, as_tensors):
         """An output as an item; arrays where its input was made of them."""
-        if not as_tensors or isinstance(output, BaseException) or _status(output) == "error":
-            return encode(output)
+        if not as_tensors or isinstance(output, BaseException) or encoding.status(output) == "error":
+            return encoding.encode(output)
         return (items.PAYLOAD, len(self.signature.outputs), self.tensors.write(output, self.signature))
 
-    def run(self, inputs):
-        """Runs a batch: its outputs, and the nanoseconds of each stage."""
+    def run(self, inputs, sink):
+        """Runs a batch: its outputs, and the nanoseconds of each stage. Chunks of outputs that come bit by bit go to the sink."""
         begun = time.perf_counter_ns()
         if self.is_function:
-            return self._outputs(self._finish(self.target(inputs))), [0, time.perf_counter_ns() - begun, 0]
+            return self._outputs(self.target(inputs), sink), [0, time.perf_counter_ns() - begun, 0]
         pipeline = self.instance
         run = getattr(type(pipeline), "run_inference", None)
         if run is not None and not getattr(run, "is_of_shim", False):
-            return self._outputs(self._finish(pipeline.run_inference(inputs))), [0, time.perf_counter_ns() - begun, 0]
+            return self._outputs(pipeline.run_inference(inputs), sink), [0, time.perf_counter_ns() - begun, 0]
         prepare, finish = getattr(pipeline, "preprocess", None), getattr(pipeline, "postprocess", None)
         prepared = self._finish(prepare(inputs)) if prepare else None
         preprocessed = time.perf_counter_ns()
         raw = pipeline.predict(inputs, prepared) if prepare else pipeline.predict(inputs)
-        raw = self._finish(raw)
+        # Of what is made bit by bit, the last stage is where it is made.
+        raw = self._finish(raw) if finish else self._outputs(raw, sink)
         predicted = time.perf_counter_ns()
-        outputs = self._outputs(self._finish(finish(inputs, raw)) if finish else raw)
+        outputs = self._outputs(finish(inputs, raw), sink) if finish else raw
         return outputs, [preprocessed - begun, predicted - preprocessed, time.perf_counter_ns() - predicted]
 
     def _finish(self, result):
@@ -201,8 +200,12 @@ class Pipeline:
             asyncio.set_event_loop(self.loop)
         return self.loop.run_until_complete(result)
 
-    def _outputs(self, outputs):
-        return outputs if isinstance(outputs, list) else list(outputs)
+    def _outputs(self, result, sink):
+        """The outputs of what the last stage returned."""
+        result = self._finish(result)
+        if streams.has_steps(result):
+            return streams.follow(result, sink, self._finish)
+        return result if isinstance(result, list) else list(result)
 
 
 def rejected(error):
@@ -214,72 +217,3 @@ def rejected(error):
         return items.invalid([(list(fault["loc"]), fault["msg"], fault["type"]) for fault in said])
     kind, _, pieces = items.raised(error)
     return (kind - items.FAILED + items.REJECTED, 0, pieces)
-
-
-def _status(output):
-    return output.get("status") if isinstance(output, dict) else getattr(output, "status", None)
-
-
-def encode(output):
-    """An output as an item: a JSON object without `status`, which the host writes, or a failure."""
-    if isinstance(output, BaseException):
-        return items.raised(output)
-    status = _status(output)
-    if status == "error":
-        error = output.get("error") if isinstance(output, dict) else getattr(output, "error", None)
-        return items.failure(items.PERMANENT, str(error or "the pipeline says no more than that it failed"))
-    serializer = getattr(output, "__pydantic_serializer__", None)
-    if serializer is not None:
-        # By alias, as FastAPI answers.
-        said = serializer.to_json(output, exclude=_of_host(output), by_alias=True)
-    else:
-        if dataclasses.is_dataclass(output):
-            output = dataclasses.asdict(output)
-        if isinstance(output, dict) and "status" in output:
-            output = {name: value for name, value in output.items() if name != "status"}
-        try:
-            said = _json(output)
-        except ValueError:
-            said = _json(_finite(output))
-    if not (said == b"{}" or said.startswith(b'{"') and said.endswith(b"}")):
-        return items.failure(items.PERMANENT, f"expected a model or a dict as an output, found {type(output).__name__}")
-    return (items.PAYLOAD, 0, [said])
-
-
-def _json(output):
-    return json.dumps(output, separators=(",", ":"), default=_plain, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _finite(value):
-    """As pydantic writes it: JSON has no word for what is no number, or has no end."""
-    if isinstance(value, dict):
-        return {name: _finite(member) for name, member in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(member) for member in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    return _finite(_plain(value))
-
-
-def _of_host(output):
-    """Members of an output that the host writes itself, or that say nothing where it succeeded."""
-    if not hasattr(output, "status"):
-        return None
-    return {"status", "error"} if getattr(output, "error", "") is None else {"status"}
-
-
-def _plain(value):
-    """What `json` doesn't know: models, and the numbers and arrays of numpy and torch."""
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, (set, frozenset)):
-        return list(value)
-    if isinstance(value, bytes):
-        return value.decode()
-    raise TypeError(f"an output holds {type(value).__name__}, which is no JSON")

@@ -132,10 +132,14 @@ def serve(pipeline, channels):
                 kind, batch, inputs = channels.lane.receive()
                 if kind != frames.BATCH:
                     return CONFUSED
-                channels.lane.send(frames.DONE, batch, ends(pipeline, inputs, channels.log))
+                channels.lane.send(frames.DONE, batch, ends(pipeline, inputs, channels))
+                del inputs
+                channels.lane.take_back()
             elif descriptor == checks:
                 _, batch, inputs = channels.checks.receive()
                 channels.checks.send(frames.CHECKED, batch, [check(pipeline, item) for item in inputs])
+                del inputs
+                channels.checks.take_back()
             elif descriptor == control:
                 kind, _, _ = channels.control.receive()
                 if kind == frames.LEAVE:
@@ -163,7 +167,27 @@ def check(pipeline, item):
     return (items.MEASURE, 0, [items.ONE])
 
 
-def ends(pipeline, inputs, log):
+class Sink:
+    """Asks the host about the inputs that run."""
+
+    def __init__(self, lane, places):
+        self.lane, self.places, self.count = lane, places, len(places)
+
+    def interest(self, place):
+        return self._ask(frames.ASK_INTEREST, place, [], frames.INTEREST)
+
+    def chunk(self, place, json, waits):
+        return self._ask(frames.CHUNK, place, [(int(waits), 0, [json])], frames.CHUNK_RESULT)
+
+    def _ask(self, kind, place, said, answer):
+        self.lane.send(kind, self.places[place], said)
+        found, _, [(status, _, _)] = self.lane.receive()
+        if found != answer:
+            raise frames.Ended
+        return status
+
+
+def ends(pipeline, inputs, channels):
     """Runs a batch; the items of the frame that says what came of it."""
     places, decoded, ended = [], [], []
     for place, item in enumerate(inputs):
@@ -175,14 +199,16 @@ def ends(pipeline, inputs, log):
     times, failed = [0, 0, 0], (items.PAYLOAD, 0, [b""])
     if decoded:
         try:
-            outputs, times = pipeline.run(decoded)
+            outputs, times = pipeline.run(decoded, Sink(channels.lane, places))
             if len(outputs) != len(decoded):
                 text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs"
                 failed = items.failure(items.PERMANENT, text)
             else:
                 ended.extend((place, encode(pipeline, output, inputs[place])) for place, output in zip(places, outputs))
+        except frames.Ended:
+            raise
         except BaseException as error:  # noqa: BLE001 - the pipeline is the user's own, and may call sys.exit
-            log.error("a batch failed", error)
+            channels.log.error("a batch failed", error)
             failed = items.raised(error)
     numbers = [*times, len(decoded), *(place for place, _ in ended)]
     head = b"".join([NUMBER.pack(number) for number in numbers])

@@ -1,5 +1,6 @@
 """Tensors of the Open Inference Protocol, as arrays of numpy by their names. It is imported where a pipeline has a signature, and numpy with it."""
 
+import importlib
 import struct
 
 import numpy
@@ -62,7 +63,7 @@ def _specs(said, key):
 
 
 def read(payload, count):
-    """The arrays of an item; they own what they hold."""
+    """The arrays of an item, which may be written to and kept: where they lie in shared memory, `frames` sees to that."""
     heads, at = [], 0
     for _ in range(count):
         name_bytes, number, rank = HEAD.unpack_from(payload, at)
@@ -83,8 +84,9 @@ def read(payload, count):
             array = numpy.array(_words(data), dtype=object)
         else:
             dtype = DATATYPES[number][1] or "uint16"
-            # A copy: the memory is the host's again when the batch has ended.
-            array = numpy.frombuffer(data, dtype=dtype).copy()
+            array = numpy.frombuffer(data, dtype=dtype)
+            # Out of a frame on the socket: it is small, lies anywhere, and belongs to nobody else.
+            array = array if array.flags.writeable else array.copy()
         arrays[name] = array.reshape(shape)
     return arrays
 
@@ -99,6 +101,26 @@ def _words(data):
     return words
 
 
+def _array(value, dtype):
+    """As an array of numpy in C's order, without a copy where it is one already."""
+    if not isinstance(value, numpy.ndarray) and hasattr(value, "__dlpack__"):
+        value = _exchanged(value, dtype)
+    return numpy.asarray(value, dtype=dtype, order="C")
+
+
+def _exchanged(value, dtype):
+    """What another library holds, by DLPack; of torch also what is on a device, or of a datatype that numpy hasn't."""
+    for step in ("detach", "cpu"):
+        value = getattr(value, step, lambda value=value: value)()
+    if str(value.dtype).endswith("bfloat16") and hasattr(value, "float"):
+        value = value.view(importlib.import_module("torch").int16) if dtype == "uint16" else value.float()
+    try:
+        array = numpy.from_dlpack(value)
+    except (AttributeError, BufferError, RuntimeError, TypeError):
+        array = numpy.asarray(value)
+    return array.view("uint16") if array.dtype == numpy.int16 and dtype == "uint16" else array
+
+
 def write(output, signature):
     """The pieces of an output: what comes before the bytes of its arrays, then these, each at its multiple."""
     head, data = [], []
@@ -110,8 +132,8 @@ def write(output, signature):
             words = [word.encode() if isinstance(word, str) else bytes(word) for word in array.ravel()]
             content = b"".join(LENGTH.pack(len(word)) + word for word in words)
         else:
-            array = numpy.asarray(value, dtype=dtype or "uint16")
-            content = array.tobytes()
+            array = _array(value, dtype or "uint16")
+            content = array.reshape(-1).view("uint8")
         encoded = name.encode()
         head.append(HEAD.pack(len(encoded), number, array.ndim))
         head.append(struct.pack(f"<{array.ndim}Q", *array.shape))
@@ -122,6 +144,6 @@ def write(output, signature):
     size = len(pieces[0])
     for content in data:
         padding = frames.aligned(size) - size
-        pieces.append(bytes(padding) + content)
+        pieces += [bytes(padding), content]
         size += padding + len(content)
     return pieces

@@ -7,7 +7,7 @@ use rustix::{
     thread::{CapabilitySet, CapabilitySets, CpuSet},
 };
 
-use super::{sandbox, seccomp};
+use super::{notices::Guarded, sandbox, seccomp};
 use crate::{
     channel::{Channel, End, Outgoing, send_descriptors},
     documents::Hello,
@@ -62,7 +62,7 @@ pub(super) fn confine(
     let held = seccomp::install(sandbox.network).map_err(|error| error.to_string()).and_then(|notices| {
         let log = log.try_clone().map_err(|error| error.to_string())?;
         send_descriptors(guard, Kind::Lane, &[notices, log]).map_err(|error| error.to_string())?;
-        let document = items::document(&readable);
+        let document = items::document(&Guarded { readable, executes: hello.python.is_some() });
         let frame = Outgoing::of(Kind::Hello, items::PAYLOAD, &document);
         let mut guard =
             Channel::new(guard.try_clone().map_err(|error| error.to_string())?, None, End::Worker);

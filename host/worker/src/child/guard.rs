@@ -12,7 +12,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, WaitStatus, kill_process, wait},
 };
 
@@ -29,6 +29,10 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 const KILL_TIME_MAX: Duration = Duration::from_secs(10);
 /// The exit code where nobody knows the worker's.
 const UNKNOWN: u8 = 70;
+/// Has a worker that catches it print where its threads are: the worker of Python does, by `faulthandler`.
+pub(super) const STACK_SIGNAL: i32 = 62;
+/// How long that may take.
+const STACK_TIME: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// Returns the worker's exit code, or ends as it did.
 pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, confined: &UnixStream, worker: Pid) -> io::Result<u8> {
@@ -51,7 +55,13 @@ pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, confined: &UnixStream, wo
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => break,
         }
-        if wanted[..3].iter().any(|one| !one.revents().is_empty()) {
+        let [of_host, of_control, of_worker] = [0, 1, 2].map(|at: usize| !wanted[at].revents().is_empty());
+        if of_host || of_control || of_worker {
+            drop(wanted);
+            // The host has had enough of it, and is there to hear why that took so long.
+            if of_control && !of_host && !of_worker {
+                ask_for_stack(worker, ends);
+            }
             break;
         }
         let has_something = wanted[3..].iter().any(|one| !one.revents().is_empty());
@@ -73,12 +83,31 @@ pub(super) fn watch(host: &OwnedFd, control: &OwnedFd, confined: &UnixStream, wo
     }
 }
 
+/// A worker that left by itself is gone, one that hangs says where.
+fn ask_for_stack(worker: Pid, ends: &OwnedFd) {
+    let mut wanted = [PollFd::new(ends, PollFlags::IN)];
+    if catches(worker, STACK_SIGNAL) && poll(&mut wanted, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0)
+    {
+        // SAFETY: a plain system call. The process is this one's child and not waited for yet: no other has its number.
+        unsafe { libc::kill(worker.as_raw_pid(), STACK_SIGNAL) };
+        let _ = poll(&mut wanted, Some(&STACK_TIME));
+    }
+}
+
+/// Whether a process has a handler for a signal.
+fn catches(process: Pid, signal: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.as_raw_pid())).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|caught| u64::from_str_radix(caught.trim(), 16).ok()).unwrap_or_default();
+    caught >> (signal - 1) & 1 == 1
+}
+
 /// What the worker sends once it is confined; nothing comes where it isn't.
 fn take_notices(socket: &UnixStream) -> Option<Notices> {
     let [listener, log] = <[OwnedFd; 2]>::try_from(receive_descriptors(socket, Kind::Lane).ok()?).ok()?;
-    let readable = Channel::new(socket.try_clone().ok()?, None, End::Host).receive().ok()?;
-    let readable = readable.single("what may be read").ok()?;
-    Some(Notices::new(listener, log, items::read(&readable.payload).ok()?))
+    let guarded = Channel::new(socket.try_clone().ok()?, None, End::Host).receive().ok()?;
+    let guarded = guarded.single("what is guarded").ok()?;
+    Some(Notices::new(listener, log, items::read(&guarded.payload).ok()?))
 }
 
 /// Ends every descendant. Those whose parents end become children of this process, which is their reaper. How the worker ended comes back.

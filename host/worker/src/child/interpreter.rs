@@ -19,6 +19,8 @@ use crate::{documents::Hello, items, python::PythonDocument};
 /// Has a crash say where in the user's code it was.
 const OPTIONS: [&str; 2] = ["-X", "faulthandler"];
 
+const NO_BYTECODE: &str = "PYTHONDONTWRITEBYTECODE";
+
 /// Runs the package of workers in Python in the place of this program, which logs from this level on. What comes back is why that can't be.
 pub(super) fn become_one(
     python: &PythonDocument,
@@ -62,5 +64,9 @@ fn exec(
     let numbers = format!("{},{level}", passed.map(number).join(","));
     let mut command = Command::new(&python.interpreter);
     command.args(OPTIONS).arg(&python.package).arg(numbers).envs(&python.environment);
+    if hello.confinement.sandbox.is_some() {
+        // It may write nothing, and would be told so for each module.
+        command.env(NO_BYTECODE, "1");
+    }
     Ok(command.exec())
 }

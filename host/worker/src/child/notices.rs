@@ -13,6 +13,7 @@ use std::{
 };
 
 use modalkit_engine::LogLevel;
+use serde::{Deserialize, Serialize};
 
 use super::{sandbox, seccomp};
 use crate::lines;
@@ -24,17 +25,26 @@ const PATH_BYTES_MAX: usize = 4096;
 const TARGET: &str = "modalkit::sandbox";
 const WRITING: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u64;
 
+/// What a worker may do.
+#[derive(Deserialize, Serialize)]
+pub(super) struct Guarded {
+    /// Files and folders, without links.
+    pub(super) readable: Vec<PathBuf>,
+    /// It is yet to become an interpreter: once, before it runs any code of others.
+    pub(super) executes: bool,
+}
+
 /// What a worker may not do, as it tries it.
 pub(super) struct Notices {
     listener: OwnedFd,
     log: OwnedFd,
-    readable: Vec<PathBuf>,
+    guarded: Guarded,
     lines: u32,
 }
 
 impl Notices {
-    pub(super) fn new(listener: OwnedFd, log: OwnedFd, readable: Vec<PathBuf>) -> Self {
-        Self { listener, log, readable, lines: 0 }
+    pub(super) fn new(listener: OwnedFd, log: OwnedFd, guarded: Guarded) -> Self {
+        Self { listener, log, guarded, lines: 0 }
     }
 
     pub(super) fn listener(&self) -> &OwnedFd {
@@ -51,13 +61,15 @@ impl Notices {
         // SAFETY: the kernel writes one structure of this type, which is ours.
         self.control(libc::SECCOMP_IOCTL_NOTIF_RECV, unsafe { &mut *(&raw mut notice).cast() })?;
         let number = libc::c_long::from(notice.data.nr);
-        let mut opens = seccomp::OPENING.contains(&number);
-        if opens {
+        let mut allowed = seccomp::OPENING.contains(&number);
+        if number == libc::SYS_execve && std::mem::take(&mut self.guarded.executes) {
+            allowed = true;
+        } else if allowed {
             if let Some((path, writes)) = self.opened(&notice)
-                && !sandbox::may_open(&self.readable, &path, writes)
+                && !sandbox::may_open(&self.guarded.readable, &path, writes)
             {
                 // Reading is Landlock's to refuse; what is opened for writing is refused here as well, whatever that holds.
-                opens = !writes;
+                allowed = !writes;
                 let what = if writes { "write" } else { "read" };
                 self.tell(&format!("the sandbox does not let it {what} {}", path.display()));
             }
@@ -71,8 +83,8 @@ impl Notices {
         let response = libc::seccomp_notif_resp {
             id: notice.id,
             val: 0,
-            error: if opens { 0 } else { -libc::EPERM },
-            flags: if opens { libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 } else { 0 },
+            error: if allowed { 0 } else { -libc::EPERM },
+            flags: if allowed { libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 } else { 0 },
         };
         let mut response = response;
         // SAFETY: the kernel reads one structure of this type, which is ours.

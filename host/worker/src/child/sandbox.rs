@@ -7,7 +7,10 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
-use crate::documents::{Hello, SandboxDocument};
+use crate::{
+    documents::{Hello, SandboxDocument},
+    python::PythonDocument,
+};
 
 /// Libraries, their configuration, and what programs ask about the machine.
 const SYSTEM: [&str; 17] = [
@@ -46,6 +49,7 @@ const KNOWN: ABI = ABI::V6;
 pub(super) fn readable(hello: &Hello, sandbox: &SandboxDocument) -> Vec<PathBuf> {
     let mut readable = sandbox.readable.clone();
     readable.push(hello.file.clone());
+    readable.extend(hello.python.iter().flat_map(PythonDocument::readable));
     readable.extend(SYSTEM.iter().chain(&SINKS).map(PathBuf::from));
     readable.extend(NETWORK.iter().filter(|_| sandbox.network).map(PathBuf::from));
     let libraries = std::env::var_os(LIBRARY_PATH).unwrap_or_default();

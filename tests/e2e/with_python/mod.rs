@@ -1,5 +1,7 @@
 //! Pipelines in Python: a folder in a volume serves, its inputs are what pydantic says, and what its code does harms nobody else.
 
+mod streams;
+
 use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use modalkit_tests::{Host, Setup, built, python::write, wait_until};
@@ -175,7 +177,7 @@ fn changed_code_is_a_new_generation_and_one_that_raises_leaves_the_old_one_servi
 
 #[test]
 fn code_that_ends_its_process_or_hangs_costs_its_own_caller_alone() {
-    let killer = "import ctypes, os, sys, time\n\ndef deep(n):\n    return deep(n + 1)\n\ndef predict(batch):\n    for item in batch:\n        what = item.get('do')\n        if what == 'segfault':\n            ctypes.string_at(0)\n        elif what == 'leave':\n            print('last words')\n            os._exit(3)\n        elif what == 'exit':\n            sys.exit('no more')\n        elif what == 'hang':\n            time.sleep(60)\n        elif what == 'recursion':\n            deep(0)\n        elif what == 'print':\n            print('x' * 3_000_000)\n        elif what == 'child' and os.fork() == 0:\n            os.setsid()\n            time.sleep(600)\n    return [{'value': 2 * item['value']} for item in batch]\n";
+    let killer = "import ctypes, os, sys, threading, time\n\nlock = threading.Lock()\n\ndef deep(n):\n    return deep(n + 1)\n\ndef predict(batch):\n    for item in batch:\n        what = item.get('do')\n        if what == 'segfault':\n            ctypes.string_at(0)\n        elif what == 'leave':\n            print('last words')\n            os._exit(3)\n        elif what == 'exit':\n            sys.exit('no more')\n        elif what == 'hang':\n            time.sleep(60)\n        elif what == 'lock':\n            thread = threading.Thread(target=lock.acquire)\n            thread.start()\n            thread.join()\n            lock.acquire()\n        elif what == 'recursion':\n            deep(0)\n        elif what == 'print':\n            print('x' * 3_000_000)\n        elif what == 'child' and os.fork() == 0:\n            os.setsid()\n            time.sleep(600)\n    return [{'value': 2 * item['value']} for item in batch]\n";
     let config = "[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 30\n[app_settings.deployment_config]\nbatch_timeout_seconds = 1.0\n";
     let mut host = Setup::new().python("killer", &[("pipeline.py", killer)]).config(config).ready();
     wait_until("it serves", || ask(&host, "killer", &json!({"value": 1})).0 == 200);
@@ -184,6 +186,7 @@ fn code_that_ends_its_process_or_hangs_costs_its_own_caller_alone() {
         ("leave", "exit"),
         ("exit", "SystemExit: no more"),
         ("hang", "batch_timeout_seconds"),
+        ("lock", "batch_timeout_seconds"),
         ("recursion", "RecursionError"),
     ] {
         let items: Vec<Value> =
@@ -204,10 +207,16 @@ fn code_that_ends_its_process_or_hangs_costs_its_own_caller_alone() {
         }
     }
     let deaths = host.metric(r#"modalkit_worker_deaths_total{model="killer"}"#);
-    assert!(deaths <= 2.0 * 5.0, "{deaths} deaths for five killers");
+    assert!(deaths <= 2.0 * 6.0, "{deaths} deaths for six killers");
     let _ = host.log_line("last words");
     let _ = host
         .logged("the stack at the fault", |line| line["message"].to_string().contains("Fatal Python error"));
+    // Where it hung, and where it waits for a lock whose holder is gone, by lines of the file.
+    let line_of = |text: &str| 1 + killer.lines().position(|line| line.contains(text)).unwrap();
+    for line in [line_of("time.sleep(60)"), line_of("            lock.acquire()")] {
+        let place = format!("pipeline.py\", line {line} in predict");
+        let _ = host.logged("the stack of a hang", |line| line["message"].as_str().unwrap().contains(&place));
+    }
     for what in ["print", "child"] {
         assert_eq!(ask(&host, "killer", &json!({"value": 4, "do": what})).1["value"], 8, "{what}");
     }
@@ -240,8 +249,8 @@ fn host_folder(host: &Host) -> String {
 }
 
 /// As the library's README prints them.
-const MODEL: &str = include_str!("../python_library/model.py");
-const APP: &str = include_str!("../python_library/app.py");
+const MODEL: &str = include_str!("../../python_library/model.py");
+const APP: &str = include_str!("../../python_library/app.py");
 /// Modules by their later names.
 const NEW_NAMES: [(&str, &str); 3] = [
     ("modalkit.inference ", "modalkit.inference_pipeline "),
