@@ -14,6 +14,7 @@ pub struct Staged {
     origin: PathBuf,
     path: PathBuf,
     sha256: Arc<str>,
+    environment: Option<Arc<str>>,
     /// Removes the copy when it is dropped.
     _guard: Arc<dyn Any + Send + Sync>,
 }
@@ -22,7 +23,25 @@ impl Staged {
     /// A copy at `path` of the file `origin`, with the SHA-256 of its content in hexadecimal. The guard, dropped, removes the copy.
     #[must_use]
     pub fn new(origin: &Path, path: &Path, sha256: &str, guard: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { origin: origin.to_owned(), path: path.to_owned(), sha256: sha256.into(), _guard: guard }
+        Self {
+            origin: origin.to_owned(),
+            path: path.to_owned(),
+            sha256: sha256.into(),
+            environment: None,
+            _guard: guard,
+        }
+    }
+
+    /// To be run in this environment.
+    #[must_use]
+    pub fn with_environment(self, environment: Option<String>) -> Self {
+        Self { environment: environment.map(Arc::from), ..self }
+    }
+
+    /// What is known of the environment that the code of a folder is run in; the copy has nothing of it.
+    #[must_use]
+    pub fn environment(&self) -> Option<&str> {
+        self.environment.as_deref()
     }
 
     /// The file that was copied.

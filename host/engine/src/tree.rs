@@ -18,6 +18,11 @@ const NAMES: [&str; 6] =
 const MADE: [&str; 3] = ["__pycache__", "node_modules", "site-packages"];
 /// What marks the folder of a virtual environment.
 const VENV: &str = "pyvenv.cfg";
+/// Where a pipeline's own environment lies in its folder; the first one counts.
+const ENVIRONMENTS: [&str; 2] = [".venv", "venv"];
+const INTERPRETER: &str = "bin/python";
+/// What a package leaves in an environment: a folder with its name and version in its name.
+const INSTALLED: &str = ".dist-info";
 /// Files beyond which a folder is none of a pipeline, and folders below which no code is looked for.
 const FILES_MAX: usize = 10_000;
 const DEPTH_MAX: usize = 16;
@@ -52,6 +57,40 @@ pub fn is_code(path: &Path) -> bool {
 pub fn is_passed_over(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     name.starts_with('.') || MADE.contains(&name) || path.join(VENV).exists()
+}
+
+/// The interpreter of a folder's own environment.
+#[must_use]
+pub fn interpreter(folder: &Path) -> Option<PathBuf> {
+    ENVIRONMENTS.iter().map(|name| folder.join(name).join(INTERPRETER)).find(|path| path.is_file())
+}
+
+/// What a folder's own environment is: its interpreter, and the names and versions of what is installed. `None` where it has none.
+#[must_use]
+pub fn environment(folder: &Path) -> Option<String> {
+    let interpreter = interpreter(folder)?;
+    let root = interpreter.parent()?.parent()?;
+    let mut said = vec![fs::read_to_string(root.join(VENV)).unwrap_or_default()];
+    if let (Ok(path), Ok(metadata)) = (interpreter.canonicalize(), fs::metadata(&interpreter)) {
+        said.push(format!("{} {} {}", path.display(), metadata.len(), metadata.mtime()));
+    }
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    };
+    let mut installed: Vec<String> = import_folders(root).iter().flat_map(|folder| names(folder)).collect();
+    installed.retain(|name| name.ends_with(INSTALLED));
+    installed.sort();
+    said.extend(installed);
+    Some(said.join("\n"))
+}
+
+/// The folders below the root of an environment, or of an installation, from which its interpreter imports what was installed.
+#[must_use]
+pub fn import_folders(root: &Path) -> Vec<PathBuf> {
+    let versions = fs::read_dir(root.join("lib")).into_iter().flatten().flatten();
+    let of_python = versions.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"python3"));
+    of_python.map(|entry| entry.path().join("site-packages")).filter(|path| path.is_dir()).collect()
 }
 
 fn collect(

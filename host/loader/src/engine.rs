@@ -155,6 +155,10 @@ impl Engine for Libraries {
         self.store.put(name, files)
     }
 
+    fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
+        self.store.trust(program, folders)
+    }
+
     fn open(
         &self,
         staged: &Staged,

@@ -125,6 +125,16 @@ impl Store {
         }
     }
 
+    /// Asks of what is used where it lies whose it is.
+    ///
+    /// # Errors
+    /// As [`Store::stage`].
+    pub(crate) fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
+        let unreadable = |source| LoadError::Io { doing: "read", path: program.to_owned(), source };
+        self.trust.check_file(program, &File::open(program).map_err(unreadable)?)?;
+        folders.iter().try_for_each(|folder| self.trust.check_tree(folder))
+    }
+
     /// Copies the code below a folder, each file of which is asked whose it is.
     fn stage_tree(&self, origin: &Path) -> Result<Staged, LoadError> {
         let unreadable = |path: &Path, source| LoadError::Io { doing: "read", path: path.to_owned(), source };
@@ -143,7 +153,7 @@ impl Store {
             }
             files.push((inside, content));
         }
-        self.put(origin, &files)
+        Ok(self.put(origin, &files)?.with_environment(tree::environment(origin)))
     }
 
     /// Puts files into a folder of their own, which is named by all that they say.

@@ -2,6 +2,7 @@
 //! is asked here, of the very file that is copied and of all folders above it.
 
 use std::{
+    collections::HashSet,
     ffi::OsString,
     fs::{File, Metadata},
     io,
@@ -57,6 +58,46 @@ impl Trust {
             self.check_lookup(lookup).map_err(unreadable)??;
         }
         Ok(())
+    }
+
+    /// Asks everything below a folder, through links as well, and the folders in which something is looked up on the way to it.
+    pub(crate) fn check_tree(self, root: &Path) -> Result<(), LoadError> {
+        let unreadable =
+            |path: &Path, source| LoadError::Io { doing: "look at", path: path.to_owned(), source };
+        let (mut folders, mut entered) = (vec![self.check_way(root)?], HashSet::new());
+        while let Some(folder) = folders.pop() {
+            let metadata = folder.metadata().map_err(|error| unreadable(&folder, error))?;
+            if !entered.insert((metadata.dev(), metadata.ino())) {
+                continue;
+            }
+            self.check(FOLDER, &folder, &metadata)?;
+            for entry in folder.read_dir().map_err(|error| unreadable(&folder, error))? {
+                let entry = entry.map_err(|error| unreadable(&folder, error))?;
+                let (path, kind) = (entry.path(), entry.file_type());
+                let kind = kind.map_err(|error| unreadable(&path, error))?;
+                if kind.is_dir() {
+                    folders.push(path);
+                } else if !kind.is_symlink() {
+                    let metadata = entry.metadata().map_err(|error| unreadable(&path, error))?;
+                    self.check(FILE, &path, &metadata)?;
+                } else if path.is_dir() {
+                    folders.push(self.check_way(&path)?);
+                } else if let Ok(open) = File::open(&path) {
+                    self.check_file(&path, &open)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the folders in which something is looked up on the way to this one; its path without links.
+    fn check_way(self, folder: &Path) -> Result<PathBuf, LoadError> {
+        let unreadable = |source| LoadError::Io { doing: "look at", path: folder.to_owned(), source };
+        let (lookups, real) = lookups(folder).map_err(unreadable)?;
+        for lookup in lookups.iter().rev() {
+            self.check_lookup(lookup).map_err(unreadable)??;
+        }
+        Ok(real)
     }
 
     /// A folder on the way. Others may write to it, as to `/tmp`, where they can't put anything else in the place of what leads to
@@ -184,6 +225,37 @@ mod tests {
         // The sticky bit keeps files from being replaced, and not from being added: a plugin's own folder has no use for others.
         set_mode(folder.path(), 0o1777);
         assert!(text().contains("may be written by everybody (mode 1777)"), "{}", text());
+    }
+
+    #[test]
+    fn of_a_folder_whose_modules_are_imported_where_they_lie_everything_is_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, elsewhere) = (folder.path().join("packages"), folder.path().join("elsewhere"));
+        for path in [root.join("one"), root.join("two"), elsewhere.clone()] {
+            fs::create_dir_all(&path).unwrap();
+            put(&path.join("module.py"), b"x", 0o644);
+            set_mode(&path, 0o755);
+        }
+        symlink(&elsewhere, root.join("linked")).unwrap();
+        symlink("..", root.join("one/circle")).unwrap();
+        symlink("nothing", root.join("two/broken")).unwrap();
+        let ask = || STRICT.check_tree(&root).map_err(|error| error.to_string());
+        assert_eq!(ask(), Ok(()));
+        for (path, mode) in [
+            (root.join("one"), 0o775),
+            (root.join("two/module.py"), 0o666),
+            (elsewhere.join("module.py"), 0o664),
+            (elsewhere.clone(), 0o777),
+        ] {
+            let before = fs::metadata(&path).unwrap().permissions();
+            set_mode(&path, mode);
+            let error = ask().unwrap_err();
+            assert!(
+                error.contains(&path.display().to_string()) && error.contains("may be written"),
+                "{error}"
+            );
+            fs::set_permissions(&path, before).unwrap();
+        }
     }
 
     /// A file three folders down, and the folders above it.

@@ -53,7 +53,10 @@ impl Workers {
         };
         *package = Some(there.clone());
         drop(package);
-        Interpreter::find(staged.origin(), &confinement.python, there)
+        let interpreter = Interpreter::find(staged.origin(), &confinement.python, there)?;
+        let (program, folders) = interpreter.used_in_place();
+        self.in_process.trust(program, &folders)?;
+        Ok(interpreter)
     }
 
     fn find(&self, matches: impl Fn(&WorkerPlugin) -> bool) -> Option<Arc<WorkerPlugin>> {
@@ -80,6 +83,10 @@ impl Engine for Workers {
         self.in_process.put(name, files)
     }
 
+    fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
+        self.in_process.trust(program, folders)
+    }
+
     fn open(
         &self,
         staged: &Staged,
@@ -93,8 +100,7 @@ impl Engine for Workers {
         let confinement = &isolation.confinement;
         // The same code in two folders is two plugins: each has its own environment, and data beside it.
         let interpreter = is_python.then(|| self.interpreter(staged, confinement)).transpose()?;
-        if let Some(known) = self.find(|plugin| plugin.is(staged.sha256(), confinement, interpreter.as_ref()))
-        {
+        if let Some(known) = self.find(|plugin| plugin.is(staged, confinement, interpreter.as_ref())) {
             return Ok(known);
         }
         let begun = Instant::now();

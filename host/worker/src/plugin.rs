@@ -94,11 +94,12 @@ impl WorkerPlugin {
     /// Whether a plugin that is asked for is this one.
     pub(crate) fn is(
         &self,
-        sha256: &str,
+        staged: &Staged,
         confinement: &Confinement,
         interpreter: Option<&Interpreter>,
     ) -> bool {
-        self.description.sha256() == sha256
+        let own = &self.description.staged;
+        (own.sha256(), own.environment()) == (staged.sha256(), staged.environment())
             && self.maker.confinement == *confinement
             && self.maker.interpreter.as_ref().map(Interpreter::place) == interpreter.map(Interpreter::place)
     }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use modalkit_engine::{Engine, LoadError, Python, Staged};
+use modalkit_engine::{Engine, LoadError, Python, Staged, tree};
 use serde::{Deserialize, Serialize};
 
 macro_rules! package {
@@ -47,8 +47,7 @@ const PACKAGE: &[(&str, &str)] = package!(
 const PACKAGE_NAME: &str = "modalkit-worker-of-python";
 /// What stands for code that people put beside their own, where they import what the Python library has.
 const SHIM: &str = "shim";
-/// Interpreters of a folder's own environment, and the system's.
-const OF_FOLDER: [&str; 2] = [".venv/bin/python", "venv/bin/python"];
+/// The interpreter where a folder has no environment of its own.
 const OF_SYSTEM: &str = "python3";
 /// Threads of libraries that compute, by the variables that they read before they are loaded.
 const THREADS: [&str; 4] =
@@ -125,18 +124,24 @@ impl Interpreter {
                 path
             }
             None => {
-                let own = OF_FOLDER.iter().map(|inside| folder.join(inside)).find(|path| path.is_file());
-                own.or_else(|| in_path(OF_SYSTEM)).ok_or_else(|| {
+                tree::interpreter(folder).or_else(|| in_path(OF_SYSTEM)).ok_or_else(|| {
                     LoadError::Refused(format!(
-                        "expected an interpreter, and there is neither {} in {} nor {OF_SYSTEM} in PATH: make an environment with `python3 -m venv {}/.venv` or `uv venv`",
-                        OF_FOLDER[0],
-                        folder.display(),
-                        folder.display()
+                        "expected an interpreter, and there is neither .venv/bin/python in {folder} nor {OF_SYSTEM} in PATH: make an environment with `python3 -m venv {folder}/.venv` or `uv venv`",
+                        folder = folder.display(),
                     ))
                 })?
             }
         };
         Ok(Self { path, folder: folder.to_owned(), package, python: python.clone() })
+    }
+
+    /// What of it is no copy: the program, and the folders that it imports from.
+    pub(crate) fn used_in_place(&self) -> (&Path, Vec<PathBuf>) {
+        let installed = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        let roots = [&self.path, &installed].into_iter().filter_map(|path| path.parent()?.parent());
+        let mut folders: Vec<PathBuf> = roots.flat_map(tree::import_folders).collect();
+        folders.dedup();
+        (&self.path, folders)
     }
 
     /// What tells it from others: which interpreter it is, and in which folder.

@@ -1,5 +1,6 @@
 //! Pipelines in Python: a folder in a volume serves, its inputs are what pydantic says, and what its code does harms nobody else.
 
+mod confined;
 mod streams;
 
 use std::{fs, path::Path, process::Command, thread, time::Duration};

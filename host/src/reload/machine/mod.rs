@@ -131,6 +131,8 @@ pub(super) struct Machine {
     history: History,
     source: Option<Source>,
     refused: Option<Refused>,
+    /// In which the plugin's folder was seen last, where it is one of Python.
+    environment: Option<String>,
     /// The content that somebody went back from.
     gone_back_from: Option<String>,
     /// What the watch told of while a file was built whose content wasn't known yet.
@@ -181,6 +183,7 @@ impl Machine {
             history: History::default(),
             source: None,
             refused: None,
+            environment: None,
             gone_back_from: None,
             later: None,
             passed_over: None,
@@ -378,6 +381,13 @@ impl Machine {
 
     fn generation_number(&self) -> Option<u64> {
         self.generation().map(|generation| generation.number)
+    }
+
+    /// Whether this is what serves, in the environment that it was loaded in.
+    fn serves(&self, staged: &Staged) -> bool {
+        let content = |staged: &Staged| (staged.sha256().to_owned(), staged.environment().map(str::to_owned));
+        let serving = self.generation().map(|generation| content(&generation.plugin.description().staged));
+        serving == Some(content(staged))
     }
 
     fn serving_sha256(&self) -> Option<&str> {

@@ -38,7 +38,12 @@ impl Machine {
             }
         };
         let sha256 = Some(staged.sha256());
-        let serves = self.serving_sha256() == sha256 && self.serves_as_configured();
+        let is_known = self.environment.as_deref() == staged.environment();
+        if !is_known {
+            // The same code may do well in another one.
+            (self.environment, self.refused) = (staged.environment().map(str::to_owned), None);
+        }
+        let serves = self.serves(&staged) && self.serves_as_configured();
         let refused = self.refused.as_ref().filter(|refused| Some(refused.sha256.as_str()) == sha256);
         let refused = refused.map(|refused| refused.reason.clone());
         let gives_way = match &state {
@@ -48,7 +53,7 @@ impl Machine {
                 return state;
             }
             State::Building(candidate) | State::Loading(candidate, _) | State::Golden(candidate, _) => {
-                if candidate.sha256.as_deref() == sha256 {
+                if candidate.sha256.as_deref() == sha256 && is_known {
                     return state;
                 }
                 // What came from the volume is no longer in it. What somebody asked for gives way to new content only.

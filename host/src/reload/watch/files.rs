@@ -69,6 +69,7 @@ impl Stamp {
             whole.bytes += stamp.bytes;
             whole.changed = whole.changed.max(stamp.changed);
         }
+        hasher.update(tree::environment(path).unwrap_or_default());
         // What was added to a folder that holds no code changes nothing.
         (whole.modified, whole.inode) = (None, u64::from_le_bytes(first_eight(&hasher.finalize())));
         whole.bytes -= metadata.len();
