@@ -220,7 +220,7 @@ fn tritonclient_shows_what_is_wrong() {
 }
 
 /// A request over a connection that stays: status, headers, body.
-fn exchange(stream: &mut TcpStream, head: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
+pub(crate) fn exchange(stream: &mut TcpStream, head: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
     stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
     let mut answer = Vec::new();
     let mut part = vec![0; 1 << 16];
@@ -239,7 +239,7 @@ fn exchange(stream: &mut TcpStream, head: &str, body: &[u8]) -> (u16, String, Ve
     }
 }
 
-fn head(model: &str, json_bytes: Option<&str>, length: usize) -> String {
+pub(crate) fn head(model: &str, json_bytes: Option<&str>, length: usize) -> String {
     let json_bytes =
         json_bytes.map_or_else(String::new, |bytes| format!("inference-header-content-length: {bytes}\r\n"));
     format!(

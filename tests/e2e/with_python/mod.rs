@@ -2,6 +2,7 @@
 
 mod confined;
 mod streams;
+mod tensors;
 
 use std::{fs, path::Path, process::Command, thread, time::Duration};
 
@@ -416,64 +417,6 @@ fn each_inputs_verdict_is_pydantics_own() {
         assert_eq!(json!(told), verdict["faults"], "{input}");
     }
     assert!(invalid > cases / 10 && invalid < cases, "{invalid} of {cases} are invalid");
-}
-
-const DIGITS: &str = r#"
-import numpy
-
-class Sums:
-    signature = {
-        "inputs": {"values": ("FP32", [3]), "word": ("BYTES", [])},
-        "outputs": {"sum": ("float64", []), "twice": ("FP32", [None]), "said": ("BYTES", [])},
-    }
-
-    def __init__(self):
-        self.kept = []
-
-    def predict(self, batch):
-        answers = []
-        for item in batch:
-            values = numpy.asarray(item["values"], dtype="float32")
-            self.kept.append((values, values.copy()))
-            word = item["word"]
-            word = word.item().decode() if hasattr(word, "item") else word
-            answers.append({"sum": values.sum(), "twice": values * 2, "said": word + "!"})
-        assert all((kept == copy).all() for kept, copy in self.kept)
-        return answers
-"#;
-
-#[test]
-fn tensors_are_arrays_by_their_names_on_the_way_in_and_out() {
-    let host = Setup::new()
-        .python("sums", &[("pipeline.py", DIGITS)])
-        .config("[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 5\n")
-        .ready();
-    wait_until("it serves", || ask(&host, "sums", &json!({"values": [1, 2, 3], "word": "a"})).0 == 200);
-    let answer = ask(&host, "sums", &json!({"values": [1, 2, 3.5], "word": "a"})).1;
-    assert_eq!(answer, json!({"status": "success", "sum": 6.5, "twice": [2.0, 4.0, 7.0], "said": "a!"}));
-    let request = json!({"inputs": [
-        {"name": "values", "datatype": "FP32", "shape": [2, 3], "data": [1, 2, 3, 4, 5, 6.5]},
-        {"name": "word", "datatype": "BYTES", "shape": [2], "data": ["x", "y"]},
-    ]});
-    for _ in 0..100 {
-        let (status, answer) = host.post("/v2/models/sums/infer", &request);
-        assert_eq!(status, 200, "{answer}");
-        let output = |name: &str| {
-            answer["outputs"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .find(|output| output["name"] == name)
-                .unwrap()
-                .clone()
-        };
-        assert_eq!((&output("sum")["data"], &output("sum")["shape"]), (&json!([6.0, 15.5]), &json!([2])));
-        assert_eq!(output("twice")["data"], json!([2.0, 4.0, 6.0, 8.0, 10.0, 13.0]));
-        assert_eq!(output("said")["data"], json!(["x!", "y!"]));
-    }
-    let wrong = json!({"inputs": [{"name": "values", "datatype": "INT32", "shape": [1, 3], "data": [1, 2, 3]}, {"name": "word", "datatype": "BYTES", "shape": [1], "data": ["x"]}]});
-    let (status, answer) = host.post("/v2/models/sums/infer", &wrong);
-    assert!(status == 400 && answer["error"].to_string().contains("FP32"), "{status} {answer}");
 }
 
 #[test]
