@@ -1,6 +1,7 @@
 //! Pipelines in Python: a folder in a volume serves, its inputs are what pydantic says, and what its code does harms nobody else.
 
 mod confined;
+mod examples;
 mod streams;
 mod tensors;
 
