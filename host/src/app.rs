@@ -37,7 +37,7 @@ use crate::{
     jobs::{self, Jobs},
     models::Models,
     mounts,
-    queues::Queues,
+    queues::{self, Queues},
     reconfigure,
     reload::Reload,
     work::Gate,
@@ -108,7 +108,10 @@ pub async fn run(
     let all_models = Arc::clone(&models);
     let gate = Gate::new(config.requests_max);
     let engine = engine(&server, Some(PluginLog { level: log::plugin_level, sink: log::plugin_line }))?;
-    let context = modalkit_queue::BackendContext { open_plugin: queue_opener(Arc::clone(&engine)) };
+    let context = modalkit_queue::BackendContext {
+        open_plugin: queue_opener(Arc::clone(&engine)),
+        open_model: queues::opener(Arc::clone(&models)),
+    };
     if set_journal_aside {
         jobs::set_aside_if_damaged(&server.state_folder)?;
     }

@@ -11,8 +11,10 @@ use tokio::time::timeout;
 use crate::config::QueueSpec;
 
 mod allowed;
+mod of_model;
 
 pub use allowed::Allowed;
+pub use of_model::opener;
 
 /// The longest that a broker may take for one call.
 const CALL_TIME_MAX: Duration = Duration::from_secs(30);

@@ -62,7 +62,8 @@ fn of(spec: &Spec) -> Arc<dyn Backend> {
     let open_plugin = Arc::new(move |file: &Path, pin: Option<&str>| {
         engine.open_queue(file, pin).map_err(|error| error.chain())
     });
-    open(spec, &BackendContext { open_plugin }).unwrap()
+    let open_model = Arc::new(|_: &_| unreachable!("no test here asks for a model's own queue"));
+    open(spec, &BackendContext { open_plugin, open_model }).unwrap()
 }
 
 fn memory() -> Rig {

@@ -4,7 +4,7 @@ use std::{any::Any, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use crate::{Failure, FailureKind, Rejection, Signature, Tensor};
+use crate::{Failure, FailureKind, Outgoing, Rejection, Signature, Tensor};
 
 /// What goes into a pipeline and comes out of it: outputs are of the inputs' form. A clone shares the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +129,14 @@ pub trait Instance: Any + Send + Sync {
     /// # Errors
     /// [`Foreign`] where one of them is another plugin's; all are dropped then.
     fn begin(&self, inputs: Vec<Decoded>) -> Result<Box<dyn Batch + '_>, Foreign>;
+
+    /// Sends messages to a queue by the pipeline's own code, where it has any for that. One result each, in order: what isn't said to be sent may have been
+    /// sent all the same.
+    fn send(&self, _queue: &str, messages: &[Outgoing<'_>]) -> Vec<Result<(), Failure>> {
+        let message = "the model's pipeline has no queue backend of its own";
+        let none = || Err(Failure { kind: FailureKind::Transient, message: message.to_owned() });
+        messages.iter().map(|_| none()).collect()
+    }
 
     /// The process that it runs in, where that is one of its own.
     fn process(&self) -> Option<&dyn Process> {

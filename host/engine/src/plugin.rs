@@ -160,6 +160,8 @@ pub struct Load<'a> {
     pub all_model_data_folder: &'a str,
     /// What all models have in common: a JSON object.
     pub common_settings: &'a str,
+    /// The application's name and settings, for pipelines that are made to ask for them: a JSON object.
+    pub application: &'a str,
     /// The model's own keys: a JSON object.
     pub settings: &'a str,
     /// Secrets by name.

@@ -137,6 +137,8 @@ pub enum Spec {
     TaskIq(TaskIqSpec),
     /// A plugin.
     Plugin(PluginSpec),
+    /// What a model's own code has for it.
+    Model(ModelSpec),
 }
 
 /// `memory`.
@@ -260,6 +262,18 @@ impl std::fmt::Debug for PluginSpec {
     }
 }
 
+/// `model`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSpec {
+    /// The model's name.
+    pub model: String,
+    /// Messages in one call.
+    pub batch_max: usize,
+}
+
+/// Makes the adapter of a model's own code, which only its host can reach.
+pub type OpenModel = Arc<dyn Fn(&ModelSpec) -> Arc<dyn Backend> + Send + Sync>;
+
 /// A broker can't be used as it is configured.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -270,6 +284,8 @@ pub struct BackendContext {
     /// Opens a plugin's file; blocking.
     #[cfg(feature = "plugin")]
     pub open_plugin: OpenPlugin,
+    /// Reaches a model's own code.
+    pub open_model: OpenModel,
 }
 
 /// Makes the adapter. It connects when it is first used.
@@ -290,6 +306,7 @@ pub fn open(spec: &Spec, context: &BackendContext) -> Result<Arc<dyn Backend>, S
         Spec::TaskIq(spec) => Ok(Arc::new(taskiq::TaskIq::open(spec)?)),
         #[cfg(feature = "plugin")]
         Spec::Plugin(spec) => Ok(Arc::new(plugin::PluginQueue::open(spec, &context.open_plugin))),
+        Spec::Model(spec) => Ok((context.open_model)(spec)),
         #[allow(unreachable_patterns, reason = "where a feature is off")]
         _ => {
             Err(SpecError("this build has no adapter for it (a cargo feature of modalkit-queue)".to_owned()))

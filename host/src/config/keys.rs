@@ -435,6 +435,8 @@ layer! {
         messages_max: Large = Count(10_000);
         /// Bytes of all queues in memory.
         bytes_max: Large = Count(64 << 20);
+        /// The model whose own code sends, for the kind model.
+        model: String, or "the backend's name";
         /// The plugin: `NAME.so` or `libNAME.so` in a volume.
         plugin: String, or "the backend's name";
         /// The only content of the plugin that is taken, as `sha256sum` prints it.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use modalkit_queue::{
-    AwsCredentials, MemorySpec, PluginSpec, RedisShape, RedisSpec, Spec, SqsSpec, TaskIqSpec,
+    AwsCredentials, MemorySpec, ModelSpec, PluginSpec, RedisShape, RedisSpec, Spec, SqsSpec, TaskIqSpec,
 };
 
 use super::{
@@ -24,6 +24,8 @@ const REDIS_BYTES_MAX: usize = 512 << 20;
 const SQS_BYTES_MAX: usize = 1 << 20;
 /// Messages in one call of a plugin.
 const PLUGIN_BATCH_MAX: usize = 256;
+/// The same of a model's own code, which runs no batch meanwhile.
+const MODEL_BATCH_MAX: usize = 32;
 /// Where the Python library delivers to.
 const PYTHON_DEFAULT: &str = "sqs";
 
@@ -51,7 +53,8 @@ pub(super) fn resolve(
         }
     }
     let usual = config.backend();
-    let known_kind = QueueKind::of(&usual).filter(|kind| *kind != QueueKind::Plugin);
+    let known_kind =
+        QueueKind::of(&usual).filter(|kind| !matches!(kind, QueueKind::Plugin | QueueKind::Model));
     if !entries.entries.contains_key(&usual) {
         let at = config.backend.at();
         match known_kind {
@@ -153,6 +156,10 @@ impl Resolver<'_> {
                 tasks: named(backend.tasks.value()),
             }),
             QueueKind::Sqs => Spec::Sqs(self.sqs(backend, key)?),
+            QueueKind::Model => Spec::Model(ModelSpec {
+                model: backend.model.value().cloned().unwrap_or_else(|| name.to_owned()),
+                batch_max: MODEL_BATCH_MAX,
+            }),
             QueueKind::Plugin => {
                 let folder = PathBuf::from(self.written.server().secrets_folder());
                 let names = backend.secrets();

@@ -96,7 +96,7 @@ pub(super) fn resolve(
     auth::check_exposure(written, &auth, faults);
     check_allowed_hosts(&written.server(), faults);
     Config {
-        app_name: format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1)),
+        app_name: app_name(&app, environment),
         server: server(
             &written.server(),
             auth::tls(written, faults),
@@ -141,6 +141,7 @@ impl Resolver<'_> {
             replicas: self.replicas(&deployment, batch_policy.max_batch_size as u64, key),
             all_model_data_folder: self.folder.clone(),
             common_settings: self.common.clone(),
+            application: self.application(&batch, &deployment),
             settings: Settings::new(entry.settings.0.clone(), key),
             secrets: self.secrets(&deployment, key),
             plugin_sha256: entry.plugin_sha256.value().map(|digest| digest.0.clone()),
@@ -155,6 +156,21 @@ impl Resolver<'_> {
                 after_bytes: deployment.recycle_after_mb.value().map(|memory| memory.0 << 20),
             },
         }
+    }
+
+    /// The application's settings in the names of configuration files, with what counts for this model, and without who may call.
+    fn application(&self, batch: &BatchConfig, deployment: &DeploymentConfig) -> String {
+        let mut settings = serde_json::json!({
+            "app_prefix": self.app.app_prefix(),
+            "batch_config": batch.json(true),
+            "deployment_config": deployment.json(true),
+            "queue_config": {"backend": self.app.queue_config().backend()},
+        });
+        if let Some(build) = self.app.build_config.value() {
+            settings["build_config"] = build.json(true);
+        }
+        serde_json::json!({"app_name": app_name(self.app, self.environment), "app_settings": settings})
+            .to_string()
     }
 
     fn isolation(
@@ -351,6 +367,10 @@ fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
         why: "it has no effect on a compiled plugin without isolation = \"process\"".to_owned(),
     };
     written.into_iter().map(warning).collect()
+}
+
+fn app_name(app: &AppSettings, environment: &Environment) -> String {
+    format!("{}{}", app.app_prefix(), environment.get(POSTFIX.0).unwrap_or(POSTFIX.1))
 }
 
 /// The deployment's key for a model's, or for all.

@@ -398,6 +398,8 @@ pub struct ModelSpec {
     pub all_model_data_folder: PathBuf,
     /// `model_settings.common` as JSON.
     pub common_settings: String,
+    /// The application's name and settings as JSON, for pipelines that ask.
+    pub application: String,
     /// The pipeline's own keys.
     pub settings: Settings,
     /// Its secrets.

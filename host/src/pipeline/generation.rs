@@ -270,6 +270,7 @@ impl Generation {
             model_name: &spec.name,
             all_model_data_folder: &folder,
             common_settings: &spec.common_settings,
+            application: &spec.application,
             settings: &spec.settings.json(),
             secrets: spec.secrets.values(),
             devices: &devices,
@@ -277,6 +278,12 @@ impl Generation {
             batches_in_flight: self.batches_in_flight(),
             limit: spec.replicas.load_timeout,
         })
+    }
+
+    /// The instance that validates now, if any.
+    #[must_use]
+    pub fn validating(&self) -> Option<SharedInstance> {
+        self.validating.load_full()
     }
 
     /// Names the instance that validates from now on.

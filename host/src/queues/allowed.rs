@@ -121,8 +121,10 @@ mod tests {
             allowed: allowed.map(owned),
             ..QueueSpec::default()
         };
-        let no_plugins =
-            BackendContext { open_plugin: std::sync::Arc::new(|_, _| unreachable!("none is asked for")) };
+        let no_plugins = BackendContext {
+            open_plugin: std::sync::Arc::new(|_, _| unreachable!("none is asked for")),
+            open_model: std::sync::Arc::new(|_| unreachable!("none is asked for")),
+        };
         Queues::open(&spec, &no_plugins).unwrap()
     }
 

@@ -32,6 +32,7 @@ pub(crate) struct Hello {
     pub(crate) all_model_data_folder: String,
     /// JSON objects.
     pub(crate) common_settings: String,
+    pub(crate) application: String,
     pub(crate) settings: String,
     pub(crate) secrets: BTreeMap<String, String>,
     /// In the order in which this process sees them.

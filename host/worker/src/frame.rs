@@ -62,6 +62,10 @@ kinds! {
     Reloaded = 14;
     /// To it: what it runs is its last.
     Leave = 15;
+    /// To it: a queue's name and messages for it, which its own code is to send.
+    Send = 16;
+    /// From it: a failure for each message, or nothing where it was sent.
+    Sent = 17;
 }
 
 /// Why a frame is none.

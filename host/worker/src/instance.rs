@@ -12,8 +12,8 @@ use std::{
 };
 
 use modalkit_engine::{
-    Batch, Death, Decoded, EndedBy, EventSink, Failure, FailureKind, Foreign, Input, Instance, Kept,
-    LogLevel, Measure, Measured, Payload, PluginLog, Process, Rejection, Signature,
+    self as engine, Batch, Death, Decoded, EndedBy, EventSink, Failure, FailureKind, Foreign, Input,
+    Instance, Kept, LogLevel, Measure, Measured, Payload, PluginLog, Process, Rejection, Signature,
 };
 use parking_lot::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 
@@ -135,9 +135,20 @@ impl Connections {
         let encoded: Vec<Encoded<'_>> = payloads.into_iter().map(Encoded::payload).collect();
         let mut frame = Outgoing::new(Kind::Check, 0, encoded.len());
         encoded.iter().for_each(|item| item.push_to(&mut frame));
+        let checked = self.ask_beside_batches(&frame, Kind::Checked, inputs.len())?;
+        let measured = checked.items.into_iter().map(items::measured).collect::<Result<_, _>>();
+        measured.map_err(|garbage| Unchecked { was_sent: true, broken: garbage.into() })
+    }
+
+    /// Asks something that isn't a batch, and has so many answers.
+    fn ask_beside_batches(
+        &self,
+        frame: &Outgoing<'_>,
+        kind: Kind,
+        answers: usize,
+    ) -> Result<Incoming, Unchecked> {
         let mut checks = self.checks.lock();
-        let sent =
-            checks.limit(Some(CHECK_TIME_MAX)).map_err(Broken::from).and_then(|()| checks.send(&frame));
+        let sent = checks.limit(Some(CHECK_TIME_MAX)).map_err(Broken::from).and_then(|()| checks.send(frame));
         sent.map_err(|broken| Unchecked { was_sent: false, broken })?;
         let mut ended = self.batches_ended.load(Ordering::SeqCst);
         let received = loop {
@@ -150,11 +161,11 @@ impl Connections {
                 received => break received,
             }
         };
-        let received = received.and_then(|checked| {
-            if checked.kind != Kind::Checked || checked.items.len() != inputs.len() {
+        let received = received.and_then(|received| {
+            if received.kind != kind || received.items.len() != answers {
                 return Err(Garbage::Item("is not there").into());
             }
-            Ok(checked.items.into_iter().map(items::measured).collect::<Result<_, _>>()?)
+            Ok(received)
         });
         received.map_err(|broken| Unchecked { was_sent: !matches!(broken, Broken::Reset), broken })
     }
@@ -262,6 +273,21 @@ impl Instance for WorkerInstance {
             was_sent: false,
             has_ended: false,
         }))
+    }
+
+    fn send(&self, queue: &str, messages: &[engine::Outgoing<'_>]) -> Vec<Result<(), Failure>> {
+        let mut frame = Outgoing::new(Kind::Send, 0, 1 + messages.len());
+        frame.push(items::PAYLOAD, queue.as_bytes());
+        messages.iter().for_each(|message| frame.push(items::PAYLOAD, message.body));
+        let all = |failure: Failure| messages.iter().map(|_| Err(failure.clone())).collect();
+        if !self.worker.is_serial {
+            let message = "queue backends of a pipeline's own are code of Python".into();
+            return all(Failure { kind: FailureKind::Transient, message });
+        }
+        match self.worker.ask_beside_batches(&frame, Kind::Sent, messages.len()) {
+            Ok(sent) => sent.items.iter().map(|item| items::failure(item).map_or(Ok(()), Err)).collect(),
+            Err(Unchecked { broken, .. }) => all(self.worker.broken(&broken)),
+        }
     }
 
     fn process(&self) -> Option<&dyn Process> {

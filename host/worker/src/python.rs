@@ -30,6 +30,7 @@ const PACKAGE: &[(&str, &str)] = package!(
     "shim/modal/__init__.py"
     "shim/modal/experimental.py"
     "shim/modalkit/__init__.py"
+    "shim/modalkit/auth.py"
     "shim/modalkit/exceptions.py"
     "shim/modalkit/fast_api.py"
     "shim/modalkit/inference.py"
@@ -42,6 +43,7 @@ const PACKAGE: &[(&str, &str)] = package!(
     "shim/modalkit/modalutils.py"
     "shim/modalkit/settings.py"
     "shim/modalkit/task_queue.py"
+    "shim/modalkit/utils.py"
 );
 /// Where it is put is named after this.
 const PACKAGE_NAME: &str = "modalkit-worker-of-python";

@@ -2,6 +2,7 @@
 
 mod confined;
 mod examples;
+mod library;
 mod streams;
 mod tensors;
 

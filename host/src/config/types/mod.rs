@@ -251,7 +251,7 @@ choice! {
 }
 choice! {
     /// Kinds of queues.
-    QueueKind { Memory = "memory", Redis = "redis", Sqs = "sqs", TaskIq = "taskiq", Plugin = "plugin" }
+    QueueKind { Memory = "memory", Redis = "redis", Sqs = "sqs", TaskIq = "taskiq", Plugin = "plugin", Model = "model" }
 }
 choice! {
     /// What a new generation does where no device is free.

@@ -82,6 +82,11 @@ def use(folder, copy, shim):
     os.chdir(folder)
 
 
+def is_users(module):
+    """Whether a module that was imported is the user's own."""
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), Source)
+
+
 def has(module):
     """Whether the user's folder has a module of this name: a folder of data, or something installed, is none."""
     place = os.path.join(copy_of_folder, module)

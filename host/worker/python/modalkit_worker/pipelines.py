@@ -22,6 +22,10 @@ class Refused(Exception):
     """There is no pipeline that can be served, for this reason."""
 
 
+class NotTaken(Exception):
+    """A message that no backend took."""
+
+
 class Rejected(Exception):
     """An input that isn't the pipeline's; `item` says why."""
 
@@ -65,6 +69,21 @@ def only(module):
     raise Refused(f'{expected}, found {names}; name one: pipeline = "{module.__name__}:{found[0].__name__}"')
 
 
+def queue_backend():
+    """What the user's code was given to send results by: the `queue_backend` of a service, of its class, or of a module."""
+    modules = [module for module in list(sys.modules.values()) if code.is_users(module)]
+    values = [value for module in modules for value in vars(module).values()]
+    # A class it must be: the stub of `modal` has whatever it is asked for.
+    services = [value for value in values if inspect.isclass(getattr(value, "inference_implementation", None))]
+    for holder in [*services, *modules]:
+        backend = getattr(holder, "queue_backend", None)
+        if hasattr(backend, "send_message"):
+            return backend() if inspect.isclass(backend) else backend
+    raise NotTaken(
+        "the pipeline's code has no queue backend: expected `queue_backend` with an (asynchronous) method `send_message(queue_name, message)` in a ModalService, or in one of its modules"
+    )
+
+
 def model_named(name):
     """The model `module:Name` of an entry."""
     module, _, name = name.partition(":")
@@ -81,6 +100,7 @@ class Pipeline:
         self.output_model = output_model
         self.instance = None
         self.loop = None
+        self.queue_backend = None
         said = getattr(target, "signature", None)
         # With numpy, which only pipelines that take arrays have.
         self.tensors = importlib.import_module(".tensors", __package__) if isinstance(said, dict) else None
@@ -146,6 +166,13 @@ class Pipeline:
         hook = getattr(self.instance, "on_volume_reload", None)
         if hook is not None:
             self._finish(hook())
+
+    def send(self, queue, message):
+        """Sends a message by the backend that the user's code was given."""
+        if self.queue_backend is None:
+            self.queue_backend = queue_backend()
+        if not self._finish(self.queue_backend.send_message(queue, message)):
+            raise NotTaken(f"{type(self.queue_backend).__name__}.send_message did not return True")
 
     def decode(self, item):
         """An input of an item: its JSON, or its arrays by their names. What is raised says that it is none; `rejected` tells how."""

@@ -136,8 +136,11 @@ def serve(pipeline, channels):
                 del inputs
                 channels.lane.take_back()
             elif descriptor == checks:
-                _, batch, inputs = channels.checks.receive()
-                channels.checks.send(frames.CHECKED, batch, [check(pipeline, item) for item in inputs])
+                kind, batch, inputs = channels.checks.receive()
+                if kind == frames.SEND:
+                    channels.checks.send(frames.SENT, batch, sent(pipeline, inputs, channels.log))
+                else:
+                    channels.checks.send(frames.CHECKED, batch, [check(pipeline, item) for item in inputs])
                 del inputs
                 channels.checks.take_back()
             elif descriptor == control:
@@ -165,6 +168,20 @@ def check(pipeline, item):
     except BaseException as error:  # noqa: BLE001 - validators are the user's own
         return pipelines.rejected(error)
     return (items.MEASURE, 0, [items.ONE])
+
+
+def sent(pipeline, inputs, log):
+    """What became of messages, the first item being their queue's name."""
+    (_, _, queue), *messages = inputs
+    queue, results = bytes(queue).decode(), []
+    for _, _, message in messages:
+        try:
+            pipeline.send(queue, bytes(message).decode())
+            results.append((items.PAYLOAD, 0, [b""]))
+        except Exception as error:  # noqa: BLE001 - the backend is the user's own
+            log.error(f"a message was not sent to the queue {queue}", error)
+            results.append(items.failure(items.TRANSIENT, items.describe(error)))
+    return results
 
 
 class Sink:

@@ -6,10 +6,13 @@ model_name = "model"
 all_model_data_folder = ""
 common_settings = {}
 settings = {}
+# The application's name and settings, as configuration files have them.
+application = {}
 
 
 def take(hello):
     """Takes it from the first document."""
-    global model_name, all_model_data_folder, common_settings, settings
+    global model_name, all_model_data_folder, common_settings, settings, application
     model_name, all_model_data_folder = hello["model_name"], hello["all_model_data_folder"]
     common_settings, settings = json.loads(hello["common_settings"]), json.loads(hello["settings"])
+    application = json.loads(hello["application"])

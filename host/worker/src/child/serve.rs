@@ -125,6 +125,7 @@ fn load(hello: &Hello, plugin: &dyn Plugin, lanes: usize) -> Result<Arc<dyn Inst
         model_name: &hello.model_name,
         all_model_data_folder: &hello.all_model_data_folder,
         common_settings: &hello.common_settings,
+        application: &hello.application,
         settings: &hello.settings,
         secrets: &hello.secrets,
         devices: &devices,
@@ -192,6 +193,9 @@ fn reload(control: &mut Channel, incoming: Incoming, instance: &dyn Instance) ->
 
 fn run_checks(mut channel: Channel, instance: &Arc<dyn Instance>) {
     while let Ok(incoming) = channel.receive() {
+        if incoming.kind != Kind::Check {
+            return;
+        }
         let check = |item| match items::payload(item) {
             Ok(payload) => {
                 let decoded = instance.decode(&payload)?;

@@ -3,12 +3,13 @@
 import os
 
 import modal
+from modalkit_worker import told
 
 from .settings import Settings
 
 
 class ModalConfig:
-    """Answers from the host's configuration, as far as a worker knows it."""
+    """Answers from the host's configuration."""
 
     def __init__(self, settings=None):
         self.settings = Settings() if settings is None else settings
@@ -23,11 +24,12 @@ class ModalConfig:
 
     @property
     def app_name(self):
-        return self.app_settings.app_prefix + self.app_postfix
+        return told.application.get("app_name") or self.app_settings.app_prefix + self.app_postfix
 
     @property
     def app_postfix(self):
-        return os.getenv("MODALKIT_APP_POSTFIX", "-dev")
+        name = told.application.get("app_name", "")
+        return name[len(self.app_settings.app_prefix) :] if name else os.getenv("MODALKIT_APP_POSTFIX", "-dev")
 
     @property
     def region(self):
@@ -39,7 +41,8 @@ class ModalConfig:
 
     @property
     def cloud_bucket_mounts(self):
-        return {}
+        mounts = self.app_settings.deployment_config.cloud_bucket_mounts or []
+        return {mount["mount_point"]: modal.CloudBucketMount(**mount) for mount in map(dict, mounts)}
 
     @property
     def all_volumes(self):

@@ -1,4 +1,5 @@
-"""The settings, filled from what the host told this worker. What it keeps to itself, such as keys of callers, has its default."""
+"""The settings, filled from the host's configuration: batches and deployment as they are for this model. What it keeps to itself, such as keys of callers
+and other models, has its default."""
 
 from enum import Enum
 from typing import Any, Optional, Union
@@ -117,7 +118,7 @@ class ModelSettings(_Open):
 class Settings(_Open):
     """All of them."""
 
-    app_settings: AppSettings = Field(default_factory=AppSettings)
+    app_settings: AppSettings = Field(default_factory=lambda: AppSettings(**told.application.get("app_settings", {})))
     model_settings: ModelSettings = Field(
         default_factory=lambda: ModelSettings(
             local_model_repository_folder=told.all_model_data_folder,
