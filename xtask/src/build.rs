@@ -21,6 +21,13 @@ pub(crate) fn cargo<S: AsRef<str>>(args: &[S]) -> anyhow::Result<()> {
 pub(crate) fn command<S: AsRef<str>>(args: &[S]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args.iter().map(AsRef::as_ref));
+    // Cargo tells this program which package it is of. Build scripts of others that ask for the same variables would take it for a change.
+    let of_this_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(of_this_package) {
+            command.env_remove(name);
+        }
+    }
     command
 }
 

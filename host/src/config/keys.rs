@@ -198,6 +198,9 @@ layer! {
         volumes: Named<String>, or "local_model_repository_folder, or else the folder `volume`, named \"volume\"";
         /// Replicas kept also without work.
         min_replicas: Count<0, MAX_REPLICAS> = Count(1);
+        /// Replicas beside these that are loaded, run nothing, and take over at once where the process of another one dies or more are wanted. Of
+        /// models in processes of their own, without a GPU.
+        spare_replicas: Count<0, MAX_REPLICAS> = Count(0);
         /// The most replicas there are.
         concurrency_limit: Count<1, MAX_REPLICAS>, or "min_replicas, or 1";
         /// Inputs that one replica handles at once, where that is more than a batch.

@@ -236,12 +236,21 @@ impl Resolver<'_> {
                 format!("the number {max}"),
             ));
         }
+        if deployment.gpu.value().is_some() && deployment.spare_replicas().0 > 0 {
+            self.warnings.push(Warning {
+                at: deployment.spare_replicas.at(),
+                key: format!("{}.spare_replicas", deployment_of(key)),
+                why: "it has no effect on a model with a GPU, which a spare replica would keep from others"
+                    .to_owned(),
+            });
+        }
         // Inputs at once count only where they are more than a batch.
         let whole_batches = (deployment.allow_concurrent_inputs().0 / batch_size).clamp(1, 1024);
         let batches = deployment.batches_in_flight.value().map_or(whole_batches, |batches| batches.0);
         Replicas {
             min: min as usize,
             max: max as usize,
+            spare: if deployment.gpu.value().is_none() { deployment.spare_replicas().0 as usize } else { 0 },
             batches_in_flight: batches as usize,
             idle_timeout: Duration::from_secs(deployment.container_idle_timeout().0),
             batch_timeout: deployment.batch_timeout_seconds().duration(),
@@ -360,6 +369,7 @@ fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
         "recycle_after_batches",
         deployment.recycle_after_batches.value().map(|_| deployment.recycle_after_batches.at()),
     );
+    note("spare_replicas", (deployment.spare_replicas().0 > 0).then(|| deployment.spare_replicas.at()));
     note("recycle_after_mb", deployment.recycle_after_mb.value().map(|_| deployment.recycle_after_mb.at()));
     let warning = |(name, at): (String, Place)| Warning {
         at,

@@ -553,6 +553,8 @@ pub struct Replicas {
     pub min: usize,
     /// The most there are.
     pub max: usize,
+    /// Loaded beside these, to take over.
+    pub spare: usize,
     /// Batches that one replica runs at once, each on a thread of its own.
     pub batches_in_flight: usize,
     /// Seconds without work until one above the minimum is retired.

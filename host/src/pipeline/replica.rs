@@ -45,6 +45,8 @@ pub(super) struct Replica {
     stopping: AtomicBool,
     /// Its instance is changing: batches wait in the queue, for other replicas or for the end of this.
     paused: AtomicBool,
+    /// It waits to take over.
+    spare: AtomicBool,
     running_lanes: AtomicUsize,
     /// Its devices. They are free when the last thread has left, and with it the instance.
     lease: Option<Arc<Lease>>,
@@ -90,10 +92,11 @@ impl Replica {
         number: u64,
         context: Arc<ReplicaContext>,
         lease: Option<Arc<Lease>>,
+        is_spare: bool,
     ) -> std::io::Result<()> {
         let name = thread_name(&context, number, 0);
         let load = move || match context.generation.instance(lease.as_deref()) {
-            Ok(instance) => Self::serve(number, &context, instance, lease),
+            Ok(instance) => Self::serve(number, &context, instance, lease, is_spare),
             Err(mut failure) => {
                 if let Some(lease) = lease {
                     let is_isolated = context.generation.plugin.is_isolated();
@@ -116,6 +119,7 @@ impl Replica {
         context: &Arc<ReplicaContext>,
         instance: Box<dyn Instance>,
         lease: Option<Arc<Lease>>,
+        is_spare: bool,
     ) {
         let count = context.generation.batches_in_flight();
         let lanes: Vec<LaneSlot> = (0..count).map(|_| LaneSlot::default()).collect();
@@ -130,6 +134,7 @@ impl Replica {
             lanes,
             stopping: AtomicBool::new(false),
             paused: AtomicBool::new(false),
+            spare: AtomicBool::new(is_spare),
             running_lanes: AtomicUsize::new(count),
             lease,
         });
@@ -201,11 +206,24 @@ impl Replica {
         self.paused.store(paused, Ordering::SeqCst);
     }
 
+    /// Whether it waits to take over.
+    pub(super) fn is_spare(&self) -> bool {
+        self.spare.load(Ordering::SeqCst)
+    }
+
+    /// Has it take batches as others do. Wake the queue's lanes afterwards.
+    pub(super) fn take_over(&self) {
+        self.spare.store(false, Ordering::SeqCst);
+    }
+
     fn lane_state(&self, generation: &Generation) -> LaneState {
         let has_died = self.death().is_some();
         if self.stopping.load(Ordering::SeqCst) || self.is_lost() || has_died {
             LaneState::Stopped
-        } else if !generation.serves() || self.paused.load(Ordering::SeqCst) {
+        } else if !generation.serves()
+            || self.paused.load(Ordering::SeqCst)
+            || self.spare.load(Ordering::SeqCst)
+        {
             LaneState::Paused
         } else {
             LaneState::Active

@@ -61,6 +61,7 @@ mod tests {
     const LIMITS: Replicas = Replicas {
         min: 1,
         max: 3,
+        spare: 0,
         batches_in_flight: 1,
         idle_timeout: Duration::from_secs(10),
         batch_timeout: Duration::from_secs(1),

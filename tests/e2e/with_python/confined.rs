@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{PermissionsExt, symlink},
 };
 
-use modalkit_tests::{Setup, built, python::write, wait_until};
+use modalkit_tests::{Setup, built, python::write, signal, wait_until};
 use serde_json::json;
 
 use super::ask;
@@ -132,4 +132,51 @@ fn an_environment_that_others_may_write_is_refused_and_another_one_is_another_ge
     fs::remove_file(place.join(".venv")).unwrap();
     symlink(folder.path().join("second"), place.join(".venv")).unwrap();
     wait_until("the other environment serves", || ask(&host, "told", &json!({})).1["word"] == "two");
+}
+
+/// Says which process it is, which takes long to be there.
+const SLOW: &str = r#"
+import os
+import time
+
+
+class Slow:
+    def __init__(self):
+        time.sleep(1)
+        self.hooks = 0
+        with open("loads.txt", "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def on_volume_reload(self):
+        self.hooks += 1
+
+    def predict(self, batch):
+        return [{"pid": os.getpid(), "hooks": self.hooks} for _ in batch]
+"#;
+
+#[test]
+fn a_spare_replica_takes_over_from_one_that_was_killed_and_hears_of_data_meanwhile() {
+    let config =
+        "[app_settings.deployment_config]\nspare_replicas = 1\n[model_settings.model_entries.slow]\n";
+    let host = Setup::new().python("slow", &[("pipeline.py", SLOW)]).config(config).ready();
+    let loads = host.volume().join("slow/loads.txt");
+    let loaded = || -> Vec<u64> {
+        let text = fs::read_to_string(&loads).unwrap_or_default();
+        text.lines().map(|pid| pid.parse().unwrap()).collect()
+    };
+    let spare = |pid: u64| loaded().into_iter().find(|other| *other != pid);
+    let answer = || ask(&host, "slow", &json!({})).1;
+    let first = answer()["pid"].as_u64().unwrap();
+    wait_until("a spare one is loaded", || spare(first).is_some());
+    let _ =
+        host.logged("it is there", |line| line["message"] == "replica started" && line["is_spare"] == true);
+    // That it has loaded is a change of data itself: the hook runs in both.
+    wait_until("the hook ran", || answer()["hooks"].as_u64() >= Some(1));
+    let hooks = answer()["hooks"].as_u64().unwrap();
+    let waiting = spare(first).unwrap();
+    signal(first as u32, "KILL");
+    wait_until("another one serves", || answer()["pid"].as_u64().is_some_and(|pid| pid != first));
+    assert_eq!(answer()["pid"], waiting, "the one that was loaded already");
+    assert!(answer()["hooks"].as_u64() >= Some(1), "of {hooks}");
+    wait_until("there is another spare one", || loaded().len() == 3);
 }

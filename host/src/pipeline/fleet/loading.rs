@@ -61,8 +61,49 @@ impl Loop {
             && self.retry.not_before.is_none_or(|moment| moment <= now)
     }
 
+    /// One more replica: a spare one at once, where there is one, else one that is loaded.
+    pub(super) fn add_replica(&mut self, now: Instant) {
+        if !self.take_spare() && self.may_retry(now) {
+            self.start_replica();
+        }
+    }
+
+    /// Has a spare replica serve; `false` where there is none.
+    pub(super) fn take_spare(&mut self) -> bool {
+        let Some(replica) = self.spares.pop() else { return false };
+        self.short_since = None;
+        replica.take_over();
+        let (model, generation) = (&self.model.name, self.context.generation.number);
+        tracing::info!(model, generation, replica = replica.number, "a spare replica serves");
+        self.replicas.push(replica);
+        self.on_replicas_changed();
+        self.set_condition(Status::Ready);
+        true
+    }
+
+    /// Keeps as many spare replicas as are wanted, of a plugin whose instances have processes of their own.
+    pub(super) fn keep_spares(&mut self, now: Instant) {
+        let spec = self.model.spec();
+        let wanted = if self.context.generation.plugin.is_isolated() { spec.replicas.spare } else { 0 };
+        while self.spares.len() > wanted {
+            let spare = self.spares.pop();
+            spare.iter().for_each(|spare| spare.stop());
+            self.leaving.extend(spare);
+            self.model.queue.update_lane_states(|| {});
+        }
+        // What serves comes first.
+        let is_complete = self.loading.is_empty() && self.replicas.len() >= spec.replicas.min;
+        if self.spares.len() < wanted && is_complete && self.may_retry(now) {
+            self.start(true);
+        }
+    }
+
     pub(super) fn start_replica(&mut self) {
         self.short_since = None;
+        self.start(false);
+    }
+
+    fn start(&mut self, is_spare: bool) {
         let freed = self.model.devices.freed();
         let lease = match self.lease(self.started_ever + 1) {
             Ok(lease) => lease,
@@ -86,9 +127,10 @@ impl Loop {
             });
         }
         self.started_ever += 1;
-        match Replica::start(self.started_ever, Arc::clone(&self.context), lease) {
+        match Replica::start(self.started_ever, Arc::clone(&self.context), lease, is_spare) {
             Ok(()) => self.loading.push(Loading {
                 replica: self.started_ever,
+                is_spare,
                 since: Instant::now(),
                 missed: Vec::new(),
             }),

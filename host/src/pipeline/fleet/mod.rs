@@ -77,6 +77,8 @@ struct Loop {
     /// The length of `replicas`, for others to read.
     live: Arc<AtomicUsize>,
     replicas: Vec<Arc<Replica>>,
+    /// Loaded, to take over; they run nothing until then.
+    spares: Vec<Arc<Replica>>,
     leaving: Vec<Arc<Replica>>,
     /// Replicas with a batch that overran; their other lanes may still run one.
     given_up: Vec<Arc<Replica>>,
@@ -101,6 +103,7 @@ struct Loop {
 
 struct Loading {
     replica: u64,
+    is_spare: bool,
     since: Instant,
     /// What changed after it began to read its data.
     missed: Vec<VolumeChange>,
@@ -137,6 +140,7 @@ impl Fleet {
             condition: tell_condition,
             first: replicas.max(1),
             replicas: Vec::new(),
+            spares: Vec::new(),
             leaving: Vec::new(),
             given_up: Vec::new(),
             loading: Vec::new(),
@@ -295,13 +299,15 @@ impl Loop {
                 for loading in &mut self.loading {
                     loading.missed.push(change.clone());
                 }
-                tokio::spawn(self.walk().through(self.replicas.clone(), change, reply));
+                let all = self.replicas.iter().chain(&self.spares).cloned().collect();
+                tokio::spawn(self.walk().through(all, change, reply));
             }
             FleetCommand::ThreadReturned => self.thread_returned(),
             FleetCommand::GiveUp(replica) => {
-                let known = self.replicas.len();
+                let known = self.replicas.len() + self.spares.len();
                 self.replicas.retain(|other| !Arc::ptr_eq(other, &replica));
-                if self.replicas.len() < known {
+                self.spares.retain(|other| !Arc::ptr_eq(other, &replica));
+                if self.replicas.len() + self.spares.len() < known {
                     // The walk has counted it in the metric.
                     self.stuck += 1;
                     self.validate_with_first();
@@ -326,10 +332,12 @@ impl Loop {
                 };
                 self.retry.succeeded();
                 self.context.generation.note_loaded();
+                let is_spare = replica.is_spare();
                 tracing::info!(
                     model = self.model.name,
                     generation = self.context.generation.number,
                     replica = replica.number,
+                    is_spare,
                     "replica started"
                 );
                 for change in missed {
@@ -340,6 +348,10 @@ impl Loop {
                         change,
                         oneshot::channel().0,
                     ));
+                }
+                if is_spare {
+                    self.spares.push(replica);
+                    return;
                 }
                 let number = replica.number;
                 self.replicas.push(replica);
@@ -413,20 +425,21 @@ impl Loop {
         let refuses = *self.condition.borrow() != Status::Ready;
         let observed = Observed {
             live: self.replicas.len(),
-            starting: self.loading.len(),
+            starting: self.loading.iter().filter(|loading| !loading.is_spare).count(),
             stuck: self.stuck,
             queued: load.queued.max(usize::from(refuses)),
             short_for: since(self.short_since),
             spare_for: since(self.spare_since),
         };
         match scale::next(&spec.replicas, &observed) {
-            Step::Start if self.may_retry(now) => self.start_replica(),
+            Step::Start => self.add_replica(now),
             Step::Retire => {
                 self.spare_since = Some(now);
                 self.retire_one();
             }
-            Step::Start | Step::Stay => {}
+            Step::Stay => {}
         }
+        self.keep_spares(now);
     }
 
     fn on_replicas_changed(&self) {

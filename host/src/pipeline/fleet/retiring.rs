@@ -33,7 +33,8 @@ impl Loop {
     }
 
     pub(super) fn retire_all(&mut self) {
-        let leaving = std::mem::take(&mut self.replicas);
+        let mut leaving = std::mem::take(&mut self.replicas);
+        leaving.append(&mut self.spares);
         self.validate_with_first();
         leaving.iter().for_each(|replica| replica.stop());
         self.leaving.extend(leaving);
@@ -103,6 +104,11 @@ impl Loop {
         let (dead, well): (Vec<_>, Vec<_>) =
             self.replicas.drain(..).partition(|replica| replica.death().is_some());
         self.replicas = well;
+        let (dead_spares, well): (Vec<_>, Vec<_>) =
+            self.spares.drain(..).partition(|replica| replica.death().is_some());
+        self.spares = well;
+        let wanted = dead.len();
+        let dead: Vec<Arc<Replica>> = dead.into_iter().chain(dead_spares).collect();
         if dead.is_empty() {
             return;
         }
@@ -124,6 +130,10 @@ impl Loop {
         let (model, generation) = (&self.model.name, self.context.generation.number);
         tracing::error!(model, generation, how, deaths = self.deaths, retry_in = ?pause, "a worker process has died");
         self.on_replicas_changed();
+        // Loaded already: nothing is waited for.
+        for _ in 0..wanted {
+            self.take_spare();
+        }
         if self.deaths >= DEATHS_MAX && self.replicas.is_empty() {
             let reason = format!(
                 "its worker processes died {} times with no good batch between them, at last so: {how}; another one is tried now and then",
@@ -154,7 +164,7 @@ impl Loop {
                 || batches > 0 && grown.is_some_and(|most| replica.resident_bytes().unwrap_or(0) > most)
         };
         let Some(old) = self.replicas.iter().find(has_had_enough).map(Arc::clone) else { return };
-        if self.starved_at.is_none() && !self.may_retry(Instant::now()) {
+        if self.spares.is_empty() && self.starved_at.is_none() && !self.may_retry(Instant::now()) {
             return;
         }
         tracing::info!(
@@ -164,6 +174,9 @@ impl Loop {
             resident_bytes = old.resident_bytes(),
             "a worker process is replaced by a fresh one (recycle_after_batches, recycle_after_mb)"
         );
+        if self.take_spare() {
+            return self.retire_recycled(&old);
+        }
         self.start_replica();
         match self.loading.last() {
             Some(fresh) => self.recycling = Some((old, fresh.replica)),
