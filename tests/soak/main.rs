@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "it prints what was measured")]
 
 mod config;
+mod edits;
 mod failing;
 mod hostile;
 mod isolation;
@@ -19,7 +20,7 @@ mod reload;
 
 use std::{env, process::ExitCode, time::Instant};
 
-const PARTS: [(&str, fn()); 17] = [
+const PARTS: [(&str, fn()); 18] = [
     ("reload", reload::alone),
     ("neighbour", reload::beside_another_model),
     ("failing", failing::updates),
@@ -37,6 +38,7 @@ const PARTS: [(&str, fn()); 17] = [
     ("kills", isolation::kills),
     ("workers", isolation::reloads),
     ("poison", isolation::poison),
+    ("edits", edits::two_hundred),
 ];
 
 fn main() -> ExitCode {

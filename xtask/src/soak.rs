@@ -4,12 +4,16 @@ use std::process::Command;
 
 use crate::{brokers, build, python};
 
-/// The parts that need Redis and SQS.
+/// The parts that need Redis and SQS, and those that need the Python tools alone.
 const WITH_BROKERS: [&str; 2] = ["jobs", "sharing"];
+const WITH_PYTHON: [&str; 1] = ["edits"];
 
 pub(crate) fn run(parts: &[String]) -> anyhow::Result<()> {
-    if parts.is_empty() || parts.iter().any(|part| WITH_BROKERS.contains(&part.as_str())) {
+    let has_any = |of: &[&str]| parts.is_empty() || parts.iter().any(|part| of.contains(&part.as_str()));
+    if has_any(&WITH_BROKERS) {
         brokers::ensure_redis()?;
+    }
+    if has_any(&WITH_BROKERS) || has_any(&WITH_PYTHON) {
         python::ensure()?;
     }
     let packages = ["modalkit", "echo", "fixture-killer", "fixture-puppet", "fixture-versioned"];
