@@ -69,8 +69,8 @@ impl Server {
     pub(super) fn cpu_seconds(&self) -> anyhow::Result<f64> {
         let mut nanoseconds = 0.0;
         for process in self.processes() {
-            for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-                let schedule = fs::read_to_string(thread?.path().join("schedstat"))?;
+            for thread in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+                let Ok(schedule) = fs::read_to_string(thread.path().join("schedstat")) else { continue };
                 let spent: f64 = schedule.split_whitespace().next().context("schedstat is empty")?.parse()?;
                 nanoseconds += spent;
             }
@@ -81,7 +81,8 @@ impl Server {
     /// Lets the peak of memory begin anew.
     pub(super) fn reset_peak(&self) -> anyhow::Result<()> {
         for process in self.processes() {
-            fs::write(format!("/proc/{process}/clear_refs"), "5")?;
+            // One that has ended meanwhile has none.
+            let _ = fs::write(format!("/proc/{process}/clear_refs"), "5");
         }
         Ok(())
     }
@@ -111,11 +112,9 @@ impl Server {
     fn status(&self, key: &str) -> anyhow::Result<f64> {
         let mut bytes = 0.0;
         for process in self.processes() {
-            let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix(key))
-                .with_context(|| format!("no {key}"))?;
+            // One that has ended meanwhile has no memory any more.
+            let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+            let Some(line) = status.lines().find_map(|line| line.strip_prefix(key)) else { continue };
             let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
             bytes += kibibytes * 1024.0;
         }
