@@ -72,12 +72,12 @@ pub trait Engine: Send + Sync {
     /// They can't be written.
     fn put(&self, name: &Path, files: &[(PathBuf, Vec<u8>)]) -> Result<Staged, LoadError>;
 
-    /// Asks of a program and of folders, which are used where they lie and not copied, whether they are to be trusted as a plugin is: all that is in them,
+    /// Asks of files and of folders, which are used where they lie and not copied, whether they are to be trusted as a plugin is: all that is in them,
     /// and the way to it.
     ///
     /// # Errors
     /// [`LoadError::Untrusted`] for what somebody else could change, or what can't be looked at.
-    fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError>;
+    fn trust(&self, files: &[PathBuf], folders: &[PathBuf]) -> Result<(), LoadError>;
 
     /// Opens a copy, or finds its content opened: tries it in a process of its own first, since opening it may run its code.
     ///

@@ -16,8 +16,8 @@ const NAMES: [&str; 6] =
     ["pyproject.toml", "requirements.txt", "uv.lock", "poetry.lock", "pylock.toml", "Pipfile.lock"];
 /// Folders that hold what was installed or made, and not what was written.
 const MADE: [&str; 3] = ["__pycache__", "node_modules", "site-packages"];
-/// What marks the folder of a virtual environment.
-const VENV: &str = "pyvenv.cfg";
+/// What marks the folder of a virtual environment, and says which interpreter it is of.
+pub const VENV: &str = "pyvenv.cfg";
 /// Where a pipeline's own environment lies in its folder; the first one counts.
 const ENVIRONMENTS: [&str; 2] = [".venv", "venv"];
 const INTERPRETER: &str = "bin/python";
@@ -88,9 +88,15 @@ pub fn environment(folder: &Path) -> Option<String> {
 /// The folders below the root of an environment, or of an installation, from which its interpreter imports what was installed.
 #[must_use]
 pub fn import_folders(root: &Path) -> Vec<PathBuf> {
-    let versions = fs::read_dir(root.join("lib")).into_iter().flatten().flatten();
-    let of_python = versions.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"python3"));
-    of_python.map(|entry| entry.path().join("site-packages")).filter(|path| path.is_dir()).collect()
+    let libraries = ["lib", "lib64"].map(|name| root.join(name));
+    // Where one of them is a link to the other, what is below is the same.
+    let libraries = libraries.iter().filter(|path| !path.is_symlink());
+    let entries = libraries.flat_map(|path| fs::read_dir(path).into_iter().flatten().flatten());
+    let of_python = entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"python3"));
+    // The second name is Debian's.
+    let folders =
+        of_python.flat_map(|entry| ["site-packages", "dist-packages"].map(|name| entry.path().join(name)));
+    folders.filter(|path| path.is_dir()).collect()
 }
 
 fn collect(

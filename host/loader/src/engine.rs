@@ -155,8 +155,8 @@ impl Engine for Libraries {
         self.store.put(name, files)
     }
 
-    fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
-        self.store.trust(program, folders)
+    fn trust(&self, files: &[PathBuf], folders: &[PathBuf]) -> Result<(), LoadError> {
+        self.store.trust(files, folders)
     }
 
     fn open(

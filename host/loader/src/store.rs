@@ -129,9 +129,11 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::stage`].
-    pub(crate) fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
-        let unreadable = |source| LoadError::Io { doing: "read", path: program.to_owned(), source };
-        self.trust.check_file(program, &File::open(program).map_err(unreadable)?)?;
+    pub(crate) fn trust(&self, files: &[PathBuf], folders: &[PathBuf]) -> Result<(), LoadError> {
+        for file in files {
+            let unreadable = |source| LoadError::Io { doing: "read", path: file.to_owned(), source };
+            self.trust.check_file(file, &File::open(file).map_err(unreadable)?)?;
+        }
         folders.iter().try_for_each(|folder| self.trust.check_tree(folder))
     }
 

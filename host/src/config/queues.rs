@@ -24,8 +24,8 @@ const REDIS_BYTES_MAX: usize = 512 << 20;
 const SQS_BYTES_MAX: usize = 1 << 20;
 /// Messages in one call of a plugin.
 const PLUGIN_BATCH_MAX: usize = 256;
-/// The same of a model's own code, which runs no batch meanwhile.
-const MODEL_BATCH_MAX: usize = 32;
+/// The same of a model's own code, which runs no batch meanwhile, and may take its time for each.
+const MODEL_BATCH_MAX: usize = 1;
 /// Where the Python library delivers to.
 const PYTHON_DEFAULT: &str = "sqs";
 

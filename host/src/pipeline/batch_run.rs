@@ -27,8 +27,10 @@ use crate::{
 const COST_MAX: u64 = 1 << 40;
 /// How long a process may take to die whose device has failed.
 const DEATH_TIME_MAX: Duration = Duration::from_secs(5);
-/// Times that a job comes back from processes that somebody else ended, until it has failed.
+/// Times that a job comes back from processes that somebody else ended, until it has failed; and the same where it was alone in the last of them: the
+/// kernel, for want of memory, ends a process as anybody else would.
 const UNCHARGED_MAX: u32 = 8;
+const UNCHARGED_ALONE_MAX: u32 = 3;
 
 /// An item on its way: its place among the batch's waiters, and its input where that is decoded.
 type Item = (usize, Option<Decoded>);
@@ -327,6 +329,7 @@ fn come_back(
     context: &LaneContext,
 ) {
     let is_charged = died.by == EndedBy::Itself || overran.is_some();
+    let was_alone = is_certain;
     let mut back = Vec::new();
     // Those that have their outcomes get them.
     for place in open {
@@ -363,6 +366,14 @@ fn come_back(
             waiter.deaths.suspected += 1;
         } else {
             waiter.deaths.uncharged += 1;
+            if was_alone && waiter.deaths.uncharged > UNCHARGED_ALONE_MAX && died.by == EndedBy::Others {
+                context.convictions.fetch_add(1, Ordering::Relaxed);
+                waiter.reply.send(Err(failed(format!(
+                    "its worker process was killed each of the {} times that it ran this input, at last with no other: {} from outside, or by the kernel for want of memory",
+                    waiter.deaths.uncharged, died.how
+                ))));
+                continue;
+            }
             if waiter.deaths.uncharged > UNCHARGED_MAX {
                 waiter.reply.send(Err(failed(format!(
                     "its worker process was ended {} times before it had an answer: {}",

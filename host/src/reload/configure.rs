@@ -115,7 +115,10 @@ impl Loop {
         let Some(model) = self.models.all().get(name).cloned() else { return };
         let before = model.spec();
         if *before != spec {
-            let kind = if needs_a_generation(&before, &spec) {
+            // A folder of Python has a process of its own whatever is said.
+            let files = self.files.get(&spec.plugin).and_then(|files| files.first());
+            let is_folder = files.is_some_and(|(path, _)| path.is_dir());
+            let kind = if needs_a_generation(&before, &spec, is_folder) {
                 &mut changes.reloading
             } else {
                 &mut changes.changed

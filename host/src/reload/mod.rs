@@ -13,6 +13,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    path::Path,
     sync::Arc,
 };
 
@@ -233,7 +234,9 @@ impl Loop {
             VolumeEvent::Data { changed } => {
                 let change = self.change(volume, changed);
                 for model in self.readers_of(volume) {
-                    self.tell(&model.name, Event::Data(change.clone())).await;
+                    if let Some(change) = self.change_for(&change, &model) {
+                        self.tell(&model.name, Event::Data(change)).await;
+                    }
                 }
             }
             VolumeEvent::ScanDone { quiet, requested } => {
@@ -365,6 +368,24 @@ impl Loop {
             mount_point: volume.mount_point.display().to_string(),
             changed,
         }
+    }
+
+    /// What of a change concerns a model: what lies in the folder of another pipeline is that one's alone. `None` where nothing is left.
+    fn change_for(&self, change: &VolumeChange, model: &Model) -> Option<VolumeChange> {
+        let plugin = model.spec().plugin.clone();
+        let mount = Path::new(&change.mount_point);
+        let of_another = |path: &String| {
+            let Some(first) = Path::new(path).components().next() else { return false };
+            let folder = mount.join(first);
+            let is_of = |files: &[PluginFile]| files.iter().any(|(path, _)| *path == folder);
+            let owner = self.files.iter().find(|(_, files)| is_of(files));
+            owner.is_some_and(|(name, _)| *name != plugin) && folder.is_dir()
+        };
+        let changed: Vec<String> = change.changed.iter().filter(|path| !of_another(path)).cloned().collect();
+        if changed.is_empty() && !change.changed.is_empty() {
+            return None;
+        }
+        Some(VolumeChange { changed, ..change.clone() })
     }
 
     /// The model of this name; where there is none, a new one with a machine of its own.

@@ -54,8 +54,8 @@ impl Workers {
         *package = Some(there.clone());
         drop(package);
         let interpreter = Interpreter::find(staged.origin(), &confinement.python, there)?;
-        let (program, folders) = interpreter.used_in_place();
-        self.in_process.trust(program, &folders)?;
+        let (files, folders) = interpreter.used_in_place();
+        self.in_process.trust(&files, &folders)?;
         Ok(interpreter)
     }
 
@@ -83,8 +83,8 @@ impl Engine for Workers {
         self.in_process.put(name, files)
     }
 
-    fn trust(&self, program: &Path, folders: &[PathBuf]) -> Result<(), LoadError> {
-        self.in_process.trust(program, folders)
+    fn trust(&self, files: &[PathBuf], folders: &[PathBuf]) -> Result<(), LoadError> {
+        self.in_process.trust(files, folders)
     }
 
     fn open(

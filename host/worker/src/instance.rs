@@ -50,6 +50,7 @@ struct Connections {
     freed: Condvar,
     lanes: usize,
     batches_ended: AtomicU64,
+    batches_begun: AtomicU64,
     /// It does one thing at a time: inputs are checked when the batch under way has ended.
     is_serial: bool,
     log: OwnedFd,
@@ -69,6 +70,8 @@ impl Input for WorkerInput {}
 struct WorkerBatch<'i> {
     worker: &'i Connections,
     inputs: Vec<Payload>,
+    /// What its end is known by: an answer to another one is nobody's.
+    number: u64,
     /// `None` once it has broken.
     channel: Option<Channel>,
     measured: Option<Measured>,
@@ -109,6 +112,7 @@ impl WorkerInstance {
             checks: Mutex::new(checks),
             lanes: lanes.len(),
             batches_ended: AtomicU64::new(0),
+            batches_begun: AtomicU64::new(0),
             free: Mutex::new(lanes),
             freed: Condvar::new(),
             is_serial,
@@ -268,6 +272,7 @@ impl Instance for WorkerInstance {
         Ok(Box::new(WorkerBatch {
             worker: &self.worker,
             inputs,
+            number: self.worker.batches_begun.fetch_add(1, Ordering::Relaxed),
             channel,
             measured: None,
             was_sent: false,
@@ -284,6 +289,13 @@ impl Instance for WorkerInstance {
             let message = "queue backends of a pipeline's own are code of Python".into();
             return all(Failure { kind: FailureKind::Transient, message });
         }
+        // As inputs are looked at: not while a hook runs, nor beside a batch that is to be alone.
+        let beside = self.worker.beside.try_read().filter(|_| !self.worker.life.has_died());
+        let Some(_beside) = beside.filter(|_| self.worker.control.try_lock().is_some()) else {
+            let message =
+                "the model's pipeline is busy with a change of its data, or with one input alone".into();
+            return all(Failure { kind: FailureKind::Transient, message });
+        };
         match self.worker.ask_beside_batches(&frame, Kind::Sent, messages.len()) {
             Ok(sent) => sent.items.iter().map(|item| items::failure(item).map_or(Ok(()), Err)).collect(),
             Err(Unchecked { broken, .. }) => all(self.worker.broken(&broken)),
@@ -368,9 +380,10 @@ impl Batch for WorkerBatch<'_> {
             let message = format!("the input at {place} is too large for a worker process");
             return Err(Failure { kind: FailureKind::InvalidInput, message });
         }
+        let number = self.number;
         self.with_channel(|channel, inputs| {
             let encoded: Vec<Encoded<'_>> = inputs.iter().map(Encoded::payload).collect();
-            let mut frame = Outgoing::new(Kind::Batch, 0, encoded.len());
+            let mut frame = Outgoing::new(Kind::Batch, number, encoded.len());
             encoded.iter().for_each(|item| item.push_to(&mut frame));
             channel.send(&frame)
         })?;
@@ -383,6 +396,7 @@ impl Batch for WorkerBatch<'_> {
     }
 
     fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure> {
+        let number = self.number;
         let (measured, failure) = self.with_channel(|channel, _| {
             let mut has_spoken = false;
             loop {
@@ -394,6 +408,9 @@ impl Batch for WorkerBatch<'_> {
                 let incoming = channel.receive().map_err(of_answer)?;
                 has_spoken = true;
                 match incoming.kind {
+                    Kind::Done if incoming.batch != number => {
+                        return Err(Garbage::Item("is of another batch").into());
+                    }
                     Kind::Done => return Ok(done(incoming, events)?),
                     Kind::Chunk => {
                         let item = incoming.batch as usize;

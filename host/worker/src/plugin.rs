@@ -72,6 +72,10 @@ impl WorkerPlugin {
         started.end();
         let said = answer.map_err(|failure| match failure.kind {
             FailureKind::Died if was_killed => LoadError::Hung { limit },
+            FailureKind::Died if staged.path().is_dir() => LoadError::Refused(format!(
+                "its worker process died while its modules were imported: {}",
+                failure.message
+            )),
             FailureKind::Died => LoadError::Crashed { how: failure.message },
             _ => LoadError::Refused(failure.message),
         })?;

@@ -51,6 +51,8 @@ const PACKAGE_NAME: &str = "modalkit-worker-of-python";
 const SHIM: &str = "shim";
 /// The interpreter where a folder has no environment of its own.
 const OF_SYSTEM: &str = "python3";
+/// What belongs to an interpreter below the root of its environment or installation: not all that may lie there.
+const INSTALLED: [&str; 7] = [tree::VENV, "bin", "lib", "lib64", "include", "share", "ssl"];
 /// Threads of libraries that compute, by the variables that they read before they are loaded.
 const THREADS: [&str; 4] =
     ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"];
@@ -89,16 +91,21 @@ pub(crate) fn put_package(engine: &dyn Engine) -> Result<Staged, LoadError> {
 impl PythonDocument {
     /// What it has to read: the folder, the package, the environment, and where the interpreter itself is installed.
     pub(crate) fn readable(&self) -> Vec<PathBuf> {
-        let prefix = |path: &Path| path.parent().and_then(Path::parent).map(Path::to_owned);
-        let installed = self.interpreter.canonicalize().ok().and_then(|path| prefix(&path));
-        let of_interpreter = [prefix(&self.interpreter), installed].into_iter().flatten();
-        // One that lies at the top has no folder of its own.
-        let of_interpreter = of_interpreter.filter(|folder| folder.parent().is_some());
-        [self.folder.clone(), self.package.clone(), self.interpreter.clone()]
-            .into_iter()
-            .chain(of_interpreter)
-            .collect()
+        let mut readable = vec![self.folder.clone(), self.package.clone(), self.interpreter.clone()];
+        for root in roots(&self.interpreter) {
+            readable.extend(INSTALLED.iter().map(|inside| root.join(inside)));
+        }
+        readable
     }
+}
+
+/// The environment that a program lies in, and where it is installed, if that is elsewhere.
+fn roots(program: &Path) -> Vec<PathBuf> {
+    let installed = program.canonicalize().unwrap_or_else(|_| program.to_owned());
+    let root = |path: &Path| path.parent().and_then(Path::parent).map(Path::to_owned);
+    let mut roots: Vec<PathBuf> = [program, &installed].into_iter().filter_map(root).collect();
+    roots.dedup();
+    roots
 }
 
 /// The absolute path of a program that is looked for where programs are.
@@ -137,13 +144,12 @@ impl Interpreter {
         Ok(Self { path, folder: folder.to_owned(), package, python: python.clone() })
     }
 
-    /// What of it is no copy: the program, and the folders that it imports from.
-    pub(crate) fn used_in_place(&self) -> (&Path, Vec<PathBuf>) {
-        let installed = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        let roots = [&self.path, &installed].into_iter().filter_map(|path| path.parent()?.parent());
-        let mut folders: Vec<PathBuf> = roots.flat_map(tree::import_folders).collect();
-        folders.dedup();
-        (&self.path, folders)
+    /// What of it is no copy: the program, what says where its environment's own one is, and the folders that it imports from.
+    pub(crate) fn used_in_place(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
+        let roots = roots(&self.path);
+        let configuration = roots.iter().map(|root| root.join(tree::VENV)).filter(|path| path.is_file());
+        let files = std::iter::once(self.path.clone()).chain(configuration).collect();
+        (files, roots.iter().flat_map(|root| tree::import_folders(root)).collect())
     }
 
     /// What tells it from others: which interpreter it is, and in which folder.

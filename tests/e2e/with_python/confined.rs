@@ -69,7 +69,7 @@ fn a_sandbox_lets_the_interpreter_start_and_its_pipeline_read_its_folder_alone()
         ("read", "/etc/shadow", "/etc/shadow"),
         ("write", "words.txt", "write"),
         ("connect", &port, "socket"),
-        ("start", "/bin/true", "fork"),
+        ("start", "/bin/true", "refuses the system call"),
         ("fork", "", "clone"),
         ("execute", "/bin/true", "execve"),
     ] {
@@ -126,6 +126,14 @@ fn an_environment_that_others_may_write_is_refused_and_another_one_is_another_ge
         reason.contains("extra.py") && reason.contains("may be written by everybody")
     });
     fs::set_permissions(first.join("extra.py"), fs::Permissions::from_mode(0o644)).unwrap();
+    // What says where the interpreter's own modules are.
+    let configuration = folder.path().join("first/pyvenv.cfg");
+    fs::set_permissions(&configuration, fs::Permissions::from_mode(0o664)).unwrap();
+    let _ = host.post("/models/told/reload", &json!({}));
+    wait_until("it was refused", || {
+        host.model("told")["reason"].to_string().contains("pyvenv.cfg may be written by its group")
+    });
+    fs::set_permissions(&configuration, fs::Permissions::from_mode(0o644)).unwrap();
     let _ = host.post("/models/told/reload", &json!({}));
     wait_until("it serves", || ask(&host, "told", &json!({})).1["word"] == "one");
     let _ = environment("second", "two");

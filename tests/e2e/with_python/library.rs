@@ -140,7 +140,7 @@ fn an_application_imports_what_it_knows_reads_the_hosts_configuration_and_sends_
     wait_until("it counts as delivered", || {
         host.get(&format!("/jobs/{job}")).1["delivery"]["state"] == "delivered"
     });
-    // A name that leads to no such model is nothing that is lost: it waits, and says why.
+    // A name that leads nowhere is refused before the job is accepted.
     let (status, answer) = host.post(
         "/predict_async?model_name=told",
         &json!({"message": {"text": "x"}, "success_queue": "owls://results"}),

@@ -1,6 +1,6 @@
 //! Pipelines in Python whose outputs come bit by bit: each shape of generator, callers who leave, and callers who read slowly.
 
-use std::{thread, time::Duration};
+use std::thread;
 
 use modalkit_tests::{
     Host, Setup,
@@ -35,7 +35,7 @@ class Speller:
 /// A generator for each input, of either kind, or an output that is there already.
 const EACH: &str = r#"
 import asyncio
-import os
+import time
 
 
 def spell(word):
@@ -54,8 +54,23 @@ async def slowly(word):
         yield {"letter": letter}
 
 
+def pages(word):
+    for letter in word:
+        yield letter * 50_000
+
+
+def silent(word):
+    open("begun-" + word, "w").close()
+    try:
+        while True:
+            time.sleep(0.01)
+            yield None
+    finally:
+        open("ended-" + word, "w").close()
+
+
 def predict(batch):
-    kinds = {"spell": spell, "slowly": slowly, "whole": lambda word: {"whole": word}}
+    kinds = {"pages": pages, "silent": silent, "spell": spell, "slowly": slowly, "whole": lambda word: {"whole": word}}
     return [kinds[item["do"]](item["word"]) for item in batch]
 "#;
 
@@ -192,9 +207,29 @@ fn a_generator_is_closed_when_its_callers_have_left_and_waits_for_one_who_reads_
     drop(leaves);
     let rest = stays.rest();
     assert_eq!(rest.len(), 21, "every letter, and the end");
-    let word = "z".repeat(3_000);
-    let slow = EventStream::open(host.connect(), "each", &json!({"word": word, "do": "spell"}), "");
-    thread::sleep(Duration::from_millis(500));
-    assert_eq!(ask(&host, "speller", &json!({"word": "a"})).0, 200, "another model has no part in it");
-    assert_eq!(slow.rest().len(), 3_001);
+    // Of a caller who reads nothing, what was made waits; who is in the same batch has all of it meanwhile.
+    let sizes = || host.metric(r#"modalkit_batch_size_items_count{model="each"}"#);
+    let before = sizes();
+    let sent = |letter: &str| {
+        let mut stream = host.connect();
+        EventStream::send(&mut stream, "each", &json!({"word": letter.repeat(60), "do": "pages"}), "");
+        stream
+    };
+    let (slow, fast) = (sent("s"), sent("f"));
+    let mut fast = EventStream::answer(fast);
+    for number in 0..60 {
+        assert_eq!(fast.next_event().unwrap().name, "chunk", "{number}");
+    }
+    assert_eq!(sizes() - before, 1.0, "they are one batch");
+    assert_eq!(EventStream::answer(slow).rest().len(), 61);
+    // The outcomes of a batch come together.
+    assert_eq!(fast.rest().len(), 1);
+    // A caller who is sent nothing is missed all the same.
+    let mut silent = host.connect();
+    EventStream::send(&mut silent, "each", &json!({"word": "qui", "do": "silent"}), "");
+    let begun = host.volume().join("each/begun-qui");
+    wait_until("its generator runs", || begun.exists());
+    drop(silent);
+    let ended = host.volume().join("each/ended-qui");
+    wait_until("its generator ended", || ended.exists());
 }

@@ -51,7 +51,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             measured?;
         }
     }
-    println!("\nframes: CPU of an item in a batch of 32, by direct calls and through a worker's connection; medians of 15 alternating rounds");
+    println!(
+        "\nframes: CPU of an item in a batch of 32, by direct calls and through a worker's connection; medians of 15 alternating rounds"
+    );
     build::run(Command::new(Path::new(ENVIRONMENT).join("bin/python")).args(["-c", FRAMES, PACKAGE]))
 }
 

@@ -94,6 +94,8 @@ struct Loop {
     retry: Retry,
     /// Deaths of processes with no good batch between them, and the good batches there had been at the last one.
     deaths: u32,
+    /// The same of those that neither the host nor the process itself brought about.
+    kills: u32,
     good_before: u64,
     /// The replica that a fresh one is to replace, and that one's number.
     recycling: Option<(Arc<Replica>, u64)>,
@@ -150,6 +152,7 @@ impl Fleet {
             started_ever: 0,
             retry: Retry::default(),
             deaths: 0,
+            kills: 0,
             good_before: 0,
             recycling: None,
             short_since: None,
@@ -351,6 +354,10 @@ impl Loop {
                 }
                 if is_spare {
                     self.spares.push(replica);
+                    // It may be needed by now, and be there before what is loaded for that.
+                    if self.replicas.is_empty() && self.context.generation.serves() {
+                        self.take_spare();
+                    }
                     return;
                 }
                 let number = replica.number;

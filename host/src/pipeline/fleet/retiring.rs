@@ -15,6 +15,8 @@ use crate::pipeline::{
 
 /// Deaths without a good batch between them that make a model failed.
 const DEATHS_MAX: u32 = 3;
+/// The same of processes that somebody else ended: more than one input is given for that.
+const KILLS_MAX: u32 = 16;
 
 impl Loop {
     pub(super) fn retire_one(&mut self) {
@@ -114,19 +116,24 @@ impl Loop {
         }
         let good = self.context.good_batches();
         if good != std::mem::replace(&mut self.good_before, good) {
-            self.deaths = 0;
+            (self.deaths, self.kills) = (0, 0);
         }
         let deaths: Vec<Death> = dead.iter().filter_map(|replica| replica.death()).collect();
-        // What the host ended, for a batch that overran, says nothing of the model's health.
-        self.deaths += u32::from(deaths.iter().any(|death| death.by != EndedBy::Host));
+        // What the host ended, for a batch that overran, says nothing of the model's health; what somebody else ended, little.
+        self.deaths += u32::from(deaths.iter().any(|death| death.by == EndedBy::Itself));
+        self.kills += u32::from(deaths.iter().any(|death| death.by == EndedBy::Others));
         // A death that an input was found to bring about says nothing of the model.
-        self.deaths = self.deaths.saturating_sub(self.context.convictions.swap(0, Ordering::Relaxed));
+        let convictions = self.context.convictions.swap(0, Ordering::Relaxed);
+        self.deaths = self.deaths.saturating_sub(convictions);
+        if convictions > 0 {
+            self.kills = 0;
+        }
         let how = deaths.into_iter().next().map_or_else(String::new, |death| death.how);
         self.model.metrics.worker_deaths.inc_by(dead.len() as u64);
         self.validate_with_first();
         dead.iter().for_each(|replica| replica.stop());
         self.leaving.extend(dead);
-        let pause = self.pause_after_death(self.deaths.max(1));
+        let pause = self.pause_after_death((self.deaths + self.kills).max(1));
         let (model, generation) = (&self.model.name, self.context.generation.number);
         tracing::error!(model, generation, how, deaths = self.deaths, retry_in = ?pause, "a worker process has died");
         self.on_replicas_changed();
@@ -134,10 +141,10 @@ impl Loop {
         for _ in 0..wanted {
             self.take_spare();
         }
-        if self.deaths >= DEATHS_MAX && self.replicas.is_empty() {
+        if (self.deaths >= DEATHS_MAX || self.kills >= KILLS_MAX) && self.replicas.is_empty() {
             let reason = format!(
                 "its worker processes died {} times with no good batch between them, at last so: {how}; another one is tried now and then",
-                self.deaths
+                self.deaths + self.kills
             );
             self.set_condition(Status::Failed { reason });
         }

@@ -79,9 +79,12 @@ pub fn write_infer(
             };
             if tensor.datatype() != spec.datatype || !fits(tensor.shape(), &spec.shape) {
                 let (datatype, shape) = (tensor.datatype(), tensor.shape());
+                let size = |size: &Option<u64>| size.map_or("any".to_owned(), |size| size.to_string());
+                let sizes: Vec<String> = spec.shape.iter().map(size).collect();
                 let found = format!(
-                    "the plugin gave {datatype} {shape:?} for its output `{name}`, which is {} {:?} in its signature",
-                    spec.datatype, spec.shape
+                    "the plugin gave {datatype} {shape:?} for its output `{name}`, which is {} [{}] in its signature",
+                    spec.datatype,
+                    sizes.join(", ")
                 );
                 return Err(failed(FailureKind::Permanent, found));
             }

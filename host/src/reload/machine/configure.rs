@@ -12,8 +12,12 @@ use crate::{
     reload::history::{Cause, Outcome, Phase},
 };
 
-/// Whether a pipeline must be loaded again to be served like this.
-pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpec) -> bool {
+/// Whether a pipeline, in a process of its own or not, must be loaded again to be served like this.
+pub(in crate::reload) fn needs_a_generation(
+    before: &ModelSpec,
+    after: &ModelSpec,
+    is_isolated: bool,
+) -> bool {
     let loaded = |spec: &ModelSpec| {
         let ModelSpec {
             plugin,
@@ -24,24 +28,14 @@ pub(in crate::reload) fn needs_a_generation(before: &ModelSpec, after: &ModelSpe
             golden,
             gpu,
             enforce_schema,
-            isolation,
             ..
         } = spec.clone();
         let lanes = spec.replicas.batches_in_flight;
         let checks = (golden, enforce_schema);
-        (
-            plugin,
-            plugin_sha256,
-            all_model_data_folder,
-            common_settings,
-            secrets,
-            checks,
-            gpu,
-            isolation,
-            lanes,
-        )
+        (plugin, plugin_sha256, all_model_data_folder, common_settings, secrets, checks, gpu, lanes)
     };
-    loaded(before) != loaded(after) || before.settings != after.settings
+    let runs_alike = before.isolation.is_same_for(is_isolated, &after.isolation);
+    !runs_alike || loaded(before) != loaded(after) || before.settings != after.settings
 }
 
 impl Machine {
@@ -61,7 +55,9 @@ impl Machine {
         if before.reload.hook_interval != spec.reload.hook_interval {
             self.hook_tick = spec.reload.hook_interval.map(every);
         }
-        if !needs_a_generation(before, &spec) {
+        // Where nothing serves, whatever changes may be what was wrong.
+        let is_isolated = self.generation().is_none_or(|generation| generation.plugin.is_isolated());
+        if !needs_a_generation(before, &spec, is_isolated) {
             return state;
         }
         let state = self.give_up(state, Outcome::Superseded);

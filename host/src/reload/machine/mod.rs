@@ -376,7 +376,10 @@ impl Machine {
 
     /// Whether what serves was loaded as the model's entry says now.
     fn serves_as_configured(&self) -> bool {
-        self.generation().is_some_and(|generation| !needs_a_generation(&generation.spec, &self.model.spec()))
+        let serves_so = |generation: &Arc<Generation>| {
+            !needs_a_generation(&generation.spec, &self.model.spec(), generation.plugin.is_isolated())
+        };
+        self.generation().is_some_and(serves_so)
     }
 
     fn generation_number(&self) -> Option<u64> {

@@ -4,6 +4,7 @@ The layout is that of the host's `frame.rs` and `channel.rs`. Lengths stand on t
 """
 
 import ctypes
+import gc
 import mmap
 import os
 import socket
@@ -23,17 +24,34 @@ HALF_BYTES = 64 << 20
 READ_BYTES = 256 << 10
 
 
-# After so many batches of whose memory something was kept, what comes is copied beforehand.
+# After so many batches of whose memory something was kept, what comes is copied beforehand; one of them is forgotten after so many of which nothing was.
 KEPT_MAX = 8
-MAP_FIXED = 0x10
+CLEAN_FORGETS = 100
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+FAILED_MAP = ctypes.c_void_p(-1).value
 
 
-class Ended(Exception):
+class Ended(BaseException):
     """The host is gone, or has nothing more to say."""
 
 
 def aligned(size):
     return (size + ALIGNMENT - 1) & -ALIGNMENT
+
+
+# A child that a pipeline has forked is no worker: it has none of the connections, and ends where it would come back to them.
+is_forked = False
+
+
+def forked():
+    """In such a child."""
+    global is_forked
+    is_forked = True
+
+
+def leave_if_forked():
+    if is_forked:
+        os._exit(0)
 
 
 class Channel:
@@ -47,13 +65,15 @@ class Channel:
         self.rest = b""
         # Of the frame that came last, what of its memory can be kept: a weak reference, and where it lies.
         self.lent = None
-        self.kept = 0
+        # How often something was kept lately, and frames since of which nothing was.
+        self.kept = self.clean = 0
 
     def fileno(self):
         return self.socket.fileno()
 
     def receive(self):
         """The next frame: its kind, its batch's number, and its items, each a status, a number of tensors and a payload."""
+        leave_if_forked()
         data = self.rest or self._read()
         while len(data) < HEADER.size:
             data += self._read()
@@ -87,24 +107,23 @@ class Channel:
         return memoryview(slot).cast("B")
 
     def take_back(self):
-        """The host writes the next frame where the last one lay. What somebody has kept of that, such as an array, stays what it is: its pages become this
-        process's own, at the same addresses."""
+        """To be called before the host hears that the batch has ended: it writes the next one where that lay. What somebody has kept of it, such as an array,
+        stays what it is: its pages become this process's own, at the same addresses."""
         if self.lent is None:
             return
         (slot, start, size), self.lent = self.lent, None
+        if slot() is None:
+            self.clean += 1
+            if self.clean >= CLEAN_FORGETS:
+                self.kept, self.clean = max(0, self.kept - 1), 0
+            return
+        # What only a circle of dead objects holds, nobody has kept.
+        gc.collect()
         slot = slot()
         if slot is None:
             return
-        self.kept += 1
-        address = ctypes.addressof(slot)
-        before = address % mmap.PAGESIZE
-        pages = os.memfd_create("modalkit-kept", os.MFD_CLOEXEC)
-        try:
-            os.pwrite(pages, memoryview(slot), before)
-            os.ftruncate(pages, -(-(before + size) // mmap.PAGESIZE) * mmap.PAGESIZE)
-            _map(address - before, before + size, pages)
-        finally:
-            os.close(pages)
+        self.kept, self.clean = self.kept + 1, 0
+        _keep(ctypes.addressof(slot), size)
         # What they were mapped with lasts as long as they do.
         self.memory = mmap.mmap(self.descriptor, 2 * HALF_BYTES)
 
@@ -127,6 +146,15 @@ class Channel:
 
     def send(self, kind, batch, items):
         """Sends a frame of items: a status, a number of tensors, and the pieces that make up the payload."""
+        self.put(self.frame(kind, batch, items))
+
+    def put(self, frame):
+        """Sends what `frame` made."""
+        leave_if_forked()
+        self.socket.sendall(frame)
+
+    def frame(self, kind, batch, items):
+        """The bytes of a frame. Large payloads are put into shared memory here: nothing of the items is needed any more."""
         sizes = [sum(map(len, pieces)) for _, _, pieces in items]
         total = sum(sizes)
         table = b"".join([ROW.pack(size, item[0], item[1]) for size, item in zip(sizes, items)])
@@ -139,17 +167,25 @@ class Channel:
                     self.memory[at : at + len(piece)] = piece
                     at += len(piece)
                 at = start + aligned(size)
-            self.socket.sendall(HEADER.pack(len(table), kind, 0, len(items), batch, 1) + table)
-            return
+            return HEADER.pack(len(table), kind, 0, len(items), batch, 1) + table
         header = HEADER.pack(len(table) + total, kind, 0, len(items), batch, 0)
-        self.socket.sendall(b"".join([header, table, *[piece for item in items for piece in item[2]]]))
+        return b"".join([header, table, *[piece for item in items for piece in item[2]]])
 
 
-def _map(address, size, descriptor):
-    """Puts a private copy of a file where something else is mapped."""
-    call = ctypes.CDLL(None, use_errno=True).mmap
-    call.restype = ctypes.c_void_p
-    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    if call(address, size, access, mmap.MAP_PRIVATE | MAP_FIXED, descriptor, 0) != address:
-        raise OSError(ctypes.get_errno(), "can't keep what a pipeline has kept")
+def _keep(address, size):
+    """Puts a private copy of the pages that hold something where they are mapped, in one step."""
+    library = ctypes.CDLL(None, use_errno=True)
+    for call in (library.mmap, library.mremap):
+        call.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    library.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+    before = address % mmap.PAGESIZE
+    whole = -(-(before + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = library.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, kind, -1, 0)
+    if pages != FAILED_MAP:
+        ctypes.memmove(pages + before, address, size)
+        moved = library.mremap(pages, whole, whole, MREMAP_MAYMOVE | MREMAP_FIXED, address - before)
+        if moved == address - before:
+            return
+    raise MemoryError(f"an array was kept, and there is no memory for it: {os.strerror(ctypes.get_errno())}")

@@ -60,5 +60,8 @@ def describe(error):
         text = str(error)
     except Exception:  # noqa: BLE001 - it is the user's own
         text = "(its text can't be had)"
+    # What this package itself finds wrong says all in its text.
+    if type(error).__module__.startswith(__package__) and text:
+        return text
     name = type(error).__name__
     return f"{name}: {text}" if text else name

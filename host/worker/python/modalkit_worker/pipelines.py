@@ -16,10 +16,16 @@ from . import code, encoding, items, streams, told
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
 STAGES = ("preprocess", "predict", "postprocess")
+# How long an asynchronous backend may take for one message; nothing else runs meanwhile.
+SEND_SECONDS_MAX = 10
 
 
 class Refused(Exception):
     """There is no pipeline that can be served, for this reason."""
+
+
+class Returned(Exception):
+    """Something that is no outputs."""
 
 
 class NotTaken(Exception):
@@ -74,14 +80,22 @@ def queue_backend():
     modules = [module for module in list(sys.modules.values()) if code.is_users(module)]
     values = [value for module in modules for value in vars(module).values()]
     # A class it must be: the stub of `modal` has whatever it is asked for.
-    services = [value for value in values if inspect.isclass(getattr(value, "inference_implementation", None))]
+    services = [value for value in values if inspect.isclass(_member(value, "inference_implementation"))]
     for holder in [*services, *modules]:
-        backend = getattr(holder, "queue_backend", None)
+        backend = _member(holder, "queue_backend")
         if hasattr(backend, "send_message"):
             return backend() if inspect.isclass(backend) else backend
     raise NotTaken(
         "the pipeline's code has no queue backend: expected `queue_backend` with an (asynchronous) method `send_message(queue_name, message)` in a ModalService, or in one of its modules"
     )
+
+
+def _member(value, name):
+    """What a value has under a name; whatever else it does when it is asked, it has nothing."""
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 - it is the user's own
+        return None
 
 
 def model_named(name):
@@ -97,7 +111,7 @@ class Pipeline:
         self.target = target
         self.is_function = not inspect.isclass(target)
         self.input_model = input_model or self._annotated(self._takes_inputs())
-        self.output_model = output_model
+        self.output_model = output_model or self._returned()
         self.instance = None
         self.loop = None
         self.queue_backend = None
@@ -106,6 +120,14 @@ class Pipeline:
         self.tensors = importlib.import_module(".tensors", __package__) if isinstance(said, dict) else None
         self.signature = self.tensors and self.tensors.Signature(said)
         self.validate = self._validator()
+
+    def _returned(self):
+        """The pydantic model of `-> list[Model]` of the last stage, for its JSON Schema."""
+        names = ("run_inference", "postprocess", "predict")
+        stage = self.target if self.is_function else next(
+            (getattr(self.target, name) for name in names if name in vars(self.target)), None
+        )
+        return stage and self._model_in(inspect.signature(stage).return_annotation, stage)
 
     def _takes_inputs(self):
         if self.is_function:
@@ -119,7 +141,9 @@ class Pipeline:
         """The pydantic model of `inputs: list[Model]`, where the function says so. Only this annotation is read: others may need what isn't there."""
         parameters = list(inspect.signature(function).parameters.values())
         parameters = parameters if self.is_function else parameters[1:]
-        annotation = parameters[0].annotation if parameters else inspect.Parameter.empty
+        return self._model_in(parameters[0].annotation if parameters else inspect.Parameter.empty, function)
+
+    def _model_in(self, annotation, function):
         if isinstance(annotation, str):
             module = sys.modules.get(function.__module__)
             try:
@@ -171,7 +195,10 @@ class Pipeline:
         """Sends a message by the backend that the user's code was given."""
         if self.queue_backend is None:
             self.queue_backend = queue_backend()
-        if not self._finish(self.queue_backend.send_message(queue, message)):
+        sent = self.queue_backend.send_message(queue, message)
+        if inspect.isawaitable(sent):
+            sent = self._finish(asyncio.wait_for(sent, SEND_SECONDS_MAX))
+        if not sent:
             raise NotTaken(f"{type(self.queue_backend).__name__}.send_message did not return True")
 
     def decode(self, item):
@@ -232,7 +259,11 @@ class Pipeline:
         result = self._finish(result)
         if streams.has_steps(result):
             return streams.follow(result, sink, self._finish)
-        return result if isinstance(result, list) else list(result)
+        if isinstance(result, list):
+            return result
+        if isinstance(result, (dict, str, bytes)) or not hasattr(result, "__iter__"):
+            raise Returned(f"expected a list with an output for each input from the last stage, found {type(result).__name__}")
+        return list(result)
 
 
 def rejected(error):

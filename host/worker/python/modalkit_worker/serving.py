@@ -4,6 +4,7 @@ Everything happens on the main thread: a batch, a check of inputs and a hook wai
 """
 
 import gc
+import importlib
 import json
 import os
 import select
@@ -29,6 +30,7 @@ def run(descriptors):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # For the host's terminal, or for all processes of its service: the host ends workers in its order.
         signal.signal(number, pass_over)
+    os.register_at_fork(after_in_child=frames.forked)
     control, log = frames.Channel(control), output.Log(log)
     with open(first, "rb") as file:
         hello = json.load(file)
@@ -110,13 +112,13 @@ def packages():
 
 def reason(error):
     """Why a pipeline doesn't load: the exception, and where in the user's code it was raised."""
-    places = [
-        place
-        for place in traceback.extract_tb(error.__traceback__)
-        if not place.filename.startswith((output.OWN, "<frozen"))
-    ]
+    not_theirs = (output.OWN, "<frozen", os.path.dirname(importlib.__file__))
+    places = [place for place in traceback.extract_tb(error.__traceback__) if not place.filename.startswith(not_theirs)]
     lines = traceback.format_list(places)
-    return items.describe(error) + ("\n" + "".join(lines).rstrip() if lines else "")
+    if isinstance(error, SyntaxError):
+        # With the line, and where in it.
+        lines += traceback.format_exception_only(type(error), error)[:-1]
+    return items.describe(error) + ("\n" + "".join(lines).rstrip() + "\n" if lines else "")
 
 
 def serve(pipeline, channels):
@@ -132,17 +134,21 @@ def serve(pipeline, channels):
                 kind, batch, inputs = channels.lane.receive()
                 if kind != frames.BATCH:
                     return CONFUSED
-                channels.lane.send(frames.DONE, batch, ends(pipeline, inputs, channels))
+                frame = channels.lane.frame(frames.DONE, batch, ends(pipeline, inputs, channels))
                 del inputs
                 channels.lane.take_back()
+                channels.lane.put(frame)
             elif descriptor == checks:
                 kind, batch, inputs = channels.checks.receive()
                 if kind == frames.SEND:
-                    channels.checks.send(frames.SENT, batch, sent(pipeline, inputs, channels.log))
+                    frame = channels.checks.frame(frames.SENT, batch, sent(pipeline, inputs, channels.log))
                 else:
-                    channels.checks.send(frames.CHECKED, batch, [check(pipeline, item) for item in inputs])
+                    frame = channels.checks.frame(
+                        frames.CHECKED, batch, [check(pipeline, item) for item in inputs]
+                    )
                 del inputs
                 channels.checks.take_back()
+                channels.checks.put(frame)
             elif descriptor == control:
                 kind, _, _ = channels.control.receive()
                 if kind == frames.LEAVE:
@@ -178,7 +184,7 @@ def sent(pipeline, inputs, log):
         try:
             pipeline.send(queue, bytes(message).decode())
             results.append((items.PAYLOAD, 0, [b""]))
-        except Exception as error:  # noqa: BLE001 - the backend is the user's own
+        except BaseException as error:  # noqa: BLE001 - the backend is the user's own
             log.error(f"a message was not sent to the queue {queue}", error)
             results.append(items.failure(items.TRANSIENT, items.describe(error)))
     return results
@@ -197,8 +203,11 @@ class Sink:
         return self._ask(frames.CHUNK, place, [(int(waits), 0, [json])], frames.CHUNK_RESULT)
 
     def _ask(self, kind, place, said, answer):
-        self.lane.send(kind, self.places[place], said)
-        found, _, [(status, _, _)] = self.lane.receive()
+        try:
+            self.lane.send(kind, self.places[place], said)
+            found, _, [(status, _, _)] = self.lane.receive()
+        except OSError:
+            raise frames.Ended from None
         if found != answer:
             raise frames.Ended
         return status
@@ -218,7 +227,7 @@ def ends(pipeline, inputs, channels):
         try:
             outputs, times = pipeline.run(decoded, Sink(channels.lane, places))
             if len(outputs) != len(decoded):
-                text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs"
+                text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs: expected one for each (a generator that streams yields lists of that many chunks)"
                 failed = items.failure(items.PERMANENT, text)
             else:
                 ended.extend((place, encode(pipeline, output, inputs[place])) for place, output in zip(places, outputs))

@@ -15,6 +15,8 @@ UNWANTED, TAKEN, FULL = 0, 1, 2
 STEPS_WAITING_MAX = 64
 # Seconds between two looks whether anybody still waits for an output that is wanted whole.
 LOOK_SECONDS = 0.05
+# How long callers who all have no room are asked again and again, how often, before one is waited for.
+BLOCKED_SECONDS, BETWEEN_TRIES_SECONDS = 1.0, 0.002
 GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)
 
 
@@ -26,12 +28,12 @@ def has_steps(result):
     """Whether what a pipeline returned is still to be made."""
     if type(result) in GENERATORS:
         return True
-    return isinstance(result, list) and any(type(output) in GENERATORS for output in result)
+    return isinstance(result, (list, tuple)) and any(type(output) in GENERATORS for output in result)
 
 
 def follow(result, sink, finish):
     """Sends the chunks as they are made; the outputs, one for each input of the sink's."""
-    if isinstance(result, list):
+    if isinstance(result, (list, tuple)):
         return _Each([Steps(output, finish) for output in result], sink).outputs()
     steps = Steps(result, finish)
     first = steps.next(None)
@@ -78,6 +80,13 @@ class Steps:
             self.has_ended = True
             self.finish(self.made.aclose()) if self.is_async else self.made.close()
 
+    def drop(self):
+        """The same of one that did badly already: what else it raises is nobody's."""
+        try:
+            self.close()
+        except Exception:  # noqa: BLE001 - the generator is the user's own
+            pass
+
 
 class Caller:
     """One input's, and what was made for it."""
@@ -85,12 +94,12 @@ class Caller:
     def __init__(self, sink, place):
         self.sink, self.place = sink, place
         self.interest = sink.interest(place)
-        self.looked = time.monotonic()
+        self.looked = self.taken = time.monotonic()
         # Chunks, as they were yielded, for the outcome; and, as JSON, those that the caller had no room for.
         self.made, self.waiting = [], collections.deque()
 
     def is_there(self):
-        if self.interest == OUTCOME and time.monotonic() - self.looked > LOOK_SECONDS:
+        if self.interest != NOTHING and time.monotonic() - self.looked > LOOK_SECONDS:
             self.interest, self.looked = self.sink.interest(self.place), time.monotonic()
         return self.interest != NOTHING
 
@@ -100,18 +109,20 @@ class Caller:
         self.made.append(chunk)
         if self.interest == CHUNKS:
             self.waiting.append(encoding.chunk(chunk))
-            self.send(len(self.waiting) > STEPS_WAITING_MAX)
+            self.send(STEPS_WAITING_MAX)
 
-    def send(self, waits):
-        """Sends what waits, as far as there is room; with `waits`, waits for it."""
+    def send(self, left):
+        """Sends what waits, as far as there is room; waits for room where more than so many would be left."""
         while self.waiting and self.interest == CHUNKS:
-            result = self.sink.chunk(self.place, self.waiting[0], waits)
+            result = self.sink.chunk(self.place, self.waiting[0], len(self.waiting) > left)
             if result == FULL:
                 return
+            self.looked = self.taken = time.monotonic()
             self.waiting.popleft()
             if result == UNWANTED:
                 self.interest = NOTHING
-                self.waiting.clear()
+        if self.interest == NOTHING:
+            self.waiting.clear()
 
     def output(self):
         """Of what has no other: its chunks, as one text where they are text."""
@@ -127,7 +138,7 @@ class _Batch:
     def finished(self, outputs):
         """The outputs, once every caller has its chunks."""
         for caller in self.callers:
-            caller.send(True)
+            caller.send(0)
         gone = items.Abandoned("nobody waits for this item any more")
         return [output if caller.is_there() else gone for output, caller in zip(outputs, self.callers)]
 
@@ -152,7 +163,7 @@ class _Together(_Batch):
                 if chunk is not None:
                     caller.take(chunk)
                 else:
-                    caller.send(False)
+                    caller.send(STEPS_WAITING_MAX)
             there = [caller.is_there() for caller in self.callers]
             if not any(there):
                 self.steps.close()
@@ -177,26 +188,33 @@ class _Each(_Batch):
             for steps in self.all_steps:
                 steps.close()
             return self.all_steps
-        failed = {}
+        failed, blocked = {}, None
         running = [pair for pair in enumerate(zip(self.all_steps, self.callers)) if not pair[1][0].has_ended]
         while running:
             for place, (steps, caller) in running:
+                if caller.is_there() and caller.waiting:
+                    # Nobody's pace is another's, as long as there are others.
+                    caller.send(0 if len(running) == 1 else len(caller.waiting))
+                    continue
                 try:
-                    if not caller.is_there():
-                        steps.close()
-                    elif caller.waiting:
-                        # Nobody's pace is another's, as long as there are others.
-                        caller.send(len(running) == 1)
-                    else:
-                        chunk = steps.next(True)
-                        if not steps.has_ended and chunk is not None:
-                            caller.take(chunk)
+                    chunk = steps.next(True) if caller.is_there() else steps.close()
+                    if not steps.has_ended and chunk is not None:
+                        caller.take(chunk)
                 except Exception as error:  # noqa: BLE001 - the generator is the user's own
                     failed[place] = error
-                    steps.close()
+                    steps.drop()
             running = [pair for pair in running if not pair[1][0].has_ended]
-            if len(running) > 1 and all(caller.waiting for _, (_, caller) in running):
-                running[0][1][1].send(True)
+            callers = [caller for _, (_, caller) in running]
+            if len(callers) < 2 or not all(caller.waiting for caller in callers):
+                blocked = None
+                continue
+            # None of them has room. Whoever reads on is served at once; who doesn't for long is waited for, and may be cut off.
+            blocked = blocked or time.monotonic()
+            if time.monotonic() - blocked < BLOCKED_SECONDS:
+                time.sleep(BETWEEN_TRIES_SECONDS)
+            else:
+                slowest = min(callers, key=lambda caller: caller.taken)
+                slowest.send(len(slowest.waiting) - 1)
         made = [
             failed.get(place, caller.output() if steps.returned is None else steps.returned)
             for place, (steps, caller) in enumerate(zip(self.all_steps, self.callers))

@@ -101,11 +101,24 @@ def _words(data):
     return words
 
 
+def _named(output, name):
+    if isinstance(output, dict):
+        if name in output:
+            return output[name]
+        raise Wrong(f"expected an output {name!r}, as the signature says, found {', '.join(map(repr, output)) or 'none'}")
+    if not hasattr(output, name):
+        raise Wrong(f"expected an output {name!r}, as the signature says, found {type(output).__name__} without it")
+    return getattr(output, name)
+
+
 def _array(value, dtype):
     """As an array of numpy in C's order, without a copy where it is one already."""
     if not isinstance(value, numpy.ndarray) and hasattr(value, "__dlpack__"):
         value = _exchanged(value, dtype)
-    return numpy.asarray(value, dtype=dtype, order="C")
+    array = numpy.asarray(value)
+    if array.dtype.kind in "fc" and numpy.dtype(dtype).kind in "iub" and array.size:
+        raise ValueError("fractions would be lost")
+    return numpy.asarray(array, dtype=dtype, order="C")
 
 
 def _exchanged(value, dtype):
@@ -125,14 +138,17 @@ def write(output, signature):
     """The pieces of an output: what comes before the bytes of its arrays, then these, each at its multiple."""
     head, data = [], []
     for name, (number, _) in signature.outputs.items():
-        value = output[name] if isinstance(output, dict) else getattr(output, name)
+        value = _named(output, name)
         kind, dtype = DATATYPES[number]
         if kind == "BYTES":
             array = numpy.asarray(value, dtype=object)
             words = [word.encode() if isinstance(word, str) else bytes(word) for word in array.ravel()]
             content = b"".join(LENGTH.pack(len(word)) + word for word in words)
         else:
-            array = _array(value, dtype or "uint16")
+            try:
+                array = _array(value, dtype or "uint16")
+            except (TypeError, ValueError) as error:
+                raise Wrong(f"expected {kind} for the output {name!r}, as the signature says, found {value!r:.80}: {error}") from None
             content = array.reshape(-1).view("uint8")
         encoded = name.encode()
         head.append(HEAD.pack(len(encoded), number, array.ndim))
