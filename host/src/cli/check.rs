@@ -77,7 +77,7 @@ fn of_fault(fault: &Fault) -> Value {
 /// What the plugins that lie in the volumes say of their models' own keys.
 fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     let mut faults = Vec::new();
-    for spec in loaded.config.models.values() {
+    for spec in &all_models(loaded) {
         let Some(file) = build::find(&spec.plugin, &loaded.config.volumes) else { continue };
         match inspect(spec, &file, loaded) {
             Ok(plugin) => match check_settings(&*plugin, &spec.settings) {
@@ -90,6 +90,19 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     faults
 }
 
+/// The models of the configuration, and those of folders of Python that no entry names.
+fn all_models(loaded: &Loaded) -> Vec<ModelSpec> {
+    let mut all: Vec<ModelSpec> = loaded.config.models.values().cloned().collect();
+    let others = build::folders(&loaded.config.volumes);
+    let others: Vec<ModelSpec> = others
+        .iter()
+        .filter(|name| !all.iter().any(|spec| spec.plugin == **name))
+        .map(|name| loaded.config.defaults.named(name))
+        .collect();
+    all.extend(others);
+    all
+}
+
 /// As the host would take it: a folder of Python with the interpreter that the entry says.
 fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plugin>, LoadError> {
     let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::default() };
@@ -99,8 +112,9 @@ fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plu
 /// What runs the models that are written in Python.
 fn interpreters(loaded: &Loaded) -> Vec<String> {
     let folder =
-        |spec: &&ModelSpec| build::find(&spec.plugin, &loaded.config.volumes).filter(|file| file.is_dir());
-    let models = loaded.config.models.values().filter_map(|spec| Some((spec, folder(&spec)?)));
+        |spec: &ModelSpec| build::find(&spec.plugin, &loaded.config.volumes).filter(|file| file.is_dir());
+    let models = all_models(loaded);
+    let models = models.iter().filter_map(|spec| Some((spec, folder(spec)?)));
     let found = models.filter_map(|(spec, folder)| Some((spec, inspect(spec, &folder, loaded).ok()?)));
     found
         .map(|(spec, plugin)| {

@@ -48,7 +48,9 @@ fn write(folder: &Path, name: &str) -> io::Result<Vec<PathBuf>> {
     let mut written = Vec::new();
     for (file, text) in PYTHON {
         let path = folder.join(file);
-        let text = text.replace("{{name}}", name).replace("{{folder}}", &folder.display().to_string());
+        let above = folder.parent().unwrap_or(folder).display().to_string();
+        let text = text.replace("{{name}}", name).replace("{{above}}", &above);
+        let text = text.replace("{{folder}}", &folder.display().to_string());
         OpenOptions::new().write(true).create_new(true).open(&path)?.write_all(text.as_bytes())?;
         written.push(path);
     }

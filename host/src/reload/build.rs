@@ -2,6 +2,8 @@
 //! served.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -58,6 +60,19 @@ pub fn find(plugin: &str, volumes: &[Volume]) -> Option<PathBuf> {
             .map(|name| volume.mount_point.join(name))
     });
     files.into_iter().find(|file| file.is_file() || tree::is_pipeline(file))
+}
+
+/// The names of the folders in the volumes that are pipelines in Python.
+#[must_use]
+pub fn folders(volumes: &[Volume]) -> BTreeSet<String> {
+    let watched = volumes.iter().filter(|volume| volume.pipeline.is_none());
+    let entries =
+        watched.flat_map(|volume| fs::read_dir(&volume.mount_point).into_iter().flatten().flatten());
+    let pipelines = entries.filter(|entry| tree::is_pipeline(&entry.path()));
+    pipelines
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| !name.starts_with('.'))
+        .collect()
 }
 
 /// Since a moment, in milliseconds.

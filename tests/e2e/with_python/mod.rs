@@ -469,6 +469,11 @@ fn a_new_folder_serves_passes_its_tests_and_is_served_from_wherever_it_lies() {
     let (code, said) =
         modalkit(&["--config", host.folder().join("modalkit.toml").to_str().unwrap(), "check"]);
     assert!(code == Some(0) && said.contains("letters: Python 3.") && said.contains("pydantic 2."), "{said}");
+    // One that no entry names is looked at as well.
+    write(&host.volume().join("odd"), &[("pipeline.py", "def predict(batch)\n    return batch\n")]);
+    let (code, said) =
+        modalkit(&["--config", host.folder().join("modalkit.toml").to_str().unwrap(), "check"]);
+    assert!(code == Some(1) && said.contains("SyntaxError") && said.contains("def predict(batch)"), "{said}");
 }
 
 #[test]
