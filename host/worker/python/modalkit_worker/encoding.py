@@ -13,6 +13,9 @@ def status(output):
 
 def encode(output):
     """An output as an item: a JSON object without `status`, which the host writes, or a failure."""
+    if type(output) is dict and "status" not in output:
+        # What most are, with nothing to be asked.
+        return (items.PAYLOAD, 0, [_json(output)])
     if isinstance(output, BaseException):
         return items.raised(output)
     if status(output) == "error":
@@ -43,13 +46,9 @@ def chunk(value):
 
 def _json(value):
     try:
-        return _dumps(value)
+        return _encoder.encode(value).encode()
     except ValueError:
-        return _dumps(_finite(value))
-
-
-def _dumps(value):
-    return json.dumps(value, separators=(",", ":"), default=_plain, ensure_ascii=False, allow_nan=False).encode()
+        return _encoder.encode(_finite(value)).encode()
 
 
 def _finite(value):
@@ -85,3 +84,6 @@ def _plain(value):
     if isinstance(value, bytes):
         return value.decode()
     raise TypeError(f"an output holds {type(value).__name__}, which is no JSON")
+
+
+_encoder = json.JSONEncoder(separators=(",", ":"), default=_plain, ensure_ascii=False, allow_nan=False)

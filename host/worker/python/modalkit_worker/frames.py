@@ -87,8 +87,9 @@ class Channel:
         items = []
         if place == 0:
             for size, status, tensors in rows:
-                items.append((status, tensors, data[start : start + size]))
-                start += size
+                end = start + size
+                items.append((status, tensors, data[start:end]))
+                start = end
         else:
             rows = list(rows)
             view = self._lend(place - 1, sum(aligned(size) for size, _, _ in rows))
@@ -155,9 +156,10 @@ class Channel:
 
     def frame(self, kind, batch, items):
         """The bytes of a frame. Large payloads are put into shared memory here: nothing of the items is needed any more."""
-        sizes = [sum(map(len, pieces)) for _, _, pieces in items]
+        sizes = [len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)) for _, _, pieces in items]
         total = sum(sizes)
-        table = b"".join([ROW.pack(size, item[0], item[1]) for size, item in zip(sizes, items)])
+        rows = [number for size, (status, tensors, _) in zip(sizes, items) for number in (size, status, tensors)]
+        table = struct.pack("<" + "IHH" * len(items), *rows)
         shared = self.memory is not None and total > INLINE_BYTES_MAX and sum(map(aligned, sizes)) <= HALF_BYTES
         if shared:
             at = HALF_BYTES
@@ -169,7 +171,7 @@ class Channel:
                 at = start + aligned(size)
             return HEADER.pack(len(table), kind, 0, len(items), batch, 1) + table
         header = HEADER.pack(len(table) + total, kind, 0, len(items), batch, 0)
-        return b"".join([header, table, *[piece for item in items for piece in item[2]]])
+        return b"".join([header, table, *[piece for _, _, pieces in items for piece in pieces]])
 
 
 def _keep(address, size):

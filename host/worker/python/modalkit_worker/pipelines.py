@@ -16,6 +16,7 @@ from . import code, encoding, items, streams, told
 # Where a pipeline is looked for whose entry names none.
 MODULES = ("pipeline", "model", "app")
 STAGES = ("preprocess", "predict", "postprocess")
+_decoder = json.JSONDecoder()
 # How long an asynchronous backend may take for one message; nothing else runs meanwhile.
 SEND_SECONDS_MAX = 10
 
@@ -210,7 +211,7 @@ class Pipeline:
             payload = bytes(payload)
         if self.validate is None:
             try:
-                return json.loads(payload)
+                return _decoder.decode(payload.decode())
             except (ValueError, RecursionError) as error:
                 raise Rejected(items.malformed(f"the body is not valid JSON: {error}")) from None
         return self.validate(payload)

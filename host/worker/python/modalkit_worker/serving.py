@@ -17,7 +17,6 @@ from . import code, frames, items, output, pipelines, told
 
 # Exit codes, as those of the host's own workers.
 DONE, CONFUSED = 0, 71
-NUMBER = struct.Struct("<Q")
 
 
 def run(descriptors):
@@ -215,14 +214,8 @@ class Sink:
 
 def ends(pipeline, inputs, channels):
     """Runs a batch; the items of the frame that says what came of it."""
-    places, decoded, ended = [], [], []
-    for place, item in enumerate(inputs):
-        try:
-            decoded.append(pipeline.decode(item))
-            places.append(place)
-        except BaseException as error:  # noqa: BLE001 - validators are the user's own
-            ended.append((place, pipelines.rejected(error)))
-    times, failed = [0, 0, 0], (items.PAYLOAD, 0, [b""])
+    places, decoded, ended = decode_all(pipeline, inputs)
+    times, failed, encoded = [0, 0, 0], (items.PAYLOAD, 0, [b""]), []
     if decoded:
         try:
             outputs, times = pipeline.run(decoded, Sink(channels.lane, places))
@@ -230,19 +223,44 @@ def ends(pipeline, inputs, channels):
                 text = f"the pipeline returned {len(outputs)} outputs for {len(decoded)} inputs: expected one for each (a generator that streams yields lists of that many chunks)"
                 failed = items.failure(items.PERMANENT, text)
             else:
-                ended.extend((place, encode(pipeline, output, inputs[place])) for place, output in zip(places, outputs))
+                encoded = encode_all(pipeline, outputs, inputs, places)
         except frames.Ended:
             raise
         except BaseException as error:  # noqa: BLE001 - the pipeline is the user's own, and may call sys.exit
             channels.log.error("a batch failed", error)
             failed = items.raised(error)
-    numbers = [*times, len(decoded), *(place for place, _ in ended)]
-    head = b"".join([NUMBER.pack(number) for number in numbers])
-    return [failed, (items.PAYLOAD, 0, [head]), *(item for _, item in ended)]
+    numbers = [*times, len(decoded), *[place for place, _ in ended], *(places if encoded else ())]
+    head = struct.pack(f"<{len(numbers)}Q", *numbers)
+    return [failed, (items.PAYLOAD, 0, [head]), *[item for _, item in ended], *encoded]
 
 
-def encode(pipeline, output, item):
+def decode_all(pipeline, inputs):
+    """The places of the inputs that run, these themselves, and with their places those that are none."""
     try:
-        return pipeline.encode(output, item[1] > 0)
+        return range(len(inputs)), list(map(pipeline.decode, inputs)), []
+    except BaseException:  # noqa: BLE001 - validators are the user's own
+        pass
+    places, decoded, ended = [], [], []
+    for place, item in enumerate(inputs):
+        try:
+            decoded.append(pipeline.decode(item))
+            places.append(place)
+        except BaseException as error:  # noqa: BLE001 - validators are the user's own
+            ended.append((place, pipelines.rejected(error)))
+    return places, decoded, ended
+
+
+def encode_all(pipeline, outputs, inputs, places):
+    """The items of the outputs, in the form of their inputs."""
+    as_tensors = [inputs[place][1] > 0 for place in places] if pipeline.tensors else [False] * len(outputs)
+    try:
+        return list(map(pipeline.encode, outputs, as_tensors))
+    except Exception:  # noqa: BLE001 - serializers are the user's own
+        return [encode(pipeline, output, as_tensor) for output, as_tensor in zip(outputs, as_tensors)]
+
+
+def encode(pipeline, output, as_tensors):
+    try:
+        return pipeline.encode(output, as_tensors)
     except Exception as error:  # noqa: BLE001 - serializers are the user's own
         return items.raised(error)

@@ -18,6 +18,7 @@ LOOK_SECONDS = 0.05
 # How long callers who all have no room are asked again and again, how often, before one is waited for.
 BLOCKED_SECONDS, BETWEEN_TRIES_SECONDS = 1.0, 0.002
 GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)
+_GENERATORS = frozenset(GENERATORS)
 
 
 class Wrong(Exception):
@@ -28,7 +29,7 @@ def has_steps(result):
     """Whether what a pipeline returned is still to be made."""
     if type(result) in GENERATORS:
         return True
-    return isinstance(result, (list, tuple)) and any(type(output) in GENERATORS for output in result)
+    return isinstance(result, (list, tuple)) and not _GENERATORS.isdisjoint(map(type, result))
 
 
 def follow(result, sink, finish):
