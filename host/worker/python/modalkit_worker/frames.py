@@ -62,7 +62,7 @@ class Channel:
         self.socket.setblocking(True)
         self.descriptor = memory
         self.memory = None if memory is None else mmap.mmap(memory, 2 * HALF_BYTES)
-        self.rest = b""
+        self.rest, self.buffer = b"", memoryview(bytearray(READ_BYTES))
         # Of the frame that came last, what of its memory can be kept: a weak reference, and where it lies.
         self.lent = None
         # How often something was kept lately, and frames since of which nothing was.
@@ -129,10 +129,11 @@ class Channel:
         self.memory = mmap.mmap(self.descriptor, 2 * HALF_BYTES)
 
     def _read(self):
-        data = self.socket.recv(READ_BYTES)
-        if not data:
+        # A buffer of its own: one that is made for each call costs more than what is read.
+        count = self.socket.recv_into(self.buffer)
+        if count == 0:
             raise Ended
-        return data
+        return bytes(self.buffer[:count])
 
     def _read_up_to(self, data, size):
         whole = bytearray(max(size, len(data)))
@@ -156,10 +157,14 @@ class Channel:
 
     def frame(self, kind, batch, items):
         """The bytes of a frame. Large payloads are put into shared memory here: nothing of the items is needed any more."""
-        sizes = [len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)) for _, _, pieces in items]
+        flat = [piece for _, _, pieces in items for piece in pieces]
+        # Each has at least one: where there are as many, each is one.
+        sizes = list(map(len, flat if len(flat) == len(items) else ()))
+        sizes = sizes or [sum(map(len, pieces)) for _, _, pieces in items]
         total = sum(sizes)
-        rows = [number for size, (status, tensors, _) in zip(sizes, items) for number in (size, status, tensors)]
-        table = struct.pack("<" + "IHH" * len(items), *rows)
+        # As `ROW`, in one number.
+        rows = [size | status << 32 | tensors << 48 for size, (status, tensors, _) in zip(sizes, items)]
+        table = struct.pack(f"<{len(rows)}Q", *rows)
         shared = self.memory is not None and total > INLINE_BYTES_MAX and sum(map(aligned, sizes)) <= HALF_BYTES
         if shared:
             at = HALF_BYTES
@@ -171,7 +176,7 @@ class Channel:
                 at = start + aligned(size)
             return HEADER.pack(len(table), kind, 0, len(items), batch, 1) + table
         header = HEADER.pack(len(table) + total, kind, 0, len(items), batch, 0)
-        return b"".join([header, table, *[piece for _, _, pieces in items for piece in pieces]])
+        return b"".join([header, table, *flat])
 
 
 def _keep(address, size):
