@@ -53,13 +53,28 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
 fn in_json(plugin: &Description) -> String {
     // The SDK wrote them.
     let schema = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
-    let whole = json!({
-        "taken": true, "name": plugin.name, "version": plugin.version, "sha256": plugin.sha256(),
-        "abi_version": plugin.abi, "sdk_version": plugin.sdk, "rustc_version": plugin.rustc,
+    let schemas = json!({
         "input_schema": schema(&plugin.input_schema), "output_schema": schema(&plugin.output_schema),
         "settings_schema": schema(&plugin.settings_schema),
     });
+    if plugin.abi == PYTHON {
+        let (name, sha256) = (&plugin.name, plugin.sha256());
+        let mut whole = json!({"taken": true, "name": name, "sha256": sha256, "python_version": plugin.sdk, "interpreter": plugin.rustc});
+        merge(&mut whole, schemas);
+        return format!("{whole:#}\n");
+    }
+    let mut whole = json!({
+        "taken": true, "name": plugin.name, "version": plugin.version, "sha256": plugin.sha256(),
+        "abi_version": plugin.abi, "sdk_version": plugin.sdk, "rustc_version": plugin.rustc,
+    });
+    merge(&mut whole, schemas);
     format!("{whole:#}\n")
+}
+
+fn merge(whole: &mut Value, members: Value) {
+    if let (Some(whole), Value::Object(members)) = (whole.as_object_mut(), members) {
+        whole.extend(members);
+    }
 }
 
 fn for_people(plugin: &Description) -> String {

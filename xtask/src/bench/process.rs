@@ -124,8 +124,11 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // Others than this host leave what they started.
+        let below: Vec<String> = self.processes().iter().skip(1).map(u32::to_string).collect();
+        // Each may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let _ = Command::new("kill").arg("-9").args(below).stderr(Stdio::null()).status();
     }
 }

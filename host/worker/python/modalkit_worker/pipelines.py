@@ -17,6 +17,10 @@ from . import code, encoding, items, streams, told
 MODULES = ("pipeline", "model", "app")
 STAGES = ("preprocess", "predict", "postprocess")
 _decoder = json.JSONDecoder()
+# Arguments of a constructor that the host gives.
+TOLD = ("model_name", "all_model_data_folder", "common_settings")
+# What types are in a JSON Schema.
+TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 # How long an asynchronous backend may take for one message; nothing else runs meanwhile.
 SEND_SECONDS_MAX = 10
 
@@ -172,15 +176,29 @@ class Pipeline:
     def output_schema(self):
         return {} if self.output_model is None else self.output_model.model_json_schema(mode="serialization")
 
+    def settings_schema(self):
+        """What the constructor takes beside what the host tells: for people, since what it does with that nobody knows beforehand."""
+        if self.is_function:
+            return {}
+        properties, required = {}, []
+        for name, parameter in inspect.signature(self.target).parameters.items():
+            if name in TOLD or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                continue
+            has_default = parameter.default is not inspect.Parameter.empty
+            said = next((name for known, name in TYPES.items() if parameter.annotation is known), None)
+            kind = said or TYPES.get(type(parameter.default))
+            properties[name] = {"type": kind} if kind else {}
+            if not has_default:
+                required.append(name)
+            elif type(parameter.default) in TYPES:
+                properties[name]["default"] = parameter.default
+        return {"type": "object", "properties": properties, "required": required}
+
     def load(self):
         """Calls the constructor with what it takes of what the host told."""
         if self.is_function:
             return
-        given = {
-            "model_name": told.model_name,
-            "all_model_data_folder": told.all_model_data_folder,
-            "common_settings": told.common_settings,
-        }
+        given = {name: getattr(told, name) for name in TOLD}
         parameters = inspect.signature(self.target).parameters.values()
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         names = {parameter.name for parameter in parameters}

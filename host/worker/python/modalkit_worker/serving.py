@@ -85,7 +85,7 @@ def prepare(python):
 
 
 def describe(hello, python, pipeline):
-    """What the plugin says of itself. Its settings are its constructor's arguments, of which nobody can say beforehand what they are."""
+    """What the plugin says of itself. Its settings are its constructor's arguments."""
     return {
         "name": hello["model_name"],
         "version": "",
@@ -95,7 +95,7 @@ def describe(hello, python, pipeline):
         "has_debug_assertions": False,
         "input_schema": json.dumps(pipeline.input_schema()),
         "output_schema": json.dumps(pipeline.output_schema()),
-        "settings_schema": "{}",
+        "settings_schema": json.dumps(pipeline.settings_schema()),
     }
 
 
