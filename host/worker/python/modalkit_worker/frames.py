@@ -23,8 +23,8 @@ INLINE_BYTES_MAX = 64 << 10
 HALF_BYTES = 64 << 20
 READ_BYTES = 256 << 10
 
-
-# After so many batches of whose memory something was kept, what comes is copied beforehand; one of them is forgotten after so many of which nothing was.
+# After so many batches of whose memory something was kept, what comes is copied beforehand; one of them is forgotten after so many frames of which nothing
+# was, or that were copied.
 KEPT_MAX = 8
 CLEAN_FORGETS = 100
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
@@ -65,7 +65,7 @@ class Channel:
         self.rest, self.buffer = b"", memoryview(bytearray(READ_BYTES))
         # Of the frame that came last, what of its memory can be kept: a weak reference, and where it lies.
         self.lent = None
-        # How often something was kept lately, and frames since of which nothing was.
+        # How often something was kept lately, and frames since then.
         self.kept = self.clean = 0
 
     def fileno(self):
@@ -102,6 +102,7 @@ class Channel:
     def _lend(self, start, size):
         """The payloads of a frame where they lie. When the batch has ended, `take_back`."""
         if self.kept >= KEPT_MAX:
+            self._forget()
             return memoryview(bytearray(memoryview(self.memory)[start : start + size]))
         slot = (ctypes.c_char * size).from_buffer(self.memory, start)
         self.lent = (weakref.ref(slot), start, size)
@@ -114,10 +115,7 @@ class Channel:
             return
         (slot, start, size), self.lent = self.lent, None
         if slot() is None:
-            self.clean += 1
-            if self.clean >= CLEAN_FORGETS:
-                self.kept, self.clean = max(0, self.kept - 1), 0
-            return
+            return self._forget()
         # What only a circle of dead objects holds, nobody has kept.
         gc.collect()
         slot = slot()
@@ -127,6 +125,11 @@ class Channel:
         _keep(ctypes.addressof(slot), size)
         # What they were mapped with lasts as long as they do.
         self.memory = mmap.mmap(self.descriptor, 2 * HALF_BYTES)
+
+    def _forget(self):
+        self.clean += 1
+        if self.clean >= CLEAN_FORGETS:
+            self.kept, self.clean = max(0, self.kept - 1), 0
 
     def _read(self):
         # A buffer of its own: one that is made for each call costs more than what is read.
