@@ -538,7 +538,8 @@ mod with_mount {
         let mut host = setup.config(&config).ready();
         let padding = "x".repeat(20_000);
         let send = |host: &Host, value: i64, what: &str| {
-            let message = json!({"value": value, "do": what, "ms": 1500});
+            // Longer than it takes to fill the disk and look at the host, on a slow machine too.
+            let message = json!({"value": value, "do": what, "ms": 4000});
             let envelope =
                 json!({"message": message, "success_queue": "file://results", "meta": {"padding": padding}});
             host.post("/predict_async", &envelope)
