@@ -539,7 +539,7 @@ mod with_mount {
         let padding = "x".repeat(20_000);
         let send = |host: &Host, value: i64, what: &str| {
             // Longer than it takes to fill the disk and look at the host, on a slow machine too.
-            let message = json!({"value": value, "do": what, "ms": 4000});
+            let message = json!({"value": value, "do": what, "ms": 6000});
             let envelope =
                 json!({"message": message, "success_queue": "file://results", "meta": {"padding": padding}});
             host.post("/predict_async", &envelope)
@@ -547,7 +547,7 @@ mod with_mount {
         // Those at the head take their time, so that the others wait, and fill the disk.
         let (mut accepted, mut refused) = (Vec::new(), 0);
         for value in 0..2000 {
-            let (status, answer) = send(&host, value, if value < 8 { "sleep" } else { "" });
+            let (status, answer) = send(&host, value, if value < 2 { "sleep" } else { "" });
             match status {
                 200 => accepted.push(value),
                 503 => {
