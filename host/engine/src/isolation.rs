@@ -18,12 +18,6 @@ impl Default for Isolation {
 }
 
 impl Isolation {
-    /// Each instance in a process of its own.
-    #[must_use]
-    pub fn process(confinement: Confinement) -> Self {
-        Self { in_process: false, confinement }
-    }
-
     /// Whether it means the same for a plugin that is, or isn't, in processes of its own.
     #[must_use]
     pub fn is_same_for(&self, is_isolated: bool, other: &Self) -> bool {

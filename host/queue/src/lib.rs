@@ -267,8 +267,6 @@ impl std::fmt::Debug for PluginSpec {
 pub struct ModelSpec {
     /// The model's name.
     pub model: String,
-    /// Messages in one call.
-    pub batch_max: usize,
 }
 
 /// Makes the adapter of a model's own code, which only its host can reach.

@@ -24,8 +24,6 @@ const REDIS_BYTES_MAX: usize = 512 << 20;
 const SQS_BYTES_MAX: usize = 1 << 20;
 /// Messages in one call of a plugin.
 const PLUGIN_BATCH_MAX: usize = 256;
-/// The same of a model's own code, which runs no batch meanwhile, and may take its time for each.
-const MODEL_BATCH_MAX: usize = 1;
 /// Where the Python library delivers to.
 const PYTHON_DEFAULT: &str = "sqs";
 
@@ -158,7 +156,6 @@ impl Resolver<'_> {
             QueueKind::Sqs => Spec::Sqs(self.sqs(backend, key)?),
             QueueKind::Model => Spec::Model(ModelSpec {
                 model: backend.model.value().cloned().unwrap_or_else(|| name.to_owned()),
-                batch_max: MODEL_BATCH_MAX,
             }),
             QueueKind::Plugin => {
                 let folder = PathBuf::from(self.written.server().secrets_folder());

@@ -8,6 +8,9 @@ use modalkit_queue::{Answer, Backend, Message, ModelSpec, OpenModel, QueueError}
 
 use crate::{models::Models, pipeline::SharedInstance};
 
+/// Messages in one call: no batch runs meanwhile, and each may take its time.
+const BATCH_MAX: usize = 1;
+
 struct OfModel {
     models: Arc<Models>,
     spec: ModelSpec,
@@ -34,7 +37,7 @@ impl Backend for OfModel {
     }
 
     fn batch_max(&self, _: &str) -> usize {
-        self.spec.batch_max
+        BATCH_MAX
     }
 
     fn send<'a>(

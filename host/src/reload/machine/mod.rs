@@ -388,9 +388,10 @@ impl Machine {
 
     /// Whether this is what serves, in the environment that it was loaded in.
     fn serves(&self, staged: &Staged) -> bool {
-        let content = |staged: &Staged| (staged.sha256().to_owned(), staged.environment().map(str::to_owned));
-        let serving = self.generation().map(|generation| content(&generation.plugin.description().staged));
-        serving == Some(content(staged))
+        self.generation().is_some_and(|generation| {
+            let serving = &generation.plugin.description().staged;
+            (serving.sha256(), serving.environment()) == (staged.sha256(), staged.environment())
+        })
     }
 
     fn serving_sha256(&self) -> Option<&str> {
