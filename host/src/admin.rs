@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     access::{Access, Visibility},
+    buckets::Buckets,
     config::ModelSpec,
     egress::{HttpResponse, RETRY_AFTER_TIME, object_response, text_response},
     insight::metrics::{METRICS_CONTENT_TYPE, Metrics},
@@ -25,9 +26,9 @@ use crate::{
 
 /// `GET /health`: the process answers, and how its models are.
 #[must_use]
-pub fn health(models: &Models, visibility: Visibility) -> HttpResponse {
+pub fn health(models: &Models, buckets: &Buckets, visibility: Visibility) -> HttpResponse {
     let all = models.all();
-    let healthy = all.values().all(|model| is_ready(model));
+    let healthy = all.values().all(|model| is_ready(model)) && buckets.are_current();
     let status = if healthy { "ok" } else { "degraded" };
     if visibility == Visibility::Status {
         return object_response(StatusCode::OK, &json!({"status": status}));
@@ -35,7 +36,12 @@ pub fn health(models: &Models, visibility: Visibility) -> HttpResponse {
     let reasons = visibility == Visibility::Reasons;
     let models: BTreeMap<&String, Value> =
         all.iter().map(|(name, model)| (name, shown(model, reasons))).collect();
-    object_response(StatusCode::OK, &json!({"status": status, "models": models}))
+    let mut body = json!({"status": status, "models": models});
+    let buckets = buckets.shown(reasons);
+    if !buckets.is_empty() {
+        body["buckets"] = json!(buckets);
+    }
+    object_response(StatusCode::OK, &body)
 }
 
 /// `GET /livez`: the process answers.
@@ -156,7 +162,8 @@ pub fn devices(devices: &Devices) -> HttpResponse {
 
 /// `GET /metrics`.
 #[must_use]
-pub fn metrics(metrics: &Metrics, devices: &Devices) -> HttpResponse {
+pub fn metrics(metrics: &Metrics, devices: &Devices, buckets: &Buckets) -> HttpResponse {
+    buckets.measure(metrics);
     devices.standing().iter().for_each(|standing| metrics.devices.set(standing));
     text_response(METRICS_CONTENT_TYPE, metrics.render())
 }

@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     access::{self, Access, Keys},
     audit::Audit,
+    buckets,
     config::{Loaded, Server, Sources},
     death_note::DeathNote,
     identity,
@@ -135,8 +136,17 @@ pub async fn run(
     let consumed = config.queues.consume.clone();
     let devices = tokio::task::spawn_blocking(Devices::find).await?;
     tell_of(&devices);
-    let (reload, control) =
-        Reload::start(config, engine, Arc::clone(&models), Arc::clone(&metrics), Arc::clone(&devices))?;
+    let lowers = Arc::clone(&engine);
+    let (mirrors, buckets) =
+        buckets::start(&config.volumes, &metrics, move || lowers.lower_thread_priority())?;
+    let (reload, control) = Reload::start(
+        config,
+        engine,
+        Arc::clone(&models),
+        Arc::clone(&metrics),
+        Arc::clone(&devices),
+        &mirrors,
+    )?;
     let access = Access::new(loaded.config.auth.clone(), metrics.calls_by_key.clone());
     let (keys, specs) = Keys::new(Arc::clone(&access), loaded.config.auth.clone());
     let running = reconfigure::Running {
@@ -158,6 +168,7 @@ pub async fn run(
         Arc::clone(&jobs),
         metrics,
         Arc::clone(&devices),
+        buckets,
         control,
         configuration,
     );
@@ -246,6 +257,8 @@ pub async fn run(
         tracing::warn!("threads that run plugin code did not leave; the process ends with them");
     }
     drop(threads);
+    // After the pipelines have ended, which may have written files.
+    mirrors.stop().await;
     // Whoever manages could look and ask until here.
     if let Some(socket) = socket {
         socket.stop().await;

@@ -9,6 +9,7 @@ pub mod admin;
 pub mod app;
 pub mod audit;
 mod backoff;
+pub mod buckets;
 pub mod config;
 mod death_note;
 pub mod egress;

@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::{
     access::Keys,
-    config::{CUT_STILL_TIME, Fault, Faults, Loaded, Looks, ModelSpec, Snapshot, Sources},
+    config::{CUT_STILL_TIME, Config, Fault, Faults, Loaded, Looks, ModelSpec, Snapshot, Sources, Volume},
     insight::log::LogLevels,
     models::Models,
     mounts,
@@ -30,17 +30,20 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 const WAITING_MAX: usize = 16;
 
 /// Keys that are applied to the running host, by what they begin with. Any other that changes needs a restart.
-const LIVE: [&str; 6] = [
+const LIVE: [&str; 7] = [
     "model_settings",
     "app_settings.batch_config",
     "app_settings.auth_config",
     "app_settings.deployment_config",
+    // It is for `modalkit image`, and nothing of a running host follows from it.
+    "app_settings.build_config",
     "server.log",
     "server.secrets_folder",
 ];
 /// The exceptions.
-const AT_START: [&str; 1] = [VOLUMES];
+const AT_START: [&str; 2] = [VOLUMES, BUCKETS];
 const VOLUMES: &str = "app_settings.deployment_config.volumes";
+const BUCKETS: &str = "app_settings.deployment_config.cloud_bucket_mounts";
 const TRACES: &str = "server.traces";
 /// How long plugins may look at settings.
 const PLUGINS_TIME_MAX: Duration = Duration::from_secs(5);
@@ -259,9 +262,15 @@ impl Reconfigure {
         };
         let other_traces = config.server.traces != begun.server.traces;
         let at_start = values(&self.start);
+        let of_kind = |config: &Config, mirrored: bool| {
+            let kind = |volume: &&Volume| volume.bucket.is_some() == mirrored;
+            config.volumes.iter().filter(kind).cloned().collect::<Vec<_>>()
+        };
+        let is_other = |mirrored| of_kind(config, mirrored) != of_kind(begun, mirrored);
         let restart: Vec<String> = differing(&at_start, &after)
-            .filter(|key| !is_live(key) && !key.starts_with(VOLUMES))
-            .chain(other_volumes.then_some(VOLUMES))
+            .filter(|key| !is_live(key) && !AT_START.iter().any(|start| key.starts_with(start)))
+            .chain(is_other(false).then_some(VOLUMES))
+            .chain(is_other(true).then_some(BUCKETS))
             .map(ToOwned::to_owned)
             .collect();
         // A secret among them doesn't show in what is shown.

@@ -97,7 +97,10 @@ fn each_library_is_known_where_it_belongs_only() {
     );
     only_in("modalkit_loader", &["host/loader/", "host/src/app.rs", "tests/e2e/queues.rs", itself]);
     only_in("tract_onnx", &["plugins/onnx/", itself]);
-    only_in("object_store::", &["host/src/access/ssm.rs", "host/queue/src/sqs.rs", itself]);
+    only_in(
+        "object_store::",
+        &["host/bucket/", "host/src/access/ssm.rs", "host/queue/src/sqs.rs", "tests/src/stores.rs", itself],
+    );
     only_in("rusqlite", &["host/journal/", itself]);
     only_in(
         "cudarc",
@@ -117,6 +120,7 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
     let allowed = BTreeMap::from([
         ("sdk/abi", vec![]),
         ("sdk", vec!["modalkit-abi"]),
+        ("host/bucket", vec![]),
         ("host/batch", vec![]),
         ("host/engine", vec![]),
         ("host/loader", vec!["modalkit-abi", "modalkit-engine"]),
@@ -128,6 +132,7 @@ fn of_ours_each_crate_imports_only_what_the_design_allows() {
             "host",
             vec![
                 "modalkit-batch",
+                "modalkit-bucket",
                 "modalkit-device",
                 "modalkit-engine",
                 "modalkit-journal",
@@ -272,6 +277,7 @@ fn the_reference_configuration_has_every_key_with_its_default() {
             behind(&whole, &path).unwrap_or_else(|| panic!("{path} is missing in config/modalkit.toml"));
         let is_example = [
             "app_settings.deployment_config.mounts",
+            "app_settings.deployment_config.cloud_bucket_mounts",
             "app_settings.build_config.env",
             "app_settings.queue_config.backends.*.settings",
             "app_settings.queue_config.consume",

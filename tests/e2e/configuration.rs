@@ -297,16 +297,17 @@ fn files_of_the_python_library_load_unchanged() {
     let folder = workspace().join("tests/configurations");
     let loaded = load(&[folder.join("development.yaml")], &[]).unwrap();
     let warned: Vec<&str> = loaded.warnings.iter().map(|warning| warning.key.as_str()).collect();
-    assert_eq!(warned, ["app_settings.build_config", "app_settings.queue_config.backend"]);
+    assert_eq!(warned, ["app_settings.queue_config.backend"]);
     assert_eq!(loaded.config.app_name, "demo-dev-dev");
     assert_eq!(loaded.config.auth.keys.len(), 1);
 
     let loaded = load(&[folder.join("production.yaml")], &[]).unwrap();
     let warned: Vec<&str> = loaded.warnings.iter().map(|warning| warning.key.as_str()).collect();
     let deployment = |key: &str| format!("app_settings.deployment_config.{key}");
-    for key in ["memory", "cpu", "secrets", "cloud_bucket_mounts", "secure"] {
+    for key in ["secrets", "cloud_bucket_mounts[0].secret", "secure"] {
         assert!(warned.contains(&deployment(key).as_str()), "{key}: {warned:?}");
     }
+    assert!(!loaded.warnings.iter().any(|warning| warning.why.contains("no effect")), "{warned:?}");
     // The library lets requests name any queue.
     assert!(warned.contains(&"app_settings.queue_config.allowed_queues"), "{warned:?}");
     let digits = &loaded.config.models["digits"];
@@ -361,7 +362,11 @@ fn every_setting_of_the_python_library_parses() {
         ("app_settings.deployment_config.secure", json!(true)),
         (
             "app_settings.deployment_config.cloud_bucket_mounts",
-            json!([{"mount_point": "/m", "bucket_name": "b", "bucket_endpoint_url": "http://127.0.0.1:9000", "key_prefix": "k", "secret": "s", "oidc_auth_role_arn": "r", "read_only": true, "requester_pays": true}]),
+            json!([{"mount_point": "/m", "bucket_name": "b", "bucket_endpoint_url": "http://127.0.0.1:9000", "key_prefix": "k", "secret": "s", "read_only": true, "requester_pays": true}]),
+        ),
+        (
+            "app_settings.deployment_config.cloud_bucket_mounts",
+            json!([{"mount_point": "/m", "bucket_name": "b", "oidc_auth_role_arn": "r"}]),
         ),
         ("app_settings.deployment_config.memory", json!(16384)),
         ("app_settings.deployment_config.cpu", json!(8.5)),

@@ -5,6 +5,7 @@
 mod access;
 mod architecture;
 mod batching;
+mod buckets;
 mod clients;
 mod command_line;
 mod configuration;

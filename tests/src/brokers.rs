@@ -29,7 +29,7 @@ pub struct Server {
 }
 
 impl Server {
-    fn new(
+    pub(crate) fn new(
         port: u16,
         folder: TempDir,
         answers: fn(u16) -> bool,
@@ -121,7 +121,7 @@ pub fn redis_with_tls(certificate: &Path, private_key: &Path) -> Server {
     })
 }
 
-fn listens(port: u16) -> bool {
+pub(crate) fn listens(port: u16) -> bool {
     connect(port).is_ok()
 }
 

@@ -13,6 +13,7 @@ pub mod load;
 pub mod management;
 pub mod poison;
 pub mod python;
+pub mod stores;
 pub mod version;
 
 pub use version::Version;
@@ -50,7 +51,7 @@ pub const SECRET_OF_COLLECTOR: &str = "collectors-own-secret-5b1d";
 /// # Panics
 /// Where a secret is seen in a text.
 pub fn assert_no_secret(text: &str) {
-    for secret in [KEY, OPERATOR, SECRET, SECRET_OF_COLLECTOR] {
+    for secret in [KEY, OPERATOR, SECRET, SECRET_OF_COLLECTOR, stores::SECRET_KEY, stores::AZURITE_KEY] {
         if let Some(at) = text.find(secret) {
             let near: String =
                 text[..at].chars().rev().take(200).collect::<Vec<_>>().into_iter().rev().collect();

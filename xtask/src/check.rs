@@ -7,11 +7,11 @@ use anyhow::bail;
 use crate::{
     brokers,
     build::{cargo, command, run},
-    dependencies, python,
+    dependencies, python, stores,
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 5] = ["redis", "moto", "taskiq", "python", "mount"];
+const NEEDS: [&str; 7] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =
@@ -41,8 +41,14 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if has("moto") || has("taskiq") || has("python") {
+    if has("moto") || has("taskiq") || has("python") || has("azurite") {
         python::ensure()?;
+    }
+    if has("azurite") {
+        stores::ensure_azurite()?;
+    }
+    if has("s3s") {
+        stores::ensure_s3s()?;
     }
     println!("building the host, the plugins and the fixtures");
     cargo(&["build", "--workspace"])?;

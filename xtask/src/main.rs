@@ -14,6 +14,7 @@ mod new_plugin;
 mod python;
 mod run;
 mod soak;
+mod stores;
 mod watch;
 
 use std::{env, path::PathBuf, process::ExitCode};
@@ -28,8 +29,8 @@ cargo xtask COMMAND
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
   test [--without NAME] [ARGS...]
-                                every test; ARGS go to `cargo test`. Without a broker (redis, moto, taskiq) or without root's
-                                mount those that need it are left out, and the end says so
+                                every test; ARGS go to `cargo test`. Without a broker or store (redis, moto, taskiq, azurite, s3s),
+                                without python or root's mount those that need it are left out, and the end says so
   brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, dependencies, then every test
   audit                         what is linked in: published advisories, yanked versions, licences, bans and sources

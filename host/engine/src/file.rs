@@ -143,13 +143,23 @@ pub enum LoadError {
     },
     /// Its entry names another content.
     #[error(
-        "it has the SHA-256 {found}, and {entry} pins {expected} (plugin_sha256); install that file, or change the entry and restart the host"
+        "it has the SHA-256 {found}, and {entry} pins {expected} (plugin_sha256); install that file, or change the entry"
     )]
     Pinned {
         /// Whose.
         entry: &'static str,
         /// What the entry says.
         expected: String,
+        /// What the file has.
+        found: String,
+    },
+    /// It lies where anybody may write who writes a bucket, and nobody names its content.
+    #[error(
+        "it lies in a bucket (volume {volume:?}), whoever may write that would run code here, and nobody names its content; expected plugin_sha256 = {found:?} in the model's entry, or plugins_from_buckets = true for the mount"
+    )]
+    Unpinned {
+        /// The bucket's volume.
+        volume: String,
         /// What the file has.
         found: String,
     },
@@ -172,11 +182,18 @@ impl LoadError {
         match self {
             Self::Io { .. } | Self::Hung { .. } | Self::Preflight { .. } | Self::Untrusted { .. } => true,
             Self::Pinned { .. }
+            | Self::Unpinned { .. }
             | Self::TooManyLibraries { .. }
             | Self::Crashed { .. }
             | Self::Fenced(_)
             | Self::Refused(_) => false,
         }
+    }
+
+    /// Whether its entry is to blame, and not the content: with another entry it may be taken.
+    #[must_use]
+    pub fn is_of_entry(&self) -> bool {
+        matches!(self, Self::Pinned { .. } | Self::Unpinned { .. })
     }
 
     /// The error and its causes, one line.

@@ -1,27 +1,25 @@
 //! How keys are declared: one list for each table, from which its parts in files, their merging, their defaults, their schema
 //! and what `check` prints all follow. It never knows which keys there are.
 
-/// Declares a table: `name: Type = default or "what the default follows from";`, in `later` the keys whose feature isn't here yet.
+/// Declares a table: `name: Type = default or "what the default follows from";`.
 macro_rules! layer {
     (
         $(#[doc = $about:literal])+
         pub(super) struct $layer:ident {
             $( $(#[doc = $doc:literal])+ $field:ident: $type:ty $(= $default:expr)? $(, or $note:literal)?; )*
         }
-        $(later { $( $(#[doc = $later_doc:literal])+ $later:ident: $later_type:ty; )* })?
         $(rest $rest:ident;)?
     ) => {
         $(#[doc = $about])+
         #[derive(Clone, Debug, Default, PartialEq)]
         pub(super) struct $layer {
             $( $(#[doc = $doc])+ pub(super) $field: $crate::config::layer::Slot<$type>, )*
-            $($( $(#[doc = $later_doc])+ pub(super) $later: $crate::config::layer::Slot<$later_type>, )*)?
             $( pub(super) $rest: $crate::config::types::FreeForm, )?
         }
 
         impl $layer {
             /// The keys that have a meaning here.
-            pub(super) const KEYS: &[&str] = &[$($crate::config::layer::name(stringify!($field)),)* $($($crate::config::layer::name(stringify!($later)),)*)?];
+            pub(super) const KEYS: &[&str] = &[$($crate::config::layer::name(stringify!($field)),)*];
             $($(
                 /// What is written, else the default.
                 #[allow(dead_code, reason = "defaults of keys whose feature isn't here yet are only shown")]
@@ -59,11 +57,6 @@ macro_rules! layer {
                         reader.add_hints::<$type>(before, &path, &[$($doc),+], $crate::config::declare::layer!(@option $($default)?));
                         continue;
                     } )*
-                    $($( if entry.name == $crate::config::layer::name(stringify!($later)) {
-                        read.$later = $crate::config::layer::Slot::read(&entry.node, &path, reader);
-                        reader.add_hints::<$later_type>(before, &path, &[$($later_doc),+], None);
-                        continue;
-                    } )*)?
                     if !$crate::config::declare::layer!(@rest read, entry $(, $rest)?) {
                         reader.unknown(&entry.at, key, &entry.name, Self::KEYS);
                     }
@@ -73,7 +66,6 @@ macro_rules! layer {
 
             fn merge(&mut self, later: Self) {
                 $( self.$field.merge(later.$field); )*
-                $($( self.$later.merge(later.$later); )*)?
                 $( $crate::config::layer::Setting::merge(&mut self.$rest, later.$rest); )?
             }
 
@@ -82,9 +74,6 @@ macro_rules! layer {
                 $( if let Some(value) = self.$field.json($crate::config::declare::layer!(@option $($default)?), defaults) {
                     members.insert($crate::config::layer::name(stringify!($field)).to_owned(), value);
                 } )*
-                $($( if let Some(value) = self.$later.json(None, defaults) {
-                    members.insert($crate::config::layer::name(stringify!($later)).to_owned(), value);
-                } )*)?
                 $( if let serde_json::Value::Object(own) = self.$rest.json(defaults) {
                     members.extend(own);
                 } )?
@@ -96,9 +85,6 @@ macro_rules! layer {
                 $( properties.insert($crate::config::layer::name(stringify!($field)).to_owned(), $crate::config::layer::property::<$type>(
                     &[$($doc),+], $crate::config::declare::layer!(@option $($default)?), $crate::config::declare::layer!(@option $($note)?),
                 )); )*
-                $($( properties.insert($crate::config::layer::name(stringify!($later)).to_owned(), $crate::config::layer::property::<$later_type>(
-                    &[$($later_doc,)+ "(No effect in this version.)"], None, None,
-                )); )*)?
                 let rest = $crate::config::declare::layer!(@has $($rest)?);
                 $crate::config::layer::table_schema(&[$($about),+], properties, rest)
             }
@@ -114,9 +100,6 @@ macro_rules! layer {
                     &$crate::config::layer::child(key, $crate::config::layer::name(stringify!($field))),
                     $crate::config::declare::layer!(@option $($default)?), $crate::config::declare::layer!(@option $($note)?), defaults, rows,
                 ); )*
-                $($( self.$later.rows(
-                    &$crate::config::layer::child(key, $crate::config::layer::name(stringify!($later))), None, None, defaults, rows,
-                ); )*)?
                 $( $crate::config::layer::Setting::rows(&self.$rest, key, &$crate::config::fault::Place::Default, defaults, rows); )?
             }
 
@@ -124,13 +107,6 @@ macro_rules! layer {
                 $( if let Some(value) = self.$field.value() {
                     $crate::config::layer::Setting::warn(value, &$crate::config::layer::child(key, $crate::config::layer::name(stringify!($field))), warnings);
                 } )*
-                $($( if self.$later.value().is_some() {
-                    warnings.push($crate::config::fault::Warning {
-                        at: self.$later.at(),
-                        key: $crate::config::layer::child(key, $crate::config::layer::name(stringify!($later))),
-                        why: "this key has no effect in this version".to_owned(),
-                    });
-                } )*)?
                 // A table without such keys has nothing to say.
                 let _ = (key, warnings);
             }

@@ -140,6 +140,11 @@ impl Environment {
         self.variables.get(name).map(|(value, _)| value.as_str())
     }
 
+    /// All variables, by name.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.variables.iter().map(|(name, (value, _))| (name.as_str(), value.as_str()))
+    }
+
     /// The variables that name keys, as one layer. A map that is given whole, as JSON, replaces what the files say there; a
     /// longer path changes one key of it. Names are matched without regard to case, against what the files have.
     /// `sections`: the keys at the top, which one variable may give whole.

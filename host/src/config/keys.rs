@@ -5,9 +5,9 @@ use super::{
     declare::layer,
     layer::Setting,
     types::{
-        Address, Amount, Count, Folder, FreeForm, Gpu, IsolationKind, Levels, MountKind, Named, OneOrMany,
-        Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds, SecondsOrZero, Secret,
-        Sha256, Share, Url, Watch,
+        Address, Amount, BucketProvider, Count, Folder, FreeForm, Gpu, IsolationKind, Levels, MountKind,
+        Named, OneOrMany, Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds,
+        SecondsOrZero, Secret, Sha256, Share, Url, Watch,
     },
 };
 
@@ -120,6 +120,10 @@ layer! {
         log: Levels = Levels("info".to_owned());
         /// Settings of single volumes, by their names.
         volumes: Named<ServerVolume>;
+        /// The folder that buckets are mirrored into, a folder in it for each of `deployment_config.cloud_bucket_mounts`; for this host alone.
+        buckets_folder: Folder, or "buckets in state_folder";
+        /// Seconds that models wait at the start for the buckets that they use to be mirrored; then they are loaded with what is there.
+        bucket_wait_seconds: Count<0, 86_400> = Count(600);
         /// The folder with one file for each secret, as Docker and Kubernetes mount them.
         secrets_folder: String = "/run/secrets".to_owned();
         /// Serves HTTPS instead of HTTP.
@@ -172,9 +176,7 @@ layer! {
         auth_config: AuthConfig;
         /// Where asynchronous results go, and requests come from.
         queue_config: QueueConfig = QueueConfig::default();
-    }
-    later {
-        /// The container image.
+        /// The container image that `modalkit image` describes.
         build_config: BuildConfig;
     }
 }
@@ -262,10 +264,8 @@ layer! {
         recycle_after_batches: Large, or "never";
         /// Mebibytes of memory beyond which a replica's process is replaced by a fresh one; with `isolation = "process"`.
         recycle_after_mb: Large, or "never";
-    }
-    later {
-        /// Prefixes of buckets that are mirrored into folders.
-        cloud_bucket_mounts: Vec<BucketMount>;
+        /// Prefixes of buckets that are mirrored into folders, each of which is a volume.
+        cloud_bucket_mounts: Vec<BucketMount> = Vec::new();
     }
 }
 
@@ -284,22 +284,32 @@ layer! {
 layer! {
     /// A prefix of a bucket that is mirrored into a folder.
     pub(super) struct BucketMount {
-        /// The folder.
+        /// The folder: a link to what was mirrored last.
         mount_point: String;
-        /// The bucket.
+        /// The volume's name.
+        name: String, or "the last part of mount_point";
+        /// The bucket; of Azure, the container.
         bucket_name: String;
         /// Where the store answers, where that isn't the cloud's own address.
         bucket_endpoint_url: Url;
-        /// The keys that are mirrored begin with this.
-        key_prefix: String;
-        /// The secret with the credentials.
-        secret: String;
-        /// The role whose credentials are asked for.
+        /// What the store speaks.
+        provider: BucketProvider, or "what bucket_endpoint_url and the names in the secret say, else s3";
+        /// The folder of keys that is mirrored.
+        key_prefix: String, or "the whole bucket";
+        /// The secret with the credentials, by the names that clients of the cloud know: `AWS_ACCESS_KEY_ID` and so on.
+        secret: String, or "what the environment has, as the cloud's own programs look for it";
+        /// The role whose credentials are asked for, with the token in the file AWS_WEB_IDENTITY_TOKEN_FILE.
         oidc_auth_role_arn: String;
-        /// Whether nothing is written back.
+        /// Whether files that are written below the mount point stay here, instead of going up.
         read_only: bool = false;
-        /// Whether the caller pays.
+        /// Whether the caller pays, and not the bucket's owner.
         requester_pays: bool = false;
+        /// Milliseconds between two listings.
+        poll_interval_ms: Milliseconds = Count(60_000);
+        /// Bytes that the mirrored objects may have together.
+        bucket_bytes_max: Count<1, 1_125_899_906_842_624>, or "what the disk has room for";
+        /// Takes plugins from it whose content no `plugin_sha256` names: whoever may write the bucket runs code here.
+        plugins_from_buckets: bool = false;
     }
 }
 

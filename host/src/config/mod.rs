@@ -5,6 +5,7 @@
 //! are merged, later ones over earlier ones, and the whole is resolved. What is wrong in any of them is told at once (`fault`).
 
 mod auth;
+mod buckets;
 mod declare;
 mod environment;
 mod fault;
@@ -28,6 +29,7 @@ use std::{
 
 use serde_json::{Value as Json, json};
 
+pub use buckets::Bucket;
 pub use environment::Environment;
 pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;

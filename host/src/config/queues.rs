@@ -7,7 +7,7 @@ use modalkit_queue::{
 };
 
 use super::{
-    ConsumeSpec, Environment, Fault, Place, QueueSpec, Secrets, Warning,
+    ConsumeSpec, Environment, Fault, Place, QueueSpec, Secrets, Volume, Warning,
     auth::{self, DEFAULT_REGION},
     fault::listed,
     keys::{Consume, QueueBackend, QueueConfig, Root},
@@ -31,7 +31,7 @@ const PYTHON_DEFAULT: &str = "sqs";
 pub(super) fn resolve(
     written: &Root,
     environment: &Environment,
-    volumes: &[PathBuf],
+    volumes: &[Volume],
     faults: &mut Vec<Fault>,
     warnings: &mut Vec<Warning>,
 ) -> QueueSpec {
@@ -127,7 +127,7 @@ pub(super) fn warn_of_the_default(written: &Root, is_yaml: bool, warnings: &mut 
 struct Resolver<'a> {
     written: &'a Root,
     environment: &'a Environment,
-    volumes: &'a [PathBuf],
+    volumes: &'a [Volume],
     faults: &'a mut Vec<Fault>,
     warnings: &'a mut Vec<Warning>,
 }
@@ -173,13 +173,19 @@ impl Resolver<'_> {
                     name: name.to_owned(),
                     plugin: backend.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
                     sha256: backend.plugin_sha256.value().map(|digest| digest.0.clone()),
-                    folders: self.volumes.to_vec(),
+                    folders: self.folders(backend.plugin_sha256.value().is_some()),
                     settings: backend.settings().0.json().to_string(),
                     secrets: secrets.values().clone(),
                     batch_max: PLUGIN_BATCH_MAX,
                 })
             }
         })
+    }
+
+    /// Where plugins are looked for: those that no pin names, in no bucket that doesn't say so.
+    fn folders(&self, is_pinned: bool) -> Vec<PathBuf> {
+        let takes = |volume: &&Volume| is_pinned || volume.takes_any_plugin();
+        self.volumes.iter().filter(takes).map(|volume| volume.mount_point.clone()).collect()
     }
 
     /// Where a broker answers, as one of these schemes.

@@ -8,7 +8,7 @@ use modalkit_engine::{self as engine, Confinement, Isolation, Sandbox};
 
 use super::{
     BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, Recycle,
-    ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth,
+    ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth, buckets,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
@@ -18,11 +18,13 @@ use super::{
 };
 
 const DEFAULT_VOLUME: &str = "volume";
+/// Where what counts for all models is written.
+const APPLICATION: &str = "app_settings";
 /// The application's name ends with the value of this, or else with that.
 const POSTFIX: (&str, &str) = ("MODALKIT_APP_POSTFIX", "-dev");
 /// Keys of a deployment that count for the whole host.
-pub(super) const OF_THE_HOST: [&str; 5] =
-    ["volumes", "allow_concurrent_inputs_handler", "mounts", "secure", "region"];
+pub(super) const OF_THE_HOST: [&str; 6] =
+    ["volumes", "cloud_bucket_mounts", "allow_concurrent_inputs_handler", "mounts", "secure", "region"];
 
 /// What doesn't fit together is added to the faults; what comes back then is of no use.
 pub(super) fn resolve(
@@ -34,7 +36,16 @@ pub(super) fn resolve(
     let (app, models) = (written.app_settings(), written.model_settings());
     let deployment = app.deployment_config();
     let folder = models.local_model_repository_folder.value().map(PathBuf::from);
-    let volumes = volumes(&deployment, folder.as_ref(), &written.server(), faults);
+    let state_folder = state_folder(&written.server(), environment, warnings);
+    let mirrored = buckets::resolve(&mut buckets::Context {
+        deployment: &deployment,
+        server: &written.server(),
+        state_folder: &state_folder,
+        environment,
+        faults,
+        warnings,
+    });
+    let volumes = volumes(&deployment, folder.as_ref(), &written.server(), mirrored, faults);
     let all_model_data_folder = folder.or_else(|| volumes.first().map(|volume| volume.mount_point.clone()));
     let mut context = Resolver {
         app: &app,
@@ -57,7 +68,7 @@ pub(super) fn resolve(
         .collect();
     let pipelines = pipelines_outside(&entries, &specs);
     if ![&defaults].into_iter().chain(specs.values()).any(|spec| !spec.isolation.in_process) {
-        context.warnings.extend(without_isolation(&deployment, "app_settings"));
+        context.warnings.extend(without_isolation(&deployment, APPLICATION));
     }
     let max = written.server().request_timeout_ms_max().0;
     if written.server().request_timeout_ms.value().is_some_and(|timeout| timeout.0 > max) {
@@ -91,17 +102,12 @@ pub(super) fn resolve(
         faults.push(Fault::new(at, "model_settings.model_entries", "a name for each model", "an empty one"));
     }
     let auth = auth::resolve(written, environment, faults, warnings);
-    let folders: Vec<PathBuf> = volumes.iter().map(|volume| volume.mount_point.clone()).collect();
-    let queues = queues::resolve(written, environment, &folders, faults, warnings);
+    let queues = queues::resolve(written, environment, &volumes, faults, warnings);
     auth::check_exposure(written, &auth, faults);
     check_allowed_hosts(&written.server(), faults);
     Config {
         app_name: app_name(&app, environment),
-        server: server(
-            &written.server(),
-            auth::tls(written, faults),
-            state_folder(&written.server(), environment, warnings),
-        ),
+        server: server(&written.server(), auth::tls(written, faults), state_folder),
         auth,
         requests_max: deployment.allow_concurrent_inputs_handler().0 as usize,
         mounts: mounts(&deployment, faults),
@@ -199,7 +205,7 @@ impl Resolver<'_> {
         let is_its_own =
             |volume: &&Volume| entry.volumes.value().is_none_or(|names| names.contains(&volume.name));
         let its_own = self.volumes.iter().filter(is_its_own);
-        let mut readable: Vec<PathBuf> = its_own.map(|volume| volume.mount_point.clone()).collect();
+        let mut readable: Vec<PathBuf> = its_own.flat_map(folders_of).collect();
         readable.push(self.folder.clone());
         let sandbox = Sandbox { readable, network: deployment.sandbox_network() };
         let amount = |amount: Option<&Amount>| amount.map(|amount| amount.0).filter(|amount| *amount > 0.0);
@@ -334,6 +340,12 @@ impl Resolver<'_> {
     }
 }
 
+/// Where a volume's files lie: of a mirrored one, each snapshot in a folder of its own.
+fn folders_of(volume: &Volume) -> impl Iterator<Item = PathBuf> {
+    let mirror = volume.bucket.as_ref().map(|bucket| bucket.spec.folder.clone());
+    [volume.mount_point.clone()].into_iter().chain(mirror)
+}
+
 /// What is said of processes of their own, and has no effect on a pipeline in the host's.
 fn python_of(written: &keys::Python) -> engine::Python {
     engine::Python {
@@ -361,8 +373,11 @@ fn module_of(file: &str) -> String {
 fn without_isolation(deployment: &DeploymentConfig, key: &str) -> Vec<Warning> {
     let mut written = Vec::new();
     let mut note = |name: &str, at: Option<Place>| written.extend(at.map(|at| (name.to_owned(), at)));
-    note("memory", deployment.memory.value().map(|_| deployment.memory.at()));
-    note("cpu", deployment.cpu.value().map(|_| deployment.cpu.at()));
+    // Of the whole application they are also what its container asks for (`modalkit deploy render`).
+    if key != APPLICATION {
+        note("memory", deployment.memory.value().map(|_| deployment.memory.at()));
+        note("cpu", deployment.cpu.value().map(|_| deployment.cpu.at()));
+    }
     note("sandbox_network", deployment.sandbox_network().then(|| deployment.sandbox_network.at()));
     note("sandbox", deployment.sandbox().then(|| deployment.sandbox.at()));
     note(
@@ -402,6 +417,7 @@ fn pipelines_outside(entries: &Named<ModelEntry>, specs: &BTreeMap<String, Model
             mount_point: folder.into(),
             watch: Watching::Fitting,
             pipeline: Some(spec.plugin.clone()),
+            bucket: None,
         });
     }
     found.into_values().collect()
@@ -411,18 +427,42 @@ fn volumes(
     deployment: &DeploymentConfig,
     folder: Option<&PathBuf>,
     server: &keys::Server,
+    mirrored: Vec<(Volume, Place)>,
     faults: &mut Vec<Fault>,
 ) -> Vec<Volume> {
     let key = "app_settings.deployment_config.volumes";
     let written = deployment.volumes.value().cloned().unwrap_or_default();
     let mut mounts: Vec<(PathBuf, String, Place)> =
         written.entries.into_iter().map(|(mount, (name, at))| (mount.into(), name, at)).collect();
-    if mounts.is_empty() {
+    // A folder that a bucket is mirrored into needs no other name.
+    let lies_in_bucket = |folder: Option<&PathBuf>| {
+        folder.map_or(!mirrored.is_empty(), |folder| {
+            mirrored.iter().any(|(volume, _)| folder.starts_with(&volume.mount_point))
+        })
+    };
+    if mounts.is_empty() && !lies_in_bucket(folder) {
         let mount = folder.cloned().unwrap_or_else(|| DEFAULT_VOLUME.into());
         mounts.push((mount, DEFAULT_VOLUME.to_owned(), Place::Default));
     }
     let mut seen: BTreeMap<&str, &Place> = BTreeMap::new();
-    for (mount, name, at) in &mounts {
+    let of_bucket =
+        |(volume, at): &(Volume, Place)| (volume.mount_point.clone(), volume.name.clone(), at.clone());
+    let all: Vec<(PathBuf, String, Place)> =
+        mounts.iter().cloned().chain(mirrored.iter().map(of_bucket)).collect();
+    for (index, (mount, name, at)) in all.iter().enumerate() {
+        if let Some((other, ..)) =
+            all[..index].iter().find(|(other, ..)| other.starts_with(mount) || mount.starts_with(other))
+            && index >= mounts.len()
+        {
+            let expected = "a mount_point that no other volume lies in, or is";
+            let found = format!("{} beside {}", mount.display(), other.display());
+            faults.push(Fault::new(
+                at,
+                "app_settings.deployment_config.cloud_bucket_mounts",
+                expected,
+                found,
+            ));
+        }
         if let Some(first) = seen.insert(name, at) {
             let found = format!("a second volume named {name:?}; the first is at {first}");
             faults.push(Fault::new(at, key, "a name of its own for each volume", found));
@@ -432,7 +472,7 @@ fn volumes(
             faults.push(Fault::new(at, key, expected, format!("the name {name:?} for {}", mount.display())));
         }
     }
-    let names: Vec<&str> = mounts.iter().map(|(_, name, _)| name.as_str()).collect();
+    let names: Vec<&str> = all.iter().map(|(_, name, _)| name.as_str()).collect();
     let settings = server.volumes.value().cloned().unwrap_or_default();
     for (name, (_, at)) in settings.entries.iter().filter(|(name, _)| !names.contains(&name.as_str())) {
         let expected = format!("the name of a volume in {key}: {}", listed(names.iter().copied()));
@@ -450,8 +490,11 @@ fn volumes(
         name: name.clone(),
         mount_point: mount_point.clone(),
         pipeline: None,
+        bucket: None,
     };
-    mounts.iter().map(volume).collect()
+    let mirrored =
+        mirrored.into_iter().map(|(mirrored, _)| Volume { watch: watch(&mirrored.name), ..mirrored });
+    mounts.iter().map(volume).chain(mirrored).collect()
 }
 
 fn mounts(deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> Vec<Mount> {

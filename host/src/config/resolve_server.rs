@@ -133,6 +133,7 @@ pub(super) fn server(written: &keys::Server, tls: Option<TlsFiles>, state_folder
             names: Duration::from_secs(written.idempotency_window_seconds().0),
         },
         log: written.log().0,
+        bucket_wait: Duration::from_secs(written.bucket_wait_seconds().0),
         secrets_folder: written.secrets_folder().into(),
         tls,
         traces: traces(written),

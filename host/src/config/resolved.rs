@@ -7,7 +7,7 @@ use modalkit_device::Wanted;
 use modalkit_engine::Isolation;
 
 use super::{
-    Fault, Secrets,
+    Bucket, Fault, Secrets,
     fault::{listed, nearest},
     keys::ModelEntry,
     node::Node,
@@ -332,6 +332,8 @@ pub struct Server {
     pub jobs: JobSpec,
     /// Log levels: `info`, or `info,modalkit=debug`.
     pub log: String,
+    /// How long models wait at the start for the buckets that they use.
+    pub bucket_wait: Duration,
     /// The folder with one file for each secret.
     pub secrets_folder: PathBuf,
     /// The files of HTTPS; `None` for HTTP.
@@ -362,6 +364,16 @@ pub struct Volume {
     pub watch: Watching,
     /// The plugin that the folder is itself, a pipeline in Python; `None` where it holds plugins.
     pub pipeline: Option<String>,
+    /// The bucket that it is mirrored from.
+    pub bucket: Option<Box<Bucket>>,
+}
+
+impl Volume {
+    /// Whether plugins are taken from it whose content nobody names: not from a bucket that doesn't say so.
+    #[must_use]
+    pub fn takes_any_plugin(&self) -> bool {
+        self.bucket.as_ref().is_none_or(|bucket| bucket.takes_plugins)
+    }
 }
 
 /// How changes in a volume are noticed.

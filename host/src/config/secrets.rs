@@ -75,7 +75,11 @@ pub(super) fn variable(name: &str, environment: &Environment) -> Option<String> 
 
 /// The variable of this name, or of its form as a variable (`hub-token`: `HUB_TOKEN`); else the file of this name; else every
 /// file in the folder of this name, as `NAME/FILE`.
-fn look_for(name: &str, environment: &Environment, folder: &Path) -> io::Result<Vec<(String, String)>> {
+pub(super) fn look_for(
+    name: &str,
+    environment: &Environment,
+    folder: &Path,
+) -> io::Result<Vec<(String, String)>> {
     if let Some(value) = variable(name, environment) {
         return Ok(vec![(name.to_owned(), value)]);
     }

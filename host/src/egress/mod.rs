@@ -322,6 +322,12 @@ pub fn control_error(error: &ControlError) -> HttpResponse {
             );
             object_response(StatusCode::CONFLICT, &json!({"detail": detail}))
         }
+        ControlError::Bucket { volume, why } => {
+            let detail = format!(
+                "the bucket of {volume:?} can't be mirrored now, and what was mirrored is served on: {why}"
+            );
+            object_response(StatusCode::BAD_GATEWAY, &json!({"detail": detail}))
+        }
         ControlError::Stopping => unavailable("it is shutting down"),
     }
 }

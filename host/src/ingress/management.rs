@@ -63,7 +63,7 @@ async fn carry_out(context: &Context, route: Route, name: &str) -> HttpResponse 
         Route::Metrics => {
             context.metrics.requests_in_flight.set(context.gate.requests() as i64);
             context.metrics.bytes_in_flight.set(context.budget.bytes() as i64);
-            Ok(admin::metrics(&context.metrics, &context.devices))
+            Ok(admin::metrics(&context.metrics, &context.devices, &context.buckets))
         }
         Route::Config => Ok(admin::config(&context.configuration.now())),
         Route::ReloadConfig => Ok(egress::reconfigured(&context.configuration.reload().await)),

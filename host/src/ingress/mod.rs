@@ -37,6 +37,7 @@ use tokio::{runtime::Handle, sync::Semaphore};
 use crate::{
     access::Access,
     audit::Audit,
+    buckets::Buckets,
     config::Server,
     insight::metrics::Metrics,
     jobs::Jobs,
@@ -76,6 +77,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// The GPUs.
     pub devices: Arc<Devices>,
+    /// The mirrors of buckets.
+    pub buckets: Arc<Buckets>,
     /// Takes orders to the reload loop.
     pub control: Control,
     /// The configuration in force; it takes requests to read it again.
@@ -101,6 +104,7 @@ impl Context {
         jobs: Arc<Jobs>,
         metrics: Arc<Metrics>,
         devices: Arc<Devices>,
+        buckets: Arc<Buckets>,
         control: Control,
         configuration: reconfigure::Handle,
     ) -> Arc<Self> {
@@ -115,6 +119,7 @@ impl Context {
             jobs,
             metrics,
             devices,
+            buckets,
             control,
             configuration,
             ids: RequestIds::new(),

@@ -86,7 +86,10 @@ pub(super) async fn beside_predictions(
     let endpoint = target.endpoint;
     let response = if target.takes(&head.method) {
         match target.route() {
-            Route::Health => admin::health(&context.models, visibility(context, from, head, endpoint)),
+            Route::Health => {
+                let visibility = visibility(context, from, head, endpoint);
+                admin::health(&context.models, &context.buckets, visibility)
+            }
             Route::Live => admin::live(),
             Route::Ready => ready(context, head, endpoint, visibility(context, from, head, endpoint)),
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
@@ -149,6 +152,7 @@ mod tests {
     use super::*;
     use crate::{
         access::Access,
+        buckets::Buckets,
         config::{self, AuthSpec},
         insight::metrics::Metrics,
         jobs::{self, Jobs},
@@ -191,6 +195,7 @@ mod tests {
                 jobs,
                 metrics,
                 Devices::none(),
+                Buckets::none(),
                 Control::of_nobody(),
                 configuration,
             )

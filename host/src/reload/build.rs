@@ -12,19 +12,26 @@ use std::{
 use modalkit_engine::{Engine, Isolation, LoadError, OpenTimings, Plugin, Staged, tree};
 use prometheus::IntGauge;
 
-use super::history::Phases;
+use super::{history::Phases, unpinned::Unpinned};
 use crate::{config::Volume, fence::Fence};
 
 /// Makes plugins of files.
 pub(super) struct Builder {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) fence: Arc<Fence>,
+    /// Where plugins are taken from only if their content is named.
+    pub(super) unpinned: Unpinned,
     gauge: IntGauge,
 }
 
 impl Builder {
-    pub(super) fn new(engine: Arc<dyn Engine>, fence: Arc<Fence>, gauge: IntGauge) -> Self {
-        Self { engine, fence, gauge }
+    pub(super) fn new(
+        engine: Arc<dyn Engine>,
+        fence: Arc<Fence>,
+        volumes: &[Volume],
+        gauge: IntGauge,
+    ) -> Self {
+        Self { engine, fence, unpinned: Unpinned::of(volumes), gauge }
     }
 
     /// Removes the private copies.

@@ -32,6 +32,13 @@ pub enum ControlError {
     },
     /// The model has an entry in the configuration, which says that it is served.
     Configured(String),
+    /// The volume's bucket can't be mirrored now; what was mirrored is as it was.
+    Bucket {
+        /// The volume.
+        volume: String,
+        /// Why.
+        why: String,
+    },
     /// The host, or the model, is going away.
     Stopping,
 }
@@ -41,8 +48,22 @@ pub enum ControlError {
 pub struct VolumeReport {
     /// Its name.
     pub volume: String,
+    /// What was mirrored for it, where it has a bucket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirrored: Option<MirrorReport>,
     /// The models whose plugin lies there, or that use its data.
     pub models: BTreeMap<String, VolumeModel>,
+}
+
+/// What was mirrored before a scan.
+#[derive(Clone, Debug, Serialize)]
+pub struct MirrorReport {
+    /// The snapshot that is shown now.
+    pub snapshot: u64,
+    /// Objects that were fetched for it.
+    pub fetched: usize,
+    /// Objects that it has no more.
+    pub removed: usize,
 }
 
 /// What it led to for one model.
@@ -61,6 +82,8 @@ pub(super) enum Command {
     Tell(String, Event, Reply<()>),
     /// Scan a volume, and tell every model that uses it.
     Volume(String, Reply<VolumeReport>),
+    /// The bucket of this volume was mirrored: scan it.
+    Mirrored(usize, MirrorReport, Reply<VolumeReport>),
     /// Unload a model.
     Unload(String, Reply<Unloaded>),
     /// Report the open plugins.

@@ -6,19 +6,22 @@ mod configure;
 mod control;
 mod history;
 mod machine;
+mod mirrored;
 mod removal;
 mod report;
+mod unpinned;
 mod usage;
 mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
+use modalkit_bucket::{Mirrors, SyncHandle, Synced};
 use modalkit_device::Devices;
-use modalkit_engine::{Engine, LoadError};
+use modalkit_engine::{Engine, LoadError, Staged};
 use tokio::{
     sync::{mpsc, oneshot},
     task::{self, JoinHandle, JoinSet},
@@ -32,8 +35,9 @@ use crate::{
     pipeline::{Model, VolumeChange},
 };
 use build::Builder;
-use control::{Command, Reply};
+use control::{Command, MirrorReport, Reply};
 use machine::{Event, INBOX_MAX, Machine, PluginFile};
+use mirrored::Mirrored;
 use removal::Removal;
 use watch::{VolumeEvent, WatchHandle};
 
@@ -71,6 +75,12 @@ struct Loop {
     builder: Arc<Builder>,
     volumes: Vec<Volume>,
     watches: Arc<[WatchHandle]>,
+    /// What asks for a listing of the bucket that a volume is mirrored from.
+    syncs: Vec<Option<SyncHandle>>,
+    /// Files of models that wait for the first mirror of a volume that they use.
+    held: Vec<HeldFile>,
+    /// This loop's own commands.
+    commands: mpsc::WeakSender<Command>,
     /// Volumes that haven't been scanned yet.
     unscanned: Vec<bool>,
     /// All have been, and the machines were asked whether they have taken what was found.
@@ -90,6 +100,13 @@ struct Running {
     task: task::Id,
 }
 
+/// A plugin's file, kept from its model until that can be loaded.
+struct HeldFile {
+    model: String,
+    path: PathBuf,
+    staged: Result<Staged, Arc<LoadError>>,
+}
+
 /// A scan of a volume that somebody waits for.
 struct RequestedScan {
     volume: usize,
@@ -99,6 +116,8 @@ struct RequestedScan {
     found: Vec<String>,
     /// The data that it found changed.
     changed: Vec<String>,
+    /// What was mirrored before.
+    mirrored: Option<MirrorReport>,
     reply: Reply<VolumeReport>,
 }
 
@@ -113,6 +132,7 @@ impl Reload {
         models: Arc<Models>,
         metrics: Arc<Metrics>,
         devices: Arc<Devices>,
+        mirrors: &Mirrors,
     ) -> Result<(Self, Control), LoadError> {
         let server = &config.server;
         let folder = &server.state_folder;
@@ -121,11 +141,14 @@ impl Reload {
             path: folder.clone(),
             source,
         })?;
-        let builder = Arc::new(Builder::new(engine, fence, metrics.libraries.clone()));
+        let builder = Arc::new(Builder::new(engine, fence, &config.volumes, metrics.libraries.clone()));
         let (volume_event, volume_events) = mpsc::channel(COMMANDS_MAX);
+        let mirrored: Vec<Option<Mirrored>> =
+            config.volumes.iter().map(|volume| Mirrored::of(volume, mirrors)).collect();
         let mut watches = Vec::new();
         for (index, volume) in config.volumes.iter().enumerate() {
-            let (watch, mut found) = watch::start(volume, server, Arc::clone(&builder))?;
+            let snapshots = mirrored[index].as_ref().map(|mirrored| mirrored.snapshots.clone());
+            let (watch, mut found) = watch::start(volume, server, Arc::clone(&builder), snapshots)?;
             watches.push(watch);
             let volume_event = volume_event.clone();
             tokio::spawn(async move {
@@ -136,6 +159,14 @@ impl Reload {
                 }
             });
         }
+        let watches: Arc<[WatchHandle]> = watches.into();
+        let syncs = mirrored.iter().map(|mirrored| Some(mirrored.as_ref()?.sync.clone())).collect();
+        for (index, mirrored) in mirrored.into_iter().enumerate() {
+            if let Some(mirrored) = mirrored {
+                let name = config.volumes[index].name.clone();
+                tokio::spawn(mirrored.follow(name, server.bucket_wait, Arc::clone(&watches), index));
+            }
+        }
         let (stop, stopped) = oneshot::channel();
         let (commands, commanded) = mpsc::channel(COMMANDS_MAX);
         let copies = Copies(Arc::clone(&builder));
@@ -143,7 +174,10 @@ impl Reload {
             volumes: config.volumes.clone(),
             unscanned: vec![true; watches.len()],
             completes: false,
-            watches: watches.into(),
+            watches,
+            syncs,
+            held: Vec::new(),
+            commands: commands.downgrade(),
             config,
             models,
             metrics,
@@ -221,7 +255,12 @@ impl Loop {
                     for scan in self.scans.iter_mut().filter(|scan| scan.volume == volume) {
                         scan.found.push(model.name.clone());
                     }
-                    self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
+                    if self.waits_for_mirror(&model) {
+                        let (model, path, staged) = (model.name.clone(), path.clone(), staged.clone());
+                        self.held.push(HeldFile { model, path, staged });
+                    } else {
+                        self.tell(&model.name, Event::File(path.clone(), staged.clone())).await;
+                    }
                 }
             }
             VolumeEvent::Gone { name, path } => self.on_gone(name, path).await,
@@ -241,10 +280,35 @@ impl Loop {
             }
             VolumeEvent::ScanDone { quiet, requested } => {
                 self.unscanned[volume] &= !quiet;
+                if quiet && !self.held.is_empty() {
+                    self.release_held().await;
+                }
                 if !self.unscanned.contains(&true) {
                     self.complete_when_taken();
                 }
                 self.conclude_scans(volume, requested).await;
+            }
+        }
+    }
+
+    /// Whether a model uses a volume whose bucket has not been mirrored yet.
+    fn waits_for_mirror(&self, model: &Model) -> bool {
+        let spec = model.spec();
+        let unmirrored = self.volumes.iter().zip(&self.unscanned);
+        unmirrored
+            .filter(|(volume, unscanned)| volume.bucket.is_some() && **unscanned)
+            .any(|(volume, _)| usage::uses(&spec, volume))
+    }
+
+    /// Passes on the files of models that don't wait any more, in the order in which they were found.
+    async fn release_held(&mut self) {
+        for held in std::mem::take(&mut self.held) {
+            let model = self.models.all().get(&held.model).cloned();
+            match model {
+                Some(model) if self.waits_for_mirror(&model) => self.held.push(held),
+                Some(model) => self.tell(&model.name, Event::File(held.path, held.staged)).await,
+                // It was unloaded.
+                None => {}
             }
         }
     }
@@ -276,22 +340,14 @@ impl Loop {
             }
             Command::Volume(name, reply) => {
                 match self.volumes.iter().position(|volume| volume.name == name) {
-                    Some(volume) => {
-                        let number = self.watches[volume].request_scan();
-                        self.scans.push(RequestedScan {
-                            volume,
-                            number,
-                            found: Vec::new(),
-                            changed: Vec::new(),
-                            reply,
-                        });
-                    }
+                    Some(volume) => self.reload_volume(volume, reply),
                     None => {
                         let known = self.volumes.iter().map(|volume| volume.name.clone()).collect();
                         let _ = reply.send(Err(ControlError::Unknown { name, known }));
                     }
                 }
             }
+            Command::Mirrored(volume, report, reply) => self.scan(volume, Some(report), reply),
             Command::Unload(name, reply) => self.unload(&name, reply).await,
             Command::Plugins(reply) => {
                 let opened = |(name, files): (&String, &Vec<PluginFile>)| {
@@ -309,6 +365,35 @@ impl Loop {
         }
     }
 
+    /// Scans a volume; where it has a bucket, when that was listed and what it holds is shown.
+    fn reload_volume(&mut self, volume: usize, reply: Reply<VolumeReport>) {
+        let (Some(sync), Some(commands)) = (self.syncs[volume].clone(), self.commands.upgrade()) else {
+            return self.scan(volume, None, reply);
+        };
+        let name = self.volumes[volume].name.clone();
+        tokio::spawn(async move {
+            let told = match sync.sync().await {
+                Ok(Synced { snapshot, fetched, removed }) => {
+                    let report = MirrorReport { snapshot, fetched, removed };
+                    commands.send(Command::Mirrored(volume, report, reply)).await.map_err(|refused| refused.0)
+                }
+                Err(why) => {
+                    // Whoever asked may have left.
+                    let _ = reply.send(Err(ControlError::Bucket { volume: name, why }));
+                    Ok(())
+                }
+            };
+            // A loop that has ended drops the reply, which says so.
+            drop(told);
+        });
+    }
+
+    fn scan(&mut self, volume: usize, mirrored: Option<MirrorReport>, reply: Reply<VolumeReport>) {
+        let number = self.watches[volume].request_scan();
+        let (found, changed) = (Vec::new(), Vec::new());
+        self.scans.push(RequestedScan { volume, number, found, changed, mirrored, reply });
+    }
+
     async fn on_tell(&mut self, model: &str, event: Event) -> Result<(), ControlError> {
         let Some(event) = self.take_again(model, event).await else { return Ok(()) };
         match self.machines.get(model) {
@@ -323,7 +408,7 @@ impl Loop {
     /// A scan is over: whoever requested it waits now for the models that it concerns.
     async fn conclude_scans(&mut self, volume: usize, requested: u64) {
         let is_over = |scan: &mut RequestedScan| scan.volume == volume && scan.number <= requested;
-        for RequestedScan { found, changed, reply, .. } in
+        for RequestedScan { found, changed, mirrored, reply, .. } in
             self.scans.extract_if(.., is_over).collect::<Vec<_>>()
         {
             let change = self.change(volume, changed);
@@ -349,7 +434,7 @@ impl Loop {
                     models.entry(model).or_default().hook = report.await.ok();
                 }
                 // Whoever asked may have left.
-                let _ = reply.send(Ok(VolumeReport { volume: name, models }));
+                let _ = reply.send(Ok(VolumeReport { volume: name, mirrored, models }));
             });
         }
     }

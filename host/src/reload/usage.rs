@@ -46,7 +46,13 @@ mod tests {
     use crate::config::{self, Watching};
 
     fn volume(name: &str, mount: &str) -> Volume {
-        Volume { name: name.into(), mount_point: mount.into(), watch: Watching::Fitting, pipeline: None }
+        Volume {
+            name: name.into(),
+            mount_point: mount.into(),
+            watch: Watching::Fitting,
+            pipeline: None,
+            bucket: None,
+        }
     }
 
     #[test]

@@ -250,6 +250,10 @@ choice! {
     MountKind { File = "file", Dir = "dir" }
 }
 choice! {
+    /// What a bucket's store speaks.
+    BucketProvider { S3 = "s3", Gcs = "gcs", Azure = "azure" }
+}
+choice! {
     /// Kinds of queues.
     QueueKind { Memory = "memory", Redis = "redis", Sqs = "sqs", TaskIq = "taskiq", Plugin = "plugin", Model = "model" }
 }

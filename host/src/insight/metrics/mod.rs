@@ -3,6 +3,7 @@
 //! Their grammar, and what each one says, stand in `docs/metrics.md`, which a test holds against this file. Labels are bounded:
 //! values are names in the configuration or the volumes, or words of this host, never what a caller sends.
 
+mod buckets;
 mod devices;
 mod jobs;
 mod models;
@@ -27,6 +28,7 @@ use self::{
 };
 use crate::insight::{log, traces::Traces};
 
+pub use buckets::BucketMetrics;
 pub use devices::DeviceMetrics;
 pub use jobs::JobMetrics;
 pub use models::{ModelMetrics, RELOAD_OUTCOMES, ReloadMetrics};
@@ -56,6 +58,8 @@ pub struct Metrics {
     pub jobs: JobMetrics,
     /// GPUs.
     pub devices: DeviceMetrics,
+    /// Buckets.
+    pub buckets: BucketMetrics,
     /// What of them `log_lines_dropped` has counted.
     log_lines_counted: AtomicU64,
 }
@@ -102,6 +106,7 @@ impl Metrics {
         let (of_models, of_host) = (ModelFamilies::new(&registrar), HostFamilies::new(&registrar));
         let jobs = JobMetrics::new(JobFamilies::new(&registrar), Arc::clone(&known));
         let devices = DeviceMetrics::new(&registrar);
+        let buckets = BucketMetrics::new(&registrar);
         let Registrar { registry, catalogue, by_model } = registrar;
         Arc::new(Self {
             traces,
@@ -114,6 +119,7 @@ impl Metrics {
             of_host,
             jobs,
             devices,
+            buckets,
             log_lines_counted: AtomicU64::new(0),
         })
     }

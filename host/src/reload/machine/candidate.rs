@@ -70,10 +70,12 @@ impl Machine {
         let spec = self.model.spec();
         let (pin, settings) = (spec.plugin_sha256.clone(), spec.settings.clone());
         let (name, isolation) = (spec.name.clone(), spec.isolation.clone());
+        let origin = self.source.as_ref().map(|source| source.path.clone()).unwrap_or_default();
         let (done, built) = oneshot::channel();
         let work = move || {
             let mut phases = Phases::default();
             let built = from.staged(&builder, &mut phases).and_then(|staged| {
+                builder.unpinned.check(&origin, staged.sha256(), pin.is_some())?;
                 staged.check_pin(pin.as_deref(), "the model's entry")?;
                 // In a process of its own it ends nobody else.
                 let why = builder.fence.why(&name, staged.sha256());
@@ -140,7 +142,7 @@ impl Machine {
             Err(error) => {
                 let file = self.source.as_ref().map(|source| source.path.display().to_string());
                 let reason = format!("{} was refused: {}", file.unwrap_or_default(), error.chain());
-                if !error.may_pass() {
+                if !error.may_pass() && !error.is_of_entry() {
                     // Opening a folder of Python runs its code, which may read data.
                     let by_data = self.source.as_ref().is_some_and(|source| source.path.is_dir());
                     self.remember_refused(&candidate, &reason, by_data);

@@ -26,7 +26,7 @@ use notify::{
     EventKind, RecursiveMode, Watcher,
     event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
 use super::build::Builder;
@@ -38,6 +38,8 @@ use scan::{Hints, Scanner};
 const SCAN_INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// How often a volume with events is scanned without any: an overflowed queue of the kernel's doesn't say which events were lost.
 const NATIVE_SCAN_INTERVAL: Duration = Duration::from_secs(60);
+/// Between two looks whether the first scan may begin, where nothing wakes the thread.
+const READY_INTERVAL: Duration = Duration::from_secs(1);
 /// Events that were not received yet; the watch waits where there are more.
 const EVENTS_MAX: usize = 16;
 
@@ -80,11 +82,27 @@ impl WatchHandle {
     }
 }
 
+/// What the watch of a mirrored volume holds on to.
+#[derive(Clone)]
+pub(super) struct Snapshots {
+    /// Held while the volume is looked through.
+    pub(super) shown: Arc<RwLock<()>>,
+    /// Nothing needs to be waited for any more before the first scan.
+    pub(super) ready: Arc<AtomicBool>,
+}
+
+impl Snapshots {
+    pub(super) fn new(shown: Arc<RwLock<()>>) -> Self {
+        Self { shown, ready: Arc::default() }
+    }
+}
+
 /// Starts to watch a volume. The thread ends after the receiver.
 pub(super) fn start(
     volume: &Volume,
     server: &Server,
     builder: Arc<Builder>,
+    snapshots: Option<Snapshots>,
 ) -> Result<(WatchHandle, mpsc::Receiver<VolumeEvent>), LoadError> {
     let (events, receiver) = mpsc::channel(EVENTS_MAX);
     let (wake, woken) = sync_channel(1);
@@ -101,6 +119,7 @@ pub(super) fn start(
         volume: volume.clone(),
         warned_no_events: false,
         poll_interval: server.poll_interval,
+        snapshots,
     };
     let wakes = wake.clone();
     thread::Builder::new().name("watch".into()).spawn(move || thread.run(&woken, &wakes)).map_err(
@@ -147,10 +166,18 @@ struct Thread {
     watching: Watching,
     warned_no_events: bool,
     poll_interval: Duration,
+    /// Of a volume that is mirrored.
+    snapshots: Option<Snapshots>,
 }
 
 impl Thread {
     fn run(mut self, woken: &Receiver<()>, wake: &SyncSender<()>) {
+        while self.snapshots.as_ref().is_some_and(|snapshots| !snapshots.ready.load(Ordering::Acquire)) {
+            if self.events.is_closed() {
+                return;
+            }
+            let _ = woken.recv_timeout(READY_INTERVAL);
+        }
         let mut watcher = self.watcher(wake);
         // After the watcher, whose thread only wakes this one: what it starts inherits the priority.
         self.scanner.builder.engine.lower_thread_priority();
@@ -159,6 +186,8 @@ impl Thread {
         let mut watched = self.scanner.identity();
         let mut was_partial = false;
         while !self.events.is_closed() {
+            // No other snapshot takes this one's place until what the scan found is sent; the loop that takes it waits for no mirror.
+            let shown = self.snapshots.as_ref().map(|snapshots| snapshots.shown.read_arc());
             // Taken before the scan, which therefore sees at least what they refer to.
             let finished = std::mem::take(&mut *self.finished.lock());
             let requested = self.requested.load(Ordering::SeqCst);
@@ -177,6 +206,7 @@ impl Thread {
             if !self.send(found) {
                 return;
             }
+            drop(shown);
             let next = [next, later].into_iter().flatten().min();
             let quiet = self.scanner.is_quiet();
             if (quiet && !reported_quiet || requested > completed)

@@ -51,6 +51,8 @@ pub(super) struct Scanner {
     data: HashMap<PathBuf, FileState>,
     /// The first scan finds what was there before: that is no change.
     data_known: bool,
+    /// Mirrored from a bucket: models have been loaded with what the first scan finds, also where that is nothing.
+    is_mirrored: bool,
     /// Since when some data has been on its way.
     data_moves_since: Option<Instant>,
     /// What was said once, and is not said again before it is over.
@@ -88,6 +90,7 @@ impl Scanner {
             plugins: HashMap::new(),
             data: HashMap::new(),
             data_known: false,
+            is_mirrored: volume.bucket.is_some(),
             data_moves_since: None,
             warning: None,
         }
@@ -268,7 +271,7 @@ impl Scanner {
             }
         }
         // A folder that can't be entered has no files that were reported: those that are found in it later are new.
-        self.data_known |= !files.plugins_partial;
+        self.data_known |= !files.plugins_partial || self.is_mirrored;
         let again = self.data.values().filter_map(|file| file.again).min();
         let mut next = again.map(|again| again.saturating_duration_since(now));
         let wait_of = |file: &FileState| match (hints.skip_settling, file.finished) {

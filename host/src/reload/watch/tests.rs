@@ -25,12 +25,13 @@ impl Watched {
             .libraries
             .clone();
         let fence = Fence::open(tempfile::tempdir().unwrap().path()).unwrap();
-        let builder = Arc::new(Builder::new(engine, fence, gauge));
+        let builder = Arc::new(Builder::new(engine, fence, &[], gauge));
         let volume = Volume {
             name: "v".into(),
             mount_point: folder.path().to_owned(),
             watch: Watching::Poll,
             pipeline: None,
+            bucket: None,
         };
         Self { scanner: Scanner::new(&volume, &server, builder), folder, begun: Instant::now() }
     }
