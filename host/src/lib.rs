@@ -12,6 +12,7 @@ mod backoff;
 pub mod buckets;
 pub mod config;
 mod death_note;
+pub mod deploy;
 pub mod egress;
 mod fence;
 pub mod identity;

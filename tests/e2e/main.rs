@@ -10,6 +10,7 @@ mod clients;
 mod command_line;
 mod configuration;
 mod copies;
+mod deploy;
 mod destinations;
 mod devices;
 mod digits;

@@ -101,7 +101,7 @@ impl Store {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut server = Server::new(port, folder, listens, move || {
             let mut command = Command::new(python_tool("node"));
-            command.arg(workspace().join("target/azurite/node_modules/azurite/dist/src/blob/main.js"));
+            command.arg(workspace().join("target/node/node_modules/azurite/dist/src/blob/main.js"));
             command.args([
                 "--inMemoryPersistence",
                 "--skipApiVersionCheck",

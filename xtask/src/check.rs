@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 7] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s"];
+const NEEDS: [&str; 8] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s", "rendering"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =
@@ -41,11 +41,14 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if has("moto") || has("taskiq") || has("python") || has("azurite") {
+    if ["moto", "taskiq", "python", "azurite", "rendering"].into_iter().any(has) {
         python::ensure()?;
     }
-    if has("azurite") {
-        stores::ensure_azurite()?;
+    if has("azurite") || has("rendering") {
+        stores::ensure_node()?;
+    }
+    if has("rendering") {
+        python::ensure_archives()?;
     }
     if has("s3s") {
         stores::ensure_s3s()?;

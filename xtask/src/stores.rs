@@ -1,4 +1,5 @@
-//! The object stores that tests of buckets run against, beside moto: azurite, by npm, and s3s-fs, by cargo. Both under `target/`.
+//! The object stores that tests of buckets run against, beside moto: azurite, by npm, and s3s-fs, by cargo; and what else comes by
+//! npm. All of it under `target/`.
 
 use std::{
     fs,
@@ -13,31 +14,31 @@ use crate::{
     python,
 };
 
-const AZURITE: &str = "target/azurite";
+const NODE: &str = "target/node";
 /// What is installed, with the digests of everything in it.
-const AZURITE_LOCK: &str = "xtask/azurite/package-lock.json";
+const NODE_LOCK: &str = "xtask/node-tools/package-lock.json";
 const TOOLS: &str = "target/tools";
 const S3S_VERSION: &str = "0.14.1";
 
-/// Installs azurite where it isn't there, by the npm of the Python tools.
-pub(crate) fn ensure_azurite() -> anyhow::Result<()> {
-    let wanted = fs::read_to_string(AZURITE_LOCK).with_context(|| format!("can't read {AZURITE_LOCK}"))?;
-    let stamp = Path::new(AZURITE).join("installed.json");
+/// Installs azurite and the schemas that rendered files are held against, where they aren't there, by the npm of the Python tools.
+pub(crate) fn ensure_node() -> anyhow::Result<()> {
+    let wanted = fs::read_to_string(NODE_LOCK).with_context(|| format!("can't read {NODE_LOCK}"))?;
+    let stamp = Path::new(NODE).join("installed.json");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
-    println!("installing azurite for the tests of buckets into {AZURITE}");
+    println!("installing the tests' tools for node into {NODE}, as {NODE_LOCK} has them");
     // One that was begun and not ended is begun again.
-    let _ = fs::remove_dir_all(AZURITE);
-    fs::create_dir_all(AZURITE)?;
+    let _ = fs::remove_dir_all(NODE);
+    fs::create_dir_all(NODE)?;
     for file in ["package.json", "package-lock.json"] {
-        fs::copy(Path::new("xtask/azurite").join(file), Path::new(AZURITE).join(file))?;
+        fs::copy(Path::new("xtask/node-tools").join(file), Path::new(NODE).join(file))?;
     }
     let mut npm = Command::new(python::tool("npm"));
     // Nothing of it is compiled.
-    npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(AZURITE);
+    npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(NODE);
     run(&mut npm).with_context(|| {
-        format!("can't install azurite: `npm ci` in {AZURITE}; or leave it out with `--without azurite`")
+        format!("can't install the tests' tools for node: `npm ci` in {NODE}; or leave them out with `--without azurite --without rendering`")
     })?;
     Ok(fs::write(stamp, wanted)?)
 }

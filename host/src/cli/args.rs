@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use modalkit::config::Environment;
 
 const EXIT_CODES: &str = "\
@@ -60,6 +60,20 @@ pub(crate) enum Command {
         /// In Python. Compiled ones come from `cargo xtask new-plugin` in the host's own tree.
         #[arg(long, required = true)]
         python: bool,
+    },
+    /// Print the Dockerfile of an image with the host, its plugins and its folders of Python, or build the image.
+    Image {
+        /// Build it, with docker, podman or buildah, whichever is there.
+        #[arg(long)]
+        build: bool,
+        /// The image's name and tag. Default: app_prefix, and this version.
+        #[arg(long, value_name = "NAME:TAG")]
+        tag: Option<String>,
+    },
+    /// What a host runs in: manifests, a chart, a compose file, a unit.
+    Deploy {
+        #[command(subcommand)]
+        command: DeployCommand,
     },
     /// What there is to be configured.
     Config {
@@ -176,6 +190,51 @@ pub(crate) enum Command {
         /// The control group to join.
         cgroup: Option<PathBuf>,
     },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DeployCommand {
+    /// Render what a target takes, from the configuration.
+    Render(RenderArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct RenderArgs {
+    /// What is rendered for.
+    #[arg(long)]
+    pub(crate) target: DeployTarget,
+    /// The folder to write to. Default: standard output, where it is one file.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// The image's name and tag. Default: app_prefix, and this version.
+    #[arg(long, value_name = "NAME:TAG")]
+    pub(crate) image: Option<String>,
+    /// What adds pods with the work, up to concurrency_limit.
+    #[arg(long, default_value = "hpa")]
+    pub(crate) autoscaler: DeployAutoscaler,
+    /// Where Prometheus answers, for KEDA.
+    #[arg(long, value_name = "URL")]
+    pub(crate) prometheus: Option<String>,
+    /// A Deployment, whose pods keep no state, in place of a StatefulSet.
+    #[arg(long)]
+    pub(crate) stateless: bool,
+    /// Also KServe's ServingRuntime and InferenceService.
+    #[arg(long)]
+    pub(crate) kserve: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum DeployTarget {
+    Kubernetes,
+    Helm,
+    Compose,
+    Systemd,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum DeployAutoscaler {
+    Hpa,
+    Keda,
 }
 
 #[derive(Subcommand)]

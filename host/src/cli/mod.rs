@@ -5,6 +5,7 @@ pub(crate) mod args;
 mod ask;
 mod check;
 mod client;
+mod deploy;
 mod inspect;
 mod new;
 mod print;
@@ -20,7 +21,7 @@ use modalkit::{
     config::{self, Environment, Faults},
 };
 
-use args::{Cli, Command, ConfigCommand};
+use args::{Cli, Command, ConfigCommand, DeployCommand};
 use print::{complain, print};
 use request::{Ask, How};
 
@@ -80,6 +81,10 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             | Command::Preflight { .. }
             | Command::Worker { .. },
         ) => DONE,
+        Some(Command::Image { build, tag }) => deploy::image(&files, &environment, build, tag),
+        Some(Command::Deploy { command: DeployCommand::Render(args) }) => {
+            deploy::render(&files, &environment, args)
+        }
         Some(Command::Check { json, strict }) => check::run(&files, &environment, json, strict),
         Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),

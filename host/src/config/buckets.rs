@@ -65,6 +65,12 @@ impl fmt::Debug for CredentialSource {
 }
 
 impl Bucket {
+    /// The secret with the credentials.
+    #[must_use]
+    pub fn secret(&self) -> Option<&str> {
+        self.source.secret.as_deref()
+    }
+
     /// What reads the credentials as they are now.
     #[must_use]
     pub fn credentials(&self) -> Credentials {

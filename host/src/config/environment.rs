@@ -9,8 +9,8 @@ use super::{
 };
 
 /// Variables start with this; the keys of a path are joined by two underscores.
-const PREFIX: &str = "MODALKIT_";
-const SEPARATOR: &str = "__";
+pub(super) const PREFIX: &str = "MODALKIT_";
+pub(super) const SEPARATOR: &str = "__";
 /// Keys in the path of one name.
 const STEPS_MAX: usize = 64;
 /// Read in the current folder.

@@ -35,9 +35,9 @@ pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
 pub use place::{HostPlace, host_place};
 pub use resolved::{
-    AuthSpec, BatchPolicy, Config, ConsumeSpec, GoldenSpec, JobSpec, KeyLimits, KeySource, KeySpec,
-    ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy, Replicas, SecretText,
-    Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
+    AuthSpec, BatchPolicy, Config, ConsumeSpec, ContainerSpec, GoldenSpec, JobSpec, KeyLimits, KeySource,
+    KeySpec, ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy, Replicas,
+    SecretText, Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};
@@ -188,11 +188,38 @@ impl Loaded {
         rows
     }
 
+    /// The settings that were written somewhere, as one configuration file in JSON, without what is secret: the variables of the environment that
+    /// would set that, each with its key.
+    #[must_use]
+    pub fn written(&self) -> (Json, Vec<(String, String)>) {
+        let mut written = self.written.json(false);
+        let mut secrets = Vec::new();
+        take_secrets(&mut written, &mut Vec::new(), &mut secrets);
+        (written, secrets)
+    }
+
     /// The settings as a configuration file in JSON would hold them, defaults included. Secrets are hidden.
     #[must_use]
     pub fn json(&self) -> Json {
         self.written.json(true)
     }
+}
+
+/// Takes hidden values out of a document, and notes where they were. Members without a value go too.
+fn take_secrets(document: &mut Json, path: &mut Vec<String>, secrets: &mut Vec<(String, String)>) {
+    let Some(members) = document.as_object_mut() else { return };
+    members.retain(|name, value| {
+        path.push(name.clone());
+        let is_secret = value.as_str().is_some_and(|text| text.contains(types::HIDDEN));
+        if is_secret {
+            let variable =
+                format!("{}{}", environment::PREFIX, path.join(environment::SEPARATOR).to_uppercase());
+            secrets.push((variable, path.join(".")));
+        }
+        take_secrets(value, path, secrets);
+        path.pop();
+        !is_secret && !value.is_null()
+    });
 }
 
 /// The table that a key of this name belongs to, where there is just one.

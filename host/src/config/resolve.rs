@@ -7,8 +7,9 @@ use modalkit_device::{Preference, Wanted};
 use modalkit_engine::{self as engine, Confinement, Isolation, Sandbox};
 
 use super::{
-    BatchPolicy, Config, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation, Recycle,
-    ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth, buckets,
+    BatchPolicy, Config, ContainerSpec, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation,
+    Recycle, ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth,
+    buckets,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
@@ -115,6 +116,7 @@ pub(super) fn resolve(
         models: specs,
         defaults,
         queues,
+        container: container(&app, &deployment, faults),
     }
 }
 
@@ -515,6 +517,37 @@ fn mounts(deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> Vec<Mount> 
         mounts.push(Mount { from, to, folder: mount.r#type() == MountKind::Dir });
     }
     mounts
+}
+
+fn container(app: &AppSettings, deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> ContainerSpec {
+    let build = app.build_config.value().cloned().unwrap_or_default();
+    if let (None, Some(tag)) = (build.image.value(), build.tag.value()) {
+        faults.push(Fault::new(
+            &build.tag.at(),
+            "app_settings.build_config.tag",
+            "image beside it: the image whose tag that is",
+            format!("the tag {tag:?} alone"),
+        ));
+    }
+    let base = build.image.value().map(|image| match build.tag.value() {
+        Some(tag) => format!("{image}:{tag}"),
+        None => image.clone(),
+    });
+    let amount = |amount: Option<&Amount>| amount.map(|amount| amount.0).filter(|amount| *amount > 0.0);
+    let environment = build.env();
+    let environment = environment.entries.into_iter().map(|(name, (value, _))| (name, value));
+    ContainerSpec {
+        name: app.app_prefix(),
+        base,
+        workdir: build.workdir().into(),
+        environment: environment.collect(),
+        commands: build.extra_run_commands.value().map(|commands| commands.0.clone()).unwrap_or_default(),
+        region: deployment.region.value().cloned(),
+        memory_mb: amount(deployment.memory.value()),
+        cores: amount(deployment.cpu.value()),
+        secrets: deployment.secrets(),
+        secure: deployment.secure(),
+    }
 }
 
 fn batch_policy(batch: &BatchConfig) -> BatchPolicy {

@@ -35,6 +35,33 @@ pub struct Config {
     pub mounts: Vec<Mount>,
     /// Where results go, and requests come from.
     pub queues: QueueSpec,
+    /// What is said of the container, and of the cluster around it.
+    pub container: ContainerSpec,
+}
+
+/// What an image is made of, and what its containers ask for: nothing of it concerns a host that runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ContainerSpec {
+    /// The application's prefix.
+    pub name: String,
+    /// The image that it begins with, with its tag; `None` where none is said.
+    pub base: Option<String>,
+    /// The working folder.
+    pub workdir: PathBuf,
+    /// Variables of the environment.
+    pub environment: BTreeMap<String, String>,
+    /// Commands that are run while it is built.
+    pub commands: Vec<String>,
+    /// The region to run in.
+    pub region: Option<String>,
+    /// Megabytes of memory that one replica needs.
+    pub memory_mb: Option<f64>,
+    /// Cores that one replica needs.
+    pub cores: Option<f64>,
+    /// Names of secrets.
+    pub secrets: Vec<String>,
+    /// Whether callers must send Modal-Key and Modal-Secret, which are two further secrets.
+    pub secure: bool,
 }
 
 /// `queue_config`.
