@@ -349,14 +349,20 @@ fn queue_opener(engine: Arc<dyn Engine>) -> modalkit_queue::OpenPlugin {
     Arc::new(move |file, pin| engine.open_queue(file, pin).map_err(|error| error.chain()))
 }
 
-/// Opens a plugin as a host would, in a process of its own first; the file is not served.
+/// Opens a plugin as a host would, in a process of its own first, where it has the content that is pinned; the file is not served.
 ///
 /// # Errors
 /// Why a host would not take it.
-pub fn inspect(file: &Path, isolation: &Isolation, server: &Server) -> Result<Arc<dyn Plugin>, LoadError> {
+pub fn inspect(
+    file: &Path,
+    pin: Option<&str>,
+    isolation: &Isolation,
+    server: &Server,
+) -> Result<Arc<dyn Plugin>, LoadError> {
     // Without a log, a plugin that panics says so on standard error.
     let engine = engine(server, None)?;
     let staged = engine.stage(file)?;
+    staged.check_pin(pin, "the model's entry")?;
     engine.open(&staged, isolation, &mut OpenTimings::default())
 }
 

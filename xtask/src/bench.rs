@@ -4,6 +4,7 @@
 //! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads. A host that was
 //! built before may take part, so that a change is measured against the state before it.
 
+mod buckets;
 mod insight;
 mod jobs;
 mod process;
@@ -123,6 +124,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["isolation"] {
         return isolation(options);
     }
+    if only == ["buckets"] {
+        return buckets::run();
+    }
     if only == ["python"] {
         return python::run(options);
     }
@@ -134,7 +138,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, insight or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, insight, buckets or jobs"
         );
     }
     build()?;

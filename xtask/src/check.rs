@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 8] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s", "rendering"];
+const NEEDS: [&str; 9] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s", "gcs", "rendering"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =
@@ -41,13 +41,13 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if ["moto", "taskiq", "python", "azurite", "rendering"].into_iter().any(has) {
+    if ["moto", "taskiq", "python", "azurite", "gcs", "rendering"].into_iter().any(has) {
         python::ensure()?;
     }
     if has("azurite") || has("rendering") {
         stores::ensure_node()?;
     }
-    if has("rendering") {
+    if has("rendering") || has("gcs") {
         python::ensure_archives()?;
     }
     if has("s3s") {

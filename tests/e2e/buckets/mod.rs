@@ -1,6 +1,7 @@
 //! Buckets as volumes, against real stores: what is mirrored, what of it is ever seen, and what happens where a store fails.
 
 mod with_azurite;
+mod with_gcs;
 mod with_moto;
 mod with_s3s;
 
@@ -23,7 +24,9 @@ use serde_json::{Value, json};
 const OBJECTS: usize = 2_100;
 /// Files that belong together: each has the number of its group's last change.
 const GROUP: usize = 3;
+/// Looks of a reader, and changes meanwhile.
 const LOOKS: usize = 1_000;
+const ROUNDS: usize = 8;
 /// What objects must hold still for before they are shown.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -94,7 +97,7 @@ fn mixed(files: &BTreeMap<String, String>) -> Option<String> {
 }
 
 /// A bucket of many objects is mirrored, and followed: no look into the folder ever sees a part of a change.
-pub(super) fn is_followed(store: &Store) {
+pub(super) fn is_followed(store: &Store, looks_min: usize, rounds: usize) {
     let groups = OBJECTS / GROUP;
     let mut versions: BTreeMap<usize, (usize, usize)> = (0..groups).map(|number| (number, (0, 0))).collect();
     let objects = |number: usize, (version, renamed): (usize, usize)| {
@@ -115,7 +118,7 @@ pub(super) fn is_followed(store: &Store) {
     let (counted, stopped, looked_at) = (Arc::clone(&looks), Arc::clone(&stop), mount.clone());
     let reader = thread::spawn(move || {
         let mut seen = Vec::new();
-        while !stopped.load(Ordering::SeqCst) || counted.load(Ordering::SeqCst) < LOOKS {
+        while !stopped.load(Ordering::SeqCst) || counted.load(Ordering::SeqCst) < looks_min {
             // One look: the folder is resolved once, and then read.
             let snapshot = fs::canonicalize(&looked_at).unwrap();
             let found = files(&snapshot);
@@ -129,7 +132,7 @@ pub(super) fn is_followed(store: &Store) {
         Ok(seen.len())
     });
     // Each round changes some groups, adds, removes and renames others, within less than what must hold still.
-    for round in 1..=8 {
+    for round in 1..=rounds {
         let begun = Instant::now();
         for number in (round..groups).step_by(120) {
             let state = versions.get_mut(&number);
@@ -172,7 +175,7 @@ pub(super) fn is_followed(store: &Store) {
     stop.store(true, Ordering::SeqCst);
     let snapshots =
         reader.join().unwrap().unwrap_or_else(|mixed| panic!("a look saw a mixed snapshot: {mixed}"));
-    assert!(snapshots >= 8 && looks.load(Ordering::SeqCst) >= LOOKS, "{snapshots} snapshots");
+    assert!(snapshots >= rounds && looks.load(Ordering::SeqCst) >= looks_min, "{snapshots} snapshots");
     let text = host.text("/metrics");
     assert!(text.contains("modalkit_bucket_listings_total{outcome=\"ok\",volume=\"weights\"}"), "{text}");
 }

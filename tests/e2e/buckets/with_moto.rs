@@ -2,7 +2,9 @@
 
 use std::{fs, thread, time::Duration};
 
-use super::{bucket, files, is_followed, mirrored, mount_point, mounted, survives_its_store, sync};
+use super::{
+    LOOKS, ROUNDS, bucket, files, is_followed, mirrored, mount_point, mounted, survives_its_store, sync,
+};
 use modalkit_tests::{
     Host, Setup, Version,
     stores::{Fault, Proxy, Store},
@@ -12,7 +14,7 @@ use serde_json::json;
 
 #[test]
 fn a_large_bucket_is_followed_and_no_look_sees_half_a_change() {
-    is_followed(&Store::moto());
+    is_followed(&Store::moto(), LOOKS, ROUNDS);
 }
 
 #[test]
@@ -164,6 +166,16 @@ fn a_plugin_from_a_bucket_wants_a_pin_or_the_mounts_word() {
         rest.chars().filter(char::is_ascii_hexdigit).take(64).collect()
     };
     assert_eq!(host.post("/predict_sync", &json!({"text": "a"})).0, 503);
+    // Nor does a look at the configuration run its code.
+    let check = std::process::Command::new(modalkit_tests::built().join("modalkit"))
+        .args(["check", "--config", "modalkit.toml"])
+        .env("BUCKET_KEYS", store.secret())
+        .env("MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__VERSIONED", "{}")
+        .current_dir(host.folder())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stdout);
+    assert!(said.contains("a plugin in a bucket, whose content nobody names"), "{said}");
     let base = {
         let mount = mount_point(&host.folder()).display().to_string();
         format!(
@@ -296,4 +308,66 @@ fn more_than_the_limit_is_not_mirrored() {
     let said = bucket(&host)["error"].to_string();
     assert!(said.contains("bucket_bytes_max") && said.contains("11 bytes"), "{said}");
     assert!(!mount_point(&host.folder()).join("b").exists());
+}
+
+#[test]
+fn the_caller_pays_where_the_mount_says_so() {
+    let store = Store::moto();
+    let proxy = Proxy::before(&store);
+    store.put("a", "one");
+    let host = mounted(Setup::new(), &proxy.endpoint, &store.secret(), "requester_pays = true").start();
+    mirrored(&host, 1);
+    let seen = proxy.seen();
+    assert!(seen.len() >= 2);
+    for head in seen {
+        assert!(head.to_ascii_lowercase().contains("x-amz-request-payer: requester"), "{head}");
+    }
+}
+
+#[test]
+fn a_roles_credentials_are_asked_for_with_the_workloads_token() {
+    let store = Store::moto();
+    let proxy = Proxy::before(&store);
+    store.put("a", "one");
+    let setup = Setup::new();
+    let token = setup.folder().join("token");
+    fs::write(&token, "the-workloads-own-token").unwrap();
+    let mount = mount_point(&setup.folder()).display().to_string();
+    let host = setup
+        .variable("AWS_WEB_IDENTITY_TOKEN_FILE", &token.display().to_string())
+        .variable("AWS_ENDPOINT_URL_STS", &proxy.endpoint)
+        .variable("AWS_REGION", "us-east-1")
+        .config(&format!(
+            "[[app_settings.deployment_config.cloud_bucket_mounts]]\nmount_point = {mount:?}\nbucket_name = \"demo\"\n\
+             bucket_endpoint_url = {:?}\noidc_auth_role_arn = \"arn:aws:iam::123456789012:role/demo\"\npoll_interval_ms = 200",
+            proxy.endpoint
+        ))
+        .start();
+    mirrored(&host, 1);
+    let seen = proxy.seen();
+    let asked = seen.iter().find(|head| head.contains("AssumeRoleWithWebIdentity")).unwrap();
+    assert!(asked.contains("role%2Fdemo") || asked.contains("role/demo"), "{asked}");
+    // Those that moto gave, and not any from elsewhere.
+    assert!(
+        seen.iter().any(|head| head.contains("list-type=2") && head.contains("x-amz-security-token")),
+        "{seen:?}"
+    );
+}
+
+#[test]
+fn a_confined_process_reads_each_snapshot() {
+    let store = Store::moto();
+    store.put("versioned.txt", "1");
+    let setup = Setup::new().plugin("versioned");
+    let folder = mount_point(&setup.folder()).display().to_string();
+    let setup = setup.config(&format!(
+        "[app_settings.deployment_config]\nisolation = \"process\"\nsandbox = true\n[model_settings]\nlocal_model_repository_folder = {folder:?}"
+    ));
+    let host = mounted(setup, &store.endpoint, &store.secret(), "").ready();
+    let data = || host.post("/predict_sync", &json!({"text": "a"})).1["data"].clone();
+    assert_eq!(data(), "1");
+    for next in ["2", "3"] {
+        store.put("versioned.txt", next);
+        wait_until("what comes later is read as well", || data() == next);
+    }
 }

@@ -2,12 +2,12 @@
 
 use std::fs;
 
-use super::{bucket, is_followed, mirrored, mount_point, mounted, survives_its_store, sync};
+use super::{LOOKS, ROUNDS, bucket, is_followed, mirrored, mount_point, mounted, survives_its_store, sync};
 use modalkit_tests::{Setup, stores::Store, wait_until};
 
 #[test]
 fn a_large_bucket_is_followed_and_no_look_sees_half_a_change() {
-    is_followed(&Store::s3s());
+    is_followed(&Store::s3s(), LOOKS / 4, ROUNDS / 2);
 }
 
 #[test]
