@@ -26,7 +26,7 @@ use crate::{
     access::{self, Access, Keys},
     audit::Audit,
     buckets,
-    config::{Loaded, Server, Sources},
+    config::{Loaded, Server, Sources, Volume},
     death_note::DeathNote,
     identity,
     ingress::{self, Certificate, Context, ManagementSocket},
@@ -110,7 +110,7 @@ pub async fn run(
     let gate = Gate::new(config.requests_max);
     let engine = engine(&server, Some(PluginLog { level: log::plugin_level, sink: log::plugin_line }))?;
     let context = modalkit_queue::BackendContext {
-        open_plugin: queue_opener(Arc::clone(&engine)),
+        open_plugin: queue_opener(Arc::clone(&engine), config.volumes.clone()),
         open_model: queues::opener(Arc::clone(&models)),
     };
     if set_journal_aside {
@@ -345,8 +345,18 @@ pub fn worker(host: i32, connections: usize, cgroup: Option<PathBuf>) -> io::Res
 }
 
 /// What opens queue plugins.
-fn queue_opener(engine: Arc<dyn Engine>) -> modalkit_queue::OpenPlugin {
-    Arc::new(move |file, pin| engine.open_queue(file, pin).map_err(|error| error.chain()))
+fn queue_opener(engine: Arc<dyn Engine>, volumes: Vec<Volume>) -> modalkit_queue::OpenPlugin {
+    Arc::new(move |file, pin| {
+        let is_from_bucket = |volume: &&Volume| !volume.takes_any_plugin() && volume.holds(file);
+        match volumes.iter().find(is_from_bucket).filter(|_| pin.is_none()) {
+            Some(volume) => Err(format!(
+                "{} lies in a bucket (volume {:?}), and nobody names its content; expected plugin_sha256 in the backend, or plugins_from_buckets = true for the mount",
+                file.display(),
+                volume.name
+            )),
+            None => engine.open_queue(file, pin).map_err(|error| error.chain()),
+        }
+    })
 }
 
 /// Opens a plugin as a host would, in a process of its own first, where it has the content that is pinned; the file is not served.

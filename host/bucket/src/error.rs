@@ -78,7 +78,7 @@ impl MirrorError {
 
     /// What a store said, without what is secret in it.
     pub(crate) fn of_store(error: &StoreError, secret: &Secret) -> Self {
-        let said = secret.hide_in(told(error));
+        let said = told(error, secret);
         match error {
             StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => Self::Refused(said),
             StoreError::NotFound { .. } => Self::NoBucket(said),
@@ -91,8 +91,19 @@ impl MirrorError {
     }
 }
 
-/// The whole chain of causes in a line; of addresses no queries, which may hold signatures.
-fn told(error: &StoreError) -> String {
+/// Elements of S3's errors that hold what was signed, or a token.
+const SECRET_ELEMENTS: [&str; 7] = [
+    "Token-0",
+    "StringToSign",
+    "StringToSignBytes",
+    "CanonicalRequest",
+    "CanonicalRequestBytes",
+    "SignatureProvided",
+    "AWSAccessKeyId",
+];
+
+/// The whole chain of causes in a line, without secrets; of addresses no queries, which may hold signatures.
+fn told(error: &StoreError, secret: &Secret) -> String {
     const CHARS_MAX: usize = 600;
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -102,6 +113,16 @@ fn told(error: &StoreError) -> String {
             text = format!("{text}: {said}");
         }
         cause = error.source();
+    }
+    // Before anything is cut off: a half of a secret would not be found.
+    text = secret.hide_in(text);
+    for name in SECRET_ELEMENTS {
+        let (begin, end) = (format!("<{name}>"), format!("</{name}>"));
+        if let (Some(from), Some(to)) = (text.find(&begin), text.find(&end))
+            && from < to
+        {
+            text.replace_range(from + begin.len()..to, "…");
+        }
     }
     let mut line = String::new();
     for (at, word) in text.split_whitespace().enumerate() {
@@ -131,5 +152,18 @@ mod tests {
         };
         let said = MirrorError::of_store(&error, &Secret::default()).to_string();
         assert!(said.contains("http://a/b in 1s") && !said.contains("abc"), "{said}");
+    }
+
+    #[test]
+    fn a_token_that_a_store_repeats_is_not_told_not_even_a_part_of_it() {
+        let token = "t0k3n".repeat(200);
+        let body = format!("<Error><Code>ExpiredToken</Code><Token-0>{token}</Token-0></Error>");
+        let error = StoreError::Generic { store: "S3", source: body.into() };
+        let said = MirrorError::of_store(&error, &Secret::default()).to_string();
+        assert!(said.contains("ExpiredToken") && !said.contains("t0k3n"), "{said}");
+        let secret = Secret([("AWS_SESSION_TOKEN".to_owned(), token.clone())].into());
+        let error = StoreError::Generic { store: "S3", source: format!("no {token}").into() };
+        let said = MirrorError::of_store(&error, &secret).to_string();
+        assert!(!said.contains("t0k3n"), "{said}");
     }
 }

@@ -2,15 +2,15 @@
 //! a fetch ends early is not fetched again.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     fs::{self, File, OpenOptions},
-    io::Write,
+    io::{ErrorKind, Write},
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -38,6 +38,9 @@ const WRITE_BYTES: usize = 256 << 10;
 const TRIES: usize = 3;
 /// What the system says of its start: parts that were written before it may not have reached the disk.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Tries of objects of one part.
+static ATTEMPTS: AtomicU64 = AtomicU64::new(0);
 
 /// Asks a store for objects.
 pub(crate) struct Fetcher {
@@ -123,14 +126,18 @@ impl Fetcher {
     /// The parts of an object that are not there yet.
     fn parts(&self, path: &str, object: &Object) -> Result<Vec<Part>, FetchError> {
         let name = name_of(path, object);
-        let half = self.incoming.join(format!("{name}.half"));
         let whole = self.incoming.join(format!("{name}.whole"));
         let ranges = ranges(object.bytes);
-        let (journal, done) = match ranges.len() {
-            1 => (None, Vec::new()),
+        let (half, journal, done) = match ranges.len() {
+            // A name of its own for each try: the end of one that was given up may still be under way.
+            1 => {
+                let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
+                (self.incoming.join(format!("{name}.{attempt}.half")), None, Vec::new())
+            }
             _ => {
+                let half = self.incoming.join(format!("{name}.half"));
                 let (journal, done) = journal(&half, object)?;
-                (Some(journal), done)
+                (half, Some(journal), done)
             }
         };
         let mut options = OpenOptions::new();
@@ -198,8 +205,10 @@ impl Fetcher {
             }
         }
         if let Some(journal) = &target.journal {
-            let at = range.map_or(0, |range| range.start / PART_BYTES);
-            writeln!(journal.lock(), "{at}").map_err(local("write", journal_of(&target.half)))?;
+            let line = format!("{}\n", range.map_or(0, |range| range.start / PART_BYTES));
+            // In one call: a process that ends leaves whole lines.
+            let written = journal.lock().write_all(line.as_bytes());
+            written.map_err(local("write", journal_of(&target.half)))?;
         }
         if target.parts_left.fetch_sub(1, Ordering::AcqRel) > 1 {
             return Ok(None);
@@ -207,7 +216,14 @@ impl Fetcher {
         let whole = target.whole.clone();
         let finish = move || -> Result<(), MirrorError> {
             target.file.sync_data().map_err(local("write", &target.half))?;
-            fs::rename(&target.half, &target.whole).map_err(local("put in place", &target.whole))?;
+            match fs::rename(&target.half, &target.whole) {
+                // An earlier try that was given up has ended after all.
+                Err(error)
+                    if error.kind() == ErrorKind::NotFound
+                        && fs::metadata(&target.whole)
+                            .is_ok_and(|there| there.len() == target.object.bytes) => {}
+                renamed => renamed.map_err(local("put in place", &target.whole))?,
+            }
             let _ = fs::remove_file(journal_of(&target.half));
             Ok(())
         };
@@ -310,13 +326,16 @@ fn journal(half: &Path, object: &Object) -> Result<(File, Vec<usize>), MirrorErr
     let path = journal_of(half);
     let boot = fs::read_to_string(BOOT_ID).unwrap_or_default();
     let head = format!("{} {}", boot.trim(), object.bytes);
-    let known = fs::read_to_string(&path).ok().filter(|_| half.is_file());
-    let mut lines = known.as_deref().unwrap_or_default().lines();
+    let known = fs::read_to_string(&path).ok().filter(|_| half.is_file()).unwrap_or_default();
+    // A line without its end is none.
+    let whole = known.rfind('\n').map_or("", |end| &known[..=end]);
+    let mut lines = whole.lines();
     if lines.next() == Some(head.as_str()) {
         let parts = ranges(object.bytes).len();
         let done: Vec<usize> = lines.filter_map(|line| line.parse().ok()).filter(|at| *at < parts).collect();
         if !done.is_empty() {
-            let file = OpenOptions::new().append(true).open(&path).map_err(local("open", path))?;
+            let file = OpenOptions::new().append(true).open(&path).map_err(local("open", &path))?;
+            file.set_len(whole.len() as u64).map_err(local("open", path))?;
             return Ok((file, done));
         }
     }
@@ -327,11 +346,11 @@ fn journal(half: &Path, object: &Object) -> Result<(File, Vec<usize>), MirrorErr
 
 /// Removes what belongs to no object that is wanted any more.
 pub(crate) fn forget_others(incoming: &Path, wanted: &BTreeMap<String, Object>) {
-    let names: Vec<String> = wanted.iter().map(|(path, object)| name_of(path, object)).collect();
+    let names: HashSet<String> = wanted.iter().map(|(path, object)| name_of(path, object)).collect();
     for entry in fs::read_dir(incoming).into_iter().flatten().flatten() {
         let path = entry.path();
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        if !names.iter().any(|name| name == stem) {
+        if !names.contains(stem) {
             // What can't be removed now is tried the next time.
             let _ = fs::remove_file(path);
         }
@@ -376,8 +395,11 @@ mod tests {
         assert!(journal(&half, &object).unwrap().1.is_empty());
         fs::write(&half, "").unwrap();
         let (mut file, _) = journal(&half, &object).unwrap();
-        writeln!(file, "2\n9\n0").unwrap();
-        assert_eq!(journal(&half, &object).unwrap().1, [2, 0]);
+        write!(file, "2\n9\n0\n1").unwrap();
+        let (mut file, done) = journal(&half, &object).unwrap();
+        assert_eq!(done, [2, 0], "a line without its end is none");
+        writeln!(file, "1").unwrap();
+        assert_eq!(journal(&half, &object).unwrap().1, [2, 0, 1]);
         fs::write(journal_of(&half), "another boot 25165824\n1\n").unwrap();
         assert!(journal(&half, &object).unwrap().1.is_empty());
     }

@@ -1,12 +1,12 @@
 //! What lies in a snapshot beside what was mirrored: files that were written there, changed or removed. It reads names and sizes, no content.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs, io,
     path::{Path, PathBuf},
 };
 
-use crate::manifest::{Manifest, Stamp};
+use crate::manifest::{Entry, Manifest, Stamp};
 
 /// Names under which files are written before they get their own.
 const UNFINISHED: [&str; 5] = ["part", "partial", "tmp", "swp", "crdownload"];
@@ -18,8 +18,10 @@ const DEPTH_MAX: usize = 32;
 pub(crate) struct Differences {
     /// Files that are new or have other content, by their paths.
     pub(crate) written: BTreeMap<String, Stamp>,
-    /// Mirrored files that are gone.
+    /// Mirrored files that are gone, or are something else by now.
     pub(crate) missing: Vec<String>,
+    /// Folders that were made there, and hold nothing that was mirrored.
+    pub(crate) folders: Vec<String>,
 }
 
 /// Compares a snapshot with its manifest.
@@ -29,7 +31,14 @@ pub(crate) struct Differences {
 pub(crate) fn differences(folder: &Path, manifest: &Manifest) -> io::Result<Differences> {
     let mut found = Differences::default();
     let mut seen = 0;
+    let mirrored: HashSet<&str> = manifest.files.keys().flat_map(|path| ancestors(path)).collect();
     walk(folder, String::new(), 0, &mut |path, metadata| {
+        if metadata.is_dir() {
+            if !mirrored.contains(path.as_str()) && !manifest.files.contains_key(&path) {
+                found.folders.push(path);
+            }
+            return;
+        }
         let stamp = Stamp::of(metadata);
         match manifest.files.get(&path) {
             Some(entry) => {
@@ -44,13 +53,21 @@ pub(crate) fn differences(folder: &Path, manifest: &Manifest) -> io::Result<Diff
     found.written.retain(|path, stamp| manifest.carried.get(path) != Some(stamp));
     // Only where some are missing does anybody ask which.
     if seen < manifest.files.len() {
-        let is_missing = |(path, _): &(&String, _)| fs::symlink_metadata(folder.join(path)).is_err();
+        let is_missing = |(path, entry): &(&String, &Entry)| match fs::symlink_metadata(folder.join(path)) {
+            Ok(there) => there.is_dir() == entry.stamp.is_some(),
+            Err(_) => true,
+        };
         found.missing = manifest.files.iter().filter(is_missing).map(|(path, _)| path.clone()).collect();
     }
     Ok(found)
 }
 
-/// Every file below a folder, by its path in it. Links, and what has no name yet, are passed over.
+/// The folders that a path lies in, from the innermost on.
+pub(crate) fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+    path.rmatch_indices('/').map(|(at, _)| &path[..at])
+}
+
+/// Every file and folder below a folder, by its path in it. Links, and what has no name yet, are passed over.
 fn walk(
     folder: &Path,
     above: String,
@@ -68,6 +85,7 @@ fn walk(
         };
         let path = if above.is_empty() { name } else { format!("{above}/{name}") };
         if metadata.is_dir() && depth < DEPTH_MAX {
+            each(path.clone(), &metadata);
             match walk(&entry.path(), path, depth + 1, each) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 walked => walked?,
@@ -95,7 +113,7 @@ pub(crate) fn below(folder: &Path, path: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{listing::Object, manifest::Entry};
+    use crate::listing::Object;
 
     #[test]
     fn what_was_written_changed_or_removed_is_found() {
@@ -113,9 +131,14 @@ mod tests {
         fs::write(folder.path().join("deep/changed"), "other").unwrap();
         fs::write(folder.path().join("deep/new"), "new").unwrap();
         fs::remove_file(folder.path().join("gone")).unwrap();
+        fs::create_dir_all(folder.path().join("made/empty")).unwrap();
         let found = differences(folder.path(), &manifest).unwrap();
         assert_eq!(found.written.keys().collect::<Vec<_>>(), ["deep/changed", "deep/new"]);
         assert_eq!(found.missing, ["gone"]);
+        assert_eq!(found.folders, ["made", "made/empty"]);
+        // A folder in a file's place.
+        fs::create_dir(folder.path().join("gone")).unwrap();
+        assert_eq!(differences(folder.path(), &manifest).unwrap().missing, ["gone"]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::{DirBuilderExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -35,6 +35,8 @@ pub(crate) struct Snapshots {
     pub(crate) current: Option<Snapshot>,
     /// What was shown, and until when it stays.
     replaced: Vec<(Snapshot, Instant)>,
+    /// Conflicts that nobody was told of yet.
+    pub(crate) untold: Vec<String>,
     /// Held to read whoever looks through the folder, to write while another snapshot takes its place: a look sees one.
     shown: Arc<RwLock<()>>,
     _lock: File,
@@ -60,8 +62,7 @@ impl Snapshots {
     pub(crate) fn open(spec: &BucketSpec, shown: Arc<RwLock<()>>) -> Result<Self, MirrorError> {
         let folder = std::path::absolute(&spec.folder).map_err(local("find", &spec.folder))?;
         for inside in [SNAPSHOTS, INCOMING] {
-            let path = folder.join(inside);
-            fs::create_dir_all(&path).map_err(local("make", path))?;
+            make_folder(&folder.join(inside))?;
         }
         let lock = take_lock(&folder)?;
         lead(&spec.mount_point, &folder.join(CURRENT))?;
@@ -70,6 +71,7 @@ impl Snapshots {
             read_only: spec.read_only,
             source: source(spec),
             replaced: Vec::new(),
+            untold: Vec::new(),
             shown,
             _lock: lock,
             folder,
@@ -111,7 +113,7 @@ impl Snapshots {
         let folder = self.folder.join(SNAPSHOTS).join(format!("{number:06}"));
         // Of a process that ended over it.
         let _ = fs::remove_dir_all(&folder);
-        fs::create_dir(&folder).map_err(local("make", &folder))?;
+        make_folder(&folder)?;
         let manifest = Manifest { source: self.source.clone(), files, ..Manifest::default() };
         let mut next = Snapshot { number, folder, manifest };
         let mut change = Change::default();
@@ -148,25 +150,29 @@ impl Snapshots {
         current.manifest.write(&manifest).map_err(local("write", manifest))
     }
 
-    /// Takes a file that was written here out of the current snapshot, and keeps it among the conflicts.
-    pub(crate) fn set_aside(&self, path: &str) -> Result<(), MirrorError> {
-        let Some(current) = &self.current else { return Ok(()) };
-        let file = below(&current.folder, path);
-        self.keep_conflict(&file, path)?;
-        fs::remove_file(&file).map_err(local("remove", file))
-    }
-
     /// Removes snapshots that nobody reads any more; `now`: all that aren't shown.
     pub(crate) fn remove_replaced(&mut self, now: bool) -> Result<(), MirrorError> {
-        let (due, kept) = std::mem::take(&mut self.replaced)
-            .into_iter()
-            .partition::<Vec<_>, _>(|(_, until)| now || *until <= Instant::now());
+        let worked_in = if self.replaced.is_empty() { Vec::new() } else { working_folders() };
+        let is_due = |(snapshot, until): &(Snapshot, Instant)| {
+            let is_left = !worked_in.iter().any(|folder| folder.starts_with(&snapshot.folder));
+            is_left && (now || *until <= Instant::now())
+        };
+        let (mut due, kept) = std::mem::take(&mut self.replaced).into_iter().partition::<Vec<_>, _>(is_due);
         self.replaced = kept;
-        for (mut snapshot, _) in due {
-            if let Some(current) = self.current.clone() {
-                self.carry(&mut snapshot, &current, &mut Change::default())?;
+        while let Some((mut snapshot, until)) = due.pop() {
+            let mut change = Change::default();
+            let removed = match self.current.clone() {
+                Some(current) => self.carry(&mut snapshot, &current, &mut change),
+                None => Ok(()),
+            };
+            let removed = removed.and_then(|()| self.remove(snapshot.number));
+            self.untold.extend(change.conflicts);
+            if let Err(error) = removed {
+                // None of them is forgotten.
+                self.replaced.push((snapshot, until));
+                self.replaced.append(&mut due);
+                return Err(error);
             }
-            self.remove(snapshot.number)?;
         }
         Ok(())
     }
@@ -180,7 +186,20 @@ impl Snapshots {
         let Ok(target) = fs::read_link(self.folder.join(CURRENT)) else { return Ok(None) };
         let number = target.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
         let Some(number) = number else { return Ok(None) };
-        let Ok(manifest) = Manifest::read(&self.manifest_of(number)) else { return Ok(None) };
+        let mut manifest = match Manifest::read(&self.manifest_of(number)) {
+            Ok(manifest) => manifest,
+            // What was written here could not be told from what was mirrored.
+            Err(error) if !self.read_only => {
+                return Err(MirrorError::Setup(format!(
+                    "{} can't be read ({error}), which says what of {} was mirrored; move that folder away, with what was written into it, and start again",
+                    self.manifest_of(number).display(),
+                    self.folder.display()
+                )));
+            }
+            Err(_) => return Ok(None),
+        };
+        // Of a process that ended before the snapshot that took these along was shown.
+        manifest.carried.clear();
         let snapshot = Snapshot { number, folder: self.folder.join(target), manifest };
         if snapshot.manifest.source == self.source {
             return Ok(Some(snapshot));
@@ -203,7 +222,8 @@ impl Snapshots {
     }
 
     /// What an earlier process was making, or had replaced. What was written there in its last moments is kept.
-    fn remove_others(&self) -> Result<(), MirrorError> {
+    fn remove_others(&mut self) -> Result<(), MirrorError> {
+        let mut change = Change::default();
         let folder = self.folder.join(SNAPSHOTS);
         let shown = self.current.as_ref().map(|current| current.number);
         for entry in fs::read_dir(&folder).map_err(local("read", &folder))? {
@@ -217,10 +237,11 @@ impl Snapshots {
             if let (Some(current), Ok(manifest)) = (&self.current, Manifest::read(&self.manifest_of(number)))
             {
                 let mut old = Snapshot { number, folder: path.clone(), manifest };
-                self.carry(&mut old, current, &mut Change::default())?;
+                self.carry(&mut old, current, &mut change)?;
             }
             self.remove(number)?;
         }
+        self.untold.append(&mut change.conflicts);
         Ok(())
     }
 
@@ -241,11 +262,11 @@ impl Snapshots {
         for (path, entry) in &mut next.manifest.files {
             let to = below(&next.folder, path);
             if entry.stamp.is_none() && !fetched.contains_key(path) {
-                fs::create_dir_all(&to).map_err(local("make", &to))?;
+                make_folder(&to)?;
                 continue;
             }
             if let Some(parent) = to.parent() {
-                fs::create_dir_all(parent).map_err(local("make", parent))?;
+                make_folder(parent)?;
             }
             match (fetched.get(path), &self.current) {
                 (Some(from), _) => {
@@ -271,6 +292,9 @@ impl Snapshots {
             return Ok(());
         }
         let found = differences(&from.folder, &from.manifest).map_err(local("look through", &from.folder))?;
+        for path in found.folders {
+            let _ = make_folder(&below(&to.folder, &path));
+        }
         if found.written.is_empty() {
             return Ok(());
         }
@@ -297,7 +321,11 @@ impl Snapshots {
     ) -> Result<bool, MirrorError> {
         let (file, target) = (below(&from.folder, path), below(&to.folder, path));
         let (old, new) = (from.manifest.files.get(path), to.manifest.files.get(path));
-        let same_object = old.map(|entry| &entry.object) == new.map(|entry| &entry.object);
+        let same_object = match (old, new) {
+            (None, None) => true,
+            (Some(old), Some(new)) => old.object.is_same(&new.object),
+            _ => false,
+        };
         // Nobody has written it there since.
         let untouched = there.is_none() || new.is_some_and(|entry| entry.stamp == there);
         if !same_object || !untouched {
@@ -307,11 +335,21 @@ impl Snapshots {
         if target.parent().is_some_and(|parent| fs::create_dir_all(parent).is_err()) {
             return Ok(false);
         }
-        let _ = fs::remove_file(&target);
-        match fs::hard_link(&file, &target) {
+        // Beside it first: there is never a moment without a file.
+        let beside = to.folder.with_extension("carried");
+        let _ = fs::remove_file(&beside);
+        match fs::hard_link(&file, &beside) {
             // Its writer has taken it away again.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
-            linked => linked.map(|()| true).map_err(local("link", file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            linked => linked.map_err(local("link", file))?,
+        }
+        match fs::rename(&beside, &target) {
+            // A folder of the bucket's stands there.
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                fs::remove_file(&beside).map_err(local("remove", beside))?;
+                Ok(false)
+            }
+            renamed => renamed.map(|()| true).map_err(local("put in place", target)),
         }
     }
 
@@ -328,6 +366,18 @@ impl Snapshots {
             _ => Ok(()),
         }
     }
+}
+
+/// A folder, and those above it, that nobody but its owner may write: plugins may lie in it.
+fn make_folder(path: &Path) -> Result<(), MirrorError> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
+    made.map_err(local("make", path))
+}
+
+/// Where processes of this user work: a snapshot that one of them works in stays.
+fn working_folders() -> Vec<PathBuf> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(|process| fs::read_link(process.path().join("cwd")).ok()).collect()
 }
 
 fn take_lock(folder: &Path) -> Result<File, MirrorError> {

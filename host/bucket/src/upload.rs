@@ -18,9 +18,9 @@ use crate::{
 
 /// Files up to this go up in one request, whose condition the store itself checks. Larger ones go up in parts, and the condition is checked
 /// before the first and before the last step.
-const WHOLE_BYTES_MAX: u64 = 16 << 20;
+const WHOLE_BYTES_MAX: u64 = 8 << 20;
 /// S3 takes no smaller parts but the last, and 10,000 of them.
-const PART_BYTES_MIN: u64 = 8 << 20;
+const PART_BYTES_MIN: u64 = 5 << 20;
 const PARTS_MAX: u64 = 10_000;
 
 /// What became of a file.
@@ -39,7 +39,7 @@ pub(crate) async fn upload(
     store: &Store,
     spec: &BucketSpec,
     path: &str,
-    file: &Path,
+    (file, stamp): (&Path, Stamp),
     base: Option<&Object>,
 ) -> Result<Uploaded, MirrorError> {
     let location = location(spec, path)?;
@@ -67,6 +67,10 @@ pub(crate) async fn upload(
     }
     let mut opened = fs::File::open(file).map_err(local("open", file))?;
     let before = Stamp::of(&opened.metadata().map_err(local("look at", file))?);
+    // The one that held still, and no other that has taken its place.
+    if before != stamp {
+        return Ok(Uploaded::Moves);
+    }
     let put = if before.bytes <= WHOLE_BYTES_MAX {
         let mut content = Vec::with_capacity(before.bytes as usize);
         (&opened).take(WHOLE_BYTES_MAX + 1).read_to_end(&mut content).map_err(local("read", file))?;
@@ -99,11 +103,11 @@ pub(crate) async fn upload(
     };
     match put {
         Ok(put) => {
-            let bare = Object { bytes: before.bytes, etag: put.e_tag, modified_ms: 0 };
-            if bare.etag.is_none() {
-                return Ok(Uploaded::Done(Object::of(&objects.head(&location).await.map_err(of_store)?)));
-            }
-            Ok(Uploaded::Done(bare.with_bare_etag()))
+            let own = Object { bytes: before.bytes, etag: put.e_tag, modified_ms: 0 }.with_bare_etag();
+            // As listings will show it, unless somebody has written it since.
+            let there = Object::of(&objects.head(&location).await.map_err(of_store)?);
+            let is_own = own.etag.is_none() || there.etag == own.etag;
+            Ok(Uploaded::Done(if is_own { there } else { own }))
         }
         Err(
             StoreError::Precondition { .. }
@@ -191,7 +195,8 @@ mod tests {
         let spec = spec(folder.path());
         let put = async |content: &str, base: Option<Object>| {
             fs::write(&file, content).unwrap();
-            upload(&store, &spec, "a", &file, base.as_ref()).await.unwrap()
+            let stamp = Stamp::of(&fs::metadata(&file).unwrap());
+            upload(&store, &spec, "a", (&file, stamp), base.as_ref()).await.unwrap()
         };
         let Uploaded::Done(first) = put("one", None).await else { panic!("it was free") };
         assert_eq!(put("two", None).await, Uploaded::Conflict);

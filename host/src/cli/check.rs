@@ -98,7 +98,7 @@ fn faults_of_plugins(loaded: &Loaded) -> Vec<Fault> {
 /// Whether a plugin lies where whoever may write is trusted, or its content is named. Opening it runs its code.
 fn may_be_opened(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> bool {
     let mut strict = loaded.config.volumes.iter().filter(|volume| !volume.takes_any_plugin());
-    spec.plugin_sha256.is_some() || !strict.any(|volume| file.starts_with(&volume.mount_point))
+    spec.plugin_sha256.is_some() || !strict.any(|volume| volume.holds(file))
 }
 
 /// The models of the configuration, and those of folders of Python that no entry names.

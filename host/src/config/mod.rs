@@ -189,7 +189,7 @@ impl Loaded {
     }
 
     /// The settings that were written somewhere, as one configuration file in JSON, without what is secret: the variables of the environment that
-    /// would set that, each with its key.
+    /// would set that, each with its key. In a list nothing can be set alone: such a one has no variable.
     #[must_use]
     pub fn written(&self) -> (Json, Vec<(String, String)>) {
         let mut written = self.written.json(false);
@@ -207,6 +207,13 @@ impl Loaded {
 
 /// Takes hidden values out of a document, and notes where they were. Members without a value go too.
 fn take_secrets(document: &mut Json, path: &mut Vec<String>, secrets: &mut Vec<(String, String)>) {
+    if let Some(items) = document.as_array() {
+        let is_secret = |item: &Json| item.to_string().contains(types::HIDDEN);
+        if items.iter().any(is_secret) {
+            secrets.push((String::new(), path.join(".")));
+        }
+        return;
+    }
     let Some(members) = document.as_object_mut() else { return };
     members.retain(|name, value| {
         path.push(name.clone());

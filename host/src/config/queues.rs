@@ -173,19 +173,13 @@ impl Resolver<'_> {
                     name: name.to_owned(),
                     plugin: backend.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
                     sha256: backend.plugin_sha256.value().map(|digest| digest.0.clone()),
-                    folders: self.folders(backend.plugin_sha256.value().is_some()),
+                    folders: self.volumes.iter().map(|volume| volume.mount_point.clone()).collect(),
                     settings: backend.settings().0.json().to_string(),
                     secrets: secrets.values().clone(),
                     batch_max: PLUGIN_BATCH_MAX,
                 })
             }
         })
-    }
-
-    /// Where plugins are looked for: those that no pin names, in no bucket that doesn't say so.
-    fn folders(&self, is_pinned: bool) -> Vec<PathBuf> {
-        let takes = |volume: &&Volume| is_pinned || volume.takes_any_plugin();
-        self.volumes.iter().filter(takes).map(|volume| volume.mount_point.clone()).collect()
     }
 
     /// Where a broker answers, as one of these schemes.

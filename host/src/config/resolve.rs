@@ -437,9 +437,10 @@ fn volumes(
     let mut mounts: Vec<(PathBuf, String, Place)> =
         written.entries.into_iter().map(|(mount, (name, at))| (mount.into(), name, at)).collect();
     // A folder that a bucket is mirrored into needs no other name.
+    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let lies_in_bucket = |folder: Option<&PathBuf>| {
         folder.map_or(!mirrored.is_empty(), |folder| {
-            mirrored.iter().any(|(volume, _)| folder.starts_with(&volume.mount_point))
+            mirrored.iter().any(|(volume, _)| absolute(folder).starts_with(&volume.mount_point))
         })
     };
     if mounts.is_empty() && !lies_in_bucket(folder) {
@@ -452,8 +453,11 @@ fn volumes(
     let all: Vec<(PathBuf, String, Place)> =
         mounts.iter().cloned().chain(mirrored.iter().map(of_bucket)).collect();
     for (index, (mount, name, at)) in all.iter().enumerate() {
-        if let Some((other, ..)) =
-            all[..index].iter().find(|(other, ..)| other.starts_with(mount) || mount.starts_with(other))
+        let nested = |(other, ..): &&(PathBuf, String, Place)| {
+            let (other, mount) = (absolute(other), absolute(mount));
+            other.starts_with(&mount) || mount.starts_with(&other)
+        };
+        if let Some((other, ..)) = all[..index].iter().find(nested)
             && index >= mounts.len()
         {
             let expected = "a mount_point that no other volume lies in, or is";

@@ -1,7 +1,13 @@
 //! What the configuration means: every value present, in its unit and within its range. It knows nothing of how it was
 //! written. One list of plain data, and long for that.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use modalkit_device::Wanted;
 use modalkit_engine::Isolation;
@@ -396,6 +402,17 @@ pub struct Volume {
 }
 
 impl Volume {
+    /// Whether a file lies in it, however it is called: also through a link, and in the folder that a bucket is mirrored into.
+    #[must_use]
+    pub fn holds(&self, file: &Path) -> bool {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| absolute(path));
+        let (named, found) = (absolute(file), real(file));
+        named.starts_with(absolute(&self.mount_point))
+            || found.starts_with(real(&self.mount_point))
+            || self.bucket.as_ref().is_some_and(|bucket| found.starts_with(real(&bucket.spec.folder)))
+    }
+
     /// Whether plugins are taken from it whose content nobody names: not from a bucket that doesn't say so.
     #[must_use]
     pub fn takes_any_plugin(&self) -> bool {

@@ -1,7 +1,10 @@
 //! The Dockerfile: the host, its plugins and its folders of Python, built in stages and put on the application's own base. It looks at which
 //! sources there are, and builds nothing.
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Component, Path, PathBuf},
+};
 
 use minijinja::value::Value;
 use serde::Serialize;
@@ -11,15 +14,14 @@ use super::{
     facts::{BUCKETS_FOLDER, Facts, IN_IMAGE},
     template,
 };
-use crate::{
-    config::{Loaded, ModelSpec},
-    reload::build,
-};
+use crate::{config::Loaded, reload::build};
 
 /// What compiles the host and plugins: its glibc is no newer than that of the bases below.
 const BUILDER: &str = "rust:1.95-slim-bookworm";
 /// The base where none is said: as small as what plugins may link against allows.
 const BASE: &str = "debian:bookworm-slim";
+/// The same where there are folders of Python.
+const BASE_OF_PYTHON: &str = "python:3.11-slim-bookworm";
 /// Where compiled plugins' sources are in this tree.
 const PLUGINS: &str = "plugins";
 /// Files that say what a folder of Python needs, in the order in which they count.
@@ -91,9 +93,9 @@ pub fn dockerfile(loaded: &Loaded, options: &Options) -> Result<String, DeployEr
     let facts = Facts::of(loaded, options, true)?;
     let config = &loaded.config;
     let (mut libraries, mut prebuilt, mut pipelines) = (Vec::new(), Vec::new(), Vec::new());
-    for spec in models(loaded) {
-        let plugin = &spec.plugin;
-        let found = build::find(plugin, &config.volumes);
+    for plugin in &plugins(loaded) {
+        // What lies elsewhere on this machine is none of the image's: it comes in a volume.
+        let found = build::find(plugin, &config.volumes).filter(|path| in_context(path).is_ok());
         match found {
             Some(folder) if folder.is_dir() => pipelines.push(pipeline(plugin, &folder)?),
             _ if Path::new(PLUGINS).join(plugin).join("Cargo.toml").is_file() => libraries
@@ -106,17 +108,24 @@ pub fn dockerfile(loaded: &Loaded, options: &Options) -> Result<String, DeployEr
     let mounts = config.mounts.iter().map(|mount| {
         Ok(Copied { from: in_context(&mount.from)?, to: mount.to.clone(), is_folder: mount.folder })
     });
+    let newline = |text: &String| text.contains('\n');
+    if let Some((name, _)) = config.container.environment.iter().find(|(_, value)| newline(value)) {
+        return Err(DeployError::Unfit(format!(
+            "expected a line for build_config.env.{name}, found several"
+        )));
+    }
+    let base = if pipelines.is_empty() { BASE } else { BASE_OF_PYTHON };
     let image = Image {
         version: facts.version,
         builder: BUILDER,
-        base: config.container.base.clone().unwrap_or_else(|| BASE.to_owned()),
+        base: config.container.base.clone().unwrap_or_else(|| base.to_owned()),
         folder: IN_IMAGE,
         packages: libraries.iter().map(|library: &Library| library.name.clone()).collect(),
         libraries,
         prebuilt,
         pipelines,
         environment: quoted(&config.container.environment),
-        commands: config.container.commands.clone(),
+        commands: config.container.commands.iter().map(|command| run_of(command)).collect(),
         workdir: config.container.workdir.clone(),
         mounts: mounts.collect::<Result<_, DeployError>>()?,
         links: facts
@@ -135,14 +144,25 @@ pub fn dockerfile(loaded: &Loaded, options: &Options) -> Result<String, DeployEr
     template::fill("Dockerfile", Value::from_serialize(&image))
 }
 
-/// Every model whose plugin the configuration or a volume names, each plugin once.
-fn models(loaded: &Loaded) -> Vec<ModelSpec> {
+/// What the configuration or a volume names: plugins of models and of queues, each once.
+fn plugins(loaded: &Loaded) -> BTreeSet<String> {
     let config = &loaded.config;
-    let mut all: Vec<ModelSpec> = config.models.values().cloned().collect();
-    all.extend(build::folders(&config.volumes).iter().map(|name| config.defaults.named(name)));
-    all.sort_by(|a, b| a.plugin.cmp(&b.plugin));
-    all.dedup_by(|a, b| a.plugin == b.plugin);
+    let mut all: BTreeSet<String> = config.models.values().map(|spec| spec.plugin.clone()).collect();
+    all.extend(build::folders(&config.volumes));
+    all.extend(config.queues.backends.values().filter_map(|backend| match backend {
+        modalkit_queue::Spec::Plugin(queue) => Some(queue.plugin.clone()),
+        _ => None,
+    }));
     all
+}
+
+/// A command after `RUN`: one of several lines in the form that takes them.
+fn run_of(command: &str) -> String {
+    let command = command.trim();
+    match command.contains('\n') {
+        false => command.to_owned(),
+        true => serde_json::json!(["/bin/sh", "-ec", command]).to_string(),
+    }
 }
 
 fn pipeline(name: &str, folder: &Path) -> Result<Pipeline, DeployError> {

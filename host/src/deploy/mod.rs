@@ -120,7 +120,7 @@ fn chart(facts: &Facts) -> Result<Vec<File>, DeployError> {
     let values = [
         ("image", json!(facts.image)),
         ("replicas", json!(facts.replicas)),
-        ("replicas_max", json!(facts.replicas_max)),
+        ("replicas_max", json!((facts.scales || facts.kserve).then_some(facts.replicas_max))),
         ("grace_seconds", json!(facts.grace_seconds)),
         ("drain_delay_seconds", json!(facts.drain_delay_seconds)),
         ("state_storage", json!(facts.state_storage)),

@@ -82,8 +82,8 @@ pub(super) enum Command {
     Tell(String, Event, Reply<()>),
     /// Scan a volume, and tell every model that uses it.
     Volume(String, Reply<VolumeReport>),
-    /// The bucket of this volume was mirrored: scan it.
-    Mirrored(usize, MirrorReport, Reply<VolumeReport>),
+    /// The bucket of the volume of this requested scan was mirrored, or can't be now.
+    Mirrored(u64, Result<MirrorReport, String>),
     /// Unload a model.
     Unload(String, Reply<Unloaded>),
     /// Report the open plugins.

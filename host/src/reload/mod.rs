@@ -9,6 +9,7 @@ mod machine;
 mod mirrored;
 mod removal;
 mod report;
+mod requested_scan;
 mod unpinned;
 mod usage;
 mod watch;
@@ -19,7 +20,7 @@ use std::{
     sync::Arc,
 };
 
-use modalkit_bucket::{Mirrors, SyncHandle, Synced};
+use modalkit_bucket::{Mirrors, SyncHandle};
 use modalkit_device::Devices;
 use modalkit_engine::{Engine, LoadError, Staged};
 use tokio::{
@@ -35,10 +36,11 @@ use crate::{
     pipeline::{Model, VolumeChange},
 };
 use build::Builder;
-use control::{Command, MirrorReport, Reply};
+use control::{Command, Reply};
 use machine::{Event, INBOX_MAX, Machine, PluginFile};
 use mirrored::Mirrored;
 use removal::Removal;
+use requested_scan::RequestedScan;
 use watch::{VolumeEvent, WatchHandle};
 
 pub use configure::ModelChanges;
@@ -90,8 +92,9 @@ struct Loop {
     removal: Removal,
     /// Plugin files that are there, as they were told last, by the plugin's name: the first of each counts.
     files: BTreeMap<String, Vec<PluginFile>>,
-    /// Scans that were requested.
+    /// Scans that were requested, and how many have been.
     scans: Vec<RequestedScan>,
+    tickets: u64,
 }
 
 /// A model's machine.
@@ -105,20 +108,6 @@ struct HeldFile {
     model: String,
     path: PathBuf,
     staged: Result<Staged, Arc<LoadError>>,
-}
-
-/// A scan of a volume that somebody waits for.
-struct RequestedScan {
-    volume: usize,
-    /// Its number, from [`WatchHandle::request_scan`].
-    number: u64,
-    /// The models whose plugin it found changed.
-    found: Vec<String>,
-    /// The data that it found changed.
-    changed: Vec<String>,
-    /// What was mirrored before.
-    mirrored: Option<MirrorReport>,
-    reply: Reply<VolumeReport>,
 }
 
 impl Reload {
@@ -188,6 +177,7 @@ impl Reload {
             removal: Removal::default(),
             files: BTreeMap::new(),
             scans: Vec::new(),
+            tickets: 0,
         };
         for spec in state.config.models.clone().into_values() {
             state.add(spec);
@@ -270,14 +260,7 @@ impl Loop {
                     scan.changed.extend(changed.iter().cloned());
                 }
             }
-            VolumeEvent::Data { changed } => {
-                let change = self.change(volume, changed);
-                for model in self.readers_of(volume) {
-                    if let Some(change) = self.change_for(&change, &model) {
-                        self.tell(&model.name, Event::Data(change)).await;
-                    }
-                }
-            }
+            VolumeEvent::Data { changed } => self.tell_changed(volume, changed).await,
             VolumeEvent::ScanDone { quiet, requested } => {
                 self.unscanned[volume] &= !quiet;
                 if quiet && !self.held.is_empty() {
@@ -347,7 +330,7 @@ impl Loop {
                     }
                 }
             }
-            Command::Mirrored(volume, report, reply) => self.scan(volume, Some(report), reply),
+            Command::Mirrored(ticket, report) => self.on_mirrored(ticket, report).await,
             Command::Unload(name, reply) => self.unload(&name, reply).await,
             Command::Plugins(reply) => {
                 let opened = |(name, files): (&String, &Vec<PluginFile>)| {
@@ -365,33 +348,13 @@ impl Loop {
         }
     }
 
-    /// Scans a volume; where it has a bucket, when that was listed and what it holds is shown.
-    fn reload_volume(&mut self, volume: usize, reply: Reply<VolumeReport>) {
-        let (Some(sync), Some(commands)) = (self.syncs[volume].clone(), self.commands.upgrade()) else {
-            return self.scan(volume, None, reply);
-        };
-        let name = self.volumes[volume].name.clone();
-        tokio::spawn(async move {
-            let told = match sync.sync().await {
-                Ok(Synced { snapshot, fetched, removed }) => {
-                    let report = MirrorReport { snapshot, fetched, removed };
-                    commands.send(Command::Mirrored(volume, report, reply)).await.map_err(|refused| refused.0)
-                }
-                Err(why) => {
-                    // Whoever asked may have left.
-                    let _ = reply.send(Err(ControlError::Bucket { volume: name, why }));
-                    Ok(())
-                }
-            };
-            // A loop that has ended drops the reply, which says so.
-            drop(told);
-        });
-    }
-
-    fn scan(&mut self, volume: usize, mirrored: Option<MirrorReport>, reply: Reply<VolumeReport>) {
-        let number = self.watches[volume].request_scan();
-        let (found, changed) = (Vec::new(), Vec::new());
-        self.scans.push(RequestedScan { volume, number, found, changed, mirrored, reply });
+    async fn tell_changed(&self, volume: usize, changed: Vec<String>) {
+        let change = self.change(volume, changed);
+        for model in self.readers_of(volume) {
+            if let Some(change) = self.change_for(&change, &model) {
+                self.tell(&model.name, Event::Data(change)).await;
+            }
+        }
     }
 
     async fn on_tell(&mut self, model: &str, event: Event) -> Result<(), ControlError> {
@@ -402,40 +365,6 @@ impl Loop {
                 Err(ControlError::Unknown { name: model.to_owned(), known })
             }
             Some(machine) => machine.events.send(event).await.map_err(|_| ControlError::Stopping),
-        }
-    }
-
-    /// A scan is over: whoever requested it waits now for the models that it concerns.
-    async fn conclude_scans(&mut self, volume: usize, requested: u64) {
-        let is_over = |scan: &mut RequestedScan| scan.volume == volume && scan.number <= requested;
-        for RequestedScan { found, changed, mirrored, reply, .. } in
-            self.scans.extract_if(.., is_over).collect::<Vec<_>>()
-        {
-            let change = self.change(volume, changed);
-            let mut reloads = Vec::new();
-            for model in found {
-                let (settled, entry) = oneshot::channel();
-                self.tell(&model, Event::Settled(settled)).await;
-                reloads.push((model, entry));
-            }
-            let mut hooks = Vec::new();
-            for model in self.readers_of(volume) {
-                let (hooked, report) = oneshot::channel();
-                self.tell(&model.name, Event::Hook(change.clone(), hooked)).await;
-                hooks.push((model.name.clone(), report));
-            }
-            let name = change.volume.clone();
-            tokio::spawn(async move {
-                let mut models: BTreeMap<String, VolumeModel> = BTreeMap::new();
-                for (model, entry) in reloads {
-                    models.entry(model).or_default().reload = entry.await.ok().flatten();
-                }
-                for (model, report) in hooks {
-                    models.entry(model).or_default().hook = report.await.ok();
-                }
-                // Whoever asked may have left.
-                let _ = reply.send(Ok(VolumeReport { volume: name, mirrored, models }));
-            });
         }
     }
 

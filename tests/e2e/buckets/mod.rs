@@ -50,7 +50,7 @@ pub(super) fn bucket(host: &Host) -> Value {
 }
 
 pub(super) fn mirrored(host: &Host, objects: usize) {
-    wait_at_most(PATIENCE * 2, "the bucket is mirrored", || bucket(host)["objects"] == objects);
+    wait_at_most(PATIENCE * 4, "the bucket is mirrored", || bucket(host)["objects"] == objects);
 }
 
 /// Has the bucket listed now; status and answer.

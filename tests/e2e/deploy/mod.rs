@@ -107,6 +107,22 @@ fn the_repositorys_manifests_and_unit_are_what_is_rendered() {
 }
 
 #[test]
+fn a_unit_may_write_what_the_configuration_says_that_the_host_writes() {
+    let config = "[server]\nlisten = \"127.0.0.1:443\"\nstate_folder = \"/data/modalkit\"\n\
+                  [app_settings.deployment_config]\nmounts = [{ local_path = \"/etc/labels.json\", remote_path = \"/srv/app/labels.json\" }]\n\
+                  cloud_bucket_mounts = [{ mount_point = \"/mnt/weights\", bucket_name = \"b\" }]\n";
+    let (_folder, out) = rendered(config, &["--target", "systemd"]);
+    let unit = fs::read_to_string(out.join("modalkit.service")).unwrap();
+    for line in [
+        "ReadWritePaths=-/data/modalkit -/srv/app",
+        "ExecStartPre=+/bin/ln -sfn /data/modalkit/buckets/weights/current /mnt/weights",
+        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
+    ] {
+        assert!(unit.contains(line), "{line:?} is not in\n{unit}");
+    }
+}
+
+#[test]
 fn no_secret_is_rendered_and_each_has_a_place_to_come_from() {
     for target in ["kubernetes", "helm", "compose", "systemd"] {
         let (_folder, out) = rendered(EVERYTHING, &["--target", target]);
@@ -154,6 +170,14 @@ fn a_configuration_that_the_cluster_could_not_serve_says_what_is_missing() {
     let (code, said, _) =
         render(&["--target", "kubernetes", "--autoscaler", "keda", "--prometheus", "http://prometheus:9090"]);
     assert!(code == 0 && said.contains("sum(modalkit_queued_jobs)"), "{said}");
+    fs::write(
+        folder.path().join("b.toml"),
+        "[app_settings.auth_config.keys.my-key]\napi_key = \"sk-4f9a1c7be2d85036\"\n",
+    )
+    .unwrap();
+    let (code, _, said) =
+        modalkit(folder.path(), &["deploy", "render", "--target", "compose", "--config", "b.toml"], None);
+    assert!(code == 1 && said.contains("MY-KEY") && !said.contains(KEY), "{said}");
     let (code, _, said) = render(&["--target", "nomad"]);
     assert!(code == 2 && said.contains("kubernetes"), "{said}");
 }

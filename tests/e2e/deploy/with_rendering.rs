@@ -12,14 +12,83 @@ use modalkit_tests::{python_tool, workspace};
 use super::{EVERYTHING, modalkit, rendered};
 
 /// Configurations that render differently, and what they are rendered with.
-const CASES: [(&str, &[&str]); 6] = [
+const CASES: [(&str, &[&str]); 8] = [
     ("", &[]),
     (EVERYTHING, &[]),
     (EVERYTHING, &["--autoscaler", "keda", "--prometheus", "http://prometheus:9090"]),
     (EVERYTHING, &["--stateless", "--image", "registry.example/demo:7"]),
     (EVERYTHING, &["--kserve"]),
+    (ODD, &[]),
+    (ODD, &["--autoscaler", "keda", "--kserve"]),
     ("[server]\ninsecure = true\n[app_settings.deployment_config]\nconcurrency_limit = 2\ncpu = 0.5\n", &[]),
 ];
+
+/// Names that aren't a cluster's, HTTPS on a port of root's, and what only entries say.
+const ODD: &str = r#"
+[server]
+listen = "127.0.0.1:443"
+tls = { certificate = "/etc/tls/certificate.pem", private_key = "/etc/tls/key.pem" }
+
+[app_settings]
+app_prefix = "2048"
+
+[app_settings.deployment_config]
+concurrency_limit = 3
+secrets = ["HF_TOKEN", "team.aws"]
+
+[app_settings.deployment_config.volumes]
+"/srv/state" = "state"
+
+[app_settings.queue_config.backends.main]
+kind = "redis"
+redis_type = "stream"
+broker_url = "rediss://redis.example/2"
+password = "sk-4f9a1c7be2d85036"
+
+[app_settings.queue_config.backends.own]
+kind = "plugin"
+plugin = "queue-file"
+secrets = ["events-token"]
+
+[[app_settings.queue_config.consume]]
+queue = "main://requests"
+model = "a"
+
+[model_settings.model_entries.a]
+deployment_config = { gpu = "H100:2", min_replicas = 2, concurrency_limit = 2, memory = 1000, isolation = "process", secrets = ["b-secret"] }
+[model_settings.model_entries.b]
+deployment_config = { gpu = "any", gpu_memory_mb = 1000 }
+"#;
+
+#[test]
+fn what_entries_say_and_odd_names_are_in_the_manifests() {
+    let (_folder, out) = rendered(ODD, &["--target", "kubernetes", "--autoscaler", "keda"]);
+    let text = fs::read_to_string(out.join("kubernetes.yaml")).unwrap();
+    for part in [
+        "name: app-2048",
+        "nvidia.com/gpu: 5",
+        "memory: 2000M",
+        "scheme: HTTPS",
+        "secretName: app-2048-tls",
+        "certificate = \"/etc/modalkit-tls/tls.crt\"",
+        "mountPath: /run/secrets/HF_TOKEN",
+        "secretName: hf-token",
+        "secretName: team.aws",
+        "secretName: b-secret",
+        "secretName: events-token",
+        "local_model_repository_folder = \"/srv/state\"",
+        "address: \"redis.example:6379\"",
+        "databaseIndex: \"2\"",
+        "enableTLS: \"true\"",
+        "passwordFromEnv: MODALKIT_APP_SETTINGS__QUEUE_CONFIG__BACKENDS__MAIN__PASSWORD",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+    assert!(!text.contains("  replicas: 1"), "a scaler's number of pods is not undone: {text}");
+    let (_folder, out) = rendered("", &["--target", "kubernetes"]);
+    let text = fs::read_to_string(out.join("kubernetes.yaml")).unwrap();
+    assert!(!text.contains("persistentVolumeClaim"), "nobody said that there is one: {text}");
+}
 
 fn runs(command: &mut Command) -> String {
     let output = command
@@ -247,7 +316,7 @@ schema = json.load(open(sys.argv[1]))
 document = yaml.safe_load(open(sys.argv[2]))
 jsonschema.validators.validator_for(schema)(schema).validate(document)
 service = document["services"]["modalkit"]
-named = {volume.split(":")[0] for volume in service["volumes"] if not volume.startswith("./")}
+named = {volume.split(":")[0] for volume in service["volumes"] if isinstance(volume, str)}
 assert named == set(document["volumes"]), (named, document["volumes"])
 assert service["read_only"] and service["cap_drop"] == ["ALL"]
 "#;
@@ -290,7 +359,7 @@ found = [document for document in yaml.safe_load_all(open(sys.argv[1])) if docum
 types = [trigger["type"] for trigger in found[0]["spec"]["triggers"]]
 assert types == ["redis-streams", "prometheus"], types
 metadata = found[0]["spec"]["triggers"][0]["metadata"]
-assert metadata == {"address": "redis.example:6379", "stream": "requests", "consumerGroup": "modalkit", "pendingEntriesCount": "16"}, metadata
+assert metadata == {"address": "redis.example:6379", "stream": "requests", "streamLength": "16"}, metadata
 json.dump(found[0], open(sys.argv[2], "w"))
 "#;
 

@@ -79,7 +79,27 @@ def use(folder, copy, shim):
     sys.meta_path.insert(standard, Folder(folder, copy))
     # For folders without an `__init__.py`, which are packages of what lies in them.
     sys.path[:0] = [copy, shim] if shim else [copy]
+    enter(folder)
+
+
+# The working directory as it was named, and as it was found.
+_entered = {}
+
+
+def enter(folder):
+    """Makes a folder the working directory."""
     os.chdir(folder)
+    _entered.update(folder=folder, found=os.getcwd())
+
+
+def enter_again():
+    """The same: behind a link there may be another folder by now. Code that has gone elsewhere stays there."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = _entered["found"]
+    if here == _entered["found"]:
+        enter(_entered["folder"])
 
 
 def is_users(module):

@@ -207,6 +207,7 @@ class Pipeline:
 
     def reload(self):
         hook = getattr(self.instance, "on_volume_reload", None)
+        code.enter_again()
         if hook is not None:
             self._finish(hook())
 

@@ -1,33 +1,32 @@
-//! One loop a mirror: list, fetch, show, and what was written here goes up. It owns the order of these; each is done elsewhere.
+//! One mirror's loop: list, fetch, show. It owns the order of these; each is done elsewhere.
 
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime},
 };
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::{
+    request::{Request, SyncReply, Synced},
+    write_back::{Rested, WriteBack},
+};
 use crate::{
-    error::MirrorError,
+    error::{MirrorError, local},
     fetch::{FetchError, Fetcher, bytes_there, forget_others},
     listing::{Listing, Object, list},
-    local::{below, differences, is_finished},
-    manifest::{Entry, Stamp},
+    local::differences,
+    manifest::Entry,
     progress::Progress,
     snapshot::Snapshots,
     spec::{BucketSpec, Credentials},
     status::{Counters, Status},
     store::Store,
-    upload::{Uploaded, upload},
 };
 
-/// Between two looks for files that were written here.
-const LOCAL_INTERVAL: Duration = Duration::from_secs(2);
-/// At most this share of the time is spent on such looks: one over many files takes longer.
-const LOCAL_INTERVAL_RATIO: u32 = 20;
 /// Bytes of the disk that are left to others.
 const FREE_BYTES_MIN: u64 = 64 << 20;
 /// After a failure the next try comes earlier than the next listing, and later after each further one.
@@ -36,176 +35,16 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const SETTLED_AGE: Duration = Duration::from_secs(300);
 /// Times that objects may change while they are fetched, until the rest of what is shown goes on without the change.
 const ROUNDS_MAX: usize = 20;
-/// Threads that fetch, for all mirrors together.
-const THREADS: usize = 2;
-/// Requests that wait; all are answered by the next listing.
-const REQUESTS_MAX: usize = 64;
-/// How long files that were written here may take to go up when the process ends; the rest goes up when it starts again.
-const LAST_UPLOADS_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// All mirrors of a process, with the threads that they share.
-pub struct Mirrors {
-    mirrors: Vec<Mirror>,
-    runtime: Option<tokio::runtime::Runtime>,
-}
-
-/// One mirror, running.
-pub struct Mirror {
-    /// Its volume's name.
-    pub name: String,
-    requests: mpsc::Sender<Request>,
-    status: watch::Receiver<Status>,
-    shown: Arc<RwLock<()>>,
-}
-
-/// What a requested listing led to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Synced {
-    /// The snapshot that is shown now.
-    pub snapshot: u64,
-    /// Objects that were fetched for it.
-    pub fetched: usize,
-    /// Objects that it has no more.
-    pub removed: usize,
-}
-
-type SyncReply = oneshot::Sender<Result<Synced, String>>;
-
-enum Request {
-    Sync(SyncReply),
-    Stop(oneshot::Sender<()>),
-}
-
-impl Mirrors {
-    /// Starts a mirror for each specification, with what reads its credentials and what counts for it, on threads that begin with `on_thread_start`.
-    /// Whatever is wrong with a bucket is tried again; only the host's own folder must be usable.
-    ///
-    /// # Errors
-    /// A mirror's own folder, or its mount point, can't be used; or threads can't be started.
-    pub fn start(
-        specs: Vec<(BucketSpec, Credentials, Arc<dyn Counters>)>,
-        on_thread_start: impl Fn() + Send + Sync + 'static,
-    ) -> Result<Self, MirrorError> {
-        if specs.is_empty() {
-            return Ok(Self { mirrors: Vec::new(), runtime: None });
-        }
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_name("bucket")
-            .on_thread_start(on_thread_start)
-            .enable_all()
-            .build()
-            .map_err(crate::error::local("start threads for", "buckets"))?;
-        let mut mirrors = Vec::new();
-        for (spec, credentials, counters) in specs {
-            let shown = Arc::new(RwLock::new(()));
-            let snapshots = Snapshots::open(&spec, Arc::clone(&shown))?;
-            let (requests, requested) = mpsc::channel(REQUESTS_MAX);
-            let (publish, status) = watch::channel(Status::default());
-            mirrors.push(Mirror { name: spec.name.clone(), requests, status, shown });
-            let task = Task {
-                spec,
-                credentials,
-                counters,
-                store: None,
-                snapshots: Arc::new(Mutex::new(snapshots)),
-                status: publish,
-                write_back: WriteBack::default(),
-            };
-            runtime.spawn(task.run(requested));
-        }
-        Ok(Self { mirrors, runtime: Some(runtime) })
-    }
-
-    /// The mirrors.
-    #[must_use]
-    pub fn all(&self) -> &[Mirror] {
-        &self.mirrors
-    }
-
-    /// Ends them: what was written here goes up, within a limit.
-    pub async fn stop(mut self) {
-        let stopping = self.mirrors.drain(..).map(|mirror| async move {
-            let (reply, stopped) = oneshot::channel();
-            if mirror.requests.send(Request::Stop(reply)).await.is_ok() {
-                // One that has ended says nothing.
-                let _ = stopped.await;
-            }
-        });
-        futures_util::future::join_all(stopping.collect::<Vec<_>>()).await;
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-impl Drop for Mirrors {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            // A runtime may not wait for itself, and a process that ends needs no order.
-            runtime.shutdown_background();
-        }
-    }
-}
-
-impl Mirror {
-    /// How it is, now and at each change.
-    #[must_use]
-    pub fn status(&self) -> watch::Receiver<Status> {
-        self.status.clone()
-    }
-
-    /// Held to read while somebody looks through the folder: no snapshot takes another's place meanwhile.
-    #[must_use]
-    pub fn shown(&self) -> Arc<RwLock<()>> {
-        Arc::clone(&self.shown)
-    }
-
-    /// What asks for a listing now, whenever that is wanted.
-    #[must_use]
-    pub fn handle(&self) -> SyncHandle {
-        SyncHandle(self.requests.clone())
-    }
-}
-
-/// Asks a mirror for a listing.
-#[derive(Clone)]
-pub struct SyncHandle(mpsc::Sender<Request>);
-
-impl SyncHandle {
-    /// Lists the prefix now, and waits until what it holds is shown.
-    ///
-    /// # Errors
-    /// Why that isn't shown, or that the host is going away.
-    pub async fn sync(&self) -> Result<Synced, String> {
-        let (reply, synced) = oneshot::channel();
-        let ended = || "the mirror has ended".to_owned();
-        self.0.send(Request::Sync(reply)).await.map_err(|_| ended())?;
-        synced.await.unwrap_or_else(|_| Err(ended()))
-    }
-}
-
-struct Task {
-    spec: BucketSpec,
-    credentials: Credentials,
-    counters: Arc<dyn Counters>,
-    store: Option<Store>,
+pub(super) struct Task {
+    pub(super) spec: BucketSpec,
+    pub(super) credentials: Credentials,
+    pub(super) counters: Arc<dyn Counters>,
+    pub(super) store: Option<Store>,
     /// Locked by threads that may block.
-    snapshots: Arc<Mutex<Snapshots>>,
-    status: watch::Sender<Status>,
-    write_back: WriteBack,
-}
-
-/// What a mirror remembers of files that were written here.
-#[derive(Default)]
-struct WriteBack {
-    /// Since when each has been as it is.
-    still: BTreeMap<String, (Stamp, Instant)>,
-    failures: u32,
-    /// When a failed one is tried again.
-    again: Option<Instant>,
-    /// What was told of it.
-    told: Option<String>,
+    pub(super) snapshots: Arc<Mutex<Snapshots>>,
+    pub(super) status: watch::Sender<Status>,
+    pub(super) write_back: WriteBack,
 }
 
 /// What a listing asks for, beside what is shown.
@@ -220,17 +59,29 @@ struct Plan {
     shows: bool,
 }
 
-/// Why a mirror's rest is over.
-enum Rested {
-    Due,
-    Asked(SyncReply),
-    Stopped(oneshot::Sender<()>),
-}
-
 impl Task {
-    async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+    pub(super) fn new(
+        spec: BucketSpec,
+        credentials: Credentials,
+        counters: Arc<dyn Counters>,
+        snapshots: Snapshots,
+        status: watch::Sender<Status>,
+    ) -> Self {
+        let snapshots = Arc::new(Mutex::new(snapshots));
+        Self { spec, credentials, counters, store: None, snapshots, status, write_back: WriteBack::default() }
+    }
+
+    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
         self.tell_found();
         let mut waiting: Vec<SyncReply> = Vec::new();
+        // What an earlier process left goes up before the bucket is compared: it may be there already.
+        if !self.spec.read_only {
+            let no_end = AtomicBool::new(false);
+            tokio::select! {
+                _ = self.write_back(false, &no_end) => {}
+                stop = collect(&mut requests, &mut waiting) => return self.end(stop).await,
+            }
+        }
         loop {
             // Whoever asked before the listing begins is answered by it; who asks meanwhile, by the next one.
             let asked = std::mem::take(&mut waiting);
@@ -249,7 +100,7 @@ impl Task {
             }
             match self.rest(self.pause(failures), &mut requests).await {
                 Rested::Due => {}
-                Rested::Asked(reply) => waiting.push(reply),
+                Rested::Asked(replies) => waiting = replies,
                 Rested::Stopped(stop) => return self.end(stop).await,
             }
         }
@@ -259,15 +110,27 @@ impl Task {
     async fn pass(&mut self) -> Result<Synced, MirrorError> {
         let store = self.open_store()?;
         let begun = Instant::now();
-        self.on_snapshots(|snapshots| snapshots.remove_replaced(false)).await?;
+        let untold = self
+            .on_snapshots(|snapshots| {
+                snapshots.remove_replaced(false)?;
+                Ok(std::mem::take(&mut snapshots.untold))
+            })
+            .await?;
+        untold.iter().for_each(|path| self.tell_conflict(path));
         let mut listing = list(&store, &self.spec).await?;
         let mut listed = Instant::now();
         let mut fetched: BTreeMap<String, (Object, Option<PathBuf>)> = BTreeMap::new();
-        let mut changes = 0;
+        let (mut changes, mut unsettled_since, mut is_last) = (0, None, false);
         let plan = loop {
             let mut plan = self.plan(&listing).await?;
             if plan.wanted.is_empty() && plan.removed == 0 && plan.shows {
                 self.status.send_modify(|status| status.confirmed = Some(listed));
+                // What an earlier fetch left of objects that have gone meanwhile.
+                self.on_snapshots(|snapshots| {
+                    forget_others(&snapshots.incoming(), &BTreeMap::new());
+                    Ok(())
+                })
+                .await?;
                 let snapshot = self.status.borrow().snapshot;
                 return Ok(Synced { snapshot, fetched: 0, removed: 0 });
             }
@@ -294,16 +157,19 @@ impl Task {
                 }
             }
             plan.wanted = all;
-            if self.is_settled(&listing, &plan) || begun.elapsed() >= self.spec.settle_timeout {
+            if is_last || self.is_settled(&listing, &plan) {
                 break plan;
             }
             // Half an upload isn't shown: a second listing has to show the same.
+            let since = *unsettled_since.get_or_insert_with(Instant::now);
             tokio::time::sleep_until((listed + self.spec.settle).into()).await;
             let again = list(&store, &self.spec).await?;
             if again.is_same(&listing) {
                 break plan;
             }
             (listing, listed) = (again, Instant::now());
+            // What never holds still is shown as this listing has it.
+            is_last = since.elapsed() >= self.spec.settle_timeout;
         };
         self.show(plan, fetched, listed, begun).await
     }
@@ -351,7 +217,7 @@ impl Task {
     }
 
     /// The store with the credentials as they are now.
-    fn open_store(&mut self) -> Result<Store, MirrorError> {
+    pub(super) fn open_store(&mut self) -> Result<Store, MirrorError> {
         let secret = (self.credentials)().map_err(MirrorError::Setup)?;
         match &self.store {
             Some(store) if store.secret == secret => Ok(store.clone()),
@@ -372,7 +238,7 @@ impl Task {
                 return Ok(Plan { files: BTreeMap::new(), wanted: listing.0, removed: 0, shows: false });
             };
             let found = differences(&current.folder, &current.manifest)
-                .map_err(crate::error::local("look through", &current.folder))?;
+                .map_err(local("look through", &current.folder))?;
             if let (true, Some(path)) = (read_only, found.written.keys().next()) {
                 tracing::warn!(
                     volume,
@@ -448,147 +314,8 @@ impl Task {
                 .all(|path| listing.0.get(path).is_some_and(|object| object.modified_ms < oldest))
     }
 
-    /// Waits for the next listing, and sends up what was written here meanwhile.
-    async fn rest(&mut self, pause: Duration, requests: &mut mpsc::Receiver<Request>) -> Rested {
-        let due = Instant::now() + pause;
-        let mut next_look = Instant::now();
-        loop {
-            let wake = if self.spec.read_only { due } else { due.min(next_look) };
-            let request = tokio::select! {
-                request = requests.recv() => request,
-                () = tokio::time::sleep_until(wake.into()) => {
-                    if Instant::now() >= due {
-                        return Rested::Due;
-                    }
-                    let begun = Instant::now();
-                    // It runs to its end: what went up has to be noted.
-                    if self.write_back(false).await {
-                        return Rested::Due;
-                    }
-                    next_look = Instant::now() + LOCAL_INTERVAL.max(begun.elapsed() * LOCAL_INTERVAL_RATIO);
-                    continue;
-                }
-            };
-            return match request {
-                Some(Request::Sync(reply)) => Rested::Asked(reply),
-                Some(Request::Stop(reply)) => Rested::Stopped(reply),
-                // Nobody is left to ask or to stop it.
-                None => Rested::Stopped(oneshot::channel().0),
-            };
-        }
-    }
-
-    /// Sends up what was written here and holds still; `all`: also what doesn't yet. Says whether the bucket had other content in a place.
-    async fn write_back(&mut self, all: bool) -> bool {
-        if self.write_back.again.is_some_and(|again| Instant::now() < again) && !all {
-            return false;
-        }
-        let found = self
-            .on_snapshots(|snapshots| {
-                let Some(current) = &snapshots.current else { return Ok(None) };
-                let found = differences(&current.folder, &current.manifest)
-                    .map_err(crate::error::local("look through", &current.folder))?;
-                Ok(Some((current.folder.clone(), current.manifest.clone(), found.written)))
-            })
-            .await;
-        let (folder, manifest, mut written) = match found {
-            Ok(Some(found)) => found,
-            Ok(None) => return false,
-            Err(error) => {
-                self.tell_write_failure(&error);
-                return false;
-            }
-        };
-        written.retain(|path, _| is_finished(path));
-        let now = Instant::now();
-        self.write_back.still.retain(|path, _| written.contains_key(path));
-        let mut left = written.len() as u64;
-        let mut conflicted = false;
-        for (path, stamp) in written {
-            let since = self.write_back.still.entry(path.clone()).or_insert((stamp, now));
-            if since.0 != stamp {
-                *since = (stamp, now);
-            }
-            if !all && now.duration_since(since.1) < LOCAL_INTERVAL {
-                continue;
-            }
-            let base = manifest.files.get(&path).map(|entry| entry.object.clone());
-            match self.write_one(&folder, &path, stamp, base).await {
-                Ok(Uploaded::Done(_)) => left -= 1,
-                Ok(Uploaded::Conflict) => (left, conflicted) = (left - 1, true),
-                Ok(Uploaded::Moves) => {}
-                Err(error) => {
-                    self.tell_write_failure(&error);
-                    break;
-                }
-            }
-        }
-        self.status.send_if_modified(|status| std::mem::replace(&mut status.unwritten, left) != left);
-        conflicted
-    }
-
-    async fn write_one(
-        &mut self,
-        folder: &std::path::Path,
-        path: &str,
-        stamp: Stamp,
-        base: Option<Object>,
-    ) -> Result<Uploaded, MirrorError> {
-        let store = self.open_store()?;
-        let file = below(folder, path);
-        let uploaded = upload(&store, &self.spec, path, &file, base.as_ref()).await?;
-        let (name, key) = (path.to_owned(), path.to_owned());
-        match &uploaded {
-            Uploaded::Done(object) => {
-                let entry = Entry { object: object.clone(), stamp: Some(stamp) };
-                let (objects, bytes) = self
-                    .on_snapshots(move |snapshots| {
-                        snapshots.note(&name, entry)?;
-                        Ok(snapshots.size())
-                    })
-                    .await?;
-                self.status.send_modify(|status| (status.objects, status.bytes) = (objects, bytes));
-                self.counters.written("ok");
-                self.write_back.still.remove(path);
-                (self.write_back.failures, self.write_back.again) = (0, None);
-                if self.write_back.told.take().is_some() {
-                    tracing::info!(volume = self.spec.name, "files go up again");
-                }
-                tracing::info!(
-                    volume = self.spec.name,
-                    path,
-                    bytes = stamp.bytes,
-                    "a file went up into the bucket"
-                );
-            }
-            Uploaded::Conflict => {
-                self.on_snapshots(move |snapshots| snapshots.set_aside(&key)).await?;
-                self.tell_conflict(path);
-            }
-            Uploaded::Moves => {}
-        }
-        Ok(uploaded)
-    }
-
-    /// The last thing that it does.
-    async fn end(mut self, stop: oneshot::Sender<()>) {
-        if !self.spec.read_only {
-            let last = tokio::time::timeout(LAST_UPLOADS_TIME_MAX, self.write_back(true)).await;
-            let left = self.status.borrow().unwritten;
-            if last.is_err() || left > 0 {
-                tracing::warn!(
-                    volume = self.spec.name,
-                    files = left,
-                    "files that were written below the mount have not gone up; they do when a host starts again with this folder"
-                );
-            }
-        }
-        // Whoever stopped it may have left.
-        let _ = stop.send(());
-    }
-
     /// Runs work that may block.
-    async fn on_snapshots<T: Send + 'static>(
+    pub(super) async fn on_snapshots<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Snapshots) -> Result<T, MirrorError> + Send + 'static,
     ) -> Result<T, MirrorError> {
@@ -667,7 +394,7 @@ impl Task {
         }
     }
 
-    fn tell_conflict(&self, path: &str) {
+    pub(super) fn tell_conflict(&self, path: &str) {
         self.counters.written("conflict");
         self.status.send_modify(|status| {
             status.conflicts += 1;
@@ -679,24 +406,6 @@ impl Task {
             kept = %self.spec.folder.join("conflicts").display(),
             "a file was written below the mount, and the bucket has other content in its place by now: the bucket's is shown, and the file is kept"
         );
-    }
-
-    fn tell_write_failure(&mut self, error: &MirrorError) {
-        self.counters.written(error.reason());
-        let state = &mut self.write_back;
-        state.failures += 1;
-        let doublings = (state.failures - 1).min(6);
-        state.again = Some(Instant::now() + RETRY_FIRST * (1 << doublings));
-        let said = error.to_string();
-        if state.told.is_none() {
-            tracing::warn!(
-                volume = self.spec.name,
-                reason = error.reason(),
-                error = said,
-                "files that were written below the mount can't go up; they are kept, and tried again"
-            );
-            state.told = Some(said);
-        }
     }
 }
 

@@ -57,15 +57,10 @@ impl Fixture {
         let mut spec = spec(folder);
         change(&mut spec);
         let snapshots = Snapshots::open(&spec, Arc::default())?;
-        let task = Task {
-            spec,
-            credentials: Arc::new(|| Ok(Secret::default())),
-            counters: Arc::new(Nothing),
-            store: Some(Store::of(Arc::clone(store))),
-            snapshots: Arc::new(Mutex::new(snapshots)),
-            status: watch::channel(Status::default()).0,
-            write_back: WriteBack::default(),
-        };
+        let credentials: Credentials = Arc::new(|| Ok(Secret::default()));
+        let mut task =
+            Task::new(spec, credentials, Arc::new(Nothing), snapshots, watch::channel(Status::default()).0);
+        task.store = Some(Store::of(Arc::clone(store)));
         task.tell_found();
         Ok(task)
     }
@@ -147,7 +142,7 @@ async fn files_go_up_and_stay_through_later_snapshots() {
     fs::write(fixture.at("a"), "changed").unwrap();
     fs::write(fixture.at("out/half.tmp"), "half").unwrap();
     // It holds still first.
-    assert!(!fixture.task.write_back(false).await);
+    assert!(!fixture.task.write_back(false, &AtomicBool::new(false)).await);
     assert_eq!(fixture.task.status.borrow().unwritten, 2);
     assert!(fixture.store.head(&"v3/out/new".into()).await.is_err());
     // A snapshot that is made meanwhile takes it along.
@@ -155,7 +150,7 @@ async fn files_go_up_and_stay_through_later_snapshots() {
     fixture.task.pass().await.unwrap();
     assert_eq!(fixture.shown("out/new").as_deref(), Some("new"));
     assert_eq!(fixture.shown("a").as_deref(), Some("changed"));
-    assert!(!fixture.task.write_back(true).await);
+    assert!(!fixture.task.write_back(true, &AtomicBool::new(false)).await);
     assert_eq!([fixture.object("out/new").await, fixture.object("a").await], ["new", "changed"]);
     assert_eq!(fixture.task.status.borrow().unwritten, 0);
     // What went up is no news, neither in the listing nor in what was shown before.
@@ -182,7 +177,7 @@ async fn nothing_is_overwritten_on_either_side_without_a_word() {
     fixture.put("new", "their new").await;
     fixture.delete("gone").await;
     // Found when it goes up.
-    assert!(fixture.task.write_back(true).await);
+    assert!(fixture.task.write_back(true, &AtomicBool::new(false)).await);
     assert_eq!([fixture.object("a").await, fixture.object("new").await], ["theirs", "their new"]);
     fixture.task.pass().await.unwrap();
     assert_eq!([fixture.shown("a"), fixture.shown("new")], [Some("theirs".into()), Some("their new".into())]);
@@ -214,7 +209,7 @@ async fn the_next_process_goes_on_where_one_ended() {
     assert_eq!([fixture.shown("a"), fixture.shown("mine")], [Some("one".into()), Some("mine".into())]);
     assert!(!fixture.folder.path().join("own/snapshots/000002").exists());
     assert_eq!(fixture.task.pass().await.unwrap(), Synced { snapshot: 1, fetched: 0, removed: 0 });
-    fixture.task.write_back(true).await;
+    fixture.task.write_back(true, &AtomicBool::new(false)).await;
     assert_eq!(fixture.object("mine").await, "mine");
     // Another bucket's objects are not shown as this one's.
     let Fixture { folder, store, task } = fixture;
@@ -285,4 +280,124 @@ fn failures_are_tried_again_earlier_than_the_next_listing_and_less_and_less_ofte
     let fixture = Fixture::new(|_| {});
     let pauses = [0, 1, 2, 5, 9, u32::MAX].map(|failures| fixture.task.pause(failures).as_secs());
     assert_eq!(pauses, [60, 1, 2, 16, 60, 60]);
+}
+
+#[tokio::test]
+async fn what_a_snapshot_that_was_never_shown_had_taken_along_still_goes_up() {
+    let mut fixture = Fixture::new(|_| {});
+    fixture.put("a", "one").await;
+    fixture.task.pass().await.unwrap();
+    fs::write(fixture.at("mine"), "mine").unwrap();
+    // As a process leaves it that ends between taking files along and showing the next snapshot.
+    let manifest = fixture.folder.path().join("own/snapshots/000001.json");
+    let mut noted = crate::manifest::Manifest::read(&manifest).unwrap();
+    let stamp = crate::manifest::Stamp::of(&fs::metadata(fixture.at("mine")).unwrap());
+    noted.carried.insert("mine".into(), stamp);
+    noted.write(&manifest).unwrap();
+    let Fixture { folder, store, task } = fixture;
+    drop(task);
+    let task = Fixture::task(folder.path(), &store, |_| {}).unwrap();
+    let mut fixture = Fixture { folder, store, task };
+    fixture.task.write_back(true, &AtomicBool::new(false)).await;
+    assert_eq!(fixture.object("mine").await, "mine");
+}
+
+#[tokio::test]
+async fn an_upload_that_was_not_noted_is_no_conflict() {
+    let mut fixture = Fixture::new(|_| {});
+    fixture.put("a", "one").await;
+    fixture.task.pass().await.unwrap();
+    fs::write(fixture.at("mine"), "mine").unwrap();
+    fixture.put("mine", "mine").await;
+    assert!(!fixture.task.write_back(true, &AtomicBool::new(false)).await);
+    fixture.task.pass().await.unwrap();
+    assert!(fixture.conflicts().is_empty());
+    // And what is written after it is newer than it.
+    fs::remove_file(fixture.at("mine")).unwrap();
+    fs::write(fixture.at("mine"), "mine, newer").unwrap();
+    fixture.put("b", "two").await;
+    fixture.task.pass().await.unwrap();
+    assert_eq!(fixture.shown("mine").as_deref(), Some("mine, newer"));
+    assert!(fixture.conflicts().is_empty());
+}
+
+#[tokio::test]
+async fn what_never_holds_still_is_listed_twice_all_the_same() {
+    let mut fixture = Fixture::new(|spec| {
+        spec.settle = Duration::from_millis(200);
+        spec.settle_timeout = Duration::ZERO;
+    });
+    fixture.put("a", "new").await;
+    let store = Arc::clone(&fixture.store);
+    let (synced, ()) = tokio::join!(fixture.task.pass(), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        store.put(&"v3/b".into(), "new".into()).await.unwrap();
+    });
+    assert_eq!(synced.unwrap().fetched, 2);
+}
+
+#[tokio::test]
+async fn no_file_takes_a_place_that_would_stop_the_mirror() {
+    let mut fixture = Fixture::new(|_| {});
+    fixture.put("model", "theirs").await;
+    fixture.put("folder/x", "theirs").await;
+    fixture.task.pass().await.unwrap();
+    fs::remove_file(fixture.at("model")).unwrap();
+    fs::create_dir(fixture.at("model")).unwrap();
+    fs::write(fixture.at("model/x"), "mine").unwrap();
+    fs::remove_dir_all(fixture.at("folder")).unwrap();
+    fs::write(fixture.at("folder"), "mine too").unwrap();
+    fixture.task.write_back(true, &AtomicBool::new(false)).await;
+    assert!(fixture.store.head(&"v3/model/x".into()).await.is_err());
+    assert!(fixture.store.head(&"v3/folder".into()).await.is_err());
+    fixture.task.pass().await.unwrap();
+    assert_eq!(
+        [fixture.shown("model"), fixture.shown("folder/x")],
+        [Some("theirs".into()), Some("theirs".into())]
+    );
+    assert_eq!(fixture.task.status.borrow().conflicts, 2);
+}
+
+#[tokio::test]
+async fn folders_that_a_pipeline_makes_stay_and_so_does_a_snapshot_that_somebody_works_in() {
+    let mut fixture = Fixture::new(|_| {});
+    fixture.put("a", "one").await;
+    fixture.task.pass().await.unwrap();
+    fs::create_dir_all(fixture.at("out/deep")).unwrap();
+    let first = fs::canonicalize(fixture.at("")).unwrap();
+    let mut worker = std::process::Command::new("sleep").arg("60").current_dir(&first).spawn().unwrap();
+    fixture.put("a", "two").await;
+    fixture.task.pass().await.unwrap();
+    assert!(fixture.at("out/deep").is_dir());
+    fixture.task.snapshots.lock().remove_replaced(true).unwrap();
+    assert_eq!(fs::read_to_string(first.join("a")).unwrap(), "one");
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+    fixture.task.snapshots.lock().remove_replaced(true).unwrap();
+    assert!(!first.exists());
+}
+
+#[tokio::test]
+async fn a_manifest_that_can_not_be_read_costs_nobody_a_file() {
+    let mut fixture = Fixture::new(|_| {});
+    fixture.put("a", "one").await;
+    fixture.task.pass().await.unwrap();
+    fs::write(fixture.at("mine"), "mine").unwrap();
+    fs::write(fixture.folder.path().join("own/snapshots/000001.json"), "{}").unwrap();
+    let Fixture { folder, store, task } = fixture;
+    drop(task);
+    let said = Fixture::task(folder.path(), &store, |_| {}).err().unwrap().to_string();
+    assert!(said.contains("can't be read") && said.contains("move that folder away"), "{said}");
+    assert_eq!(fs::read_to_string(folder.path().join("mnt/weights/mine")).unwrap(), "mine");
+}
+
+#[tokio::test]
+async fn a_mirror_that_can_not_start_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    fs::create_dir_all(&spec.mount_point).unwrap();
+    fs::write(spec.mount_point.join("a"), "somebody's").unwrap();
+    let credentials: Credentials = Arc::new(|| Ok(Secret::default()));
+    let started = crate::mirror::Mirrors::start(vec![(spec, credentials, Arc::new(Nothing))], || {});
+    assert!(started.err().unwrap().to_string().contains("expected nothing at the mount point"));
 }
