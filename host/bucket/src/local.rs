@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     fs, io,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crate::manifest::{Entry, Manifest, Stamp};
@@ -103,11 +103,6 @@ pub(crate) fn is_finished(path: &str) -> bool {
     !UNFINISHED.contains(&ending)
         && !path.ends_with('~')
         && !path.split('/').any(|name| name.starts_with('.'))
-}
-
-/// Where a path of a snapshot lies.
-pub(crate) fn below(folder: &Path, path: &str) -> PathBuf {
-    folder.join(path)
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ impl Stamp {
 
 impl Manifest {
     /// # Errors
-    /// There is none, or it isn't one.
+    /// The file can't be read, or is not the JSON of a manifest.
     pub(crate) fn read(path: &Path) -> io::Result<Self> {
         serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
     }

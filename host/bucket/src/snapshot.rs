@@ -14,7 +14,7 @@ use parking_lot::RwLock;
 
 use crate::{
     error::{MirrorError, local},
-    local::{below, differences},
+    local::differences,
     manifest::{Entry, Manifest, Stamp, source},
     spec::BucketSpec,
 };
@@ -260,7 +260,7 @@ impl Snapshots {
     fn fill(&self, next: &mut Snapshot, fetched: &BTreeMap<String, PathBuf>) -> Result<(), MirrorError> {
         let mode = fs::Permissions::from_mode(if self.read_only { 0o444 } else { 0o644 });
         for (path, entry) in &mut next.manifest.files {
-            let to = below(&next.folder, path);
+            let to = next.folder.join(path);
             if entry.stamp.is_none() && !fetched.contains_key(path) {
                 make_folder(&to)?;
                 continue;
@@ -276,7 +276,7 @@ impl Snapshots {
                     entry.stamp = Some(Stamp::of(&metadata));
                 }
                 (None, Some(current)) => {
-                    let from = below(&current.folder, path);
+                    let from = current.folder.join(path);
                     fs::hard_link(&from, &to).map_err(local("link", from))?;
                 }
                 (None, None) => {}
@@ -293,13 +293,13 @@ impl Snapshots {
         }
         let found = differences(&from.folder, &from.manifest).map_err(local("look through", &from.folder))?;
         for path in found.folders {
-            let _ = make_folder(&below(&to.folder, &path));
+            let _ = make_folder(&to.folder.join(path));
         }
         if found.written.is_empty() {
             return Ok(());
         }
         for (path, stamp) in found.written {
-            let (file, target) = (below(&from.folder, &path), below(&to.folder, &path));
+            let (file, target) = (from.folder.join(&path), to.folder.join(&path));
             let there = fs::symlink_metadata(&target).ok().map(|there| Stamp::of(&there));
             if there != Some(stamp) && !self.take_along(from, to, &path, there)? {
                 self.keep_conflict(&file, &path)?;
@@ -319,7 +319,7 @@ impl Snapshots {
         path: &str,
         there: Option<Stamp>,
     ) -> Result<bool, MirrorError> {
-        let (file, target) = (below(&from.folder, path), below(&to.folder, path));
+        let (file, target) = (from.folder.join(path), to.folder.join(path));
         let (old, new) = (from.manifest.files.get(path), to.manifest.files.get(path));
         let same_object = match (old, new) {
             (None, None) => true,

@@ -104,7 +104,7 @@ fn open(
     })
 }
 
-/// What a store speaks, where nobody says so: its address and the names in the secret do.
+/// What a store speaks: as the specification names it, else as its address and the names in the secret tell.
 fn provider(spec: &BucketSpec, secret: &Secret) -> Provider {
     let at = |host: &str| spec.endpoint.as_ref().is_some_and(|endpoint| endpoint.contains(host));
     match spec.provider {

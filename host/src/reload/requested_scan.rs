@@ -45,7 +45,7 @@ impl Loop {
                         fetched,
                         removed,
                     });
-                    // A loop that has ended has dropped the reply, which says so.
+                    // A loop that has ended has dropped the reply: whoever waits for it gets `Stopping`.
                     let _ = commands.send(Command::Mirrored(ticket, report)).await;
                 });
             }

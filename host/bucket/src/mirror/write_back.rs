@@ -17,7 +17,7 @@ use super::{
 use crate::{
     error::{MirrorError, local},
     listing::Object,
-    local::{ancestors, below, differences, is_finished},
+    local::{ancestors, differences, is_finished},
     manifest::{Entry, Manifest, Stamp},
     upload::{Uploaded, upload},
 };
@@ -188,7 +188,7 @@ impl Task {
         base: Option<Object>,
     ) -> Result<Uploaded, MirrorError> {
         let store = self.open_store()?;
-        let file = below(folder, path);
+        let file = folder.join(path);
         let uploaded = upload(&store, &self.spec, path, (&file, stamp), base.as_ref()).await?;
         if let Uploaded::Done(object) = &uploaded {
             let (name, entry) = (path.to_owned(), Entry { object: object.clone(), stamp: Some(stamp) });

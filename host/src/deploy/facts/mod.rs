@@ -94,7 +94,6 @@ pub(super) struct VolumeFacts {
 
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct BucketFacts {
-    pub(super) name: String,
     pub(super) mount_point: PathBuf,
     pub(super) parent: PathBuf,
     /// Where the mount point leads in a container.
@@ -200,7 +199,6 @@ fn bucket(volume: &Volume, is_said: bool) -> BucketFacts {
     let own = volume.bucket.as_ref().map(|bucket| bucket.spec.folder.clone()).unwrap_or_default();
     let own = if is_said { own } else { Path::new(STATE_FOLDER).join("buckets").join(&volume.name) };
     BucketFacts {
-        name: volume.name.clone(),
         mount_point: volume.mount_point.clone(),
         parent: volume.mount_point.parent().map_or_else(|| "/".into(), Path::to_owned),
         target: format!("{BUCKETS_FOLDER}/{}/current", volume.name),
