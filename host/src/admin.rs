@@ -65,6 +65,26 @@ pub struct Readiness<'a> {
 }
 
 impl Readiness<'_> {
+    /// Whether the host takes requests, as [`Readiness::of_host`] tells it.
+    #[must_use]
+    pub fn is_host_ready(&self) -> bool {
+        let all = self.models.all();
+        let none_serves = !all.is_empty() && !all.values().any(|model| is_ready(model));
+        let one_is_required = all.values().any(|model| model.spec().required && !is_ready(model));
+        self.models.have_settled() && !none_serves && !one_is_required && self.takes_requests()
+    }
+
+    /// Whether new requests for a model are taken.
+    #[must_use]
+    pub fn is_model_ready(&self, model: &Model) -> bool {
+        is_ready(model) && self.takes_requests()
+    }
+
+    fn takes_requests(&self) -> bool {
+        let lost = self.devices.lost().borrow().is_some();
+        self.access.missing().is_empty() && !self.gate.is_leaving() && !lost
+    }
+
     /// `GET /readyz`: the volumes have been scanned and what lay in them has been loaded or refused, every required model serves
     /// and at least one does where there are any, new requests are taken, and no device is lost. A model that isn't required, a broker
     /// that is away or refuses this host, and a journal that can't be written are told of, and no reason to send all callers elsewhere.
@@ -82,14 +102,7 @@ impl Readiness<'_> {
         let faults = jobs.queues().faults();
         let journal = jobs.failing();
         let lost = devices.lost().borrow().clone();
-        let none_serves = !all.is_empty() && waiting.len() == all.len();
-        let one_is_required = all.values().any(|model| model.spec().required && !is_ready(model));
-        let ready = models.have_settled()
-            && !none_serves
-            && !one_is_required
-            && keys.is_empty()
-            && !gate.is_leaving()
-            && lost.is_none();
+        let ready = self.is_host_ready();
         let mut body = json!({"ready": ready});
         if visibility != Visibility::Status {
             let mut tell = |name: &str, value: Value, is_news: bool| {
@@ -120,8 +133,7 @@ impl Readiness<'_> {
             let detail = format!("no model named {name:?}; expected one of {known:?}");
             return object_response(StatusCode::NOT_FOUND, &json!({"detail": detail}));
         };
-        let lost = self.devices.lost().borrow().is_some();
-        let ready = is_ready(model) && self.access.missing().is_empty() && !self.gate.is_leaving() && !lost;
+        let ready = self.is_model_ready(model);
         let mut body = shown(model, visibility == Visibility::Reasons);
         body["ready"] = json!(ready);
         body["shutting_down"] = json!(self.gate.is_leaving());

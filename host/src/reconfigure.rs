@@ -85,8 +85,16 @@ pub struct LastChange {
 /// Takes wishes to the loop, and shows what is in force.
 #[derive(Clone)]
 pub struct Handle {
-    asked: mpsc::Sender<oneshot::Sender<Change>>,
+    asked: mpsc::Sender<Wish>,
     now: Arc<ArcSwap<Now>>,
+}
+
+/// What somebody wants of the loop.
+enum Wish {
+    /// Read the configuration again.
+    Reload(oneshot::Sender<Change>),
+    /// Log at these levels, until the configuration is applied again.
+    LogLevels(&'static str, oneshot::Sender<()>),
 }
 
 /// What is in force.
@@ -115,7 +123,7 @@ pub struct Running {
 pub struct Reconfigure {
     sources: Sources,
     running: Running,
-    asked: mpsc::Receiver<oneshot::Sender<Change>>,
+    asked: mpsc::Receiver<Wish>,
     now: Arc<ArcSwap<Now>>,
     /// As it was at the start.
     start: Arc<Loaded>,
@@ -133,10 +141,16 @@ impl Handle {
     /// Reads the configuration now; waits for what becomes of it.
     pub async fn reload(&self) -> Change {
         let (reply, change) = oneshot::channel();
-        if self.asked.send(reply).await.is_err() {
+        if self.asked.send(Wish::Reload(reply)).await.is_err() {
             return Change::Stopping;
         }
         change.await.unwrap_or(Change::Stopping)
+    }
+
+    /// Logs at this level from now on, until the configuration is applied again; says whether that was done: the host may be going away.
+    pub async fn set_log_level(&self, level: &'static str) -> bool {
+        let (reply, done) = oneshot::channel();
+        self.asked.send(Wish::LogLevels(level, reply)).await.is_ok() && done.await.is_ok()
     }
 
     /// What is in force.
@@ -202,7 +216,16 @@ impl Reconfigure {
                     (seen.seen().clone(), Asked::Nobody)
                 }
                 Some(()) = hang_ups.recv() => (self.look().await, Asked::HangUp),
-                Some(reply) = self.asked.recv() => (self.look().await, Asked::Caller(reply)),
+                Some(wish) = self.asked.recv() => match wish {
+                    Wish::Reload(reply) => (self.look().await, Asked::Caller(reply)),
+                    Wish::LogLevels(levels, reply) => {
+                        self.running.log.set(levels);
+                        self.running.control.log_levels_changed().await;
+                        // Whoever asked may have left.
+                        let _ = reply.send(());
+                        continue;
+                    }
+                },
             };
             // What was seen is what is read: what is written meanwhile is another change.
             let loaded = load(snapshot.clone()).await;

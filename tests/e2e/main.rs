@@ -29,6 +29,7 @@ mod log;
 mod management;
 mod newcomer;
 mod other_compiler;
+mod protocols;
 mod queues;
 mod refusals;
 mod reload;

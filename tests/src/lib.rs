@@ -272,6 +272,21 @@ pub fn python_tool(name: &str) -> PathBuf {
     program
 }
 
+/// The interpreter of another environment of Python, which has a client of ours in it.
+///
+/// # Panics
+/// Where it isn't there.
+#[must_use]
+pub fn client_python(name: &str) -> PathBuf {
+    let program = workspace().join("target/clients").join(name).join("bin/python3");
+    assert!(
+        program.is_file(),
+        "{} is missing: run the tests with `cargo xtask test`, which installs it",
+        program.display()
+    );
+    program
+}
+
 /// Sends a signal to a process, as `kill -NAME` does.
 ///
 /// # Panics

@@ -11,7 +11,21 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 9] = ["redis", "moto", "taskiq", "python", "mount", "azurite", "s3s", "gcs", "rendering"];
+const NEEDS: [&str; 11] = [
+    "redis",
+    "moto",
+    "taskiq",
+    "python",
+    "mount",
+    "azurite",
+    "s3s",
+    "gcs",
+    "rendering",
+    "kserve",
+    "mlserver",
+];
+/// Of these, clients in Python that want an environment of their own.
+const CLIENTS: [&str; 2] = ["kserve", "mlserver"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =
@@ -43,6 +57,9 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     }
     if ["moto", "taskiq", "python", "azurite", "gcs", "rendering"].into_iter().any(has) {
         python::ensure()?;
+    }
+    for client in CLIENTS.into_iter().filter(|client| has(client)) {
+        python::ensure_client(client)?;
     }
     if has("azurite") || has("rendering") {
         stores::ensure_node()?;

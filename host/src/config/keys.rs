@@ -68,6 +68,9 @@ layer! {
         stream_heartbeat_ms: Milliseconds = Count(15_000);
         /// Bodies up to this many bytes are parsed on the connection's thread, larger ones on a pool of one thread a core.
         decode_inline_bytes_max: Count<0, 4_294_967_296> = Count(16 << 10);
+        /// Answers from this many bytes on are compressed where their callers take that (`accept-encoding`); 0 for none. Those of tensors only where a caller
+        /// takes one coding and nothing else.
+        compress_bytes_min: Count<0, 4_294_967_296> = Count(16 << 10);
         /// Milliseconds until a request gets a 504.
         request_timeout_ms: Milliseconds = Count(60_000);
         /// The most milliseconds that a request may ask for with `x-request-timeout-ms`.

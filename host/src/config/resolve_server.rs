@@ -107,6 +107,7 @@ pub(super) fn server(written: &keys::Server, tls: Option<TlsFiles>, state_folder
         bytes_in_flight_max: written.bytes_in_flight_max().0 as usize,
         write_timeout: milliseconds(written.write_timeout_ms().0),
         decode_inline_bytes_max: written.decode_inline_bytes_max().0 as usize,
+        compress_bytes_min: written.compress_bytes_min().0 as usize,
         stream_heartbeat: milliseconds(written.stream_heartbeat_ms().0),
         request_timeout: milliseconds(written.request_timeout_ms().0).min(request_timeout_max),
         request_timeout_max,

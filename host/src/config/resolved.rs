@@ -329,6 +329,8 @@ pub struct Server {
     pub write_timeout: Duration,
     /// Bodies up to this are parsed on the runtime's threads, larger ones on a bounded pool.
     pub decode_inline_bytes_max: usize,
+    /// Answers from this on are compressed where their callers take that; 0 for none.
+    pub compress_bytes_min: usize,
     /// A request's deadline where it sets none.
     pub request_timeout: Duration,
     /// After how long a stream that has nothing to say sends a comment.

@@ -2,6 +2,8 @@
 //! about.
 
 mod body;
+mod grpc;
+mod refusal;
 
 use std::{borrow::Cow, time::Duration};
 
@@ -30,6 +32,8 @@ use crate::{
 };
 
 pub use body::{Body, BodyStream};
+pub use grpc::{denied_status, job_status};
+pub use refusal::Refusal;
 
 /// What this host sends: JSON, where it doesn't name another type.
 pub type HttpResponse = Response<Body>;
@@ -257,10 +261,12 @@ fn input_faults(job_error: &JobError) -> Option<Value> {
     }
 }
 
-fn status_of(job_error: &JobError) -> StatusCode {
+/// The status of an error.
+#[must_use]
+pub fn status_of(job_error: &JobError) -> StatusCode {
     match job_error {
         JobError::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
-        JobError::UnknownModel { .. } => StatusCode::NOT_FOUND,
+        JobError::UnknownModel { .. } | JobError::UnknownVersion { .. } => StatusCode::NOT_FOUND,
         JobError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
         JobError::Conflict(_) => StatusCode::CONFLICT,
         JobError::Busy(_) => StatusCode::TOO_MANY_REQUESTS,
@@ -391,6 +397,7 @@ mod tests {
         let table = [
             (JobError::Invalid(Vec::new()), 422),
             (JobError::UnknownModel { name: Some("x".into()), known }, 404),
+            (JobError::UnknownVersion { model: "x".into(), version: "7".into(), serving: 1 }, 404),
             (JobError::TooLarge(String::new()), 413),
             (JobError::Conflict(String::new()), 409),
             (JobError::Busy(""), 429),

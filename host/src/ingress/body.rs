@@ -1,21 +1,26 @@
 //! Reads a request's body within its limits of size and time. What is refused is left where it is: the answer goes out at once, and the
 //! connection's end lets the caller finish.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use hyper::{
-    StatusCode,
+    HeaderMap, StatusCode,
     body::{Body, Frame, Incoming},
+    header::ACCEPT_ENCODING,
 };
 use modalkit_engine::TENSOR_ALIGNMENT;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::exchange::{BYTES_FREE, Exchange};
+use super::{
+    content_coding::{self, ACCEPTED, CodingError},
+    exchange::{BYTES_FREE, Exchange},
+};
 use crate::{
+    access::ConcurrencyPermit,
     egress::{HttpResponse, and_close, error, object_response},
     work::JobError,
 };
@@ -62,13 +67,60 @@ impl RequestBody {
     }
 }
 
+/// The body of a request that runs no pipeline, which is small: on its way, or read before.
+pub(super) enum SmallBody<'b> {
+    Incoming(&'b Exchange, &'b mut RequestBody),
+    Read(Bytes),
+}
+
+/// Bytes of such a body.
+const SMALL_BYTES_MAX: usize = 64 << 10;
+
+impl SmallBody<'_> {
+    /// What takes part in the limits of requests, where it came over the network.
+    pub(super) fn exchange(&self) -> Option<&Exchange> {
+        match self {
+            Self::Incoming(exchange, _) => Some(exchange),
+            Self::Read(_) => None,
+        }
+    }
+
+    /// Holds a permit among a key's calls.
+    pub(super) fn keep(&self, permit: Option<&Arc<ConcurrencyPermit>>) {
+        if let Some(exchange) = self.exchange() {
+            exchange.keep(permit);
+        }
+    }
+
+    /// All of it.
+    pub(super) async fn read(self, headers: &HeaderMap) -> Result<Bytes, BodyError> {
+        match self {
+            Self::Incoming(exchange, body) => {
+                if body.incoming.size_hint().lower() > SMALL_BYTES_MAX as u64 {
+                    return Err(BodyError::NotSmall);
+                }
+                let bytes = read_decoded(body, headers, None, exchange).await?;
+                if bytes.len() > SMALL_BYTES_MAX { Err(BodyError::NotSmall) } else { Ok(bytes) }
+            }
+            Self::Read(bytes) => Ok(bytes),
+        }
+    }
+}
+
 /// Why there is no body; each ends the connection.
 #[derive(Debug)]
 pub(super) enum BodyError {
-    TooLarge { limit: usize },
+    TooLarge {
+        limit: usize,
+    },
+    /// It is larger than that of a request which runs no pipeline.
+    NotSmall,
     NoRoom(JobError),
-    TooSlow { limit: Duration },
+    TooSlow {
+        limit: Duration,
+    },
     Broken(String),
+    Coding(CodingError),
 }
 
 impl BodyError {
@@ -77,10 +129,29 @@ impl BodyError {
             Self::TooLarge { limit } => error(&JobError::TooLarge(format!(
                 "expected a body of at most {limit} bytes (server.body_bytes_max)"
             ))),
+            Self::NotSmall => error(&JobError::TooLarge(format!(
+                "expected a body of at most {SMALL_BYTES_MAX} bytes, since this path runs no pipeline"
+            ))),
             Self::NoRoom(busy) => error(&busy),
             Self::TooSlow { limit } => {
                 let detail = format!("the body did not arrive within {limit:?} (server.body_timeout_ms)");
                 object_response(StatusCode::REQUEST_TIMEOUT, &json!({"detail": detail}))
+            }
+            Self::Coding(CodingError::TooLarge) => error(&JobError::TooLarge(
+                "expected a body that is at most server.body_bytes_max long once it is decompressed".into(),
+            )),
+            Self::Coding(CodingError::NoRoom(busy)) => error(&busy),
+            Self::Coding(CodingError::Broken(reason)) => object_response(
+                StatusCode::BAD_REQUEST,
+                &json!({"detail": format!("the body isn't compressed as its content-encoding says: {reason}")}),
+            ),
+            Self::Coding(CodingError::Unknown(found)) => {
+                let detail =
+                    format!("expected the content-encoding gzip, deflate or zstd, or none, found {found:?}");
+                let mut response =
+                    object_response(StatusCode::UNSUPPORTED_MEDIA_TYPE, &json!({"detail": detail}));
+                response.headers_mut().insert(ACCEPT_ENCODING, ACCEPTED);
+                response
             }
             Self::Broken(reason) => object_response(
                 StatusCode::BAD_REQUEST,
@@ -90,9 +161,22 @@ impl BodyError {
     }
 }
 
+/// The whole body, out of its coding. As [`read`].
+pub(super) async fn read_decoded(
+    body: &mut RequestBody,
+    headers: &HeaderMap,
+    aligned_at: Option<usize>,
+    exchange: &Exchange,
+) -> Result<Bytes, BodyError> {
+    let coding = content_coding::of_headers(headers).map_err(BodyError::Coding)?;
+    // Where a coding is taken off, nothing lies where it lay.
+    let read = read(body, aligned_at.filter(|_| coding.is_none()), exchange).await?;
+    content_coding::decoded(read, coding, exchange).await.map_err(BodyError::Coding)
+}
+
 /// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces and has said
 /// its length, what stands from `aligned_at` on lies where a tensor's bytes should.
-pub(super) async fn read(
+async fn read(
     body: &mut RequestBody,
     aligned_at: Option<usize>,
     exchange: &Exchange,

@@ -32,7 +32,7 @@ use tokio_rustls::TlsAcceptor;
 use super::{
     connection_slots::ConnectionSlot,
     exchange::Exchange,
-    lingering_close,
+    grpc, lingering_close,
     peer::Peer,
     request_headers::{Known, put_headers},
     response_body::respond,
@@ -46,6 +46,9 @@ use crate::{
 
 /// An HTTP/2 peer that doesn't answer a ping within this time is gone.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
+/// How long a connection may ask for nothing that has carried a call of gRPC: its clients keep channels open for as long as they run, and take one that
+/// ends for a failure.
+const GRPC_IDLE_TIME: Duration = Duration::from_secs(1800);
 /// Requests that one HTTP/2 connection may have open.
 const STREAMS_MAX: u32 = 256;
 /// Bytes that the caller may send ahead on one stream of HTTP/2, and on all streams of a connection.
@@ -122,6 +125,9 @@ pub(super) async fn speak(
             let exchange = Exchange::begin(Arc::clone(&peer), http2);
             async move {
                 let response = match role {
+                    Role::Any if http2 && grpc::is_call(&request) => {
+                        return Ok(Box::pin(grpc::answer(exchange, request)).await);
+                    }
                     Role::Any => router::answer(&exchange, request).await,
                     Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
                 };
@@ -217,7 +223,8 @@ where
 async fn idled(peer: &Peer) {
     let mut seen = peer.begun.load(Ordering::Relaxed);
     loop {
-        sleep(peer.context.server.keep_alive_timeout).await;
+        let speaks_grpc = peer.speaks_grpc.load(Ordering::Relaxed);
+        sleep(if speaks_grpc { GRPC_IDLE_TIME } else { peer.context.server.keep_alive_timeout }).await;
         let begun = peer.begun.load(Ordering::Relaxed);
         if begun == seen && peer.open.load(Ordering::Relaxed) == 0 {
             return;

@@ -30,6 +30,29 @@ pub(super) enum Route {
     Metrics,
     Config,
     ReloadConfig,
+    V2(V2Call),
+}
+
+/// What is asked by the Open Inference Protocol beside predictions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum V2Call {
+    Server,
+    Live,
+    Ready,
+    Models,
+    Model,
+    ModelReady,
+    ModelConfig,
+    ModelStatistics,
+    Statistics,
+    Index,
+    Load,
+    Unload,
+    Trace,
+    ModelTrace,
+    Log,
+    SystemSharedMemory,
+    CudaSharedMemory,
 }
 
 /// How a prediction is asked for.
@@ -73,6 +96,8 @@ pub(super) struct Endpoint {
     pub(super) route: Route,
     /// With a placeholder for a name; a label of metrics.
     pub(super) pattern: &'static str,
+    /// `/versions/{version}` may follow the name.
+    pub(super) versioned: bool,
     /// As the header `allow` names them; HEAD is taken for GET before it gets here.
     pub(super) methods: &'static str,
     pub(super) open_to: OpenTo,
@@ -86,12 +111,21 @@ pub(super) struct Endpoint {
 const GET: &str = "GET, HEAD";
 const POST: &str = "POST";
 const GET_OR_DELETE: &str = "GET, HEAD, DELETE";
+const GET_OR_POST: &str = "GET, HEAD, POST";
+
+/// What the paths of the Open Inference Protocol begin with.
+pub(super) const V2: &str = "/v2";
+/// In a pattern, whatever follows.
+const ANYTHING: &str = "{*}";
+/// What may stand before a version in a path.
+const VERSIONS: &str = "/versions/";
 
 /// All of them, those first that are asked for most.
-static ENDPOINTS: [Endpoint; 23] = [
+static ENDPOINTS: [Endpoint; 40] = [
     Endpoint {
         route: Route::Predict(Prediction::Sync),
         pattern: "/predict_sync",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
@@ -100,6 +134,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Predict(Prediction::Batch),
         pattern: "/predict_batch",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name", "partial"],
@@ -108,6 +143,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Predict(Prediction::Stream),
         pattern: "/predict_stream",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
@@ -116,6 +152,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Predict(Prediction::Async),
         pattern: "/predict_async",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
@@ -124,14 +161,16 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Predict(Prediction::Infer),
         pattern: "/v2/models/{name}/infer",
+        versioned: true,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &[],
-        about: "tensors in, tensors out, by the Open Inference Protocol: JSON, bytes behind it (`Inference-Header-Content-Length`), or bytes alone (0 there). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
+        about: "tensors in, tensors out, by the Open Inference Protocol ([`docs/protocols.md`](docs/protocols.md)): JSON, bytes behind it (`Inference-Header-Content-Length`), or bytes alone (0 there). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
     },
     Endpoint {
         route: Route::Jobs,
         pattern: "/jobs",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Callers,
         parameters: &["state", "delivery", "model", "after", "limit"],
@@ -140,6 +179,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Job,
         pattern: "/jobs/{id}",
+        versioned: false,
         methods: GET_OR_DELETE,
         open_to: OpenTo::Callers,
         parameters: &["wait_ms"],
@@ -148,6 +188,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Redeliver,
         pattern: "/jobs/{id}/redeliver",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &[],
@@ -156,6 +197,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Health,
         pattern: "/health",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Everybody,
         parameters: &[],
@@ -164,6 +206,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Live,
         pattern: "/livez",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Everybody,
         parameters: &[],
@@ -172,6 +215,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Ready,
         pattern: "/readyz",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Everybody,
         parameters: &["model"],
@@ -180,6 +224,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Queues,
         pattern: "/queues",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -188,6 +233,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Queue,
         pattern: "/queues/{name}",
+        versioned: false,
         methods: GET_OR_DELETE,
         open_to: OpenTo::Management,
         parameters: &["limit", "receipt", "lease_seconds"],
@@ -196,6 +242,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Models,
         pattern: "/models",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -204,6 +251,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Model,
         pattern: "/models/{name}",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -212,6 +260,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::ReloadModel,
         pattern: "/models/{name}/reload",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -220,6 +269,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::RollBack,
         pattern: "/models/{name}/rollback",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -228,6 +278,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Unload,
         pattern: "/models/{name}/unload",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -236,6 +287,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::ReloadVolume,
         pattern: "/volumes/{name}/reload",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -244,6 +296,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Devices,
         pattern: "/devices",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -252,6 +305,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Metrics,
         pattern: "/metrics",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -260,6 +314,7 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::Config,
         pattern: "/config",
+        versioned: false,
         methods: GET,
         open_to: OpenTo::Management,
         parameters: &[],
@@ -268,27 +323,184 @@ static ENDPOINTS: [Endpoint; 23] = [
     Endpoint {
         route: Route::ReloadConfig,
         pattern: "/config/reload",
+        versioned: false,
         methods: POST,
         open_to: OpenTo::Management,
         parameters: &[],
         about: "reads the configuration again; 409 where it is wrong",
     },
+    Endpoint {
+        route: Route::V2(V2Call::Server),
+        pattern: "/v2",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "what this server is, and the protocol's extensions that it has",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Live),
+        pattern: "/v2/health/live",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "`{\"live\":true}`",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Ready),
+        pattern: "/v2/health/ready",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "`{\"ready\":true}` where `/readyz` says so; else 503",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Models),
+        pattern: "/v2/models",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the models' names, as KServe has it",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Statistics),
+        pattern: "/v2/models/stats",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "what all models have done",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Model),
+        pattern: "/v2/models/{name}",
+        versioned: true,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the tensors that a model takes and gives; one without tensors has one of JSON",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::ModelReady),
+        pattern: "/v2/models/{name}/ready",
+        versioned: true,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "200 where the model takes requests; else 503",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::ModelConfig),
+        pattern: "/v2/models/{name}/config",
+        versioned: true,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "how it is served, as Triton's clients read it",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::ModelStatistics),
+        pattern: "/v2/models/{name}/stats",
+        versioned: true,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "what it has done: inputs, batches, times",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Index),
+        pattern: "/v2/repository/index",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the models and whether they serve; with `{\"ready\":true}` those that do",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Load),
+        pattern: "/v2/repository/models/{name}/load",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "as `/models/NAME/reload`; an empty answer, or 409",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Unload),
+        pattern: "/v2/repository/models/{name}/unload",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "as `/models/NAME/unload`; an empty answer, or 409",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Trace),
+        pattern: "/v2/trace/setting",
+        versioned: false,
+        methods: GET_OR_POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "which requests are traced; POST changes that until the host ends",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::ModelTrace),
+        pattern: "/v2/models/{name}/trace/setting",
+        versioned: false,
+        methods: GET_OR_POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "the same: there are no settings of one model, and to change any is 501",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::Log),
+        pattern: "/v2/logging",
+        versioned: false,
+        methods: GET_OR_POST,
+        open_to: OpenTo::Management,
+        parameters: &[],
+        about: "what is logged; POST changes that until the configuration is read again",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::SystemSharedMemory),
+        pattern: "/v2/systemsharedmemory/{*}",
+        versioned: false,
+        methods: GET_OR_POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "501: there is no shared memory",
+    },
+    Endpoint {
+        route: Route::V2(V2Call::CudaSharedMemory),
+        pattern: "/v2/cudasharedmemory/{*}",
+        versioned: false,
+        methods: GET_OR_POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "501",
+    },
 ];
 
-/// A path that is one of these, and the name in it.
+/// A path that is one of these, and what stands in it.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'p> {
     pub(super) endpoint: &'static Endpoint,
     /// As it stands in the path.
     raw_name: &'p str,
+    raw_version: Option<&'p str>,
 }
 
 impl<'p> Target<'p> {
     /// `None` where the path is none of these.
     pub(super) fn of(path: &'p str) -> Option<Self> {
-        let with_name =
-            |endpoint: &'static Endpoint| Some(Self { endpoint, raw_name: endpoint.name_in(path)? });
-        ENDPOINTS.iter().find_map(with_name)
+        let matched = |endpoint: &'static Endpoint| {
+            let (raw_name, raw_version) = endpoint.names_in(path)?;
+            Some(Self { endpoint, raw_name, raw_version })
+        };
+        ENDPOINTS.iter().find_map(matched)
     }
 
     pub(super) fn route(self) -> Route {
@@ -298,6 +510,11 @@ impl<'p> Target<'p> {
     /// What stands in the path's placeholder, decoded.
     pub(super) fn name(self) -> Cow<'p, str> {
         path_name(self.raw_name)
+    }
+
+    /// The version that the path names.
+    pub(super) fn version(self) -> Option<Cow<'p, str>> {
+        self.raw_version.map(path_name)
     }
 
     /// Whether the path has such a method.
@@ -314,23 +531,50 @@ impl<'p> Target<'p> {
     /// What a request with this method does.
     pub(super) fn effect(self, method: &Method) -> Effect {
         match self.route() {
+            Route::V2(V2Call::Index | V2Call::SystemSharedMemory | V2Call::CudaSharedMemory) => Effect::Look,
             _ if method != Method::GET => Effect::Change,
             Route::Config | Route::Queue => Effect::Read,
+            Route::V2(V2Call::Trace | V2Call::ModelTrace | V2Call::Log) => Effect::Read,
             _ => Effect::Look,
         }
     }
 }
 
 impl Endpoint {
-    /// What stands where the pattern has its placeholder; nothing where it has none.
-    fn name_in<'p>(&self, path: &'p str) -> Option<&'p str> {
+    /// The pattern, with what may stand in it besides.
+    fn path_shown(&self) -> Cow<'static, str> {
+        if self.versioned {
+            Cow::Owned(self.pattern.replacen("{name}", "{name}[/versions/{version}]", 1))
+        } else {
+            Cow::Borrowed(self.pattern)
+        }
+    }
+
+    /// What stands where the pattern has its placeholder, nothing where it has none; and the version, where the path has one.
+    fn names_in<'p>(&self, path: &'p str) -> Option<(&'p str, Option<&'p str>)> {
         let Some((before, rest)) = self.pattern.split_once('{') else {
-            return (self.pattern == path).then_some("");
+            return (self.pattern == path).then_some(("", None));
         };
         let (_, after) = rest.split_once('}')?;
-        let name = path.strip_prefix(before)?.strip_suffix(after)?;
-        (!name.is_empty() && !name.contains('/')).then_some(name)
+        let path = path.strip_prefix(before)?;
+        if self.pattern.ends_with(ANYTHING) {
+            return Some((path, None));
+        }
+        let (name, rest) = step(path);
+        let (version, rest) = match rest.strip_prefix(VERSIONS).filter(|_| self.versioned) {
+            Some(rest) => {
+                let (version, rest) = step(rest);
+                (Some(version), rest)
+            }
+            None => (None, rest),
+        };
+        (!name.is_empty() && version != Some("") && rest == after).then_some((name, version))
     }
+}
+
+/// What stands before the next slash, and what from there on.
+fn step(path: &str) -> (&str, &str) {
+    path.split_at(path.find('/').unwrap_or(path.len()))
 }
 
 /// The methods, without HEAD, which goes with GET.
@@ -338,13 +582,16 @@ fn shown(methods: &str, between: &str) -> String {
     methods.replace(", HEAD", "").replace(", ", between)
 }
 
-/// The answer to a path that is none of these.
+/// The answer to a path that is none of these: the others, or those of the Open Inference Protocol where it begins as they do.
 pub(super) fn no_such_path(path: &str) -> String {
+    let of_protocol =
+        |path: &str| path == V2 || path.strip_prefix(V2).is_some_and(|rest| rest.starts_with('/'));
     let mut text = format!("no such path: {path}; there are ");
-    for (index, endpoint) in ENDPOINTS.iter().enumerate() {
+    let alike = ENDPOINTS.iter().filter(|endpoint| of_protocol(endpoint.pattern) == of_protocol(path));
+    for (index, endpoint) in alike.enumerate() {
         let comma = if index == 0 { "" } else { ", " };
         let methods = shown(endpoint.methods, " and ");
-        let _ = write!(text, "{comma}{methods} {}", endpoint.pattern);
+        let _ = write!(text, "{comma}{methods} {}", endpoint.path_shown());
     }
     text
 }
@@ -392,12 +639,49 @@ mod tests {
     }
 
     #[test]
+    fn a_version_stands_behind_a_models_name_where_one_may() {
+        let found = |path| {
+            let target = Target::of(path)?;
+            Some((target.route(), target.name().into_owned(), target.version().map(Cow::into_owned)))
+        };
+        let infer = Route::Predict(Prediction::Infer);
+        let asked = |call| Route::V2(call);
+        let (name, two) = (|| "m".to_owned(), || Some("2".to_owned()));
+        assert_eq!(found("/v2/models/m/infer"), Some((infer, name(), None)));
+        assert_eq!(found("/v2/models/m/versions/2/infer"), Some((infer, name(), two())));
+        assert_eq!(found("/v2/models/m/versions/2"), Some((asked(V2Call::Model), name(), two())));
+        assert_eq!(
+            found("/v2/models/m/versions/2/stats"),
+            Some((asked(V2Call::ModelStatistics), name(), two()))
+        );
+        assert_eq!(found("/v2/models/stats"), Some((asked(V2Call::Statistics), String::new(), None)));
+        assert_eq!(found("/v2/models/m"), Some((asked(V2Call::Model), name(), None)));
+        assert_eq!(
+            found("/v2/systemsharedmemory/region/r/register"),
+            Some((asked(V2Call::SystemSharedMemory), "region/r/register".to_owned(), None))
+        );
+        for path in [
+            "/v2/",
+            "/v2/models/",
+            "/v2/models/m/versions",
+            "/v2/models/m/versions/",
+            "/v2/models/m/versions//infer",
+            "/v2/models/m/versions/2/3/infer",
+            "/v2/models/m/versions/2/trace/setting",
+            "/models/m/versions/2/reload",
+        ] {
+            assert!(found(path).is_none(), "{path}");
+        }
+    }
+
+    #[test]
     fn every_route_has_its_own_path_and_names_itself() {
         for endpoint in &ENDPOINTS {
             let target = Target::of(endpoint.pattern).unwrap();
             assert_eq!(target.route(), endpoint.route);
             assert_eq!(ENDPOINTS.iter().filter(|other| other.route == endpoint.route).count(), 1);
-            assert!(no_such_path("/x").contains(endpoint.pattern));
+            let other = if endpoint.pattern.starts_with(V2) { "/v2/x" } else { "/x" };
+            assert!(no_such_path(other).contains(&*endpoint.path_shown()));
         }
     }
 
@@ -418,6 +702,10 @@ mod tests {
             (Method::POST, "/models/a/unload", Effect::Change),
             (Method::POST, "/volumes/a/reload", Effect::Change),
             (Method::POST, "/config/reload", Effect::Change),
+            (Method::POST, "/v2/repository/index", Effect::Look),
+            (Method::POST, "/v2/repository/models/a/load", Effect::Change),
+            (Method::GET, "/v2/logging", Effect::Read),
+            (Method::POST, "/v2/logging", Effect::Change),
         ] {
             let target = Target::of(path).unwrap();
             assert!(target.takes(&method), "{method} {path}");
@@ -428,9 +716,14 @@ mod tests {
     /// The README's table, from the list.
     fn table() -> String {
         let mut text = "| request | open to | answer |\n| --- | --- | --- |\n".to_owned();
-        for Endpoint { pattern, methods, open_to, parameters, about, .. } in &ENDPOINTS {
+        for Endpoint { pattern, versioned, methods, open_to, parameters, about, .. } in &ENDPOINTS {
             let methods = shown(methods, ", ");
-            let pattern = pattern.replace("{id}", "ID").replace("{name}", "NAME");
+            let pattern = if *versioned {
+                pattern.replacen("{name}", "NAME[/versions/N]", 1)
+            } else {
+                (*pattern).to_owned()
+            };
+            let pattern = pattern.replace("{id}", "ID").replace("{name}", "NAME").replace(ANYTHING, "…");
             let query = match parameters {
                 [] => String::new(),
                 names => format!("?{}=", names.join("=&")),

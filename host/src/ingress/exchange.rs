@@ -78,6 +78,11 @@ impl Exchange {
         Ok(())
     }
 
+    /// Holds bytes of the budget that somebody has taken, until this is over.
+    pub(super) fn keep_bytes(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// An answer with a body of so many bytes is about to be written. A small one on an HTTP/1 connection that takes what it gets is as
     /// good as written: who waits for it and then sends the next request finds room.
     pub(super) fn begin_answer(&mut self, bytes: usize) {

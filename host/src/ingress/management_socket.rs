@@ -31,6 +31,7 @@ use tokio::{
 
 use super::{
     Context,
+    body::SmallBody,
     endpoints::Target,
     request_headers::{Known, put_headers},
     router::{self, takes_for_get},
@@ -257,21 +258,26 @@ async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, ur
     let (mut head, body) = request.into_parts();
     let asks_for_head = takes_for_get(&mut head);
     let id = context.ids.of(&Known::of(&head.headers));
-    // Nothing here has a use for it; but a connection that closes over unread bytes is reset.
+    // Few have a use for it; but a connection that closes over unread bytes is reset.
     let read = timeout(context.server.body_timeout, Limited::new(body, BODY_BYTES_MAX).collect());
     let is_prediction =
         Target::of(head.uri.path()).is_some_and(|target| target.route().prediction().is_some());
-    let mut response: Response<_> = if !matches!(read.await, Ok(Ok(_))) {
-        let detail = format!(
-            "expected no body, or one of at most {BODY_BYTES_MAX} bytes within {:?}",
-            context.server.body_timeout
-        );
-        and_close(object_response(StatusCode::BAD_REQUEST, &json!({"detail": detail})))
-    } else if is_prediction {
-        let detail = format!("expected a request for the host itself: predictions are asked for at {url}");
-        object_response(StatusCode::MISDIRECTED_REQUEST, &json!({"detail": detail}))
-    } else {
-        router::beside_predictions(context, from, None, &head).await
+    let mut response: Response<_> = match read.await {
+        Ok(Ok(_)) if is_prediction => {
+            let detail =
+                format!("expected a request for the host itself: predictions are asked for at {url}");
+            object_response(StatusCode::MISDIRECTED_REQUEST, &json!({"detail": detail}))
+        }
+        Ok(Ok(body)) => {
+            router::beside_predictions(context, from, SmallBody::Read(body.to_bytes()), &head).await
+        }
+        _ => {
+            let detail = format!(
+                "expected no body, or one of at most {BODY_BYTES_MAX} bytes within {:?}",
+                context.server.body_timeout
+            );
+            and_close(object_response(StatusCode::BAD_REQUEST, &json!({"detail": detail})))
+        }
     };
     put_headers(&mut response, &id, head.headers);
     if asks_for_head { without_body(response) } else { response }

@@ -4,10 +4,12 @@
 mod body;
 mod connection;
 mod connection_slots;
+mod content_coding;
 mod cross_site;
 mod endpoints;
 mod envelope;
 mod exchange;
+mod grpc;
 mod io_threads;
 mod io_watchdog;
 mod jobs;
@@ -27,6 +29,7 @@ mod router;
 mod ticks;
 mod timer;
 mod tls;
+mod v2;
 mod write_limit;
 
 use std::sync::Arc;

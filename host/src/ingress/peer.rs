@@ -32,6 +32,8 @@ pub(super) struct Peer {
     pub(super) closing: Mutex<Option<TcpStream>>,
     /// A request has come.
     pub(super) asked: AtomicBool,
+    /// It has carried a call of gRPC.
+    pub(super) speaks_grpc: AtomicBool,
     /// Requests of an HTTP/2 connection: those that are not over, how many there ever were, and those whose answers are not written.
     pub(super) open: AtomicUsize,
     pub(super) begun: AtomicUsize,
@@ -51,6 +53,7 @@ impl Peer {
             sends_on: AtomicBool::new(false),
             closing: Mutex::default(),
             asked: AtomicBool::new(false),
+            speaks_grpc: AtomicBool::new(false),
             open: AtomicUsize::new(0),
             begun: AtomicUsize::new(0),
             unwritten: AtomicUsize::new(0),

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use hyper::{
     HeaderMap,
-    header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue},
+    header::{CONTENT_TYPE, HeaderName, HeaderValue},
     http::request::Parts,
 };
 
@@ -67,6 +67,8 @@ pub(super) struct Known<'a> {
     pub(super) request_timeout: Option<&'a HeaderValue>,
     /// Asks where the time went.
     pub(super) explain: Option<&'a HeaderValue>,
+    /// In what the answer may be compressed.
+    pub(super) accept_encoding: Option<&'a HeaderValue>,
 }
 
 impl<'a> Known<'a> {
@@ -80,6 +82,7 @@ impl<'a> Known<'a> {
                 "x-request-id" => &mut known.request_id,
                 "x-request-timeout-ms" => &mut known.request_timeout,
                 "x-modalkit-explain" => &mut known.explain,
+                "accept-encoding" => &mut known.accept_encoding,
                 _ => continue,
             };
             place.get_or_insert(value);
@@ -119,24 +122,20 @@ impl Shown for Headers<'_> {
     }
 }
 
-/// Where the JSON part of a request of the Open Inference Protocol ends; `None` where it is all JSON.
+/// Where the JSON part of a request of the Open Inference Protocol ends, in its body out of its coding; `None` where it is all JSON.
 ///
 /// # Errors
-/// [`JobError::Invalid`] where that is no number, or the body is compressed.
+/// [`JobError::Invalid`] where that is no number.
 pub(super) fn json_bytes(headers: &HeaderMap) -> Result<Option<usize>, JobError> {
-    let invalid = |header: &str, msg: String| {
-        let loc = vec!["header".into(), header.into()];
+    let invalid = |msg: String| {
+        let loc = vec!["header".into(), JSON_BYTES_HEADER.into()];
         JobError::Invalid(vec![Detail { loc, msg, kind: "value_error".into() }])
     };
-    if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
-        let msg = format!("expected a body that isn't compressed, found {encoding:?}");
-        return Err(invalid("content-encoding", msg));
-    }
     let Some(value) = headers.get(JSON_BYTES_HEADER) else { return Ok(None) };
     let number = value.to_str().ok().and_then(|text| text.trim().parse().ok());
-    number.map(Some).ok_or_else(|| {
-        invalid(JSON_BYTES_HEADER, format!("expected the number of bytes of the JSON part, found {value:?}"))
-    })
+    number
+        .map(Some)
+        .ok_or_else(|| invalid(format!("expected the number of bytes of the JSON part, found {value:?}")))
 }
 
 /// Gives an answer the headers that every answer has: its id and its type. They are put into the request's own map, which is there
@@ -158,7 +157,7 @@ pub(super) fn put_headers(response: &mut HttpResponse, id: &RequestId, mut of_re
     put_id(id, headers);
 }
 
-fn put_id(id: &RequestId, headers: &mut HeaderMap) {
+pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
     let value = match id {
         RequestId::Given(bytes) => HeaderValue::from_maybe_shared(bytes.clone()),
         RequestId::Made { process, number } => {

@@ -9,11 +9,12 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::Buf;
+use bytes::{Buf, Bytes};
 use hyper::{
-    Response,
+    HeaderMap, Response,
     body::{self, Frame, SizeHint},
 };
+use tonic::Status;
 
 use super::exchange::{Exchange, Unwritten};
 use crate::{
@@ -27,6 +28,8 @@ pub(super) enum Outgoing {
     Whole(Option<Written>),
     /// What is made while it is sent, with what its bytes share.
     Stream(Box<dyn BodyStream>, Arc<Exchange>),
+    /// Messages of gRPC, and the status behind them.
+    Grpc(tonic::body::Body, Arc<Exchange>),
 }
 
 /// Bytes that are handed over to be written.
@@ -55,6 +58,28 @@ pub(super) fn respond(mut exchange: Exchange, response: HttpResponse) -> Respons
     Response::from_parts(head, outgoing)
 }
 
+/// The same of a call of gRPC.
+pub(super) fn respond_grpc(
+    exchange: Arc<Exchange>,
+    response: Response<tonic::body::Body>,
+) -> Response<Outgoing> {
+    response.map(|messages| Outgoing::Grpc(messages, exchange))
+}
+
+/// What a call ends with whose messages broke off.
+fn status_trailers(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    // A text that is none for a header is left out.
+    let _ = status.add_header(&mut trailers);
+    trailers
+}
+
+/// Bytes of a stream that are handed over to be written.
+fn shared(bytes: Bytes, exchange: &Arc<Exchange>) -> Written {
+    let exchange = Held::Shared(Unwritten::of(exchange, bytes.len()));
+    Written { answer: bytes.into(), exchange }
+}
+
 impl body::Body for Outgoing {
     type Data = Written;
     type Error = Infallible;
@@ -65,16 +90,27 @@ impl body::Body for Outgoing {
     ) -> Poll<Option<Result<Frame<Written>, Infallible>>> {
         let written = match &mut *self {
             Self::Whole(written) => written.take(),
-            Self::Stream(stream, exchange) => ready!(stream.poll_next(task)).map(|bytes| {
-                let exchange = Held::Shared(Unwritten::of(exchange, bytes.len()));
-                Written { answer: bytes.into(), exchange }
-            }),
+            Self::Stream(stream, exchange) => {
+                ready!(stream.poll_next(task)).map(|bytes| shared(bytes, exchange))
+            }
+            Self::Grpc(messages, exchange) => {
+                let frame = match ready!(Pin::new(messages).poll_frame(task)) {
+                    Some(Ok(frame)) => frame.map_data(|bytes| shared(bytes, exchange)),
+                    Some(Err(status)) => Frame::trailers(status_trailers(&status)),
+                    None => return Poll::Ready(None),
+                };
+                return Poll::Ready(Some(Ok(frame)));
+            }
         };
         Poll::Ready(written.map(|written| Ok(Frame::data(written))))
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None))
+        match self {
+            Self::Whole(written) => written.is_none(),
+            Self::Stream(..) => false,
+            Self::Grpc(messages, _) => messages.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -82,7 +118,7 @@ impl body::Body for Outgoing {
             Self::Whole(written) => {
                 SizeHint::with_exact(written.as_ref().map_or(0, |written| written.remaining() as u64))
             }
-            Self::Stream(..) => SizeHint::default(),
+            Self::Stream(..) | Self::Grpc(..) => SizeHint::default(),
         }
     }
 }

@@ -7,14 +7,16 @@ use serde_json::json;
 
 use super::{
     Context,
-    body::RequestBody,
+    body::{RequestBody, SmallBody},
+    content_coding,
     cross_site::Foreign,
-    endpoints::{Endpoint, Route, Target, no_such_path},
+    endpoints::{Endpoint, Route, Target, V2, no_such_path},
     exchange::Exchange,
     jobs, lingering_close, management, predict,
     query::Query,
     refusal::{refuse, wrong_method},
     request_headers::{Head, Headers, put_headers},
+    v2,
 };
 use crate::{
     access::{Origin, Visibility},
@@ -22,9 +24,6 @@ use crate::{
     audit::{Action, Effect},
     egress::{self, HttpResponse, and_close, object_response, without_body},
 };
-
-/// The paths of the Open Inference Protocol begin so.
-const V2: &str = "/v2/";
 
 /// An answer in the form of its path.
 fn in_form(head: &Parts, response: HttpResponse) -> HttpResponse {
@@ -47,10 +46,14 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
             predict::answer(exchange, &head, &mut body, &id, target, prediction).await
         }
         _ => {
-            let answered = beside_predictions(context, &exchange.from, Some(exchange), &head);
+            let small = SmallBody::Incoming(exchange, &mut body);
+            let answered = beside_predictions(context, &exchange.from, small, &head);
             in_form(&head, Box::pin(answered).await)
         }
     };
+    if head.known.accept_encoding.is_some() && !asks_for_head {
+        response = content_coding::encoded(exchange, head.known.accept_encoding, response).await;
+    }
     put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
         exchange.sends_on.store(false, Ordering::Relaxed);
@@ -76,7 +79,7 @@ pub(super) fn takes_for_get(head: &mut Parts) -> bool {
 pub(super) async fn beside_predictions(
     context: &Context,
     from: &Origin,
-    exchange: Option<&Exchange>,
+    body: SmallBody<'_>,
     head: &Parts,
 ) -> HttpResponse {
     let path = head.uri.path();
@@ -93,8 +96,9 @@ pub(super) async fn beside_predictions(
             Route::Live => admin::live(),
             Route::Ready => ready(context, head, endpoint, visibility(context, from, head, endpoint)),
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
-                jobs::answer(context, from, exchange, head, target).await
+                jobs::answer(context, from, body.exchange(), head, target).await
             }
+            Route::V2(call) => v2::answer(context, from, body, head, target, call).await,
             _ => management::answer(context, from, head, target).await,
         }
     } else {
@@ -147,6 +151,7 @@ fn ready(context: &Context, head: &Parts, endpoint: &Endpoint, visibility: Visib
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use modalkit_device::Devices;
 
     use super::*;
@@ -217,14 +222,22 @@ mod tests {
             ("POST", "/config/reload", 503),
         ] {
             let (head, ()) = Request::builder().method(method).uri(path).body(()).unwrap().into_parts();
-            let status =
-                async |from: &Origin| beside_predictions(&context, from, None, &head).await.status().as_u16();
+            let status = async |from: &Origin| {
+                let body = SmallBody::Read(Bytes::new());
+                beside_predictions(&context, from, body, &head).await.status().as_u16()
+            };
             for address in &addresses {
                 assert_eq!(status(address).await, 403, "{method} {path} from {address}");
             }
             assert_eq!(status(&socket).await, expected, "{method} {path}");
         }
         let (head, ()) = Request::builder().uri("/livez").body(()).unwrap().into_parts();
-        assert_eq!(beside_predictions(&context, &addresses[3], None, &head).await.status().as_u16(), 200);
+        assert_eq!(
+            beside_predictions(&context, &addresses[3], SmallBody::Read(Bytes::new()), &head)
+                .await
+                .status()
+                .as_u16(),
+            200
+        );
     }
 }

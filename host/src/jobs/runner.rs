@@ -367,6 +367,7 @@ fn may_help(error: &JobError) -> bool {
         JobError::BatchTimedOut(_) | JobError::Lost | JobError::Unavailable(_) | JobError::Busy(_) => true,
         JobError::Invalid(_)
         | JobError::UnknownModel { .. }
+        | JobError::UnknownVersion { .. }
         | JobError::TooLarge(_)
         | JobError::Conflict(_)
         | JobError::DeadlinePassed

@@ -14,6 +14,7 @@ use modalkit_engine::{
 
 use super::{
     Taken,
+    inference_stats::BatchTotals,
     lane::{LaneContext, LaneSlot, Running, Seat, Waiter},
     lost_device,
     stages::{Callers, Ended, StageTimes, counts_as_healthy, decoded_for, is_of_device, stages, unwanted},
@@ -132,9 +133,10 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
     let ended = Instant::now();
     let BatchRun { mut ends, callers, times, cost, failed, .. } = run;
     let waited = callers.waited;
+    let mut totals = BatchTotals::default();
     if failed.is_none() && result.is_ok() {
         context.metrics.cost.inc_by(cost);
-        context.observe(begun, &times, ended - waited);
+        totals.stages = context.observe(begun, &times, ended - waited);
     }
     let result = result.and_then(|()| examine(seat, &mut ends));
     if !timed.is_empty() {
@@ -173,6 +175,16 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
             None => context.generation.batch_stats.note_time(took),
         }
     }
+    // Before anybody is answered: who looks then finds it counted.
+    for (end, waiter) in
+        ends.iter().zip(&waiters).filter_map(|(end, waiter)| end.as_ref().zip(waiter.as_ref()))
+    {
+        let succeeded = matches!(end, Ended::Outcome(Ok(_)));
+        totals.queue.add(begun.saturating_duration_since(waiter.arrived));
+        let counted = if succeeded { &mut totals.succeeded } else { &mut totals.failed };
+        counted.add(ended.saturating_duration_since(waiter.arrived));
+    }
+    context.generation.inference_stats.add(&totals);
     let mut replies = Replies::default();
     for (place, ended) in ends.into_iter().enumerate() {
         let (Some(ended), Some(waiter)) = (ended, waiters[place].take()) else { continue };

@@ -13,7 +13,7 @@ use modalkit_engine::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{batch_stats::BatchStats, input_faults};
+use super::{batch_stats::BatchStats, inference_stats::InferenceStats, input_faults};
 use crate::{
     config::ModelSpec,
     fence::{Fence, Loading},
@@ -33,6 +33,8 @@ pub struct Generation {
     pub spec: ModelSpec,
     /// Statistics of its batches.
     pub batch_stats: BatchStats,
+    /// Sums of what it has done.
+    pub inference_stats: InferenceStats,
     /// What is noted of its loads.
     fence: Arc<Fence>,
     /// Whether its replicas take work. Changed under the queue's lock, by `Queue::update_lane_states`, or to
@@ -61,6 +63,7 @@ impl Generation {
             plugin,
             spec,
             batch_stats: BatchStats::default(),
+            inference_stats: InferenceStats::default(),
             fence,
             serves: AtomicBool::new(false),
             has_loaded: AtomicBool::new(false),
@@ -184,11 +187,27 @@ impl Generation {
         if self.plugin.is_isolated() { usize::MAX } else { bytes }
     }
 
-    /// The tensors that it takes and gives, as its pipeline is loaded now; while no replica serves, as it was before.
+    /// Whether it is the version that was asked for, where one was.
     ///
     /// # Errors
-    /// [`JobError::Invalid`] where it takes none, [`JobError::Unavailable`] where nobody could be asked yet.
-    pub fn signature(&self) -> Result<Arc<Signature>, JobError> {
+    /// [`JobError::UnknownVersion`].
+    pub fn check_version(&self, version: Option<&str>) -> Result<(), JobError> {
+        match version {
+            Some(version) if version.parse() != Ok(self.number) => Err(JobError::UnknownVersion {
+                model: self.spec.name.clone(),
+                version: version.to_owned(),
+                serving: self.number,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The tensors that it takes and gives, as its pipeline is loaded now; while no replica serves, as it was before. `None` where it takes
+    /// none, and is asked in JSON alone.
+    ///
+    /// # Errors
+    /// [`JobError::Unavailable`] where nobody could be asked yet.
+    pub fn signature(&self) -> Result<Option<Arc<Signature>>, JobError> {
         let name = &self.spec.name;
         if let Some(instance) = &*self.validating.load() {
             let signature = instance.signature();
@@ -197,21 +216,12 @@ impl Generation {
             if noted != signature.as_ref().map(Arc::as_ptr) {
                 self.signature.store(signature.clone());
             }
-            let Some(signature) = signature else {
-                let msg = format!(
-                    "the model {name} takes no tensors; send JSON to /predict_sync?model_name={name}"
-                );
-                return Err(JobError::Invalid(vec![Detail {
-                    loc: vec!["body".into()],
-                    msg,
-                    kind: "value_error".into(),
-                }]));
-            };
             return Ok(signature);
         }
-        self.signature
-            .load_full()
-            .ok_or_else(|| JobError::Unavailable(format!("no replica of {name} serves now")))
+        if !self.has_loaded() {
+            return Err(JobError::Unavailable(format!("no replica of {name} serves now")));
+        }
+        Ok(self.signature.load_full())
     }
 
     /// Compares an input that was decoded with its schema, where the model's entry asks for that.

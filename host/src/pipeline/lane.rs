@@ -175,12 +175,24 @@ impl LaneContext {
         self.generation.batch_stats.count(took, succeeded, || self.generation.set_serves(false));
     }
 
-    /// Counts what each stage took.
-    pub(super) fn observe(&self, begun: Instant, times: &StageTimes, ended: Instant) {
-        let (Some(preprocessed), Some(predicted)) = (times.preprocessed, times.predicted) else { return };
-        self.metrics.preprocess.observe((preprocessed - begun).as_secs_f64());
-        self.metrics.predict.observe((predicted - preprocessed).as_secs_f64());
-        self.metrics.postprocess.observe((ended - predicted).as_secs_f64());
+    /// Counts what each stage took, and says it; `None` where it didn't come to all of them.
+    pub(super) fn observe(
+        &self,
+        begun: Instant,
+        times: &StageTimes,
+        ended: Instant,
+    ) -> Option<[Duration; 3]> {
+        let (preprocessed, predicted) = (times.preprocessed?, times.predicted?);
+        let stages = [
+            preprocessed.saturating_duration_since(begun),
+            predicted.saturating_duration_since(preprocessed),
+            ended.saturating_duration_since(predicted),
+        ];
+        let histograms = [&self.metrics.preprocess, &self.metrics.predict, &self.metrics.postprocess];
+        for (histogram, time) in histograms.into_iter().zip(stages) {
+            histogram.observe(time.as_secs_f64());
+        }
+        Some(stages)
     }
 
     /// Records a batch's timings for those of its jobs that carry some.

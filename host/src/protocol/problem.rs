@@ -22,6 +22,9 @@ pub fn describe(job_error: &JobError) -> String {
         JobError::UnknownModel { name: None, known } => {
             format!("several models are served: name one with model_name; expected one of {known:?}")
         }
+        JobError::UnknownVersion { model, version, serving } => {
+            format!("no version {version:?} of the model {model} serves; expected {serving}, or none")
+        }
         JobError::TooLarge(reason) | JobError::Conflict(reason) | JobError::Unavailable(reason) => {
             reason.clone()
         }
@@ -37,6 +40,15 @@ pub fn describe(job_error: &JobError) -> String {
         }
         JobError::Failed(failure) => failure.message.clone(),
         JobError::Lost => "Internal Server Error. Error log: the job was lost inside the host".to_owned(),
+    }
+}
+
+/// An error in words, and all that is wrong with an input.
+#[must_use]
+pub fn describe_whole(job_error: &JobError) -> String {
+    match job_error {
+        JobError::Invalid(details) => details.iter().map(placed).collect::<Vec<_>>().join("; "),
+        other => job_failure(other),
     }
 }
 

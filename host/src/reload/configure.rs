@@ -57,15 +57,20 @@ impl ModelChanges {
 }
 
 impl Loop {
+    /// Has plugins hear that other lines of theirs are wanted. That is their code, so not on this thread; nobody waits for it.
+    pub(super) fn tell_log_levels(&self) {
+        let builder = Arc::clone(&self.builder);
+        drop(tokio::task::spawn_blocking(move || builder.engine.log_level_changed()));
+    }
+
     pub(super) async fn configure(
         &mut self,
         models: BTreeMap<String, ModelSpec>,
         defaults: ModelSpec,
     ) -> ModelChanges {
         let mut changes = ModelChanges::default();
-        // What plugins log is a part of the configuration too. Their code, so not on this thread; nobody waits for it.
-        let builder = Arc::clone(&self.builder);
-        drop(tokio::task::spawn_blocking(move || builder.engine.log_level_changed()));
+        // What plugins log is a part of the configuration too.
+        self.tell_log_levels();
         let entries_before = std::mem::replace(&mut self.config.models, models);
         self.config.defaults = defaults;
         for name in self.machines.keys().cloned().collect::<Vec<_>>() {

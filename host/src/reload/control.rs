@@ -88,6 +88,8 @@ pub(super) enum Command {
     Unload(String, Reply<Unloaded>),
     /// Report the open plugins.
     Plugins(oneshot::Sender<BTreeMap<String, Arc<dyn Plugin>>>),
+    /// Have plugins hear that other lines of theirs are wanted.
+    LogLevels,
     /// Serve these models; those without an entry like this.
     Configure(BTreeMap<String, ModelSpec>, Box<ModelSpec>, oneshot::Sender<ModelChanges>),
 }
@@ -166,6 +168,12 @@ impl Control {
         let (reply, changes) = oneshot::channel();
         self.send(Command::Configure(models, Box::new(defaults), reply)).await?;
         changes.await.map_err(|_| ControlError::Stopping)
+    }
+
+    /// Has plugins hear that other lines of theirs are wanted than before.
+    pub async fn log_levels_changed(&self) {
+        // A host that goes away wants none.
+        let _ = self.send(Command::LogLevels).await;
     }
 
     async fn ask<T>(

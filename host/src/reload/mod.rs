@@ -340,6 +340,7 @@ impl Loop {
                 // Whoever asked may have left.
                 let _ = reply.send(self.files.iter().filter_map(opened).collect());
             }
+            Command::LogLevels => self.tell_log_levels(),
             Command::Configure(models, defaults, reply) => {
                 let changes = self.configure(models, *defaults).await;
                 // Whoever asked may have left.

@@ -17,6 +17,15 @@ pub enum JobError {
         /// The models there are.
         known: Vec<String>,
     },
+    /// No such version of the model serves: ask for this one, or for none.
+    UnknownVersion {
+        /// The model.
+        model: String,
+        /// What was asked for.
+        version: String,
+        /// The one that serves.
+        serving: u64,
+    },
     /// More than the host ever takes: send less.
     TooLarge(String),
     /// Something else was sent under the same name: choose another name.

@@ -1,7 +1,7 @@
 //! The endpoints that run pipelines: from a request to jobs, and from their replies to an answer.
 
-mod infer;
-mod stream;
+pub(super) mod infer;
+pub(super) mod stream;
 
 use std::{ops::Deref, pin::pin, sync::Arc, time::Instant};
 
@@ -26,7 +26,7 @@ use crate::{
     access::Caller,
     audit::{Action, Effect},
     egress::{self, HttpResponse},
-    insight::JobTimings,
+    insight::{JobTimings, metrics::ModelMetrics},
     jobs::{self, Jobs},
     pipeline::{Generation, Model, Queued},
     protocol::{self, Envelope},
@@ -35,16 +35,38 @@ use crate::{
 };
 
 /// An admitted request for predictions: what is known of it before its body is read.
-struct Call {
-    caller: Caller,
-    model: Arc<Model>,
-    deadline: Deadline,
+pub(super) struct Call {
+    pub(super) caller: Caller,
+    pub(super) model: Arc<Model>,
+    pub(super) deadline: Deadline,
     /// An item that isn't an input is reported in its position, and doesn't fail the list.
-    partial: bool,
+    pub(super) partial: bool,
     /// Where its caller, or a trace, wants to know where the time went.
-    timings: Option<Box<RequestTimings>>,
-    id: RequestId,
-    begun: Instant,
+    pub(super) timings: Option<Box<RequestTimings>>,
+    pub(super) id: RequestId,
+    pub(super) begun: Instant,
+}
+
+/// What a request is counted as.
+#[derive(Clone, Copy)]
+pub(super) struct Counted {
+    /// Its endpoint, as metrics and the log name it.
+    pub(super) endpoint: &'static str,
+    /// Counts one that succeeded.
+    pub(super) ok: fn(&ModelMetrics),
+}
+
+impl Counted {
+    fn of(endpoint: &Endpoint, prediction: Prediction) -> Self {
+        let ok: fn(&ModelMetrics) = match prediction {
+            Prediction::Sync => |metrics| metrics.ok_sync.inc(),
+            Prediction::Batch => |metrics| metrics.ok_batch.inc(),
+            Prediction::Async => |metrics| metrics.ok_async.inc(),
+            Prediction::Infer => |metrics| metrics.ok_infer.inc(),
+            Prediction::Stream => |metrics| metrics.ok_stream.inc(),
+        };
+        Self { endpoint: endpoint.pattern, ok }
+    }
 }
 
 /// Answers one of these paths.
@@ -57,12 +79,12 @@ pub(super) async fn answer(
     prediction: Prediction,
 ) -> HttpResponse {
     let context = &*exchange.context;
-    let endpoint = target.endpoint;
+    let counted = Counted::of(target.endpoint, prediction);
     let call = match admit(exchange, head, id, target) {
         Ok(call) => call,
         Err(refused) => {
             let Refused { response, model } = *refused;
-            count(context, model.as_deref(), (endpoint, prediction), id, Ended::of(&response));
+            count(context, model.as_deref(), counted, id, Ended::of(&response));
             return response;
         }
     };
@@ -71,11 +93,12 @@ pub(super) async fn answer(
         let mut limit = pin!(exchange.timer.limit(call.deadline.0));
         let mut work = pin!(async {
             let json_bytes = infer::json_bytes(prediction, head)?;
-            let input = match body::read(body, json_bytes, exchange).await {
+            let input = match body::read_decoded(body, &head.headers, json_bytes, exchange).await {
                 Ok(input) => input,
                 Err(error) => return Ok(Answered::Whole(problem(target, error.into_response()))),
             };
             let generation = call.model.serving()?;
+            generation.check_version(target.version().as_deref())?;
             // The rarer ones are boxed: every request's future is as large as the largest of them.
             let whole = match prediction {
                 Prediction::Stream => {
@@ -99,7 +122,7 @@ pub(super) async fn answer(
     };
     let answered = match answered {
         Ok(Answered::Whole(response)) => Ok(response),
-        Ok(Answered::Stream(begun)) => return stream::respond(exchange, call, *begun, endpoint),
+        Ok(Answered::Stream(begun)) => return stream::respond(exchange, call, *begun, counted),
         Err(error) => Err(error),
     };
     let response = answered.unwrap_or_else(|error| {
@@ -112,11 +135,11 @@ pub(super) async fn answer(
         Some(timings) => timings.conclude(context, begun, &model.name, id, response),
         None => response,
     };
-    count(context, Some(&model), (endpoint, prediction), id, Ended::of(&response));
+    count(context, Some(&model), counted, id, Ended::of(&response));
     response
 }
 
-fn say_if_lost(error: &JobError, model: &Model, id: &RequestId) {
+pub(super) fn say_if_lost(error: &JobError, model: &Model, id: &RequestId) {
     if matches!(error, JobError::Lost) {
         tracing::error!(model = model.name, request_id = %id, "a job was lost inside the host");
     }
@@ -406,9 +429,9 @@ fn problem(target: Target<'_>, response: HttpResponse) -> HttpResponse {
 }
 
 /// How a request ended: its status, and of the server's errors the text.
-struct Ended<'a> {
-    status: StatusCode,
-    error: Option<&'a str>,
+pub(super) struct Ended<'a> {
+    pub(super) status: StatusCode,
+    pub(super) error: Option<&'a str>,
 }
 
 impl<'a> Ended<'a> {
@@ -418,26 +441,22 @@ impl<'a> Ended<'a> {
     }
 }
 
-fn count(
+pub(super) fn count(
     context: &Context,
     model: Option<&Model>,
-    (endpoint, prediction): (&Endpoint, Prediction),
+    Counted { endpoint, ok }: Counted,
     id: &RequestId,
     ended: Ended<'_>,
 ) {
     let Ended { status, error } = ended;
-    match (model, status, prediction) {
-        (Some(model), StatusCode::OK, Prediction::Sync) => model.metrics.ok_sync.inc(),
-        (Some(model), StatusCode::OK, Prediction::Batch) => model.metrics.ok_batch.inc(),
-        (Some(model), StatusCode::OK, Prediction::Async) => model.metrics.ok_async.inc(),
-        (Some(model), StatusCode::OK, Prediction::Infer) => model.metrics.ok_infer.inc(),
-        (Some(model), StatusCode::OK, Prediction::Stream) => model.metrics.ok_stream.inc(),
-        (model, ..) => {
+    match model {
+        Some(model) if status == StatusCode::OK => ok(&model.metrics),
+        model => {
             let name = model.map_or("", |model| &model.name);
-            context.metrics.requests(name, endpoint.pattern, status.as_u16()).inc();
+            context.metrics.requests(name, endpoint, status.as_u16()).inc();
         }
     }
-    let (model, endpoint) = (model.map_or("", |model| model.name.as_str()), endpoint.pattern);
+    let model = model.map_or("", |model| model.name.as_str());
     if status.is_server_error() {
         tracing::warn!(request_id = %id, endpoint, model, status = status.as_u16(), error, "request failed");
     } else {

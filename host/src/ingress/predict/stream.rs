@@ -14,12 +14,11 @@ use hyper::StatusCode;
 use modalkit_engine::Payload;
 use tokio::time::{Instant as TokioInstant, Sleep, sleep};
 
-use super::{Call, CancelOnDrop, Ended, count, decode_body, say_if_lost};
+use super::{Call, CancelOnDrop, Counted, Ended, count, decode_body, say_if_lost};
 use crate::{
     egress::{self, BodyStream, HttpResponse, LastError},
     ingress::{
         Context,
-        endpoints::{Endpoint, Prediction},
         exchange::Exchange,
         request_timings::{RequestTimings, put_trace},
         timer::Limit,
@@ -40,7 +39,7 @@ static CALLER_LEFT: LazyLock<StatusCode> =
 const EVENT_BYTES: usize = 24;
 
 /// A stream whose first event has come, or that has been silent for as long as one may be.
-pub(super) struct StartedStream {
+pub(in crate::ingress) struct StartedStream {
     pending: PendingStream,
     first: Option<Received>,
     cancel_on_drop: CancelOnDrop<Arc<Model>>,
@@ -50,7 +49,7 @@ pub(super) struct StartedStream {
 ///
 /// # Errors
 /// What became of it before there was one: its answer has a status of its own then.
-pub(super) async fn begin(
+pub(in crate::ingress) async fn begin(
     exchange: &Exchange,
     call: &Call,
     generation: &Arc<Generation>,
@@ -91,21 +90,16 @@ pub(super) fn respond(
     exchange: &Exchange,
     call: Call,
     begun: StartedStream,
-    endpoint: &'static Endpoint,
+    counted: Counted,
 ) -> HttpResponse {
-    let StartedStream { pending, first, cancel_on_drop } = begun;
     let interval = exchange.context.server.stream_heartbeat;
-    call.model.metrics.streams.inc();
     let trace = call.timings.as_deref().and_then(RequestTimings::traceparent);
+    // Where there was silence until now, the caller hears so at once.
+    let first = if begun.first.is_some() { interval } else { Duration::ZERO };
     let mut response = egress::events(Box::new(Events {
-        context: Arc::clone(&exchange.context),
-        endpoint,
-        limit: exchange.timer.limit(call.deadline.0),
-        // Where there was silence until now, the caller hears so at once.
-        heartbeat: Box::pin(sleep(if first.is_some() { interval } else { Duration::ZERO })),
-        is_first: true,
-        first,
-        open: Some(OpenStream { call, pending, cancel_on_drop }),
+        interval,
+        heartbeat: Box::pin(sleep(first)),
+        stream: CountedStream::new(exchange, call, begun, counted),
     }));
     if let Some(trace) = trace {
         put_trace(&mut response, &trace);
@@ -113,20 +107,20 @@ pub(super) fn respond(
     response
 }
 
-/// A stream on its way to its caller.
-struct Events {
+/// A stream on its way to its caller, which is counted by how it ends. Dropped before that, its caller has left.
+pub(in crate::ingress) struct CountedStream {
     context: Arc<Context>,
-    endpoint: &'static Endpoint,
+    counted: Counted,
     /// The request's deadline.
     limit: Limit,
-    /// When there was nothing to say for too long.
-    heartbeat: Pin<Box<Sleep>>,
     /// No event has come yet.
     is_first: bool,
     /// What came while the answer's headers were waited for.
     first: Option<Received>,
-    /// `None` once the last event is written.
+    /// `None` once the end has come.
     open: Option<OpenStream>,
+    /// Once the end has come, until it is counted.
+    ended: Option<Call>,
 }
 
 /// Dropped, it says that the caller has left.
@@ -136,66 +130,62 @@ struct OpenStream {
     cancel_on_drop: CancelOnDrop<Arc<Model>>,
 }
 
-impl BodyStream for Events {
-    fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
+impl CountedStream {
+    pub(in crate::ingress) fn new(
+        exchange: &Exchange,
+        call: Call,
+        begun: StartedStream,
+        counted: Counted,
+    ) -> Self {
+        let StartedStream { pending, first, cancel_on_drop } = begun;
+        call.model.metrics.streams.inc();
+        Self {
+            context: Arc::clone(&exchange.context),
+            counted,
+            limit: exchange.timer.limit(call.deadline.0),
+            is_first: true,
+            first,
+            open: Some(OpenStream { call, pending, cancel_on_drop }),
+            ended: None,
+        }
+    }
+
+    /// What has come; `None` once its end has. At the request's deadline it ends, whether or not its caller has kept up.
+    pub(in crate::ingress) fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Received>> {
         let Some(open) = &mut self.open else { return Poll::Ready(None) };
         let received = match self.first.take() {
             Some(received) => Poll::Ready(received),
             None => open.pending.poll_next(task),
         };
-        let received = match received {
-            Poll::Ready(received) => received,
+        let mut received = match received {
             Poll::Pending if Pin::new(&mut self.limit).poll(task).is_ready() => Received::default(),
-            Poll::Pending => {
-                ready!(self.heartbeat.as_mut().poll(task));
-                self.reset_heartbeat();
-                return Poll::Ready(Some(HEARTBEAT.into()));
-            }
+            received => ready!(received),
         };
-        self.reset_heartbeat();
-        Poll::Ready(Some(self.write(received)))
-    }
-}
-
-impl Events {
-    fn reset_heartbeat(&mut self) {
-        let at = TokioInstant::now() + self.context.server.stream_heartbeat;
-        self.heartbeat.as_mut().reset(at);
-    }
-
-    /// Writes what has come. At the request's deadline the stream ends, whether or not its caller has kept up.
-    fn write(&mut self, Received { chunks, end }: Received) -> Bytes {
-        let mut text = Vec::with_capacity(chunks.iter().map(|chunk| chunk.len() + EVENT_BYTES).sum());
-        chunks.iter().for_each(|chunk| put_event(&mut text, CHUNK, chunk));
-        let Some(open) = self.open.take() else { return text.into() };
-        let OpenStream { call, .. } = &open;
         if std::mem::take(&mut self.is_first) {
-            call.model.metrics.first_event.observe(call.begun.elapsed().as_secs_f64());
+            open.call.model.metrics.first_event.observe(open.call.begun.elapsed().as_secs_f64());
         }
-        if let Some(reply) = end {
-            open.cancel_on_drop.done();
-            self.end(open.call, reply, &mut text);
-        } else if Instant::now() >= call.deadline.0 {
-            // What is dropped takes the job along, wherever it is.
-            let OpenStream { call, .. } = open;
-            self.end(call, Err(JobError::DeadlinePassed), &mut text);
-        } else {
-            self.open = Some(open);
+        let is_late = received.end.is_none() && Instant::now() >= open.call.deadline.0;
+        if (received.end.is_some() || is_late)
+            && let Some(OpenStream { call, cancel_on_drop, .. }) = self.open.take()
+        {
+            if is_late {
+                // What is dropped takes the job along, wherever it is.
+                received.end = Some(Err(JobError::DeadlinePassed));
+            } else {
+                cancel_on_drop.done();
+            }
+            self.ended = Some(call);
         }
-        text.into()
+        Poll::Ready(Some(received))
     }
 
-    /// Writes the last event and counts what the request came to.
-    fn end(&self, call: Call, reply: Reply, text: &mut Vec<u8>) {
-        let Call { model, timings, id, begun, .. } = call;
-        if let Err(error) = &reply {
-            say_if_lost(error, &model, &id);
+    /// Counts what the request came to, with the status that its end has or would have; says where the time went, where its caller wants to know.
+    pub(in crate::ingress) fn count_end(&mut self, end: &StreamEnd<'_>) -> Option<serde_json::Value> {
+        let Call { model, timings, id, begun, .. } = self.ended.take()?;
+        let StreamEnd { status, error, is_slow, is_lost } = *end;
+        if is_lost {
+            say_if_lost(&JobError::Lost, &model, &id);
         }
-        let is_slow = matches!(reply, Err(JobError::StoppedReading(_)));
-        let (status, error, event) = match egress::last_event(reply) {
-            Ok(answer) => (StatusCode::OK, None, answer.into_bytes()),
-            Err(LastError { status, error, event }) => (status, Some(error), event),
-        };
         let metrics = &model.metrics;
         match status {
             StatusCode::OK => metrics.streams_complete.inc(),
@@ -206,16 +196,38 @@ impl Events {
         metrics.stream.observe(begun.elapsed().as_secs_f64());
         let explanation =
             timings.and_then(|timings| timings.end(&self.context, begun, &model.name, &id, status));
-        if let Some(explanation) = explanation {
-            put_event(text, EXPLAIN, explanation.to_string().as_bytes());
-        }
-        put_event(text, END, &event);
-        let ended = Ended { status, error: error.as_deref().filter(|_| status.is_server_error()) };
-        count(&self.context, Some(&model), (self.endpoint, Prediction::Stream), &id, ended);
+        let ended = Ended { status, error: error.filter(|_| status.is_server_error()) };
+        count(&self.context, Some(&model), self.counted, &id, ended);
+        explanation
     }
 }
 
-impl Drop for Events {
+/// How a stream ended.
+pub(in crate::ingress) struct StreamEnd<'a> {
+    status: StatusCode,
+    error: Option<&'a str>,
+    /// Its caller read none of its chunks.
+    is_slow: bool,
+    is_lost: bool,
+}
+
+impl<'a> StreamEnd<'a> {
+    /// That of a stream which ends with this error, or well.
+    pub(in crate::ingress) fn of(
+        error: Option<&JobError>,
+        status: StatusCode,
+        text: Option<&'a str>,
+    ) -> Self {
+        Self {
+            status,
+            error: text,
+            is_slow: matches!(error, Some(JobError::StoppedReading(_))),
+            is_lost: matches!(error, Some(JobError::Lost)),
+        }
+    }
+}
+
+impl Drop for CountedStream {
     fn drop(&mut self) {
         let Some(OpenStream { call, pending, .. }) = self.open.take() else { return };
         let Call { model, timings, id, begun, .. } = call;
@@ -231,6 +243,60 @@ impl Drop for Events {
             let _ = timings.end(&self.context, begun, &model.name, &id, status);
         }
         let ended = Ended { status, error: None };
-        count(&self.context, Some(&model), (self.endpoint, Prediction::Stream), &id, ended);
+        count(&self.context, Some(&model), self.counted, &id, ended);
+    }
+}
+
+/// A stream as server-sent events.
+struct Events {
+    interval: Duration,
+    /// When there was nothing to say for too long.
+    heartbeat: Pin<Box<Sleep>>,
+    stream: CountedStream,
+}
+
+impl BodyStream for Events {
+    fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
+        let received = match self.stream.poll_next(task) {
+            Poll::Ready(received) => received,
+            Poll::Pending => {
+                ready!(self.heartbeat.as_mut().poll(task));
+                self.reset_heartbeat();
+                return Poll::Ready(Some(HEARTBEAT.into()));
+            }
+        };
+        self.reset_heartbeat();
+        Poll::Ready(received.map(|received| self.write(received)))
+    }
+}
+
+impl Events {
+    fn reset_heartbeat(&mut self) {
+        let at = TokioInstant::now() + self.interval;
+        self.heartbeat.as_mut().reset(at);
+    }
+
+    /// Writes what has come.
+    fn write(&mut self, Received { chunks, end }: Received) -> Bytes {
+        let mut text = Vec::with_capacity(chunks.iter().map(|chunk| chunk.len() + EVENT_BYTES).sum());
+        chunks.iter().for_each(|chunk| put_event(&mut text, CHUNK, chunk));
+        if let Some(reply) = end {
+            self.end(reply, &mut text);
+        }
+        text.into()
+    }
+
+    /// Writes the last event.
+    fn end(&mut self, reply: Reply, text: &mut Vec<u8>) {
+        let end = StreamEnd::of(reply.as_ref().err(), StatusCode::OK, None);
+        let (status, error, event) = match egress::last_event(reply) {
+            Ok(answer) => (StatusCode::OK, None, answer.into_bytes()),
+            Err(LastError { status, error, event }) => (status, Some(error), event),
+        };
+        let explanation = self.stream.count_end(&StreamEnd { status, error: error.as_deref(), ..end });
+        if let Some(explanation) = explanation {
+            put_event(text, EXPLAIN, explanation.to_string().as_bytes());
+        }
+        put_event(text, END, &event);
     }
 }

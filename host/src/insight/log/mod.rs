@@ -157,6 +157,13 @@ fn tell_of_panic(panicked: &panic::PanicHookInfo<'_>) {
     tracing::error!(place, thread, backtrace, "panicked: {message}");
 }
 
+/// The least severe level at which everything is logged for which no level of its own was said.
+#[must_use]
+pub fn default_level() -> LogLevel {
+    let default = LEVELS.read().as_ref().and_then(Targets::default_level);
+    default.map_or(LogLevel::Off, engine_level)
+}
+
 /// Lines of plugins have been held against the levels before they come here.
 fn with_plugins(levels: &Targets) -> Targets {
     levels.clone().with_target(PLUGIN_TARGET, LevelFilter::TRACE)
@@ -168,7 +175,11 @@ pub fn plugin_level() -> LogLevel {
     let levels = LEVELS.read();
     let Some(levels) = levels.as_ref() else { return LogLevel::Off };
     let all = levels.iter().map(|(_, level)| level).chain(levels.default_level());
-    match all.max().unwrap_or(LevelFilter::OFF) {
+    engine_level(all.max().unwrap_or(LevelFilter::OFF))
+}
+
+fn engine_level(level: LevelFilter) -> LogLevel {
+    match level {
         LevelFilter::OFF => LogLevel::Off,
         LevelFilter::ERROR => LogLevel::Error,
         LevelFilter::WARN => LogLevel::Warn,

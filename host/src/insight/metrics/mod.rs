@@ -37,6 +37,11 @@ pub use registrar::Described;
 /// Content type of [`Metrics::render`].
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Labels of calls over gRPC that run pipelines.
+pub const GRPC_INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+/// As [`GRPC_INFER`].
+pub const GRPC_STREAM_INFER: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
+
 /// The models that may have series. A counter is looked up by its model's name also for a request, a job or a message that outlives
 /// the model: under this lock, so that nothing brings back a series of a model that has left this list.
 type Known = Arc<RwLock<HashSet<String>>>;
@@ -143,6 +148,8 @@ impl Metrics {
             ok_batch: self.requests(name, "/predict_batch", 200),
             ok_async: self.requests(name, "/predict_async", 200),
             ok_infer: self.requests(name, "/v2/models/{name}/infer", 200),
+            ok_grpc_infer: self.requests(name, GRPC_INFER, 200),
+            ok_grpc_stream: self.requests(name, GRPC_STREAM_INFER, 200),
             ok_stream: self.requests(name, "/predict_stream", 200),
             first_event: self.of_models.first_event.with_label_values(model),
             stream: self.of_models.stream.with_label_values(model),

@@ -9,7 +9,7 @@ families! {
     /// Of all models.
     pub(super) struct ModelFamilies {
         request: seconds("modalkit_request_seconds", "from a request's headers to its answer, of all but streams", ["model"]);
-        requests: counters("modalkit_requests_total", "requests answered, streams by the status of their end (499: the caller left)", ["model", "endpoint", "status"]);
+        requests: counters("modalkit_requests_total", "requests answered, streams by the status of their end (499: the caller left), those over gRPC by the status that they would have over HTTP", ["model", "endpoint", "status"]);
         first_event: seconds("modalkit_stream_first_event_seconds", "from the headers of a request for a stream to its first event", ["model"]);
         stream: seconds("modalkit_stream_seconds", "from the headers of a request for a stream to its end; these are not in modalkit_request_seconds", ["model"]);
         streams: gauges("modalkit_streams", "streams that have begun and not ended", ["model"]);
@@ -51,6 +51,10 @@ pub struct ModelMetrics {
     pub ok_async: IntCounter,
     /// Requests to `/v2/models/{name}/infer` answered with 200.
     pub ok_infer: IntCounter,
+    /// Requests to `ModelInfer` over gRPC answered well.
+    pub ok_grpc_infer: IntCounter,
+    /// Requests in `ModelStreamInfer` over gRPC answered well.
+    pub ok_grpc_stream: IntCounter,
     /// Requests to `/predict_stream` whose streams ended well.
     pub ok_stream: IntCounter,
     /// From the headers of a request for a stream to its first event, seconds.

@@ -6,7 +6,7 @@ mod export;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -40,7 +40,10 @@ pub struct Traces(Option<Arc<Exporting>>);
 struct Exporting {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
-    sample_ratio: f64,
+    /// As the configuration has it.
+    configured_ratio: f64,
+    /// As it is now: the bits of a number of 64.
+    sample_ratio: AtomicU64,
     /// Whether the last export failed.
     fails: Arc<AtomicBool>,
 }
@@ -69,6 +72,12 @@ pub struct Ended<'a> {
     pub jobs: &'a [Arc<JobTimings>],
 }
 
+impl Exporting {
+    fn ratio(&self) -> f64 {
+        f64::from_bits(self.sample_ratio.load(Ordering::Relaxed))
+    }
+}
+
 impl Traces {
     /// Starts to export, from a thread of its own.
     ///
@@ -89,8 +98,29 @@ impl Traces {
             .with_resource(resource)
             .build();
         let tracer = provider.tracer("modalkit");
-        let sample_ratio = spec.sample_ratio;
-        Ok(Self(Some(Arc::new(Exporting { provider, tracer, sample_ratio, fails }))))
+        let configured_ratio = spec.sample_ratio;
+        let sample_ratio = configured_ratio.to_bits().into();
+        Ok(Self(Some(Arc::new(Exporting { provider, tracer, configured_ratio, sample_ratio, fails }))))
+    }
+
+    /// Whether spans go anywhere.
+    #[must_use]
+    pub fn is_exporting(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// The share of requests that are sampled where their callers haven't decided; `None` where spans go nowhere.
+    #[must_use]
+    pub fn sample_ratio(&self) -> Option<f64> {
+        self.0.as_ref().map(|exporting| exporting.ratio())
+    }
+
+    /// Samples such a share from now on, or, for `None`, the configured one. Nothing where spans go nowhere.
+    pub fn set_sample_ratio(&self, ratio: Option<f64>) {
+        if let Some(exporting) = &self.0 {
+            let ratio = ratio.unwrap_or(exporting.configured_ratio);
+            exporting.sample_ratio.store(ratio.to_bits(), Ordering::Relaxed);
+        }
     }
 
     /// A request's span, where it is sampled: as its caller has decided (`traceparent`), else by the ratio.
@@ -103,7 +133,7 @@ impl Traces {
         };
         let caller = parent.span().span_context().clone();
         let sampled =
-            if caller.is_valid() { caller.is_sampled() } else { fastrand::f64() < exporting.sample_ratio };
+            if caller.is_valid() { caller.is_sampled() } else { fastrand::f64() < exporting.ratio() };
         if !sampled {
             return None;
         }

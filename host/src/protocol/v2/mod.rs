@@ -1,16 +1,27 @@
-//! The Open Inference Protocol's `infer` over HTTP: requests and answers of tensors, as JSON, as bytes behind JSON (the binary extension), or as
-//! bytes alone. It knows neither sockets nor models' insides, but for the signature that a request is held against.
+//! The Open Inference Protocol: requests and answers of tensors over HTTP, as JSON, as bytes behind JSON (the binary extension), or as bytes alone; the
+//! same as messages of gRPC; and what the protocol says of models. It knows neither sockets nor models' insides, but for the signature that a request is
+//! held against.
 //!
 //! <https://github.com/kserve/open-inference-protocol>, and for the binary extension
 //! <https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md>.
 
+mod check;
+mod describe;
 mod elements;
+mod form;
+mod messages;
+mod outputs;
 mod problem;
 mod request;
 mod response;
 
+pub use check::{BatchTensors, InferRequest, Wanted};
+pub use describe::{ModelFacts, config, metadata, server};
+pub use form::{Form, JSON_CHUNK, json_tensor};
+pub use messages::{chunk_message, elements_in, infer_message, read_message};
+pub use outputs::outputs_of;
 pub use problem::problem;
-pub use request::{BatchTensors, InferRequest, Wanted, read_infer};
+pub use request::read_infer;
 pub use response::{InferAnswer, write_infer};
 
 /// The header that says where the JSON part of a request or an answer ends.

@@ -1,24 +1,21 @@
-//! Takes a request apart and holds it against the model's signature: what comes out fits it.
+//! Takes a request over HTTP apart: JSON, bytes behind it, or bytes alone.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use modalkit_engine::{Datatype, Signature, Tensor, TensorSpec};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
-use super::{JSON_BYTES_HEADER, elements};
-use crate::{
-    protocol::json::Object,
-    work::{Detail, JobError, Location},
+use super::{
+    JSON_BYTES_HEADER,
+    check::{
+        self, BatchTensors, InferRequest, InputDescription, NO_SHARED_MEMORY, OutputDescription, at,
+        described, invalid,
+    },
+    elements,
 };
-
-/// Tensors that a request may have.
-const TENSORS_MAX: usize = 1024;
-/// Characters of a name that an error repeats, and sizes of a shape.
-const SHOWN_CHARS: usize = 80;
-const SIZES_SHOWN: usize = 16;
-const NO_SHARED_MEMORY: &str = "expected the elements in the request: this host has no shared memory";
+use crate::{protocol::json::Object, work::JobError};
 
 #[derive(Deserialize)]
 struct Request<'a> {
@@ -38,6 +35,9 @@ struct RequestParameters {
     binary_data_output: Option<bool>,
     #[serde(default)]
     sequence_id: Option<IgnoredAny>,
+    /// In microseconds.
+    #[serde(default)]
+    timeout: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -79,54 +79,22 @@ struct OutputParameters {
     shared_memory_region: Option<IgnoredAny>,
 }
 
-/// A request that fits its model's signature.
-pub struct InferRequest {
-    /// Its tensors.
-    pub tensors: BatchTensors,
-    /// What is wanted back.
-    pub wanted: Wanted,
-}
-
-/// A request's tensors, of one input or of a batch of them.
-#[derive(Clone)]
-pub struct BatchTensors {
-    tensors: Vec<Tensor>,
-    /// The size of the batch; `None` where the tensors have no such dimension.
-    batch: Option<u64>,
-}
-
-impl BatchTensors {
-    /// How many inputs they are.
-    #[must_use]
-    pub fn inputs(&self) -> u64 {
-        self.batch.unwrap_or(1)
-    }
-
-    /// How many bytes of them are strings, which are taken one by one.
-    #[must_use]
-    pub fn bytes_of_strings(&self) -> usize {
-        let strings = self.tensors.iter().filter(|tensor| tensor.datatype() == Datatype::Bytes);
-        strings.map(|tensor| tensor.data().len()).sum()
-    }
-
-    /// The tensors of each input, without the dimension of the batch.
-    #[must_use]
-    pub fn into_inputs(self) -> Vec<Arc<[Tensor]>> {
-        let Some(rows) = self.batch else {
-            return vec![self.tensors.into_iter().map(Tensor::aligned).collect()];
-        };
-        let mut by_tensor: Vec<_> =
-            self.tensors.into_iter().map(|tensor| tensor.rows().into_iter()).collect();
-        (0..rows).map(|_| by_tensor.iter_mut().filter_map(Iterator::next).collect()).collect()
+impl InputTensor<'_> {
+    fn description(&self) -> InputDescription<'_> {
+        InputDescription { name: &self.name, datatype: &self.datatype, shape: &self.shape }
     }
 }
 
-/// What a request wants back.
-pub struct Wanted {
-    pub(super) id: Option<String>,
-    /// The outputs, and whether as bytes.
-    pub(super) outputs: Vec<(TensorSpec, bool)>,
-    pub(super) batched: bool,
+impl WantedOutput<'_> {
+    fn description(&self, all_as_bytes: bool) -> OutputDescription<'_> {
+        let parameters = self.parameters.as_ref().map(|Object(parameters)| parameters);
+        OutputDescription {
+            name: &self.name,
+            as_bytes: parameters.and_then(|parameters| parameters.binary_data).unwrap_or(all_as_bytes),
+            classes: parameters.and_then(|parameters| parameters.classification).unwrap_or_default(),
+            has_region: parameters.is_some_and(|parameters| parameters.shared_memory_region.is_some()),
+        }
+    }
 }
 
 /// Takes a request apart and holds it against the signature.
@@ -152,43 +120,26 @@ pub fn read_infer(
     }
     let Object(request): Object<Request<'_>> = serde_json::from_slice(&body[..json_bytes])
         .map_err(|error| invalid(&[], format!("expected an inference request in JSON: {error}")))?;
-    if request.inputs.len() > TENSORS_MAX {
-        let found = format!("expected at most {TENSORS_MAX} tensors, found {}", request.inputs.len());
-        return Err(invalid(&["inputs".into()], found));
-    }
+    check::count(request.inputs.len())?;
     let Object(parameters) = request.parameters.unwrap_or_default();
     if parameters.sequence_id.is_some() {
-        return Err(invalid(
-            &["parameters".into()],
-            "expected no sequence_id: no model here keeps a state".into(),
-        ));
+        return Err(check::no_sequence());
     }
     let all_as_bytes = parameters.binary_data_output.unwrap_or(false);
-    let wanted = wanted(request.id, all_as_bytes, request.outputs.as_deref().unwrap_or_default(), signature)?;
+    let outputs = request.outputs.as_deref().unwrap_or_default().iter();
+    let outputs = outputs.map(|Object(output)| output.description(all_as_bytes));
+    let wanted = check::wanted(request.id, all_as_bytes, outputs, signature)?;
     let mut rest = body.slice(json_bytes..);
     let mut tensors: Vec<Tensor> = Vec::with_capacity(request.inputs.len());
     for (index, Object(input)) in request.inputs.iter().enumerate() {
-        let tensor = tensor(input, &mut rest, signature, index)?;
-        if tensors.iter().any(|known| known.name() == tensor.name()) {
-            let found = format!("expected each tensor once, found `{}` again", tensor.name());
-            return Err(at(index, "name", found));
-        }
-        tensors.push(tensor);
+        tensors.push(tensor(input, &mut rest, signature, index)?);
     }
     if !rest.is_empty() {
         let found = format!("{} bytes stand behind those of the tensors (binary_data_size)", rest.len());
         return Err(invalid(&[], found));
     }
-    if let Some(missing) = signature
-        .inputs
-        .iter()
-        .find(|spec| !spec.optional && !tensors.iter().any(|tensor| *tensor.name() == *spec.name))
-    {
-        let expected = format!("expected a tensor `{}` of {}", missing.name, described(missing, signature));
-        return Err(invalid(&["inputs".into()], expected));
-    }
-    let batch = signature.batched.then(|| batch(&tensors, inputs_max)).transpose()?;
-    Ok(InferRequest { tensors: BatchTensors { tensors, batch }, wanted })
+    let tensors = check::whole(tensors, signature, inputs_max)?;
+    Ok(InferRequest { tensors, wanted, timeout: parameters.timeout.map(Duration::from_micros) })
 }
 
 /// A body that is the bytes of the only input, of one row.
@@ -239,8 +190,9 @@ fn one_row(
 ) -> Result<InferRequest, JobError> {
     let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, data)
         .map_err(|error| invalid(&[], error.to_string()))?;
-    let wanted = wanted(None, true, &[], signature)?;
-    Ok(InferRequest { tensors: BatchTensors { tensors: vec![tensor], batch: None }, wanted })
+    let wanted = check::wanted(None, true, std::iter::empty(), signature)?;
+    let tensors = BatchTensors { tensors: vec![tensor], batch: None };
+    Ok(InferRequest { tensors, wanted, timeout: None })
 }
 
 /// One tensor of a request, with its bytes from `rest` where they stand there.
@@ -250,26 +202,8 @@ fn tensor(
     signature: &Signature,
     index: usize,
 ) -> Result<Tensor, JobError> {
-    let Some(spec) = signature.inputs.iter().find(|spec| *spec.name == *input.name) else {
-        let known: Vec<&str> = signature.inputs.iter().map(|spec| &*spec.name).collect();
-        let found = format!("the model has no input `{}`; expected one of {known:?}", brief(&input.name));
-        return Err(at(index, "name", found));
-    };
-    if input.datatype != spec.datatype.name() {
-        let found =
-            format!("expected {} for `{}`, found {}", spec.datatype, spec.name, brief(&input.datatype));
-        return Err(at(index, "datatype", found));
-    }
-    let sizes = if signature.batched { input.shape.get(1..) } else { Some(&input.shape[..]) };
-    let fits = |sizes: &[u64]| {
-        sizes.len() == spec.shape.len()
-            && sizes.iter().zip(&spec.shape).all(|(found, size)| size.is_none_or(|size| size == *found))
-    };
-    if !sizes.is_some_and(fits) {
-        let (expected, shown) = (described(spec, signature), input.shape.len().min(SIZES_SHOWN));
-        let found = format!("expected {expected} for `{}`, found {:?}", spec.name, &input.shape[..shown]);
-        return Err(at(index, "shape", found));
-    }
+    let description = input.description();
+    let spec = description.spec(signature, index)?;
     let parameters = input.parameters.as_ref().map(|Object(parameters)| parameters);
     if parameters.is_some_and(|parameters| parameters.shared_memory_region.is_some()) {
         return Err(at(index, "parameters", NO_SHARED_MEMORY.into()));
@@ -294,104 +228,5 @@ fn tensor(
         }
         (None, None) => return Err(at(index, "data", "expected data, or a binary_data_size".into())),
     };
-    Tensor::new(Arc::clone(&spec.name), spec.datatype, input.shape.clone(), data)
-        .map_err(|error| at(index, "data", error.to_string()))
-}
-
-/// The size of a batch, which all of its tensors have.
-fn batch(tensors: &[Tensor], inputs_max: usize) -> Result<u64, JobError> {
-    let sizes: Vec<u64> = tensors.iter().filter_map(|tensor| tensor.shape().first().copied()).collect();
-    let Some(&rows) = sizes.first() else {
-        return Err(invalid(&["inputs".into()], "expected a tensor".into()));
-    };
-    if rows == 0 || sizes.iter().any(|size| *size != rows) {
-        let found = format!("expected the same batch size in each tensor, at least 1; found {sizes:?}");
-        return Err(invalid(&["inputs".into()], found));
-    }
-    // Rows of nothing would cost the caller nothing.
-    if rows > 1 && tensors.iter().all(|tensor| tensor.data().is_empty()) {
-        return Err(invalid(
-            &["inputs".into()],
-            "expected a batch with elements, found none in any tensor".into(),
-        ));
-    }
-    if rows > inputs_max as u64 {
-        return Err(JobError::TooLarge(format!(
-            "expected a batch of at most {inputs_max} (queue_max), found {rows}: split it over several requests"
-        )));
-    }
-    Ok(rows)
-}
-
-fn wanted(
-    id: Option<String>,
-    all_as_bytes: bool,
-    outputs: &[Object<WantedOutput<'_>>],
-    signature: &Signature,
-) -> Result<Wanted, JobError> {
-    let mut wanted: Vec<(TensorSpec, bool)> = Vec::new();
-    for (index, Object(output)) in outputs.iter().enumerate() {
-        let place = ["outputs".into(), Location::Index(index as u64)];
-        let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
-            let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
-            let found =
-                format!("the model has no output `{}`; expected one of {known:?}", brief(&output.name));
-            return Err(invalid(&place, found));
-        };
-        if wanted.iter().any(|(known, _)| known.name == spec.name) {
-            return Err(invalid(&place, format!("expected each output once, found `{}` again", spec.name)));
-        }
-        let (mut as_bytes, parameters) = (all_as_bytes, output.parameters.as_ref());
-        if let Some(Object(OutputParameters { binary_data, classification, shared_memory_region })) =
-            parameters
-        {
-            if classification.is_some_and(|classes| classes > 0) {
-                let found = "expected no `classification`: this host doesn't have that extension";
-                return Err(invalid(&place, found.into()));
-            }
-            if shared_memory_region.is_some() {
-                return Err(invalid(&place, NO_SHARED_MEMORY.into()));
-            }
-            as_bytes = binary_data.unwrap_or(all_as_bytes);
-        }
-        wanted.push((spec.clone(), as_bytes));
-    }
-    if outputs.is_empty() {
-        wanted = signature.outputs.iter().map(|spec| (spec.clone(), all_as_bytes)).collect();
-    }
-    if let Some((spec, _)) =
-        wanted.iter().find(|(spec, as_bytes)| !as_bytes && !elements::fit_json(spec.datatype))
-    {
-        let found = format!(
-            "the output `{}` is of {}, which JSON doesn't have: ask for it as bytes (binary_data)",
-            spec.name, spec.datatype
-        );
-        return Err(invalid(&["outputs".into()], found));
-    }
-    Ok(Wanted { id, outputs: wanted, batched: signature.batched })
-}
-
-fn invalid(place: &[Location], msg: String) -> JobError {
-    let detail = Detail { loc: vec!["body".into()], msg, kind: "value_error".into() };
-    JobError::Invalid(vec![detail.inside(place)])
-}
-
-fn at(index: usize, member: &str, msg: String) -> JobError {
-    invalid(&["inputs".into(), Location::Index(index as u64), member.into()], msg)
-}
-
-/// The beginning of what a caller wrote.
-fn brief(text: &str) -> String {
-    match text.char_indices().nth(SHOWN_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
-}
-
-/// A tensor's datatype and shape, for people: `FP32 [batch, 3, any]`.
-fn described(spec: &TensorSpec, signature: &Signature) -> String {
-    let batch = signature.batched.then(|| "batch".to_owned());
-    let sizes = spec.shape.iter().map(|size| size.map_or_else(|| "any".to_owned(), |size| size.to_string()));
-    let shape: Vec<String> = batch.into_iter().chain(sizes).collect();
-    format!("{} [{}]", spec.datatype, shape.join(", "))
+    description.tensor(spec, data, index)
 }

@@ -1,4 +1,4 @@
-//! Puts outputs together and writes the answer.
+//! Writes an answer over HTTP.
 
 use std::sync::Arc;
 
@@ -7,11 +7,8 @@ use modalkit_engine::{Failure, FailureKind, Tensor};
 use serde::Serialize;
 use serde_json::{Value, json, value::RawValue};
 
-use super::{Wanted, elements};
+use super::{Wanted, elements, outputs_of};
 use crate::protocol::{Answer, object};
-
-/// Shapes that an error lists.
-const SHAPES_SHOWN: usize = 8;
 
 #[derive(Serialize)]
 struct Response<'a> {
@@ -41,74 +38,26 @@ pub struct InferAnswer {
     pub json_bytes: Option<usize>,
 }
 
-impl Wanted {
-    /// How much of these outputs is copied or written as JSON.
-    #[must_use]
-    pub fn bytes_to_write(&self, outputs: &[Arc<[Tensor]>]) -> usize {
-        let stays = |tensor: &&Tensor| {
-            outputs.len() == 1
-                && self.outputs.iter().any(|(spec, as_bytes)| *as_bytes && *spec.name == *tensor.name())
-        };
-        let tensors = outputs.iter().flat_map(|output| output.iter());
-        tensors.filter(|tensor| !stays(tensor)).map(|tensor| tensor.data().len()).sum()
-    }
-}
-
 /// Writes an answer of each input's output.
 ///
 /// # Errors
-/// The outputs are not those of the signature, which is the plugin's fault; or they are none that can be written as was asked, which is the
-/// caller's.
+/// As [`outputs_of`], or one of them can't be written as was asked.
 pub fn write_infer(
     model_name: &str,
     model_version: u64,
     wanted: Wanted,
     outputs: &[Arc<[Tensor]>],
 ) -> Result<InferAnswer, Failure> {
-    let failed = |kind, message: String| Failure { kind, message };
-    let mut tensors = Vec::with_capacity(wanted.outputs.len());
-    for (spec, as_bytes) in &wanted.outputs {
-        let name = &spec.name;
-        let mut rows = Vec::with_capacity(outputs.len());
-        for output in outputs {
-            let mut named = output.iter().filter(|tensor| *tensor.name() == **name);
-            let (Some(tensor), None) = (named.next(), named.next()) else {
-                let found =
-                    format!("the plugin's signature has one output `{name}`, and it gave none or two");
-                return Err(failed(FailureKind::Permanent, found));
-            };
-            if tensor.datatype() != spec.datatype || !fits(tensor.shape(), &spec.shape) {
-                let (datatype, shape) = (tensor.datatype(), tensor.shape());
-                let size = |size: &Option<u64>| size.map_or("any".to_owned(), |size| size.to_string());
-                let sizes: Vec<String> = spec.shape.iter().map(size).collect();
-                let found = format!(
-                    "the plugin gave {datatype} {shape:?} for its output `{name}`, which is {} [{}] in its signature",
-                    spec.datatype,
-                    sizes.join(", ")
-                );
-                return Err(failed(FailureKind::Permanent, found));
-            }
-            rows.push(tensor.clone());
-        }
-        let whole = match (wanted.batched, &rows[..]) {
-            (false, [one]) => Some(one.clone()),
-            _ => Tensor::from_rows(&rows),
-        };
-        let whole = whole.ok_or_else(|| {
-            let shapes: Vec<&[u64]> = rows.iter().map(Tensor::shape).take(SHAPES_SHOWN).collect();
-            let found = format!(
-                "the outputs `{name}` of this request's inputs can't be put together, their shapes are {shapes:?}: ask for each alone"
-            );
-            failed(FailureKind::InvalidInput, found)
-        })?;
-        tensors.push((whole, *as_bytes));
-    }
+    let tensors = outputs_of(&wanted, outputs)?;
+    let tensors: Vec<(&Tensor, bool)> =
+        tensors.iter().zip(wanted.outputs.iter().map(|(_, as_bytes)| *as_bytes)).collect();
     let mut described = Vec::with_capacity(tensors.len());
     for (tensor, as_bytes) in &tensors {
         let (parameters, data) = if *as_bytes {
             (Some(json!({"binary_data_size": tensor.data().len()})), None)
         } else {
-            (None, Some(elements::write(tensor).map_err(|why| failed(FailureKind::InvalidInput, why))?))
+            let failed = |message| Failure { kind: FailureKind::InvalidInput, message };
+            (None, Some(elements::write(tensor).map_err(failed)?))
         };
         let (datatype, shape) = (tensor.datatype().name(), tensor.shape());
         described.push(OutputTensor { name: tensor.name(), datatype, shape, parameters, data });
@@ -123,9 +72,4 @@ pub fn write_infer(
         tensors.iter().filter(|(_, as_bytes)| *as_bytes).map(|(tensor, _)| tensor.data().clone()).collect();
     let json_bytes = tensors.iter().any(|(_, as_bytes)| *as_bytes).then_some(json.len());
     Ok(InferAnswer { body: Answer::in_pieces(json, bytes), json_bytes })
-}
-
-fn fits(shape: &[u64], spec: &[Option<u64>]) -> bool {
-    shape.len() == spec.len()
-        && shape.iter().zip(spec).all(|(found, size)| size.is_none_or(|size| size == *found))
 }

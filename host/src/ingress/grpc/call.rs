@@ -1,0 +1,232 @@
+//! A call that was let in: who asks, until when, and what it holds of the host's limits. It never knows what is asked.
+
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+
+use hyper::header::HeaderName;
+use parking_lot::Mutex;
+use tonic::{Response, Status};
+
+use super::{body::Meter, methods::Method};
+use crate::{
+    access::{Caller, Visibility},
+    audit::{Action, Effect},
+    egress::{Refusal, denied_status, job_status},
+    ingress::{
+        Context,
+        endpoints::OpenTo,
+        exchange::Exchange,
+        refusal::refuse,
+        request_headers::{self, Head, Headers},
+        request_timings::RequestTimings,
+    },
+    work::{Deadline, Detail, JobError, RequestId},
+};
+
+/// How long its caller waits.
+const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// Digits of a number there.
+const TIMEOUT_DIGITS_MAX: usize = 8;
+/// Asks where the time went, and says so.
+const EXPLAIN: &str = "x-modalkit-explain";
+
+/// A call that was let in.
+pub(super) struct GrpcCall {
+    pub(super) exchange: Arc<Exchange>,
+    pub(super) caller: Caller,
+    pub(super) id: RequestId,
+    pub(super) begun: Instant,
+    /// When its caller wants no answer any more; of a call that its caller gave no time, when one request in it has had its time.
+    pub(super) deadline: Deadline,
+    /// Whether its caller has said so.
+    pub(super) is_timed: bool,
+    pub(super) meter: Arc<Meter>,
+    pub(super) method: &'static Method,
+    /// Where the time went, of the one request of a call that runs a pipeline.
+    pub(super) timings: Mutex<Option<Box<RequestTimings>>>,
+    /// It was counted with the model that it asked.
+    pub(super) is_counted: AtomicBool,
+    visibility: Visibility,
+}
+
+impl GrpcCall {
+    /// Lets a call in: its caller, where it isn't everybody's, and a permit among the requests in flight where it runs a pipeline.
+    ///
+    /// # Errors
+    /// Why its caller isn't let in, or has to come back.
+    pub(super) fn admit(
+        exchange: &Arc<Exchange>,
+        head: &Head<'_>,
+        id: &RequestId,
+        method: &'static Method,
+    ) -> Result<Self, Status> {
+        let (context, begun) = (&*exchange.context, Instant::now());
+        let headers = Headers(&head.headers);
+        let action =
+            |effect| Action { method: head.method.as_str(), endpoint: method.path, name: "", effect };
+        if context.access.is_keyless()
+            && let Err(foreign) = context.pages.check(head)
+        {
+            context.audit.refused(action(Effect::Look), None, &exchange.from, 403);
+            return Err(Status::permission_denied(foreign.to_string()));
+        }
+        let admitted = match method.open_to {
+            OpenTo::Everybody => Ok(Caller::default()),
+            OpenTo::Callers => context.access.admit(&exchange.from, &headers),
+            OpenTo::Management => context.access.manage(&exchange.from, &headers),
+        };
+        let caller = admitted.map_err(|denied| {
+            let _ = refuse(context, &exchange.from, action(Effect::Look), &denied);
+            denied_status(&denied)
+        })?;
+        let timings = method.runs.then(|| RequestTimings::of(exchange, head, &caller, method.path)).flatten();
+        if method.runs {
+            exchange.enter().map_err(|busy| job_status(&busy))?;
+        }
+        exchange.keep(caller.permit.as_ref());
+        // Of two that its caller has named, the earlier one.
+        let own = timeout(head).map_err(|error| job_status(&error))?;
+        let own = own.map(|timeout| begun + timeout.min(context.server.request_timeout_max));
+        let Deadline(usual) = request_headers::deadline(&head.known, &context.server, begun)
+            .map_err(|error| job_status(&error))?;
+        let named = head.known.request_timeout.map(|_| usual);
+        let deadline = Deadline(own.into_iter().chain(named).min().unwrap_or(usual));
+        let visibility = match method.open_to {
+            OpenTo::Everybody => {
+                context.access.visibility(&exchange.from, &headers).unwrap_or(Visibility::Status)
+            }
+            _ if caller.manages => Visibility::Reasons,
+            _ => Visibility::Names,
+        };
+        Ok(Self {
+            exchange: Arc::clone(exchange),
+            caller,
+            id: id.clone(),
+            begun,
+            deadline,
+            is_timed: own.is_some() || head.known.request_timeout.is_some(),
+            meter: Meter::new(exchange.peer()),
+            method,
+            timings: Mutex::new(timings),
+            is_counted: AtomicBool::new(false),
+            visibility,
+        })
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.exchange.context
+    }
+
+    /// How much its caller may see of the host's state.
+    pub(super) fn visibility(&self) -> Visibility {
+        self.visibility
+    }
+
+    /// Carries out a call that changes something, or reads settings, and has it in the audit log.
+    pub(super) async fn audited<T>(
+        &self,
+        name: &str,
+        effect: Effect,
+        work: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<Response<T>, Status> {
+        let action = Action { method: "POST", endpoint: self.method.path, name, effect };
+        let underway = self.context().audit.begin(action, &self.caller, &self.exchange.from);
+        match work.await {
+            Ok(answer) => {
+                underway.answered(200);
+                Ok(Response::new(answer))
+            }
+            Err(refusal) => {
+                let status = refusal.into_status();
+                underway.answered(http_status(&status));
+                Err(status)
+            }
+        }
+    }
+}
+
+/// A call's status as one of HTTP, where logs and metrics have those.
+pub(super) fn http_status(status: &Status) -> u16 {
+    use tonic::Code;
+    match status.code() {
+        Code::Ok => 200,
+        Code::InvalidArgument | Code::OutOfRange => 400,
+        Code::Unauthenticated => 401,
+        Code::PermissionDenied => 403,
+        Code::NotFound => 404,
+        Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => 409,
+        Code::ResourceExhausted => 429,
+        Code::Cancelled => 499,
+        Code::Unimplemented => 501,
+        Code::Unavailable => 503,
+        Code::DeadlineExceeded => 504,
+        Code::Unknown | Code::Internal | Code::DataLoss => 500,
+    }
+}
+
+/// An answer, with where the time went, where its caller may know.
+pub(super) fn explained<T>(answer: T, explanation: Option<serde_json::Value>) -> Response<T> {
+    let mut response = Response::new(answer);
+    if let Some(explanation) = explanation.and_then(|explanation| explanation.to_string().parse().ok()) {
+        response.metadata_mut().insert(EXPLAIN, explanation);
+    }
+    response
+}
+
+/// The time that a caller gives a call, as gRPC writes it: at most eight digits and a unit.
+fn timeout(head: &Head<'_>) -> Result<Option<Duration>, JobError> {
+    let Some(value) = head.headers.get(TIMEOUT) else { return Ok(None) };
+    let read = || {
+        let text = value.to_str().ok()?;
+        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+        let fits = (1..=TIMEOUT_DIGITS_MAX).contains(&digits.len())
+            && digits.bytes().all(|digit| digit.is_ascii_digit());
+        let number: u64 = digits.parse().ok().filter(|_| fits)?;
+        Some(match unit {
+            "H" => Duration::from_secs(number * 3600),
+            "M" => Duration::from_secs(number * 60),
+            "S" => Duration::from_secs(number),
+            "m" => Duration::from_millis(number),
+            "u" => Duration::from_micros(number),
+            "n" => Duration::from_nanos(number),
+            _ => return None,
+        })
+    };
+    read().map(Some).ok_or_else(|| {
+        JobError::Invalid(vec![Detail {
+            loc: vec!["header".into(), TIMEOUT.as_str().into()],
+            msg: format!("expected at most 8 digits and one of H, M, S, m, u, n, found {value:?}"),
+            kind: "value_error".into(),
+        }])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Request;
+
+    use super::*;
+
+    #[test]
+    fn a_timeout_is_digits_and_a_unit() {
+        let read = |text: &str| {
+            let request = Request::builder().header(TIMEOUT, text).body(()).unwrap();
+            timeout(&Head::of(&request.into_parts().0)).map_err(|_| ())
+        };
+        for (text, expected) in [
+            ("501m", Duration::from_millis(501)),
+            ("2S", Duration::from_secs(2)),
+            ("1M", Duration::from_secs(60)),
+            ("99999999H", Duration::from_secs(99_999_999 * 3600)),
+            ("7u", Duration::from_micros(7)),
+            ("0n", Duration::ZERO),
+        ] {
+            assert_eq!(read(text), Ok(Some(expected)), "{text}");
+        }
+        for wrong in ["", "m", "5", "5x", "-5m", "+5m", "1.5S", "123456789m", "5 m"] {
+            assert_eq!(read(wrong), Err(()), "{wrong}");
+        }
+    }
+}
