@@ -170,9 +170,9 @@ fn head_is_answered_wherever_get_is_with_the_same_headers_and_no_body() {
         assert_eq!((head_status, length(&head), no_body.as_str()), (status, body.len(), ""), "{path}");
     }
     let (status, head, _) = ask(&host, "HEAD", "/predict_sync");
-    assert!(status == 405 && head.contains("allow: post"), "{head}");
+    assert!(status == 405 && head.contains("allow: post, options"), "{head}");
     let (status, head, body) = ask(&host, "PUT", "/livez");
-    assert!(status == 405 && head.contains("allow: get, head"), "{head}");
+    assert!(status == 405 && head.contains("allow: get, head, options"), "{head}");
     assert!(body.contains("GET or HEAD"), "{body}");
     // A connection goes on after it.
     let mut stream = host.connect();
@@ -257,4 +257,86 @@ fn a_list_is_no_object_wherever_one_belongs() {
         assert_eq!((status, &answer["detail"][0]["loc"]), (422, &place), "{path} {body}: {answer}");
         assert_eq!(answer["detail"][0]["type"], "dict_type", "{answer}");
     }
+}
+
+/// A request with these headers, in lines: status, headers in small letters, body.
+fn ask_with(host: &Host, request: &str, headers: &str, body: &str) -> (u16, String, String) {
+    let mut stream = host.connect();
+    let length = body.len();
+    write!(stream, "{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{headers}content-length: {length}\r\n\r\n{body}").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), head.to_ascii_lowercase(), body.to_owned())
+}
+
+#[test]
+fn options_says_what_a_path_takes_and_asks_nothing_of_it() {
+    let host = Setup::new().plugin("echo").ready();
+    for (path, methods) in [
+        ("/predict_sync", "post, options"),
+        ("/models/echo/predict", "post, options"),
+        ("/health", "get, head, options"),
+        ("/jobs/any", "get, head, delete, options"),
+        ("/v2/models/echo/infer", "post, options"),
+        ("/v2/logging", "get, head, post, options"),
+    ] {
+        let (status, head, body) = ask_with(&host, &format!("OPTIONS {path}"), "", "");
+        assert_eq!((status, body.as_str()), (204, ""), "{path}: {head}");
+        assert!(head.contains(&format!("allow: {methods}\r\n")), "{path}: {head}");
+        assert!(!head.contains("access-control") && !head.contains("content-type"), "{path}: {head}");
+    }
+    assert_eq!(ask_with(&host, "OPTIONS /nowhere", "", "").0, 404);
+}
+
+#[test]
+fn pages_of_the_origins_that_are_configured_may_call_and_no_others() {
+    let config = "[server]\ncors_origins = [\"https://app.example\"]\n";
+    let host = Setup::new().plugin("echo").config(config).ready();
+    let (theirs, others) = ("origin: https://app.example\r\n", "origin: https://evil.example\r\n");
+    let preflight = |origin: &str| {
+        let asked = "access-control-request-method: POST\r\naccess-control-request-headers: content-type,x-request-id\r\n";
+        ask_with(&host, "OPTIONS /predict_sync", &format!("{origin}sec-fetch-site: cross-site\r\n{asked}"), "")
+    };
+    let (status, head, _) = preflight(theirs);
+    assert_eq!(status, 204, "{head}");
+    for expected in [
+        "access-control-allow-origin: https://app.example",
+        "access-control-allow-methods: post, options",
+        "access-control-allow-headers: content-type,x-request-id",
+        "access-control-max-age: 600",
+        "vary: origin",
+    ] {
+        assert!(head.contains(&format!("{expected}\r\n")), "{expected}: {head}");
+    }
+    let call = |origin: &str| {
+        let headers = format!("{origin}sec-fetch-site: cross-site\r\ncontent-type: application/json\r\n");
+        ask_with(&host, "POST /predict_sync", &headers, "{\"text\":\"a\"}")
+    };
+    let (status, head, body) = call(theirs);
+    assert!(status == 200 && body.contains("translated_text"), "{head} {body}");
+    assert!(head.contains("access-control-allow-origin: https://app.example\r\n"), "{head}");
+    assert!(head.contains("access-control-expose-headers: inference-header-content-length, retry-after"), "{head}");
+    // Errors are read by pages too.
+    let (status, head, _) = ask_with(&host, "GET /nowhere", theirs, "");
+    assert!(status == 404 && head.contains("access-control-allow-origin"), "{head}");
+    for (status, head, _) in [preflight(others), call(others)] {
+        assert_eq!(status, 403, "{head}");
+        assert!(!head.contains("access-control") && head.contains("vary: origin"), "{head}");
+    }
+    // A name that leads to this host from elsewhere is still none of its own.
+    let mut stream = host.connect();
+    write!(stream, "GET /health HTTP/1.1\r\nhost: rebound.example\r\n{theirs}connection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+}
+
+#[test]
+fn a_models_name_may_stand_in_the_path() {
+    let host = Setup::new().plugin("echo").plugin("tensors").ready();
+    let by_query = host.post("/predict_sync?model_name=echo", &json!({"text": "a"}));
+    assert_eq!(host.post_with("/models/echo/predict", &json!({"text": "a"}), &[]), by_query);
+    assert_eq!(host.post_with("/models/nobody/predict", &json!({"text": "a"}), &[]).0, 404);
+    assert_eq!(host.get_with("/models/echo/predict", &[]).0, 405);
 }

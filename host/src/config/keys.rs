@@ -103,6 +103,8 @@ layer! {
         management_socket: String, or "manage.sock in state_folder";
         /// Names and addresses, beside those of loopback, that requests may be for (their header Host), where nobody is asked for a key.
         allowed_hosts: Vec<String> = Vec::new();
+        /// Origins whose pages may call this host from a browser (CORS), as `https://app.example`; `*` for all, where callers show keys.
+        cors_origins: Vec<String> = Vec::new();
         /// Asynchronous jobs that are not done with: unfinished, or with results that are not delivered.
         jobs_max: Large = Count(100_000);
         /// Unfinished asynchronous jobs of one model.

@@ -14,7 +14,7 @@ use super::{
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
     queues,
-    resolve_server::{check_allowed_hosts, server, state_folder},
+    resolve_server::{check_allowed_hosts, check_cors_origins, server, state_folder},
     types::{Amount, IsolationKind, MountKind, Named, ReloadGpu, Watch},
 };
 
@@ -106,6 +106,7 @@ pub(super) fn resolve(
     let queues = queues::resolve(written, environment, &volumes, faults, warnings);
     auth::check_exposure(written, &auth, faults);
     check_allowed_hosts(&written.server(), faults);
+    check_cors_origins(&written.server(), auth.asks(), faults);
     Config {
         app_name: app_name(&app, environment),
         server: server(&written.server(), auth::tls(written, faults), state_folder),

@@ -57,6 +57,36 @@ pub(super) fn check_allowed_hosts(written: &keys::Server, faults: &mut Vec<Fault
     }
 }
 
+/// Origins are compared letter by letter with what browsers send.
+pub(super) fn check_cors_origins(written: &keys::Server, asks_for_keys: bool, faults: &mut Vec<Fault>) {
+    let is_origin = |text: &str| {
+        let parsed = text.parse::<http::Uri>().ok();
+        let scheme_and_host = parsed.and_then(|uri| Some((uri.scheme_str()?.to_owned(), uri.authority()?.to_string())));
+        scheme_and_host.is_some_and(|(scheme, host)| {
+            let usual = match scheme.as_str() {
+                "http" => ":80",
+                "https" => ":443",
+                _ => return false,
+            };
+            // As a browser writes it: nothing behind the port, no port that goes without saying, and small letters.
+            text == format!("{scheme}://{host}") && !host.ends_with(usual) && !text.contains(char::is_uppercase) && !text.contains('@')
+        })
+    };
+    for (index, origin) in written.cors_origins().iter().enumerate() {
+        let key = format!("server.cors_origins[{index}]");
+        let at = written.cors_origins.at();
+        if origin == "*" {
+            if !asks_for_keys {
+                let expected = "origins by their names, since this host asks nobody for a key: every page that its user opens could call it";
+                faults.push(Fault::new(&at, &key, expected, "\"*\""));
+            }
+        } else if !is_origin(origin) {
+            let expected = "an origin as browsers write it, such as https://app.example or http://localhost:3000, or *";
+            faults.push(Fault::new(&at, &key, expected, format!("{origin:?}")));
+        }
+    }
+}
+
 /// Where state lies: as it is written, or where this platform keeps such things.
 pub(super) fn state_folder(
     written: &keys::Server,
@@ -123,6 +153,7 @@ pub(super) fn server(written: &keys::Server, tls: Option<TlsFiles>, state_folder
         plugins_of_any_mode: written.plugins_of_any_mode(),
         management_socket: management_socket(written, &state_folder),
         allowed_hosts: written.allowed_hosts(),
+        cors_origins: written.cors_origins(),
         state_folder,
         jobs: JobSpec {
             jobs_max: written.jobs_max().0 as usize,

@@ -363,6 +363,8 @@ pub struct Server {
     pub management_socket: Option<PathBuf>,
     /// Names that requests may be for, beside those of loopback, where nobody is asked for a key.
     pub allowed_hosts: Vec<String>,
+    /// Origins whose pages may call from a browser; `*` for all.
+    pub cors_origins: Vec<String>,
     /// How they are kept.
     pub jobs: JobSpec,
     /// Log levels: `info`, or `info,modalkit=debug`.

@@ -13,10 +13,13 @@ use flate2::{
 };
 use hyper::{
     HeaderMap,
-    header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, VARY},
+    header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue},
 };
 
-use super::exchange::{BYTES_FREE, Exchange};
+use super::{
+    cors::add_to_vary,
+    exchange::{BYTES_FREE, Exchange},
+};
 use crate::{
     egress::{Body, HttpResponse},
     work::{Budget, JobError},
@@ -219,7 +222,7 @@ async fn encode_long(exchange: &Exchange, accepted: HeaderValue, mut response: H
     let of_tensors =
         response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "application/octet-stream");
     let is_asked = !accepted.as_bytes().contains(&b',') && accepted != "*";
-    response.headers_mut().append(VARY, HeaderValue::from_name(ACCEPT_ENCODING));
+    add_to_vary(response.headers_mut(), &HeaderValue::from_name(ACCEPT_ENCODING));
     let Some(coding) = Coding::of_answer(&accepted).filter(|_| is_asked || !of_tensors) else {
         return response;
     };

@@ -6,7 +6,10 @@ use std::net::IpAddr;
 
 use hyper::header::HeaderValue;
 
-use super::request_headers::{Head, Known};
+use super::{
+    cors::Cors,
+    request_headers::{Head, Known},
+};
 use crate::config::Server;
 
 /// Paths of probes, which disclose nothing else.
@@ -19,6 +22,8 @@ pub(super) struct PageRules {
     names_hosts: bool,
     /// `server.allowed_hosts`.
     allowed_hosts: Vec<String>,
+    /// Other sites whose pages may call.
+    cors: Cors,
     /// On loopback the Host of most requests: one that has no Origin and no Sec-Fetch-Site either needs no closer look.
     usual: Option<String>,
 }
@@ -50,7 +55,8 @@ impl PageRules {
         let on_loopback = server.listen.ip().to_canonical().is_loopback();
         let names_hosts = on_loopback || !server.allowed_hosts.is_empty();
         let usual = on_loopback.then(|| server.listen.to_string());
-        Self { on_loopback, names_hosts, allowed_hosts: server.allowed_hosts.clone(), usual }
+        let (allowed_hosts, cors) = (server.allowed_hosts.clone(), Cors::new(server));
+        Self { on_loopback, names_hosts, allowed_hosts, cors, usual }
     }
 
     /// Looks at a request. One without Host, as in HTTP/1.0, is no browser's. Elsewhere than on loopback, supervisors ask after a host by an
@@ -72,6 +78,9 @@ impl PageRules {
             && !self.is_ours(host)
         {
             return Err(Foreign::Host(host.to_owned()));
+        }
+        if origin.is_some_and(|origin| self.cors.allows(origin)) {
+            return Ok(());
         }
         if let Some(site) = sec_fetch_site.map(text)
             && !["none", "same-origin"].contains(&site)

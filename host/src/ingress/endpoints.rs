@@ -115,6 +115,8 @@ const GET_OR_POST: &str = "GET, HEAD, POST";
 
 /// What the paths of the Open Inference Protocol begin with.
 pub(super) const V2: &str = "/v2";
+/// `/predict_sync` with its model's name in the path.
+const SYNC_BY_PATH: &str = "/models/{name}/predict";
 /// In a pattern, whatever follows.
 const ANYTHING: &str = "{*}";
 /// What may stand before a version in a path.
@@ -129,7 +131,7 @@ static ENDPOINTS: [Endpoint; 40] = [
         methods: POST,
         open_to: OpenTo::Callers,
         parameters: &["model_name"],
-        about: "one bare input in, `{\"status\":\"success\", …output}` out",
+        about: "one bare input in, `{\"status\":\"success\", …output}` out; `POST /models/NAME/predict` is the same",
     },
     Endpoint {
         route: Route::Predict(Prediction::Batch),
@@ -497,10 +499,14 @@ impl<'p> Target<'p> {
     /// `None` where the path is none of these.
     pub(super) fn of(path: &'p str) -> Option<Self> {
         let matched = |endpoint: &'static Endpoint| {
-            let (raw_name, raw_version) = endpoint.names_in(path)?;
+            let (raw_name, raw_version) = names_in(endpoint.pattern, endpoint.versioned, path)?;
             Some(Self { endpoint, raw_name, raw_version })
         };
-        ENDPOINTS.iter().find_map(matched)
+        ENDPOINTS.iter().find_map(matched).or_else(|| {
+            let (raw_name, _) = names_in(SYNC_BY_PATH, false, path)?;
+            let endpoint = ENDPOINTS.iter().find(|endpoint| endpoint.route == Route::Predict(Prediction::Sync))?;
+            Some(Self { endpoint, raw_name, raw_version: None })
+        })
     }
 
     pub(super) fn route(self) -> Route {
@@ -550,26 +556,27 @@ impl Endpoint {
         }
     }
 
-    /// What stands where the pattern has its placeholder, nothing where it has none; and the version, where the path has one.
-    fn names_in<'p>(&self, path: &'p str) -> Option<(&'p str, Option<&'p str>)> {
-        let Some((before, rest)) = self.pattern.split_once('{') else {
-            return (self.pattern == path).then_some(("", None));
-        };
-        let (_, after) = rest.split_once('}')?;
-        let path = path.strip_prefix(before)?;
-        if self.pattern.ends_with(ANYTHING) {
-            return Some((path, None));
-        }
-        let (name, rest) = step(path);
-        let (version, rest) = match rest.strip_prefix(VERSIONS).filter(|_| self.versioned) {
-            Some(rest) => {
-                let (version, rest) = step(rest);
-                (Some(version), rest)
-            }
-            None => (None, rest),
-        };
-        (!name.is_empty() && version != Some("") && rest == after).then_some((name, version))
+}
+
+/// What stands where a pattern has its placeholder, nothing where it has none; and the version, where the path has one.
+fn names_in<'p>(pattern: &str, versioned: bool, path: &'p str) -> Option<(&'p str, Option<&'p str>)> {
+    let Some((before, rest)) = pattern.split_once('{') else {
+        return (pattern == path).then_some(("", None));
+    };
+    let (_, after) = rest.split_once('}')?;
+    let path = path.strip_prefix(before)?;
+    if pattern.ends_with(ANYTHING) {
+        return Some((path, None));
     }
+    let (name, rest) = step(path);
+    let (version, rest) = match rest.strip_prefix(VERSIONS).filter(|_| versioned) {
+        Some(rest) => {
+            let (version, rest) = step(rest);
+            (Some(version), rest)
+        }
+        None => (None, rest),
+    };
+    (!name.is_empty() && version != Some("") && rest == after).then_some((name, version))
 }
 
 /// What stands before the next slash, and what from there on.
@@ -593,6 +600,9 @@ pub(super) fn no_such_path(path: &str) -> String {
         let methods = shown(endpoint.methods, " and ");
         let _ = write!(text, "{comma}{methods} {}", endpoint.path_shown());
     }
+    if !of_protocol(path) {
+        let _ = write!(text, ", {POST} {SYNC_BY_PATH}");
+    }
     text
 }
 
@@ -608,6 +618,7 @@ mod tests {
     fn names_are_found_in_paths_and_other_paths_are_nobodys() {
         assert_eq!(found("/predict_sync"), Some((Route::Predict(Prediction::Sync), String::new())));
         assert_eq!(found("/models/echo"), Some((Route::Model, "echo".into())));
+        assert_eq!(found("/models/a%20b/predict"), Some((Route::Predict(Prediction::Sync), "a b".into())));
         assert_eq!(found("/models/a%20b/rollback"), Some((Route::RollBack, "a b".into())));
         assert_eq!(found("/models/reload"), Some((Route::Model, "reload".into())));
         assert_eq!(found("/volumes/main/reload"), Some((Route::ReloadVolume, "main".into())));

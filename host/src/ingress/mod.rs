@@ -5,6 +5,7 @@ mod body;
 mod connection;
 mod connection_slots;
 mod content_coding;
+mod cors;
 mod cross_site;
 mod endpoints;
 mod envelope;
@@ -50,6 +51,7 @@ use crate::{
     work::{Budget, Gate},
 };
 
+use cors::Cors;
 use cross_site::PageRules;
 pub use listener::Listener;
 pub use management_socket::{ManagementSocket, Serving, SocketError};
@@ -87,6 +89,7 @@ pub struct Context {
     /// The configuration in force; it takes requests to read it again.
     pub configuration: reconfigure::Handle,
     pages: PageRules,
+    cors: Cors,
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
@@ -113,6 +116,7 @@ impl Context {
     ) -> Arc<Self> {
         Arc::new(Self {
             pages: PageRules::new(&server),
+            cors: Cors::new(&server),
             budget: Arc::new(Budget::new(server.bytes_in_flight_max)),
             server,
             access,

@@ -2,11 +2,11 @@
 
 use hyper::{
     StatusCode,
-    header::{ALLOW, HeaderValue},
+    header::ALLOW,
 };
 use serde_json::json;
 
-use super::Context;
+use super::{Context, cors::allow};
 use crate::{
     access::{AccessError, Origin},
     audit::Action,
@@ -34,6 +34,6 @@ pub(super) fn refuse(
 pub(super) fn wrong_method(expected: &'static str) -> HttpResponse {
     let detail = format!("expected the method {}", expected.replace(", ", " or "));
     let mut response = object_response(StatusCode::METHOD_NOT_ALLOWED, &json!({"detail": detail}));
-    response.headers_mut().insert(ALLOW, HeaderValue::from_static(expected));
+    response.headers_mut().insert(ALLOW, allow(expected));
     response
 }

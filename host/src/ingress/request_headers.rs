@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use hyper::{
-    HeaderMap,
+    HeaderMap, StatusCode,
     header::{CONTENT_TYPE, HeaderName, HeaderValue},
     http::request::Parts,
 };
@@ -145,9 +145,12 @@ pub(super) fn put_headers(response: &mut HttpResponse, id: &RequestId, mut of_re
         of_request = HeaderMap::new();
     }
     of_request.clear();
+    let is_empty = response.status() == StatusCode::NO_CONTENT;
     let own = std::mem::replace(response.headers_mut(), of_request);
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, JSON);
+    if !is_empty {
+        headers.insert(CONTENT_TYPE, JSON);
+    }
     for (name, value) in own {
         // One without a name would be a second value of the name before: no answer has any.
         if let Some(name) = name {

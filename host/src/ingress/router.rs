@@ -42,6 +42,7 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
     let target = Target::of(head.uri.path());
     let mut response = match (target, looked_at) {
         (_, Err(foreign)) => in_form(&head, refuse_page(context, &exchange.from, &head, target, &foreign)),
+        (Some(target), _) if head.method == Method::OPTIONS => options(context, &head, target),
         (Some(target), _) if is_post && let Some(prediction) = target.route().prediction() => {
             predict::answer(exchange, &head, &mut body, &id, target, prediction).await
         }
@@ -54,6 +55,7 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
     if head.known.accept_encoding.is_some() && !asks_for_head {
         response = content_coding::encoded(exchange, head.known.accept_encoding, response).await;
     }
+    context.cors.put(head.known.origin, response.headers_mut());
     put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
         exchange.sends_on.store(false, Ordering::Relaxed);
@@ -64,6 +66,13 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
         response = and_close(response);
     }
     if asks_for_head { without_body(response) } else { response }
+}
+
+/// The answer to OPTIONS, which asks nothing of the path.
+fn options(context: &Context, head: &Parts, target: Target<'_>) -> HttpResponse {
+    let response = context.cors.options(head, target);
+    context.metrics.requests("", target.endpoint.pattern, response.status().as_u16()).inc();
+    response
 }
 
 /// Takes a HEAD for the GET whose headers it asks for; says whether it is one.
