@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use crate::access::{Caller, Origin};
 
 /// What these lines are logged under.
-const TARGET: &str = "modalkit::audit";
+use crate::insight::log::AUDIT_TARGET as TARGET;
 /// Lines about refused requests in each interval, over the network and over the management socket each; further ones are counted.
 const REFUSED_LINES_MAX: u32 = 10;
 /// The interval.

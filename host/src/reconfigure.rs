@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use modalkit_engine::LogLevel;
 use modalkit_journal::unix_ms;
 use serde::Serialize;
 use tokio::{
@@ -93,8 +94,8 @@ pub struct Handle {
 enum Wish {
     /// Read the configuration again.
     Reload(oneshot::Sender<Change>),
-    /// Log at these levels, until the configuration is applied again.
-    LogLevels(&'static str, oneshot::Sender<()>),
+    /// Log at this level, until the configuration is applied again.
+    LogLevel(LogLevel, oneshot::Sender<()>),
 }
 
 /// What is in force.
@@ -148,9 +149,9 @@ impl Handle {
     }
 
     /// Logs at this level from now on, until the configuration is applied again; says whether that was done: the host may be going away.
-    pub async fn set_log_level(&self, level: &'static str) -> bool {
+    pub async fn set_log_level(&self, level: LogLevel) -> bool {
         let (reply, done) = oneshot::channel();
-        self.asked.send(Wish::LogLevels(level, reply)).await.is_ok() && done.await.is_ok()
+        self.asked.send(Wish::LogLevel(level, reply)).await.is_ok() && done.await.is_ok()
     }
 
     /// What is in force.
@@ -218,8 +219,8 @@ impl Reconfigure {
                 Some(()) = hang_ups.recv() => (self.look().await, Asked::HangUp),
                 Some(wish) = self.asked.recv() => match wish {
                     Wish::Reload(reply) => (self.look().await, Asked::Caller(reply)),
-                    Wish::LogLevels(levels, reply) => {
-                        self.running.log.set(levels);
+                    Wish::LogLevel(level, reply) => {
+                        self.running.log.set_default(level);
                         self.running.control.log_levels_changed().await;
                         // Whoever asked may have left.
                         let _ = reply.send(());

@@ -296,7 +296,12 @@ fn pages_of_the_origins_that_are_configured_may_call_and_no_others() {
     let (theirs, others) = ("origin: https://app.example\r\n", "origin: https://evil.example\r\n");
     let preflight = |origin: &str| {
         let asked = "access-control-request-method: POST\r\naccess-control-request-headers: content-type,x-request-id\r\n";
-        ask_with(&host, "OPTIONS /predict_sync", &format!("{origin}sec-fetch-site: cross-site\r\n{asked}"), "")
+        ask_with(
+            &host,
+            "OPTIONS /predict_sync",
+            &format!("{origin}sec-fetch-site: cross-site\r\n{asked}"),
+            "",
+        )
     };
     let (status, head, _) = preflight(theirs);
     assert_eq!(status, 204, "{head}");
@@ -316,7 +321,10 @@ fn pages_of_the_origins_that_are_configured_may_call_and_no_others() {
     let (status, head, body) = call(theirs);
     assert!(status == 200 && body.contains("translated_text"), "{head} {body}");
     assert!(head.contains("access-control-allow-origin: https://app.example\r\n"), "{head}");
-    assert!(head.contains("access-control-expose-headers: inference-header-content-length, retry-after"), "{head}");
+    assert!(
+        head.contains("access-control-expose-headers: inference-header-content-length, retry-after"),
+        "{head}"
+    );
     // Errors are read by pages too.
     let (status, head, _) = ask_with(&host, "GET /nowhere", theirs, "");
     assert!(status == 404 && head.contains("access-control-allow-origin"), "{head}");
@@ -326,7 +334,8 @@ fn pages_of_the_origins_that_are_configured_may_call_and_no_others() {
     }
     // A name that leads to this host from elsewhere is still none of its own.
     let mut stream = host.connect();
-    write!(stream, "GET /health HTTP/1.1\r\nhost: rebound.example\r\n{theirs}connection: close\r\n\r\n").unwrap();
+    write!(stream, "GET /health HTTP/1.1\r\nhost: rebound.example\r\n{theirs}connection: close\r\n\r\n")
+        .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");

@@ -61,7 +61,8 @@ pub(super) fn check_allowed_hosts(written: &keys::Server, faults: &mut Vec<Fault
 pub(super) fn check_cors_origins(written: &keys::Server, asks_for_keys: bool, faults: &mut Vec<Fault>) {
     let is_origin = |text: &str| {
         let parsed = text.parse::<http::Uri>().ok();
-        let scheme_and_host = parsed.and_then(|uri| Some((uri.scheme_str()?.to_owned(), uri.authority()?.to_string())));
+        let scheme_and_host =
+            parsed.and_then(|uri| Some((uri.scheme_str()?.to_owned(), uri.authority()?.to_string())));
         scheme_and_host.is_some_and(|(scheme, host)| {
             let usual = match scheme.as_str() {
                 "http" => ":80",
@@ -69,7 +70,10 @@ pub(super) fn check_cors_origins(written: &keys::Server, asks_for_keys: bool, fa
                 _ => return false,
             };
             // As a browser writes it: nothing behind the port, no port that goes without saying, and small letters.
-            text == format!("{scheme}://{host}") && !host.ends_with(usual) && !text.contains(char::is_uppercase) && !text.contains('@')
+            text == format!("{scheme}://{host}")
+                && !host.ends_with(usual)
+                && !text.contains(char::is_uppercase)
+                && !text.contains('@')
         })
     };
     for (index, origin) in written.cors_origins().iter().enumerate() {
@@ -81,7 +85,8 @@ pub(super) fn check_cors_origins(written: &keys::Server, asks_for_keys: bool, fa
                 faults.push(Fault::new(&at, &key, expected, "\"*\""));
             }
         } else if !is_origin(origin) {
-            let expected = "an origin as browsers write it, such as https://app.example or http://localhost:3000, or *";
+            let expected =
+                "an origin as browsers write it, such as https://app.example or http://localhost:3000, or *";
             faults.push(Fault::new(&at, &key, expected, format!("{origin:?}")));
         }
     }

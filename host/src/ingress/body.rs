@@ -99,10 +99,20 @@ impl SmallBody<'_> {
                 if body.incoming.size_hint().lower() > SMALL_BYTES_MAX as u64 {
                     return Err(BodyError::NotSmall);
                 }
-                let bytes = read_decoded(body, headers, None, exchange).await?;
-                if bytes.len() > SMALL_BYTES_MAX { Err(BodyError::NotSmall) } else { Ok(bytes) }
+                let read = read_within(body, headers, None, SMALL_BYTES_MAX, exchange).await;
+                read.map_err(|error| match error {
+                    BodyError::TooLarge { .. } | BodyError::Coding(CodingError::TooLarge) => {
+                        BodyError::NotSmall
+                    }
+                    other => other,
+                })
             }
-            Self::Read(bytes) => Ok(bytes),
+            Self::Read(bytes) => match content_coding::of_headers(headers).map_err(BodyError::Coding)? {
+                None if bytes.len() <= SMALL_BYTES_MAX => Ok(bytes),
+                None => Err(BodyError::NotSmall),
+                // Nobody compresses what goes over a socket of this machine.
+                Some(coding) => Err(BodyError::Coding(CodingError::Unknown(coding.name().to_owned()))),
+            },
         }
     }
 }
@@ -146,8 +156,9 @@ impl BodyError {
                 &json!({"detail": format!("the body isn't compressed as its content-encoding says: {reason}")}),
             ),
             Self::Coding(CodingError::Unknown(found)) => {
-                let detail =
-                    format!("expected the content-encoding gzip, deflate or zstd, or none, found {found:?}");
+                let detail = format!(
+                    "expected the content-encoding gzip, deflate or zstd, or none (over the management socket none), found {found:?}"
+                );
                 let mut response =
                     object_response(StatusCode::UNSUPPORTED_MEDIA_TYPE, &json!({"detail": detail}));
                 response.headers_mut().insert(ACCEPT_ENCODING, ACCEPTED);
@@ -168,10 +179,21 @@ pub(super) async fn read_decoded(
     aligned_at: Option<usize>,
     exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
+    read_within(body, headers, aligned_at, exchange.context.server.body_bytes_max, exchange).await
+}
+
+/// The same, of so many bytes at most, before and after.
+async fn read_within(
+    body: &mut RequestBody,
+    headers: &HeaderMap,
+    aligned_at: Option<usize>,
+    limit: usize,
+    exchange: &Exchange,
+) -> Result<Bytes, BodyError> {
     let coding = content_coding::of_headers(headers).map_err(BodyError::Coding)?;
     // Where a coding is taken off, nothing lies where it lay.
-    let read = read(body, aligned_at.filter(|_| coding.is_none()), exchange).await?;
-    content_coding::decoded(read, coding, exchange).await.map_err(BodyError::Coding)
+    let read = read(body, aligned_at.filter(|_| coding.is_none()), limit, exchange).await?;
+    content_coding::decoded(read, coding, limit, exchange).await.map_err(BodyError::Coding)
 }
 
 /// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces and has said
@@ -179,9 +201,9 @@ pub(super) async fn read_decoded(
 async fn read(
     body: &mut RequestBody,
     aligned_at: Option<usize>,
+    limit: usize,
     exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
-    let limit = exchange.context.server.body_bytes_max;
     let incoming = &mut body.incoming;
     let declared = usize::try_from(incoming.size_hint().lower()).unwrap_or(usize::MAX);
     if declared > limit {
@@ -202,7 +224,7 @@ async fn read(
         }
         return Ok(whole.clone());
     }
-    Box::pin(read_on(body, first.flatten(), declared, aligned_at, exchange)).await
+    Box::pin(read_on(body, first.flatten(), declared, aligned_at, limit, exchange)).await
 }
 
 /// The rest of a body that comes in pieces.
@@ -211,10 +233,10 @@ async fn read_on(
     first: Option<hyper::Result<Frame<Bytes>>>,
     declared: usize,
     aligned_at: Option<usize>,
+    limit: usize,
     exchange: &Exchange,
 ) -> Result<Bytes, BodyError> {
     let server = &exchange.context.server;
-    let limit = server.body_bytes_max;
     let slow = |_| BodyError::TooSlow { limit: server.body_timeout };
     let whole = Collected { bytes: Vec::new(), before: 0, taken: 0, declared, aligned_at, limit, exchange };
     timeout(server.body_timeout, collect(body, first, whole)).await.map_err(slow)?

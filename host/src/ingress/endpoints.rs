@@ -55,6 +55,13 @@ pub(super) enum V2Call {
     CudaSharedMemory,
 }
 
+impl V2Call {
+    /// Whether a POST of it has a body that says something.
+    pub(super) fn reads_body(self) -> bool {
+        matches!(self, Self::Index | Self::Load | Self::Unload | Self::Trace | Self::ModelTrace | Self::Log)
+    }
+}
+
 /// How a prediction is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Prediction {
@@ -504,7 +511,8 @@ impl<'p> Target<'p> {
         };
         ENDPOINTS.iter().find_map(matched).or_else(|| {
             let (raw_name, _) = names_in(SYNC_BY_PATH, false, path)?;
-            let endpoint = ENDPOINTS.iter().find(|endpoint| endpoint.route == Route::Predict(Prediction::Sync))?;
+            let endpoint =
+                ENDPOINTS.iter().find(|endpoint| endpoint.route == Route::Predict(Prediction::Sync))?;
             Some(Self { endpoint, raw_name, raw_version: None })
         })
     }
@@ -555,7 +563,6 @@ impl Endpoint {
             Cow::Borrowed(self.pattern)
         }
     }
-
 }
 
 /// What stands where a pattern has its placeholder, nothing where it has none; and the version, where the path has one.

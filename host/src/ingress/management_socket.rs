@@ -45,7 +45,7 @@ use crate::{
 
 /// Open connections; further ones wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 64;
-/// Bytes of a request's body, of which none is expected.
+/// Bytes of a request's body: more than any that says something.
 const BODY_BYTES_MAX: usize = 1 << 20;
 /// After a failed `accept`, the wait until the next.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -258,7 +258,7 @@ async fn answer(context: &Context, from: &Origin, request: Request<Incoming>, ur
     let (mut head, body) = request.into_parts();
     let asks_for_head = takes_for_get(&mut head);
     let id = context.ids.of(&Known::of(&head.headers));
-    // Few have a use for it; but a connection that closes over unread bytes is reset.
+    // Few say anything in it; but a connection that closes over unread bytes is reset.
     let read = timeout(context.server.body_timeout, Limited::new(body, BODY_BYTES_MAX).collect());
     let is_prediction =
         Target::of(head.uri.path()).is_some_and(|target| target.route().prediction().is_some());

@@ -11,6 +11,7 @@ mod endpoints;
 mod envelope;
 mod exchange;
 mod grpc;
+mod grpc_text;
 mod io_threads;
 mod io_watchdog;
 mod jobs;
@@ -95,6 +96,8 @@ pub struct Context {
     blocking: Handle,
     /// Inputs that are parsed there at once.
     decoding: Arc<Semaphore>,
+    /// Bodies that are compressed or decompressed there at once: as many as there are cores.
+    coding: Arc<Semaphore>,
 }
 
 impl Context {
@@ -132,6 +135,9 @@ impl Context {
             ids: RequestIds::new(),
             blocking: Handle::current(),
             decoding: Arc::new(Semaphore::new(DECODES_MAX)),
+            coding: Arc::new(Semaphore::new(
+                std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            )),
         })
     }
 }

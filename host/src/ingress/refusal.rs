@@ -1,9 +1,6 @@
 //! Answers to requests that nobody carries out: of callers who aren't let in, and with a method that a path doesn't have.
 
-use hyper::{
-    StatusCode,
-    header::ALLOW,
-};
+use hyper::{StatusCode, header::ALLOW};
 use serde_json::json;
 
 use super::{Context, cors::allow};

@@ -9,14 +9,17 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Buf;
 use hyper::{
     HeaderMap, Response,
     body::{self, Frame, SizeHint},
 };
 use tonic::Status;
 
-use super::exchange::{Exchange, Unwritten};
+use super::{
+    exchange::{Exchange, Unwritten},
+    grpc_text::cut_text,
+};
 use crate::{
     egress::{Body, BodyStream, HttpResponse},
     protocol::Answer,
@@ -28,8 +31,16 @@ pub(super) enum Outgoing {
     Whole(Option<Written>),
     /// What is made while it is sent, with what its bytes share.
     Stream(Box<dyn BodyStream>, Arc<Exchange>),
-    /// Messages of gRPC, and the status behind them.
+    /// What tonic answers to a call of gRPC.
     Grpc(tonic::body::Body, Arc<Exchange>),
+    /// Messages of a call of gRPC, with the status behind them; `None` once that has gone out.
+    Messages(Option<Box<dyn Messages>>, Arc<Exchange>),
+}
+
+/// Messages that are made while they are sent, in their frames. Dropped before its end, its caller has left.
+pub(super) trait Messages: Send {
+    /// The next one, or why there are no more; `None` behind the last.
+    fn poll_next(&mut self, task: &mut Context<'_>) -> Poll<Option<Result<Answer, Status>>>;
 }
 
 /// Bytes that are handed over to be written.
@@ -58,26 +69,38 @@ pub(super) fn respond(mut exchange: Exchange, response: HttpResponse) -> Respons
     Response::from_parts(head, outgoing)
 }
 
-/// The same of a call of gRPC.
+/// The same of a call of gRPC that tonic answers.
 pub(super) fn respond_grpc(
-    exchange: Arc<Exchange>,
+    exchange: &Arc<Exchange>,
     response: Response<tonic::body::Body>,
 ) -> Response<Outgoing> {
-    response.map(|messages| Outgoing::Grpc(messages, exchange))
+    response.map(|messages| Outgoing::Grpc(messages, Arc::clone(exchange)))
 }
 
-/// What a call ends with whose messages broke off.
-fn status_trailers(status: &Status) -> HeaderMap {
+/// The same of a call of gRPC, in messages.
+pub(super) fn respond_messages(
+    exchange: &Arc<Exchange>,
+    headers: HeaderMap,
+    messages: Box<dyn Messages>,
+) -> Response<Outgoing> {
+    let mut response = Response::new(Outgoing::Messages(Some(messages), Arc::clone(exchange)));
+    *response.headers_mut() = headers;
+    response
+}
+
+/// What a call ends with.
+fn trailers(status: &Status) -> HeaderMap {
     let mut trailers = HeaderMap::new();
     // A text that is none for a header is left out.
     let _ = status.add_header(&mut trailers);
+    cut_text(&mut trailers);
     trailers
 }
 
 /// Bytes of a stream that are handed over to be written.
-fn shared(bytes: Bytes, exchange: &Arc<Exchange>) -> Written {
-    let exchange = Held::Shared(Unwritten::of(exchange, bytes.len()));
-    Written { answer: bytes.into(), exchange }
+fn shared(answer: Answer, exchange: &Arc<Exchange>) -> Written {
+    let exchange = Held::Shared(Unwritten::of(exchange, answer.remaining()));
+    Written { answer, exchange }
 }
 
 impl body::Body for Outgoing {
@@ -91,15 +114,27 @@ impl body::Body for Outgoing {
         let written = match &mut *self {
             Self::Whole(written) => written.take(),
             Self::Stream(stream, exchange) => {
-                ready!(stream.poll_next(task)).map(|bytes| shared(bytes, exchange))
+                ready!(stream.poll_next(task)).map(|bytes| shared(bytes.into(), exchange))
             }
             Self::Grpc(messages, exchange) => {
                 let frame = match ready!(Pin::new(messages).poll_frame(task)) {
-                    Some(Ok(frame)) => frame.map_data(|bytes| shared(bytes, exchange)),
-                    Some(Err(status)) => Frame::trailers(status_trailers(&status)),
+                    Some(Ok(frame)) => frame.map_data(|bytes| shared(bytes.into(), exchange)),
+                    Some(Err(status)) => Frame::trailers(trailers(&status)),
                     None => return Poll::Ready(None),
                 };
                 return Poll::Ready(Some(Ok(frame)));
+            }
+            Self::Messages(messages, exchange) => {
+                let Some(open) = messages else { return Poll::Ready(None) };
+                let status = match ready!(open.poll_next(task)) {
+                    Some(Ok(answer)) => {
+                        return Poll::Ready(Some(Ok(Frame::data(shared(answer, exchange)))));
+                    }
+                    Some(Err(status)) => status,
+                    None => Status::ok(""),
+                };
+                *messages = None;
+                return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
             }
         };
         Poll::Ready(written.map(|written| Ok(Frame::data(written))))
@@ -110,6 +145,7 @@ impl body::Body for Outgoing {
             Self::Whole(written) => written.is_none(),
             Self::Stream(..) => false,
             Self::Grpc(messages, _) => messages.is_end_stream(),
+            Self::Messages(messages, _) => messages.is_none(),
         }
     }
 
@@ -118,7 +154,7 @@ impl body::Body for Outgoing {
             Self::Whole(written) => {
                 SizeHint::with_exact(written.as_ref().map_or(0, |written| written.remaining() as u64))
             }
-            Self::Stream(..) | Self::Grpc(..) => SizeHint::default(),
+            Self::Stream(..) | Self::Grpc(..) | Self::Messages(..) => SizeHint::default(),
         }
     }
 }

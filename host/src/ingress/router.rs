@@ -48,13 +48,10 @@ pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> H
         }
         _ => {
             let small = SmallBody::Incoming(exchange, &mut body);
-            let answered = beside_predictions(context, &exchange.from, small, &head);
-            in_form(&head, Box::pin(answered).await)
+            Box::pin(beside_predictions(context, &exchange.from, small, &head)).await
         }
     };
-    if head.known.accept_encoding.is_some() && !asks_for_head {
-        response = content_coding::encoded(exchange, head.known.accept_encoding, response).await;
-    }
+    response = content_coding::encoded(exchange, head.known.accept_encoding, response).await;
     context.cors.put(head.known.origin, response.headers_mut());
     put_headers(&mut response, &id, parts.headers);
     if body.is_read() {
@@ -93,7 +90,7 @@ pub(super) async fn beside_predictions(
 ) -> HttpResponse {
     let path = head.uri.path();
     let Some(target) = Target::of(path) else {
-        return object_response(StatusCode::NOT_FOUND, &json!({"detail": no_such_path(path)}));
+        return in_form(head, object_response(StatusCode::NOT_FOUND, &json!({"detail": no_such_path(path)})));
     };
     let endpoint = target.endpoint;
     let response = if target.takes(&head.method) {
@@ -113,6 +110,7 @@ pub(super) async fn beside_predictions(
     } else {
         wrong_method(endpoint.methods)
     };
+    let response = in_form(head, response);
     context.metrics.requests("", endpoint.pattern, response.status().as_u16()).inc();
     response
 }

@@ -136,7 +136,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
     let mut totals = BatchTotals::default();
     if failed.is_none() && result.is_ok() {
         context.metrics.cost.inc_by(cost);
-        totals.stages = context.observe(begun, &times, ended - waited);
+        totals.stages = context.observe(begun, &times, ended - waited).map(|stages| (count, stages));
     }
     let result = result.and_then(|()| examine(seat, &mut ends));
     if !timed.is_empty() {
@@ -179,7 +179,11 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
     for (end, waiter) in
         ends.iter().zip(&waiters).filter_map(|(end, waiter)| end.as_ref().zip(waiter.as_ref()))
     {
-        let succeeded = matches!(end, Ended::Outcome(Ok(_)));
+        let succeeded = match end {
+            Ended::Outcome(Err(failure)) if failure.kind == FailureKind::Unwanted => continue,
+            Ended::Outcome(outcome) => outcome.is_ok(),
+            Ended::Rejected(_) => false,
+        };
         totals.queue.add(begun.saturating_duration_since(waiter.arrived));
         let counted = if succeeded { &mut totals.succeeded } else { &mut totals.failed };
         counted.add(ended.saturating_duration_since(waiter.arrived));
@@ -231,7 +235,11 @@ impl BatchRun<'_> {
                     places.push(place);
                     inputs.push(decoded);
                 }
-                Err(error) => self.lane.refuse(place, error),
+                Err(error) => {
+                    if let Some(arrived) = self.lane.refuse(place, error) {
+                        self.context.generation.inference_stats.add_refused(arrived.elapsed());
+                    }
+                }
             }
         }
         if inputs.is_empty() {

@@ -17,7 +17,7 @@ pub struct InferenceTotals {
     pub last_ms: u64,
     /// Inputs that were answered, from their arrival to their answer.
     pub succeeded: Total,
-    /// Inputs that failed, likewise.
+    /// Inputs that their batch gave an error, likewise; not those of a batch that hung, or whose process died.
     pub failed: Total,
     /// How long inputs waited for their batch.
     pub queue: Total,
@@ -42,8 +42,8 @@ pub(super) struct BatchTotals {
     pub(super) succeeded: Total,
     pub(super) failed: Total,
     pub(super) queue: Total,
-    /// `None` where it failed as a whole.
-    pub(super) stages: Option<[Duration; 3]>,
+    /// Its inputs, and what each stage took; `None` where it failed as a whole.
+    pub(super) stages: Option<(usize, [Duration; 3])>,
 }
 
 impl Total {
@@ -64,8 +64,12 @@ impl InferenceStats {
         self.0.lock().clone()
     }
 
+    /// An input turned out to be none when its batch began.
+    pub(super) fn add_refused(&self, time: Duration) {
+        self.0.lock().failed.add(time);
+    }
+
     pub(super) fn add(&self, batch: &BatchTotals) {
-        let size = batch.queue.count;
         let mut totals = self.0.lock();
         let totals = &mut *totals;
         totals.last_ms = unix_ms();
@@ -76,10 +80,10 @@ impl InferenceStats {
         ] {
             all.add_all(one.count, one.time);
         }
-        let Some(stages) = batch.stages else { return };
-        let of_size = totals.by_size.entry(size as usize).or_default();
+        let Some((size, stages)) = batch.stages else { return };
+        let of_size = totals.by_size.entry(size).or_default();
         for ((all, of_size), time) in totals.stages.iter_mut().zip(of_size).zip(stages) {
-            all.add_all(size, time * size as u32);
+            all.add_all(size as u64, time * size as u32);
             of_size.add(time);
         }
     }
@@ -94,7 +98,7 @@ mod tests {
         let stats = InferenceStats::default();
         let ms = Duration::from_millis;
         let total = |count, time| Total { count, time: ms(time) };
-        let stages = Some([ms(1), ms(2), ms(3)]);
+        let stages = Some((3, [ms(1), ms(2), ms(3)]));
         stats.add(&BatchTotals { succeeded: total(2, 20), failed: total(1, 9), queue: total(3, 6), stages });
         stats.add(&BatchTotals { failed: total(1, 5), queue: total(1, 1), ..BatchTotals::default() });
         let totals = stats.totals();

@@ -142,13 +142,15 @@ impl LaneSlot {
         self.with_waiter(place, |waiter| waiter.request_id.to_string())
     }
 
-    /// Answers one whose input turned out to be unfit.
-    pub(super) fn refuse(&self, place: usize, error: JobError) {
+    /// Answers one whose input turned out to be unfit; says when it had come.
+    pub(super) fn refuse(&self, place: usize, error: JobError) -> Option<Instant> {
         let mut running = self.running.lock();
         // It may have been given up.
         let waiter = running.as_mut().and_then(|batch| batch.waiters.get_mut(place)?.take());
         drop(running);
-        waiter.into_iter().for_each(|waiter| waiter.reply.send(Err(error.clone())));
+        let waiter = waiter?;
+        waiter.reply.send(Err(error));
+        Some(waiter.arrived)
     }
 }
 

@@ -1,11 +1,8 @@
 //! What the protocol asks beside inference, over HTTP.
 
-use std::{
-    io::{Read, Write},
-    process::Command,
-};
+use std::io::{Read, Write};
 
-use modalkit_tests::{KEY, OPERATOR, Setup, python_tool, wait_until, workspace};
+use modalkit_tests::{KEY, OPERATOR, Setup, wait_until};
 use serde_json::{Value, json};
 
 use crate::tensors::exchange;
@@ -135,8 +132,23 @@ fn the_repository_is_the_volume_and_versions_are_generations() {
     let more = host.post_with(log, &json!({"log_verbose_level": 1}), &managing).1;
     assert_eq!(more["log_verbose_level"], 1);
     assert_eq!(host.get_with("/v2/models/echo", &shown).0, 200);
-    let less = json!({"log_verbose_level": 0, "log_info": false, "log_format": "default"});
-    assert_eq!(host.post_with(log, &less, &managing).1["log_info"], json!(false));
+    wait_until("it is logged", || host.log().iter().any(|line| line["level"] == "DEBUG"));
+    let less = json!({"log_info": false, "log_format": "default"});
+    let now = host.post_with(log, &less, &managing).1;
+    assert_eq!(
+        (&now["log_info"], &now["log_warning"], &now["log_verbose_level"]),
+        (&json!(false), &json!(true), &json!(0))
+    );
+    // Who turns the log down is in the audit log all the same, and so is whatever is done after that.
+    assert_eq!(host.post_with(log, &json!({"log_error": false}), &managing).1["log_error"], json!(false));
+    let changes = || {
+        let is_change = |line: &&Value| {
+            line["target"] == "modalkit::audit"
+                && line["action"].as_str().is_some_and(|action| action.ends_with("/v2/logging"))
+        };
+        host.log().iter().filter(is_change).count()
+    };
+    wait_until("they are told of", || changes() >= 3);
     for (path, wrong) in [
         (log, json!({"log_file": "/elsewhere"})),
         (log, json!({"log_info": "yes"})),
@@ -164,12 +176,6 @@ fn bodies_are_compressed_as_clients_say_and_as_they_ask() {
         .plugin("echo")
         .config("[server]\nbody_bytes_max = 4_000_000\n")
         .ready();
-    let output = Command::new(python_tool("python3"))
-        .arg(workspace().join("tests/e2e/protocols/http_calls.py"))
-        .arg(host.address.to_string())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let gzip = |bytes: &[u8]| {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder.write_all(bytes).unwrap();
@@ -221,5 +227,36 @@ fn bodies_are_compressed_as_clients_say_and_as_they_ask() {
     assert!(!plain.1.contains("content-encoding") && plain.2 == whole.as_bytes());
     let (_, head, _) = ask("/predict_sync?model_name=echo", asked, br#"{"text":"a"}"#);
     assert!(!head.contains("content-encoding"), "{head}");
+    let json = json!({
+        "inputs": [{"name": "values", "datatype": "FP32", "shape": [1, 100_000], "parameters": {"binary_data_size": 400_000}}],
+        "outputs": [{"name": "values", "parameters": {"binary_data": true}}],
+    })
+    .to_string();
+    let tensors = [json.as_bytes(), &vec![0; 400_000]].concat();
+    for (accepts, compressed) in
+        [("gzip, deflate, br", false), ("*", false), ("gzip", true), ("deflate", true)]
+    {
+        let headers =
+            format!("accept-encoding: {accepts}\r\ninference-header-content-length: {}\r\n", json.len());
+        let (status, head, answer) = ask("/v2/models/tensors/infer", &headers, &tensors);
+        assert_eq!((status, head.contains("content-encoding")), (200, compressed), "{accepts}: {head}");
+        assert_eq!(answer.len() < 100_000, compressed, "{accepts}: {} bytes", answer.len());
+    }
+    // Where a key would be asked for, nobody without one has anything decompressed, and small bodies stay small however they come.
+    let large = format!("{:x}\r\n{}\r\n0\r\n\r\n", 100 << 10, " ".repeat(100 << 10));
+    let chunked =
+        "POST /v2/repository/index HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n";
+    let (status, _, answer) = exchange(&mut host.connect(), chunked, large.as_bytes());
+    assert_eq!(status, 413, "{}", String::from_utf8_lossy(&answer));
     wait_until("nothing is held", || host.metric("modalkit_bytes_in_flight").abs() < 0.5);
+}
+
+#[test]
+fn what_isnt_ready_says_so_in_the_protocols_words() {
+    let host = Setup::new().config("[model_settings.model_entries.nothing]\nplugin = \"nothing\"\n").start();
+    wait_until("it answers", || host.get("/v2/health/live").0 == 200);
+    assert_eq!(host.get("/v2/health/ready"), (503, json!({"ready": false})));
+    assert_eq!(host.get("/v2/models/nothing/ready"), (503, json!({"name": "nothing", "ready": false})));
+    let (status, answer) = host.get("/v2/models/nothing");
+    assert_eq!((status, answer["error"].is_string()), (503, true), "{answer}");
 }

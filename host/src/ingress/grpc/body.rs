@@ -1,92 +1,88 @@
-//! The messages of a call on their way in: their bytes are part of the host's budget from when they come until what they ask is answered. It never knows
-//! what they say.
+//! The body of a call that tonic reads: its messages are small, and it ends when the call's time is up or the host drains, whatever its sender does. It never
+//! knows what they say.
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use super::call::GrpcCall;
 use crate::{
-    egress,
-    ingress::{body::RequestBody, exchange::BYTES_FREE, lingering_close, peer::Peer},
+    egress::job_status,
+    ingress::{body::RequestBody, lingering_close, peer::Peer, timer::Limit},
     work::JobError,
 };
 
+/// Between two looks whether the host drains.
+pub(super) const DRAIN_LOOK: Duration = Duration::from_millis(500);
+
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// Counts the bytes of one call's messages.
-pub(super) struct Meter {
-    peer: Arc<Peer>,
-    /// That have come since the last message was taken.
-    came: AtomicUsize,
-    /// Of those, in the budget.
-    counted: AtomicUsize,
+/// A look now and then whether the host drains.
+pub(super) fn drain_look() -> Interval {
+    let mut look = interval(DRAIN_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    look
 }
 
-/// A message's part of the budget, given back when dropped.
-pub(super) struct Charge {
-    peer: Arc<Peer>,
-    bytes: usize,
-}
-
-impl Meter {
-    pub(super) fn new(peer: &Arc<Peer>) -> Arc<Self> {
-        let peer = Arc::clone(peer);
-        Arc::new(Self { peer, came: AtomicUsize::new(0), counted: AtomicUsize::new(0) })
-    }
-
-    /// More has come. Small messages are not counted, as small bodies aren't.
-    fn take(&self, bytes: usize) -> Result<(), JobError> {
-        let came = self.came.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if came > BYTES_FREE {
-            let missing = came - self.counted.load(Ordering::Relaxed);
-            self.peer.context.budget.take(missing)?;
-            self.counted.fetch_add(missing, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// A message is whole: what has come is its own.
-    pub(super) fn message(&self) -> Charge {
-        self.came.store(0, Ordering::Relaxed);
-        Charge { peer: Arc::clone(&self.peer), bytes: self.counted.swap(0, Ordering::Relaxed) }
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        drop(self.message());
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        if self.bytes > 0 {
-            self.peer.context.budget.give_back(self.bytes);
-        }
-    }
-}
-
-/// A call's body, counted. Dropped before its end, the rest of it is read for a while, so that its sender reads the answer.
-pub(super) struct CountedBody {
+/// A body as it comes. Dropped before its end, the rest of it is read for a while, so that its sender reads the answer.
+pub(super) struct Incomings {
     incoming: Option<Incoming>,
-    meter: Arc<Meter>,
+    peer: Arc<Peer>,
 }
 
-impl CountedBody {
-    pub(super) fn new(incoming: Incoming, meter: &Arc<Meter>) -> Self {
-        Self { incoming: Some(incoming), meter: Arc::clone(meter) }
+impl Incomings {
+    pub(super) fn new(incoming: Incoming, peer: &Arc<Peer>) -> Self {
+        Self { incoming: Some(incoming), peer: Arc::clone(peer) }
+    }
+
+    pub(super) fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// The next frame; `None` at the end.
+    pub(super) fn poll(&mut self, task: &mut Context<'_>) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
+        let frame = ready!(Pin::new(incoming).poll_frame(task));
+        if !matches!(frame, Some(Ok(_))) {
+            self.incoming = None;
+            self.peer.sends_on.store(false, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
     }
 }
 
-impl Body for CountedBody {
+impl Drop for Incomings {
+    fn drop(&mut self) {
+        if let Some(incoming) = self.incoming.take().filter(|incoming| !incoming.is_end_stream()) {
+            lingering_close::read_on(RequestBody::new(incoming), Arc::clone(&self.peer));
+        }
+    }
+}
+
+/// What tonic reads.
+pub(super) struct SmallMessages {
+    incomings: Incomings,
+    /// Where its caller has set one.
+    limit: Option<Limit>,
+    drain_look: Interval,
+}
+
+impl SmallMessages {
+    pub(super) fn new(incomings: Incomings, call: &GrpcCall) -> Self {
+        let limit = call.ends_at.map(|at| call.exchange.timer.limit(at));
+        Self { incomings, limit, drain_look: drain_look() }
+    }
+}
+
+impl Body for SmallMessages {
     type Data = Bytes;
     type Error = Error;
 
@@ -94,37 +90,28 @@ impl Body for CountedBody {
         mut self: Pin<&mut Self>,
         task: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let Some(incoming) = &mut self.incoming else { return Poll::Ready(None) };
-        let frame = ready!(Pin::new(incoming).poll_frame(task));
-        Poll::Ready(match frame {
-            Some(Ok(frame)) => {
-                let counted = self.meter.take(frame.data_ref().map_or(0, Bytes::len));
-                Some(counted.map(|()| frame).map_err(|busy| egress::job_status(&busy).into()))
+        if let Poll::Ready(frame) = self.incomings.poll(task) {
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        }
+        if let Some(limit) = &mut self.limit
+            && limit.poll_unpin(task).is_ready()
+        {
+            self.limit = None;
+            return Poll::Ready(Some(Err(job_status(&JobError::DeadlinePassed).into())));
+        }
+        while self.drain_look.poll_tick(task).is_ready() {
+            if self.incomings.peer.context.gate.is_closed() {
+                return Poll::Ready(None);
             }
-            Some(Err(error)) => {
-                self.incoming = None;
-                Some(Err(error.into()))
-            }
-            None => {
-                self.incoming = None;
-                None
-            }
-        })
+        }
+        Poll::Pending
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.as_ref().is_none_or(Body::is_end_stream)
+        self.incomings.incoming.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.as_ref().map_or_else(SizeHint::default, Body::size_hint)
-    }
-}
-
-impl Drop for CountedBody {
-    fn drop(&mut self) {
-        if let Some(incoming) = self.incoming.take().filter(|incoming| !incoming.is_end_stream()) {
-            lingering_close::read_on(RequestBody::new(incoming), Arc::clone(&self.meter.peer));
-        }
+        self.incomings.incoming.as_ref().map_or_else(SizeHint::default, Body::size_hint)
     }
 }

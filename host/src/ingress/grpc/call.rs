@@ -5,15 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hyper::header::HeaderName;
+use hyper::{HeaderMap, header::HeaderName};
 use parking_lot::Mutex;
 use tonic::{Response, Status};
 
-use super::{body::Meter, methods::Method};
+use super::methods::{Kind, Method};
 use crate::{
-    access::{Caller, Visibility},
+    access::{AccessError, Caller, Visibility},
     audit::{Action, Effect},
-    egress::{Refusal, denied_status, job_status},
+    egress::{Refusal, denied_status, job_status, status_of},
     ingress::{
         Context,
         endpoints::OpenTo,
@@ -29,8 +29,6 @@ use crate::{
 const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// Digits of a number there.
 const TIMEOUT_DIGITS_MAX: usize = 8;
-/// Asks where the time went, and says so.
-const EXPLAIN: &str = "x-modalkit-explain";
 
 /// A call that was let in.
 pub(super) struct GrpcCall {
@@ -38,11 +36,12 @@ pub(super) struct GrpcCall {
     pub(super) caller: Caller,
     pub(super) id: RequestId,
     pub(super) begun: Instant,
-    /// When its caller wants no answer any more; of a call that its caller gave no time, when one request in it has had its time.
+    /// When one request in it has had its time.
     pub(super) deadline: Deadline,
-    /// Whether its caller has said so.
-    pub(super) is_timed: bool,
-    pub(super) meter: Arc<Meter>,
+    /// When its caller wants nothing of it any more, where it has said so.
+    pub(super) ends_at: Option<Instant>,
+    /// Of a call in which each message is let in by itself.
+    headers: HeaderMap,
     pub(super) method: &'static Method,
     /// Where the time went, of the one request of a call that runs a pipeline.
     pub(super) timings: Mutex<Option<Box<RequestTimings>>>,
@@ -63,7 +62,7 @@ impl GrpcCall {
         method: &'static Method,
     ) -> Result<Self, Status> {
         let (context, begun) = (&*exchange.context, Instant::now());
-        let headers = Headers(&head.headers);
+        let shown = Headers(&head.headers);
         let action =
             |effect| Action { method: head.method.as_str(), endpoint: method.path, name: "", effect };
         if context.access.is_keyless()
@@ -74,29 +73,43 @@ impl GrpcCall {
         }
         let admitted = match method.open_to {
             OpenTo::Everybody => Ok(Caller::default()),
-            OpenTo::Callers => context.access.admit(&exchange.from, &headers),
-            OpenTo::Management => context.access.manage(&exchange.from, &headers),
+            OpenTo::Callers => context.access.admit(&exchange.from, &shown),
+            OpenTo::Management => context.access.manage(&exchange.from, &shown),
         };
         let caller = admitted.map_err(|denied| {
             let _ = refuse(context, &exchange.from, action(Effect::Look), &denied);
             denied_status(&denied)
         })?;
-        let timings = method.runs.then(|| RequestTimings::of(exchange, head, &caller, method.path)).flatten();
-        if method.runs {
-            exchange.enter().map_err(|busy| job_status(&busy))?;
+        let timings = (method.kind == Kind::Infer)
+            .then(|| RequestTimings::of(exchange, head, &caller, method.path))
+            .flatten();
+        if method.kind == Kind::Infer
+            && let Err(busy) = exchange.enter()
+        {
+            if let Some(timings) = timings {
+                let _ = timings.end(context, begun, "", id, status_of(&busy));
+            }
+            return Err(job_status(&busy));
         }
-        exchange.keep(caller.permit.as_ref());
+        // The messages of a stream are let in one by one.
+        let is_stream = method.kind == Kind::StreamInfer;
+        if !is_stream {
+            exchange.keep(caller.permit.as_ref());
+        }
         // Of two that its caller has named, the earlier one.
-        let own = timeout(head).map_err(|error| job_status(&error))?;
-        let own = own.map(|timeout| begun + timeout.min(context.server.request_timeout_max));
+        let own = timeout(head).map_err(|error| job_status(&error))?.map(|timeout| begun + timeout);
         let Deadline(usual) = request_headers::deadline(&head.known, &context.server, begun)
             .map_err(|error| job_status(&error))?;
         let named = head.known.request_timeout.map(|_| usual);
-        let deadline = Deadline(own.into_iter().chain(named).min().unwrap_or(usual));
+        let ends_at = own.into_iter().chain(named).min();
+        let longest = begun + context.server.request_timeout_max;
+        let deadline = Deadline(ends_at.unwrap_or(usual).min(longest));
+        let headers = if is_stream { head.headers.clone() } else { HeaderMap::new() };
         let visibility = match method.open_to {
-            OpenTo::Everybody => {
-                context.access.visibility(&exchange.from, &headers).unwrap_or(Visibility::Status)
-            }
+            OpenTo::Everybody => context.access.visibility(&exchange.from, &shown).unwrap_or_else(|wrong| {
+                let _ = refuse(context, &exchange.from, action(Effect::Look), &wrong);
+                Visibility::Status
+            }),
             _ if caller.manages => Visibility::Reasons,
             _ => Visibility::Names,
         };
@@ -106,13 +119,21 @@ impl GrpcCall {
             id: id.clone(),
             begun,
             deadline,
-            is_timed: own.is_some() || head.known.request_timeout.is_some(),
-            meter: Meter::new(exchange.peer()),
+            ends_at,
+            headers,
             method,
             timings: Mutex::new(timings),
             is_counted: AtomicBool::new(false),
             visibility,
         })
+    }
+
+    /// Lets one message of a stream in, as a request by itself.
+    ///
+    /// # Errors
+    /// Its caller isn't let in any more, or has to come back.
+    pub(super) fn admit_message(&self) -> Result<Caller, AccessError> {
+        self.context().access.admit(&self.exchange.from, &Headers(&self.headers))
     }
 
     pub(super) fn context(&self) -> &Arc<Context> {
@@ -164,15 +185,6 @@ pub(super) fn http_status(status: &Status) -> u16 {
         Code::DeadlineExceeded => 504,
         Code::Unknown | Code::Internal | Code::DataLoss => 500,
     }
-}
-
-/// An answer, with where the time went, where its caller may know.
-pub(super) fn explained<T>(answer: T, explanation: Option<serde_json::Value>) -> Response<T> {
-    let mut response = Response::new(answer);
-    if let Some(explanation) = explanation.and_then(|explanation| explanation.to_string().parse().ok()) {
-        response.metadata_mut().insert(EXPLAIN, explanation);
-    }
-    response
 }
 
 /// The time that a caller gives a call, as gRPC writes it: at most eight digits and a unit.

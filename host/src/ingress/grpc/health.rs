@@ -1,19 +1,24 @@
 //! gRPC's own health checks: of the host, and of models by their names, for those who may see them.
 
-use std::{pin::Pin, time::Duration};
+use std::{
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use futures_util::{Stream, stream};
-use tokio::time::{Interval, interval};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 use tonic::{Request, Response, Status};
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_server::Health,
 };
 
 use super::call::GrpcCall;
-use crate::{access::Visibility, ingress::v2};
+use crate::{access::Visibility, egress::job_status, ingress::v2, work::JobError};
 
 /// Between two looks of somebody who watches.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Characters of a name that an error repeats.
+const SHOWN_CHARS: usize = 80;
 /// The service whose health is the host's.
 const INFERENCE: &str = modalkit_proto::grpc_inference_service_server::SERVICE_NAME;
 
@@ -46,7 +51,8 @@ impl Health for HealthService {
         let service = request.into_inner().service;
         let unknown = || {
             Status::not_found(format!(
-                "no such service: {service:?}; expected none, {INFERENCE}, or a model's name (with a key, where there are keys)"
+                "no such service: {:?}; expected none, {INFERENCE}, or a model's name (with a key, where there are keys)",
+                service.chars().take(SHOWN_CHARS).collect::<String>()
             ))
         };
         status(&self.0, &service).map(|status| Response::new(response(status))).ok_or_else(unknown)
@@ -61,17 +67,28 @@ impl Health for HealthService {
             service: String,
             told: Option<ServingStatus>,
             looks: Interval,
+            is_over: bool,
         }
-        let looks = interval(LOOK_INTERVAL);
+        let mut looks = interval(LOOK_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let watch = Watch {
             call: std::sync::Arc::clone(&self.0),
             service: request.into_inner().service,
             told: None,
             looks,
+            is_over: false,
         };
         let changes = stream::unfold(watch, |mut watch| async move {
+            if watch.is_over {
+                return None;
+            }
             loop {
                 watch.looks.tick().await;
+                if watch.call.ends_at.is_some_and(|at| Instant::now() >= at) {
+                    // Once: the stream is over behind it.
+                    watch.is_over = true;
+                    return Some((Err(job_status(&JobError::DeadlinePassed)), watch));
+                }
                 let now = status(&watch.call, &watch.service).unwrap_or(ServingStatus::ServiceUnknown);
                 if watch.told.replace(now) != Some(now) {
                     return Some((Ok(response(now)), watch));

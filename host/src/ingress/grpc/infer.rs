@@ -7,9 +7,12 @@ use std::{
 
 use hyper::StatusCode;
 use modalkit_proto::{ModelInferRequest, ModelInferResponse};
-use tonic::{Response, Status};
+use tonic::Status;
 
-use super::call::{GrpcCall, explained};
+use super::{
+    call::GrpcCall,
+    reader::{Message, MessageReader},
+};
 use crate::{
     egress::{self, job_status},
     ingress::predict::{
@@ -21,7 +24,7 @@ use crate::{
     pipeline::{Generation, Model},
     protocol::{
         describe,
-        v2::{self, Form},
+        v2::{self, Form, InferRequest},
     },
     work::JobError,
 };
@@ -32,11 +35,16 @@ const COUNTED: Counted = Counted { endpoint: GRPC_INFER, ok: |metrics| metrics.o
 ///
 /// # Errors
 /// Why there is no answer.
-pub(super) async fn answer(
-    call: &GrpcCall,
-    message: ModelInferRequest,
-) -> Result<Response<ModelInferResponse>, Status> {
-    let _charge = call.meter.message();
+pub(super) async fn answer(call: &GrpcCall, mut reader: MessageReader) -> Result<Inferred, Status> {
+    // Until its deadline, which counts from its headers on.
+    let mut limit = pin!(call.exchange.timer.limit(call.deadline.0));
+    let message = tokio::select! {
+        biased;
+        message = reader.next() => message?,
+        () = &mut limit => return Err(job_status(&JobError::DeadlinePassed)),
+    };
+    let Message { request: message, taken: _taken, cost } =
+        message.ok_or_else(|| Status::internal("expected a message, found none"))?;
     call.is_counted.store(true, Ordering::Relaxed);
     let context = call.context();
     let model = match find(call, &message) {
@@ -56,8 +64,7 @@ pub(super) async fn answer(
         begun: call.begun,
     };
     let answered = {
-        let mut limit = pin!(call.exchange.timer.limit(request.deadline.0));
-        let mut work = pin!(infer_message(call, &request, message));
+        let mut work = pin!(infer_message(call, &request, message, cost));
         tokio::select! {
             biased;
             done = &mut work => done,
@@ -69,9 +76,9 @@ pub(super) async fn answer(
     let status = answered.as_ref().map_or_else(egress::status_of, |_| StatusCode::OK);
     let explanation = timings.and_then(|timings| timings.end(context, begun, &model.name, &call.id, status));
     match answered {
-        Ok(answer) => {
+        Ok(message) => {
             count(context, Some(&model), COUNTED, &call.id, Ended { status, error: None });
-            Ok(explained(answer, explanation))
+            Ok(Inferred { message, explanation })
         }
         Err(error) => {
             say_if_lost(&error, &model, &call.id);
@@ -79,6 +86,12 @@ pub(super) async fn answer(
             Err(job_status(&error))
         }
     }
+}
+
+/// An answer, and where its time went, where its caller may know.
+pub(super) struct Inferred {
+    pub(super) message: ModelInferResponse,
+    pub(super) explanation: Option<serde_json::Value>,
 }
 
 /// The model that a request names; the only one where it names none.
@@ -100,31 +113,44 @@ fn ended<'a>(error: &JobError, text: &'a str) -> Ended<'a> {
     Ended { status, error: Some(text).filter(|_| status.is_server_error()) }
 }
 
-/// Runs a request by itself.
+/// Runs a request by itself, which is as much work to read as so many bytes of JSON.
 pub(super) async fn infer_message(
     call: &GrpcCall,
     request: &Call,
     message: ModelInferRequest,
+    cost: usize,
 ) -> Result<ModelInferResponse, JobError> {
     let peer = call.exchange.peer();
     let generation = serving(&request.model, &message)?;
     let form = Form::of(generation.signature()?);
     let queue_max = request.model.spec().batch.queue_max;
-    let bytes = bytes_to_read(&message);
+    let bytes = bytes_to_read(&message, cost);
     let signature = Arc::clone(form.signature());
     let read = move || v2::read_message(message, &signature, queue_max);
     let read = elsewhere_if_large(peer, bytes, read).await??;
-    let (wanted, outputs) = run(peer, request, &generation, &form, read, bytes).await?;
-    let (name, version, bytes) =
-        (request.model.name.clone(), generation.number, wanted.bytes_to_write(&outputs));
+    finish(call, request, &generation, &form, read, bytes).await
+}
+
+/// Runs a request that fits its model.
+pub(super) async fn finish(
+    call: &GrpcCall,
+    request: &Call,
+    generation: &Arc<Generation>,
+    form: &Form,
+    read: InferRequest,
+    bytes: usize,
+) -> Result<ModelInferResponse, JobError> {
+    let peer = call.exchange.peer();
+    let (wanted, outputs) = run(peer, request, generation, form, read, bytes).await?;
+    let (name, version) = (request.model.name.clone(), generation.number);
+    // What is put together of several inputs is copied; what was one is not.
+    let bytes = if outputs.len() == 1 { 0 } else { wanted.bytes_to_write(&outputs) };
     let write = move || v2::infer_message(&name, version, wanted, &outputs);
     elsewhere_if_large(peer, bytes, write).await?.map_err(JobError::Failed)
 }
 
-/// How much work a message is to read, as many bytes of JSON.
-pub(super) fn bytes_to_read(message: &ModelInferRequest) -> usize {
+/// How much work a message is to look at, as many bytes of JSON: its raw elements are little, all else of it is as it is.
+pub(super) fn bytes_to_read(message: &ModelInferRequest, cost: usize) -> usize {
     let raw: usize = message.raw_input_contents.iter().map(bytes::Bytes::len).sum();
-    let listed: usize =
-        message.inputs.iter().filter_map(|input| input.contents.as_ref()).map(v2::elements_in).sum();
-    raw / infer::BYTES_OF_NUMBERS + listed
+    raw / infer::BYTES_OF_NUMBERS + cost.saturating_sub(raw)
 }

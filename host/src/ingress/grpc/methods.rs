@@ -22,41 +22,51 @@ pub(super) struct Method {
     pub(super) path: &'static str,
     pub(super) service: Service,
     pub(super) open_to: OpenTo,
-    /// It is one request, which runs a pipeline.
-    pub(super) runs: bool,
+    pub(super) kind: Kind,
+}
+
+/// How a call's messages are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// One request, which runs a pipeline.
+    Infer,
+    /// Any number of them.
+    StreamInfer,
+    /// Small ones, by tonic.
+    Small,
 }
 
 macro_rules! methods {
-    ($($service:ident $open_to:ident $path:expr, $runs:literal;)*) => {
-        [$(Method { path: $path, service: Service::$service, open_to: OpenTo::$open_to, runs: $runs },)*]
+    ($($service:ident $open_to:ident $kind:ident $path:expr;)*) => {
+        [$(Method { path: $path, service: Service::$service, open_to: OpenTo::$open_to, kind: Kind::$kind },)*]
     };
 }
 
 static METHODS: [Method; 24] = methods! {
-    Inference Callers GRPC_INFER, true;
-    Inference Callers GRPC_STREAM_INFER, false;
-    Inference Everybody "/inference.GRPCInferenceService/ServerLive", false;
-    Inference Everybody "/inference.GRPCInferenceService/ServerReady", false;
-    Inference Callers "/inference.GRPCInferenceService/ModelReady", false;
-    Inference Callers "/inference.GRPCInferenceService/ServerMetadata", false;
-    Inference Callers "/inference.GRPCInferenceService/ModelMetadata", false;
-    Inference Callers "/inference.GRPCInferenceService/ModelConfig", false;
-    Inference Callers "/inference.GRPCInferenceService/ModelStatistics", false;
-    Inference Callers "/inference.GRPCInferenceService/RepositoryIndex", false;
-    Inference Management "/inference.GRPCInferenceService/RepositoryModelLoad", false;
-    Inference Management "/inference.GRPCInferenceService/RepositoryModelUnload", false;
-    Inference Management "/inference.GRPCInferenceService/TraceSetting", false;
-    Inference Management "/inference.GRPCInferenceService/LogSettings", false;
-    Inference Callers "/inference.GRPCInferenceService/SystemSharedMemoryStatus", false;
-    Inference Callers "/inference.GRPCInferenceService/SystemSharedMemoryRegister", false;
-    Inference Callers "/inference.GRPCInferenceService/SystemSharedMemoryUnregister", false;
-    Inference Callers "/inference.GRPCInferenceService/CudaSharedMemoryStatus", false;
-    Inference Callers "/inference.GRPCInferenceService/CudaSharedMemoryRegister", false;
-    Inference Callers "/inference.GRPCInferenceService/CudaSharedMemoryUnregister", false;
-    Health Everybody "/grpc.health.v1.Health/Check", false;
-    Health Everybody "/grpc.health.v1.Health/Watch", false;
-    Reflection Everybody "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", false;
-    ReflectionAlpha Everybody "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", false;
+    Inference Callers Infer GRPC_INFER;
+    Inference Callers StreamInfer GRPC_STREAM_INFER;
+    Inference Everybody Small "/inference.GRPCInferenceService/ServerLive";
+    Inference Everybody Small "/inference.GRPCInferenceService/ServerReady";
+    Inference Callers Small "/inference.GRPCInferenceService/ModelReady";
+    Inference Callers Small "/inference.GRPCInferenceService/ServerMetadata";
+    Inference Callers Small "/inference.GRPCInferenceService/ModelMetadata";
+    Inference Callers Small "/inference.GRPCInferenceService/ModelConfig";
+    Inference Callers Small "/inference.GRPCInferenceService/ModelStatistics";
+    Inference Callers Small "/inference.GRPCInferenceService/RepositoryIndex";
+    Inference Management Small "/inference.GRPCInferenceService/RepositoryModelLoad";
+    Inference Management Small "/inference.GRPCInferenceService/RepositoryModelUnload";
+    Inference Management Small "/inference.GRPCInferenceService/TraceSetting";
+    Inference Management Small "/inference.GRPCInferenceService/LogSettings";
+    Inference Callers Small "/inference.GRPCInferenceService/SystemSharedMemoryStatus";
+    Inference Callers Small "/inference.GRPCInferenceService/SystemSharedMemoryRegister";
+    Inference Callers Small "/inference.GRPCInferenceService/SystemSharedMemoryUnregister";
+    Inference Callers Small "/inference.GRPCInferenceService/CudaSharedMemoryStatus";
+    Inference Callers Small "/inference.GRPCInferenceService/CudaSharedMemoryRegister";
+    Inference Callers Small "/inference.GRPCInferenceService/CudaSharedMemoryUnregister";
+    Health Everybody Small "/grpc.health.v1.Health/Check";
+    Health Everybody Small "/grpc.health.v1.Health/Watch";
+    Reflection Everybody Small "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    ReflectionAlpha Everybody Small "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
 };
 
 /// The call with this path.

@@ -1,51 +1,64 @@
-//! gRPC on the connections of HTTP/2, beside everything else: which call is asked, whether it is let in, until when it may take. tonic reads and writes
-//! messages; what they ask is answered by the services here. It never knows how a batch is run.
+//! gRPC on the connections of HTTP/2, beside everything else: which call is asked, whether it is let in, until when it may take. Messages that run pipelines
+//! are read and written here, within the limits of bodies; those of all other calls, which are small, by tonic. It never knows how a batch is run.
 
 mod body;
 mod call;
+mod cost;
 mod health;
 mod infer;
 mod methods;
+mod reader;
 mod service;
 mod stream;
+mod writer;
 
 use std::{
     convert::Infallible,
     pin::pin,
     sync::{Arc, atomic::Ordering},
+    task::{Context as Task, Poll},
 };
 
 use hyper::{
-    Method as HttpMethod, Request, Response,
+    HeaderMap, Method as HttpMethod, Request, Response,
     body::Incoming,
     header::{CONTENT_TYPE, HeaderName, HeaderValue},
 };
 use modalkit_proto::grpc_inference_service_server::GrpcInferenceServiceServer;
-use tonic::{Status, codec::CompressionEncoding, codegen::Service as _};
+use tonic::{Status, codec::CompressionEncoding, codegen::Service as _, metadata::AsciiMetadataValue};
 use tonic_health::pb::health_server::HealthServer;
 use tonic_reflection::server::Builder;
 
 use self::{
-    body::CountedBody,
+    body::{Incomings, SmallMessages},
     call::{GrpcCall, http_status},
     health::HealthService,
-    methods::{Service, find, no_such_call},
+    infer::Inferred,
+    methods::{Kind, Service, find, no_such_call},
+    reader::{MessageReader, coding_of},
     service::InferenceService,
+    stream::InferStream,
 };
 use super::{
-    body::RequestBody,
+    content_coding::Coding,
+    endpoints::OpenTo,
     exchange::Exchange,
-    lingering_close,
+    grpc_text::cut_text,
     request_headers::{Head, put_id},
-    response_body::{Outgoing, respond_grpc},
+    response_body::{Messages, Outgoing, respond_grpc, respond_messages},
 };
-use crate::{egress::job_status, work::JobError};
+use crate::{egress::job_status, protocol::Answer, work::JobError};
 
 const GRPC: &str = "application/grpc";
-/// In what a caller's messages are compressed.
+/// In what a call's messages are compressed.
 const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
-
-type Answered = Response<tonic::body::Body>;
+const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+/// In what they may be.
+const ACCEPTED: &str = "identity,gzip,deflate";
+/// Where the time went.
+const EXPLAIN: HeaderName = HeaderName::from_static("x-modalkit-explain");
+/// Bytes of a message of a call that runs no pipeline.
+const SMALL_BYTES_MAX: usize = 64 << 10;
 
 /// Whether a request over HTTP/2 is a call of gRPC.
 pub(super) fn is_call(request: &Request<Incoming>) -> bool {
@@ -58,10 +71,10 @@ pub(super) fn is_call(request: &Request<Incoming>) -> bool {
 
 /// Answers a call.
 pub(super) async fn answer(exchange: Exchange, request: Request<Incoming>) -> Response<Outgoing> {
-    exchange.speaks_grpc.store(true, Ordering::Relaxed);
     let exchange = Arc::new(exchange);
     let context = &*exchange.context;
     let (parts, incoming) = request.into_parts();
+    let incomings = Incomings::new(incoming, exchange.peer());
     let head = Head::of(&parts);
     let id = context.ids.of(&head.known);
     let method = find(parts.uri.path());
@@ -71,55 +84,111 @@ pub(super) async fn answer(exchange: Exchange, request: Request<Incoming>) -> Re
     };
     let (mut response, is_counted) = match admitted {
         Ok(call) => {
-            let body = CountedBody::new(incoming, &call.meter);
-            let mut limit = pin!(exchange.timer.limit(call.deadline.0));
-            let mut work = pin!(dispatch(&call, Request::from_parts(parts, body)));
-            // One that runs a pipeline ends by itself at its deadline, with what is counted then, once its message is there.
-            let answered = tokio::select! {
-                biased;
-                answered = &mut work => answered,
-                () = &mut limit => job_status(&JobError::DeadlinePassed).into_http(),
+            if call.method.open_to != OpenTo::Everybody {
+                exchange.speaks_grpc.store(true, Ordering::Relaxed);
+            }
+            let encoding = parts.headers.get(ENCODING).cloned();
+            let response = match call.method.kind {
+                Kind::Infer => infer(&call, incomings, encoding).await,
+                Kind::StreamInfer => {
+                    let reader = MessageReader::new(incomings, coding_of(encoding.as_ref()));
+                    call.is_counted.store(true, Ordering::Relaxed);
+                    let stream = InferStream::new(Arc::clone(&call), reader);
+                    respond_messages(&exchange, started(None), Box::new(stream))
+                }
+                Kind::Small => {
+                    let body = SmallMessages::new(incomings, &call);
+                    respond_grpc(&exchange, small(&call, Request::from_parts(parts, body)).await)
+                }
             };
-            (answered, call.is_counted.load(Ordering::Relaxed))
+            (response, call.is_counted.load(Ordering::Relaxed))
         }
-        Err(status) => {
-            lingering_close::read_on(RequestBody::new(incoming), Arc::clone(exchange.peer()));
-            (status.into_http(), false)
-        }
+        Err(status) => (respond_grpc(&exchange, status.into_http()), false),
     };
     if let Some(method) = method.filter(|_| !is_counted) {
         // Where it has failed, its status stands among the headers.
         let status = Status::from_header_map(response.headers()).map_or(200, |status| http_status(&status));
         context.metrics.requests("", method.path, status).inc();
     }
+    cut_text(response.headers_mut());
     put_id(&id, response.headers_mut());
-    respond_grpc(exchange, response)
+    response
 }
 
-/// Has the service of a call answer it.
-async fn dispatch(call: &Arc<GrpcCall>, request: Request<CountedBody>) -> Answered {
+/// The headers of an answer in messages.
+fn started(coding: Option<Coding>) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(GRPC));
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
+    if let Some(coding) = coding {
+        headers.insert(ENCODING, HeaderValue::from_static(coding.name()));
+    }
+    headers
+}
+
+/// One message.
+struct Once(Option<Answer>);
+
+impl Messages for Once {
+    fn poll_next(&mut self, _: &mut Task<'_>) -> Poll<Option<Result<Answer, Status>>> {
+        Poll::Ready(self.0.take().map(Ok))
+    }
+}
+
+/// `ModelInfer`.
+async fn infer(call: &GrpcCall, incomings: Incomings, encoding: Option<HeaderValue>) -> Response<Outgoing> {
+    let coding = coding_of(encoding.as_ref());
     // Answers are compressed as requests are: clients that only could take it would have it always.
-    let encoding = request.headers().get(ENCODING).and_then(encoding_of);
-    let bytes_max = call.context().server.body_bytes_max;
-    let call = Arc::clone(call);
-    let answered: Result<Answered, Infallible> = match call.method.service {
+    let of_answer = coding.as_ref().ok().copied().flatten();
+    match infer::answer(call, MessageReader::new(incomings, coding)).await {
+        Ok(Inferred { message, explanation }) => {
+            let message = writer::compressed(call.context(), of_answer, writer::response(message)).await;
+            let mut headers = started(of_answer);
+            if let Some(value) = explanation.and_then(|told| HeaderValue::try_from(told.to_string()).ok()) {
+                headers.insert(EXPLAIN, value);
+            }
+            respond_messages(&call.exchange, headers, Box::new(Once(Some(message))))
+        }
+        Err(status) => respond_grpc(&call.exchange, status.into_http()),
+    }
+}
+
+/// Has tonic read a call whose messages are small, and the service answer it.
+async fn small(call: &Arc<GrpcCall>, request: Request<SmallMessages>) -> Response<tonic::body::Body> {
+    let dispatch = dispatch(call, request);
+    // What is managed takes as long as it takes, where its caller hasn't said how long it waits.
+    let ends_at = match call.method.open_to {
+        OpenTo::Management => call.ends_at,
+        OpenTo::Everybody | OpenTo::Callers => Some(call.deadline.0),
+    };
+    let Some(ends_at) = ends_at else { return dispatch.await };
+    let mut limit = pin!(call.exchange.timer.limit(ends_at));
+    tokio::select! {
+        biased;
+        answered = dispatch => answered,
+        () = &mut limit => job_status(&JobError::DeadlinePassed).into_http(),
+    }
+}
+
+async fn dispatch(call: &Arc<GrpcCall>, request: Request<SmallMessages>) -> Response<tonic::body::Body> {
+    let answered: Result<_, Infallible> = match call.method.service {
         Service::Inference => {
-            let mut server = GrpcInferenceServiceServer::new(InferenceService(call))
-                .max_decoding_message_size(bytes_max)
+            let mut server = GrpcInferenceServiceServer::new(InferenceService(Arc::clone(call)))
+                .max_decoding_message_size(SMALL_BYTES_MAX)
                 .accept_compressed(CompressionEncoding::Gzip)
                 .accept_compressed(CompressionEncoding::Deflate);
-            if let Some(encoding) = encoding {
-                server = server.send_compressed(encoding);
-            }
             server.call(request).await
         }
-        Service::Health => HealthServer::new(HealthService(call)).call(request).await,
+        Service::Health => {
+            let server = HealthServer::new(HealthService(Arc::clone(call)));
+            server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await
+        }
         Service::Reflection => match reflection().build_v1() {
-            Ok(mut server) => server.call(request).await,
+            Ok(server) => server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await,
             Err(error) => Ok(Status::internal(error.to_string()).into_http()),
         },
         Service::ReflectionAlpha => match reflection().build_v1alpha() {
-            Ok(mut server) => server.call(request).await,
+            Ok(server) => server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await,
             Err(error) => Ok(Status::internal(error.to_string()).into_http()),
         },
     };
@@ -127,16 +196,13 @@ async fn dispatch(call: &Arc<GrpcCall>, request: Request<CountedBody>) -> Answer
     answered
 }
 
-fn encoding_of(value: &HeaderValue) -> Option<CompressionEncoding> {
-    match value.as_bytes() {
-        b"gzip" => Some(CompressionEncoding::Gzip),
-        b"deflate" => Some(CompressionEncoding::Deflate),
-        _ => None,
-    }
-}
-
 fn reflection() -> Builder<'static> {
     Builder::configure()
         .register_encoded_file_descriptor_set(modalkit_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+/// What is accepted, for those who send something else.
+fn accepted() -> AsciiMetadataValue {
+    AsciiMetadataValue::from_static(ACCEPTED)
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use futures_util::stream::Empty;
 use modalkit_proto::{
     self as proto, grpc_inference_service_server::GrpcInferenceService,
     log_settings_request::setting_value::ParameterChoice as LogChange,
@@ -9,7 +10,7 @@ use modalkit_proto::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{call::GrpcCall, infer, stream::InferStream};
+use super::call::GrpcCall;
 use crate::{
     audit::Effect,
     egress::{Refusal, job_status},
@@ -24,6 +25,12 @@ pub(super) struct InferenceService(pub(super) Arc<GrpcCall>);
 
 type Answer<T> = Result<Response<T>, Status>;
 
+/// Calls that run pipelines are answered before tonic would read them.
+fn read_elsewhere() -> Status {
+    tracing::error!("a call that runs a pipeline was taken for one that doesn't");
+    Status::internal("a part of the host broke its contract")
+}
+
 /// What is empty is not said.
 fn said(text: &str) -> Option<&str> {
     Some(text).filter(|text| !text.is_empty())
@@ -31,7 +38,7 @@ fn said(text: &str) -> Option<&str> {
 
 #[tonic::async_trait]
 impl GrpcInferenceService for InferenceService {
-    type ModelStreamInferStream = InferStream;
+    type ModelStreamInferStream = Empty<Result<proto::ModelStreamInferResponse, Status>>;
 
     async fn server_live(&self, _: Request<proto::ServerLiveRequest>) -> Answer<proto::ServerLiveResponse> {
         Ok(Response::new(proto::ServerLiveResponse { live: true }))
@@ -69,18 +76,15 @@ impl GrpcInferenceService for InferenceService {
         Ok(Response::new(self.served(&name, &version)?.metadata()))
     }
 
-    async fn model_infer(
-        &self,
-        request: Request<proto::ModelInferRequest>,
-    ) -> Answer<proto::ModelInferResponse> {
-        infer::answer(&self.0, request.into_inner()).await
+    async fn model_infer(&self, _: Request<proto::ModelInferRequest>) -> Answer<proto::ModelInferResponse> {
+        Err(read_elsewhere())
     }
 
     async fn model_stream_infer(
         &self,
-        request: Request<Streaming<proto::ModelInferRequest>>,
-    ) -> Answer<InferStream> {
-        Ok(Response::new(InferStream::new(Arc::clone(&self.0), request.into_inner())))
+        _: Request<Streaming<proto::ModelInferRequest>>,
+    ) -> Answer<Self::ModelStreamInferStream> {
+        Err(read_elsewhere())
     }
 
     async fn model_config(

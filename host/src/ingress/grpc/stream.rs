@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context as Task, Poll, ready},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use futures_util::{
@@ -18,15 +18,19 @@ use modalkit_proto::{
     InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
     infer_parameter::ParameterChoice,
 };
-use tokio::time::{Interval, interval};
-use tonic::{Status, Streaming};
+use tokio::time::{Interval, timeout_at};
+use tonic::Status;
 
 use super::{
-    call::GrpcCall,
-    infer::{bytes_to_read, find, infer_message, serving},
+    body::drain_look,
+    call::{GrpcCall, http_status},
+    infer::{bytes_to_read, find, finish, infer_message, serving},
+    reader::{Message, MessageReader},
+    writer,
 };
 use crate::{
-    egress::{self, job_status},
+    access::Caller,
+    egress::{self, denied_status, job_status},
     ingress::{
         peer::Peer,
         predict::{
@@ -35,12 +39,13 @@ use crate::{
             say_if_lost,
             stream::{CountedStream, StreamEnd, begin},
         },
+        response_body::Messages,
         timer::Limit,
     },
     insight::metrics::GRPC_STREAM_INFER,
     pipeline::{Generation, Model},
     protocol::{
-        describe, describe_whole,
+        Answer, describe, describe_whole,
         v2::{self, Form, InferRequest, Wanted},
     },
     work::{Deadline, JobError, Received, Reply},
@@ -49,20 +54,19 @@ use crate::{
 const COUNTED: Counted = Counted { endpoint: GRPC_STREAM_INFER, ok: |metrics| metrics.ok_grpc_stream.inc() };
 /// Requests of one stream that are under way; further ones are read when one of these has ended.
 const UNDER_WAY_MAX: usize = 64;
-/// Between two looks of a stream in which nothing is under way whether the host drains.
-const DRAIN_LOOK: Duration = Duration::from_millis(500);
 /// Says that no answer to its request follows.
 const IS_FINAL: &str = "triton_final_response";
 /// Asks for a last answer, also where it has nothing to say but that.
 const WANTS_EMPTY_FINAL: &str = "triton_enable_empty_final_response";
 
 type Answers = BoxStream<'static, ModelStreamInferResponse>;
+type Requests = BoxStream<'static, Result<Message, Status>>;
 
-/// The answers to a caller's requests.
+/// The answers to a caller's requests, as messages.
 pub(super) struct InferStream {
     call: Arc<GrpcCall>,
     /// `None` once the last has come.
-    requests: Option<Streaming<ModelInferRequest>>,
+    requests: Option<Requests>,
     under_way: SelectAll<Answers>,
     /// Where its caller has set one.
     limit: Option<Limit>,
@@ -70,17 +74,17 @@ pub(super) struct InferStream {
 }
 
 impl InferStream {
-    pub(super) fn new(call: Arc<GrpcCall>, requests: Streaming<ModelInferRequest>) -> Self {
-        let limit = call.is_timed.then(|| call.exchange.timer.limit(call.deadline.0));
-        let drain_look = interval(DRAIN_LOOK);
-        Self { call, requests: Some(requests), under_way: SelectAll::new(), limit, drain_look }
+    pub(super) fn new(call: Arc<GrpcCall>, reader: MessageReader) -> Self {
+        let limit = call.ends_at.map(|at| call.exchange.timer.limit(at));
+        let requests = stream::unfold(reader, async |mut reader| {
+            let message = reader.next().await.transpose()?;
+            Some((message, reader))
+        });
+        let requests = Some(requests.boxed());
+        Self { call, requests, under_way: SelectAll::new(), limit, drain_look: drain_look() }
     }
-}
 
-impl Stream for InferStream {
-    type Item = Result<ModelStreamInferResponse, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, task: &mut Task<'_>) -> Poll<Option<Self::Item>> {
+    fn poll(&mut self, task: &mut Task<'_>) -> Poll<Option<Result<ModelStreamInferResponse, Status>>> {
         loop {
             if let Poll::Ready(Some(answer)) = self.under_way.poll_next_unpin(task) {
                 return Poll::Ready(Some(Ok(answer)));
@@ -120,6 +124,17 @@ impl Stream for InferStream {
     }
 }
 
+impl Messages for InferStream {
+    fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Result<Answer, Status>>> {
+        let next = ready!(self.poll(task));
+        if let Some(Err(status)) = &next {
+            let call = &self.call;
+            call.context().metrics.requests("", call.method.path, http_status(status)).inc();
+        }
+        Poll::Ready(next.map(|answer| answer.map(|message| writer::message(&message))))
+    }
+}
+
 /// A place among the requests in flight.
 struct RequestPermit(Arc<Peer>);
 
@@ -137,20 +152,23 @@ impl Drop for RequestPermit {
 }
 
 /// The answers to one request.
-fn answers(call: Arc<GrpcCall>, message: ModelInferRequest) -> Answers {
-    let charge = call.meter.message();
-    let permit = RequestPermit::enter(call.exchange.peer());
+fn answers(call: Arc<GrpcCall>, message: Message) -> Answers {
+    let Message { request: message, taken, cost } = message;
     let id = message.id.clone();
     let begun = async move {
-        let begun = match permit {
-            Ok(permit) => begin_request(&call, message).await.map(|begun| (begun, Some(permit))),
+        let caller = match call.admit_message() {
+            Ok(caller) => caller,
+            Err(denied) => return once(refused(&id, &denied_status(&denied))),
+        };
+        let permit = match RequestPermit::enter(call.exchange.peer()) {
+            Ok(permit) => permit,
             Err(error) => {
                 count_error(&call, None, &error);
-                Err(error)
+                return once(failed(&id, &error));
             }
         };
-        match begun {
-            Ok((begun, permit)) => begun.held_with((charge, permit)),
+        match begin_request(&call, caller.clone(), message, cost).await {
+            Ok(begun) => begun.held_with((taken, permit, caller)),
             Err(error) => once(failed(&id, &error)),
         }
     };
@@ -185,7 +203,15 @@ fn once(answer: ModelStreamInferResponse) -> Answers {
 
 /// The answer of a request that failed.
 fn failed(id: &str, error: &JobError) -> ModelStreamInferResponse {
-    let message = describe_whole(error);
+    error_answer(id, describe_whole(error))
+}
+
+/// The answer of a request that wasn't let in.
+fn refused(id: &str, status: &Status) -> ModelStreamInferResponse {
+    error_answer(id, status.message().to_owned())
+}
+
+fn error_answer(id: &str, message: String) -> ModelStreamInferResponse {
     // One without a text would be none.
     let error_message = if message.is_empty() { "the request failed".to_owned() } else { message };
     let response = ModelInferResponse { id: id.to_owned(), ..ModelInferResponse::default() };
@@ -213,13 +239,18 @@ fn count_error(call: &GrpcCall, model: Option<&Model>, error: &JobError) {
 }
 
 /// Runs a request to its end, or to its first chunk.
-async fn begin_request(call: &GrpcCall, message: ModelInferRequest) -> Result<Begun, JobError> {
+async fn begin_request(
+    call: &GrpcCall,
+    caller: Caller,
+    message: ModelInferRequest,
+    cost: usize,
+) -> Result<Begun, JobError> {
     let begun = Instant::now();
     let model = find(call, &message).inspect_err(|error| count_error(call, None, error))?;
-    let deadline =
-        if call.is_timed { call.deadline } else { Deadline(begun + call.context().server.request_timeout) };
+    let usual = begun + call.context().server.request_timeout;
+    let deadline = Deadline(call.ends_at.map_or(usual, |at| at.min(usual)));
     let request = Call {
-        caller: call.caller.clone(),
+        caller,
         model: Arc::clone(&model),
         deadline,
         partial: false,
@@ -230,23 +261,26 @@ async fn begin_request(call: &GrpcCall, message: ModelInferRequest) -> Result<Be
     let work = async {
         let generation = serving(&model, &message)?;
         match Form::of(generation.signature()?) {
-            form @ Form::Json => in_chunks(call, request, &generation, &form, message).await,
-            Form::Tensors(_) => whole(call, &request, message).await,
+            form @ Form::Json => in_chunks(call, request, &generation, &form, message, cost).await,
+            Form::Tensors(_) => {
+                let answer = infer_message(call, &request, message, cost).await?;
+                Ok(whole(call, &request, answer))
+            }
         }
     };
-    let worked = tokio::time::timeout_at(deadline.0.into(), Box::pin(work)).await;
+    let worked = timeout_at(deadline.0.into(), Box::pin(work)).await;
     worked.unwrap_or(Err(JobError::DeadlinePassed)).inspect_err(|error| {
         model.metrics.request.observe(begun.elapsed().as_secs_f64());
         count_error(call, Some(&model), error);
     })
 }
 
-async fn whole(call: &GrpcCall, request: &Call, message: ModelInferRequest) -> Result<Begun, JobError> {
-    let answer = infer_message(call, request, message).await?;
+/// Counts a request that is answered at once.
+fn whole(call: &GrpcCall, request: &Call, answer: ModelInferResponse) -> Begun {
     request.model.metrics.request.observe(request.begun.elapsed().as_secs_f64());
     let ended = Ended { status: StatusCode::OK, error: None };
     count(call.context(), Some(&request.model), COUNTED, &call.id, ended);
-    Ok(Begun::Whole(succeeded(answer, true)))
+    Begun::Whole(succeeded(answer, true))
 }
 
 /// Runs a request of JSON: in chunks, where it is one input and they are wanted.
@@ -255,36 +289,33 @@ async fn in_chunks(
     mut request: Call,
     generation: &Arc<Generation>,
     form: &Form,
-    mut message: ModelInferRequest,
+    message: ModelInferRequest,
+    cost: usize,
 ) -> Result<Begun, JobError> {
-    let queue_max = request.model.spec().batch.queue_max;
-    let signature = Arc::clone(form.stream_signature());
-    let is_chunk = |name: &str| name == v2::JSON_CHUNK;
-    let wants_chunks =
-        message.outputs.is_empty() || message.outputs.iter().any(|output| is_chunk(&output.name));
-    // What is read twice, as a whole below, is small beside its elements, which are shared.
-    let read = {
-        let message = message.clone();
-        let bytes = bytes_to_read(&message);
-        let read = move || v2::read_message(message, &signature, queue_max);
-        elsewhere_if_large(call.exchange.peer(), bytes, read).await??
-    };
-    let InferRequest { tensors, mut wanted, timeout } = read;
     let wants_empty_final = message
         .parameters
         .get(WANTS_EMPTY_FINAL)
         .is_some_and(|wants| matches!(wants.parameter_choice, Some(ParameterChoice::BoolParam(true))));
-    if !wants_chunks || tensors.inputs() != 1 {
-        message.outputs.retain(|output| !is_chunk(&output.name));
-        return whole(call, &request, message).await;
+    let queue_max = request.model.spec().batch.queue_max;
+    let signature = Arc::clone(form.stream_signature());
+    let bytes = bytes_to_read(&message, cost);
+    let read = move || v2::read_message(message, &signature, queue_max);
+    let mut read = elsewhere_if_large(call.exchange.peer(), bytes, read).await??;
+    let wants_chunks = read.wanted.take_chunks();
+    if !wants_chunks || read.tensors.inputs() != 1 {
+        // Chunks are those of one input; of several each has its whole output.
+        let answer = finish(call, &request, generation, form, read, bytes).await?;
+        return Ok(whole(call, &request, answer));
     }
-    wanted.take_chunks();
+    let InferRequest { tensors, wanted, timeout } = read;
     if let Some(timeout) = timeout {
         let limit = timeout.min(call.context().server.request_timeout_max);
         request.deadline = Deadline(request.deadline.0.min(request.begun + limit));
     }
     let Some(Payload::Json(input)) = form.inputs(tensors).pop() else { return Err(JobError::Lost) };
-    let begun = begin(&call.exchange, &request, generation, input).await?;
+    let begun = Box::pin(begin(&call.exchange, &request, generation, input));
+    let begun =
+        timeout_at(request.deadline.0.into(), begun).await.unwrap_or(Err(JobError::DeadlinePassed))?;
     let (name, version) = (request.model.name.clone(), generation.number);
     let stream = CountedStream::new(&call.exchange, request, begun, COUNTED);
     let chunks =

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use hyper::{Method, StatusCode, http::request::Parts};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -48,7 +49,12 @@ pub(in crate::ingress) async fn answer(
     };
     let underway = context.audit.begin(action, &caller, from);
     body.keep(caller.permit.as_ref());
-    let response = match body.read(&head.headers).await {
+    // A body is read where one says something: others are nobody's concern.
+    let read = match head.method {
+        Method::POST if call.reads_body() => body.read(&head.headers).await,
+        _ => Ok(Bytes::new()),
+    };
+    let response = match read {
         Ok(body) => {
             let version = target.version();
             let asked =

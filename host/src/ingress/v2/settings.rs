@@ -67,15 +67,27 @@ fn of_level(level: LogLevel) -> LogSettings {
     }
 }
 
-/// The level at which all of these are logged, and what a level brings with it.
-fn level_of(settings: &LogSettings) -> &'static str {
+/// The level at which all is logged that is wanted; a level brings with it what is more severe.
+fn level_of(settings: &LogSettings) -> LogLevel {
     match settings {
-        LogSettings { verbose_level: Some(2..), .. } => "trace",
-        LogSettings { verbose_level: Some(1), .. } => "debug",
-        LogSettings { info: Some(true), .. } => "info",
-        LogSettings { warning: Some(true), .. } => "warn",
-        LogSettings { error: Some(true), .. } => "error",
-        _ => "off",
+        LogSettings { verbose_level: Some(2..), .. } => LogLevel::Trace,
+        LogSettings { verbose_level: Some(1), .. } => LogLevel::Debug,
+        LogSettings { info: Some(true), .. } => LogLevel::Info,
+        LogSettings { warning: Some(true), .. } => LogLevel::Warn,
+        LogSettings { error: Some(true), .. } => LogLevel::Error,
+        _ => LogLevel::Off,
+    }
+}
+
+/// The most that may be logged, where a change says of something that it isn't wanted: what is less severe isn't either.
+fn most(change: &LogSettings) -> LogLevel {
+    match change {
+        LogSettings { error: Some(false), .. } => LogLevel::Off,
+        LogSettings { warning: Some(false), .. } => LogLevel::Error,
+        LogSettings { info: Some(false), .. } => LogLevel::Warn,
+        LogSettings { verbose_level: Some(0), .. } => LogLevel::Info,
+        LogSettings { verbose_level: Some(1), .. } => LogLevel::Debug,
+        _ => LogLevel::Trace,
     }
 }
 
@@ -91,7 +103,7 @@ pub(in crate::ingress) async fn change_log(context: &Context, change: LogSetting
         error: change.error.or(now.error),
         verbose_level: change.verbose_level.or(now.verbose_level),
     };
-    let level = level_of(&wanted);
+    let level = level_of(&wanted).min(most(&change));
     if context.configuration.set_log_level(level).await {
         return Ok(());
     }
@@ -119,6 +131,9 @@ pub(in crate::ingress) fn trace_settings(context: &Context) -> Vec<(&'static str
 /// # Errors
 /// Spans go nowhere, or a setting is none.
 pub(in crate::ingress) fn change_traces(context: &Context, change: &TraceSettings) -> Result<(), Refusal> {
+    if change.level.is_none() && change.rate.is_none() {
+        return Ok(());
+    }
     let traces = &context.metrics.traces;
     if !traces.is_exporting() {
         return Err(invalid_setting(
@@ -147,6 +162,10 @@ pub(in crate::ingress) fn change_traces(context: &Context, change: &TraceSetting
             traces.sample_ratio().filter(|ratio| *ratio > 0.0).or(Some(1.0))
         }
         None | Some([]) => None,
+        Some([_]) if level.is_none() && traces.sample_ratio() == Some(0.0) => {
+            let expected = "expected trace_level TIMESTAMPS beside it, since nothing is traced";
+            return Err(invalid_setting("trace_rate", expected.into()));
+        }
         Some([rate]) => match rate.trim().parse::<u32>() {
             Ok(rate @ 1..) => Some(1.0 / f64::from(rate)),
             _ => {
@@ -187,15 +206,22 @@ mod tests {
 
     #[test]
     fn a_level_is_told_as_it_is_set() {
-        for (level, name) in [
-            (LogLevel::Off, "off"),
-            (LogLevel::Error, "error"),
-            (LogLevel::Warn, "warn"),
-            (LogLevel::Info, "info"),
-            (LogLevel::Debug, "debug"),
-            (LogLevel::Trace, "trace"),
-        ] {
-            assert_eq!(level_of(&of_level(level)), name);
+        for level in
+            [LogLevel::Off, LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace]
+        {
+            assert_eq!(level_of(&of_level(level)), level);
         }
+    }
+
+    #[test]
+    fn what_is_said_not_to_be_wanted_is_not_logged() {
+        let no_info = LogSettings { info: Some(false), ..LogSettings::default() };
+        let no_warning = LogSettings { warning: Some(false), ..LogSettings::default() };
+        let no_error = LogSettings { error: Some(false), ..LogSettings::default() };
+        let plain = LogSettings { verbose_level: Some(0), ..LogSettings::default() };
+        assert_eq!(most(&no_info), LogLevel::Warn);
+        assert_eq!(most(&no_warning), LogLevel::Error);
+        assert_eq!(most(&no_error), LogLevel::Off);
+        assert_eq!((most(&plain), most(&LogSettings::default())), (LogLevel::Info, LogLevel::Trace));
     }
 }

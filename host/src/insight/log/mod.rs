@@ -36,6 +36,8 @@ const STDOUT: &str = "stdout";
 /// Bytes of a line that is printed; what is longer becomes several.
 const PRINTED_BYTES_MAX: u64 = 16 << 10;
 
+/// What the audit log is logged under.
+pub const AUDIT_TARGET: &str = "modalkit::audit";
 /// What lines of plugins are logged under here.
 const PLUGIN_TARGET: &str = "plugin";
 
@@ -47,6 +49,27 @@ impl LogLevels {
             let _ = self.0.reload(with_plugins(&levels));
             *LEVELS.write() = Some(levels);
         }
+    }
+}
+
+impl LogLevels {
+    /// Logs at this level from now on what has no level of its own, and what the audit log says at least.
+    pub fn set_default(&self, level: LogLevel) {
+        let level = match level {
+            LogLevel::Off => LevelFilter::OFF,
+            LogLevel::Error => LevelFilter::ERROR,
+            LogLevel::Warn => LevelFilter::WARN,
+            LogLevel::Info => LevelFilter::INFO,
+            LogLevel::Debug => LevelFilter::DEBUG,
+            LogLevel::Trace => LevelFilter::TRACE,
+        };
+        let said = LEVELS.read().clone().unwrap_or_default();
+        // Whoever changes this over the network doesn't hide from the audit log, nor what anybody does after that.
+        let audit = Targets::new().with_target(AUDIT_TARGET, LevelFilter::INFO);
+        let own = said.iter().map(|(target, level)| (target.to_owned(), level));
+        let levels = audit.with_targets(own.collect::<Vec<_>>()).with_default(level);
+        let _ = self.0.reload(with_plugins(&levels));
+        *LEVELS.write() = Some(levels);
     }
 }
 

@@ -10,7 +10,7 @@ use super::{elements, form::JSON_CHUNK};
 use crate::work::{Detail, JobError, Location};
 
 /// Tensors that a request may have.
-pub(super) const TENSORS_MAX: usize = 1024;
+pub const TENSORS_MAX: usize = 1024;
 /// Characters of a name that an error repeats, and sizes of a shape.
 const SHOWN_CHARS: usize = 80;
 const SIZES_SHOWN: usize = 16;
@@ -184,6 +184,11 @@ pub(super) fn count(tensors: usize) -> Result<(), JobError> {
         return Err(invalid(&["inputs".into()], found));
     }
     Ok(())
+}
+
+/// How long a request's caller waits, which it says in microseconds; 0 for as long as usual.
+pub(super) fn timeout(microseconds: Option<u64>) -> Option<Duration> {
+    microseconds.filter(|timeout| *timeout > 0).map(Duration::from_micros)
 }
 
 /// Why a request of a sequence is none here.

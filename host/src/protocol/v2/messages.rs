@@ -1,6 +1,6 @@
 //! Requests and answers as messages of gRPC. Elements come as bytes or as numbers, and go out as bytes, as Triton's clients want them.
 
-use std::{borrow::Cow, collections::HashMap, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::HashMap, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use modalkit_engine::{Datatype, Failure, Signature, Tensor};
@@ -41,7 +41,7 @@ pub fn read_message(
     {
         return Err(check::no_sequence());
     }
-    let timeout = number(&parameters, TIMEOUT)?.filter(|timeout| *timeout > 0).map(Duration::from_micros);
+    let timeout = check::timeout(number(&parameters, TIMEOUT)?);
     if !raw_input_contents.is_empty() && raw_input_contents.len() != inputs.len() {
         let found = format!(
             "expected as many raw_input_contents as inputs ({}), or none, found {}",
@@ -152,15 +152,6 @@ fn elements(contents: InferTensorContents, datatype: Datatype) -> Result<Bytes, 
         Datatype::Fp16 | Datatype::Bf16 => {}
     }
     Ok(data.freeze())
-}
-
-/// How many bytes of elements came as numbers or strings, roughly.
-#[must_use]
-pub fn elements_in(contents: &InferTensorContents) -> usize {
-    let numbers = contents.bool_contents.len()
-        + 4 * (contents.int_contents.len() + contents.uint_contents.len() + contents.fp32_contents.len())
-        + 8 * (contents.int64_contents.len() + contents.uint64_contents.len() + contents.fp64_contents.len());
-    numbers + contents.bytes_contents.iter().map(Bytes::len).sum::<usize>()
 }
 
 fn description(output: &InferRequestedOutputTensor) -> Result<OutputDescription<'_>, JobError> {

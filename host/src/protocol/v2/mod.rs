@@ -15,10 +15,10 @@ mod problem;
 mod request;
 mod response;
 
-pub use check::{BatchTensors, InferRequest, Wanted};
+pub use check::{BatchTensors, InferRequest, TENSORS_MAX, Wanted};
 pub use describe::{ModelFacts, config, metadata, server};
 pub use form::{Form, JSON_CHUNK, json_tensor};
-pub use messages::{chunk_message, elements_in, infer_message, read_message};
+pub use messages::{chunk_message, infer_message, read_message};
 pub use outputs::outputs_of;
 pub use problem::problem;
 pub use request::read_infer;

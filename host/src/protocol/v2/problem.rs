@@ -26,6 +26,10 @@ pub fn problem(body: &[u8]) -> Bytes {
             };
             details.iter().map(one).collect::<Vec<_>>().join("; ")
         }
+        // What is JSON already says something else than what is wrong, such as that something isn't ready.
+        _ if serde_json::from_slice::<serde_json::Map<String, Value>>(body).is_ok() => {
+            return Bytes::copy_from_slice(body);
+        }
         _ => String::from_utf8_lossy(body).into_owned(),
     };
     object(&json!({ "error": text }))

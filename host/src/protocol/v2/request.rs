@@ -1,11 +1,11 @@
 //! Takes a request over HTTP apart: JSON, bytes behind it, or bytes alone.
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc};
 
 use bytes::Bytes;
 use modalkit_engine::{Datatype, Signature, Tensor, TensorSpec};
 use serde::{Deserialize, de::IgnoredAny};
-use serde_json::value::RawValue;
+use serde_json::{Value, value::RawValue};
 
 use super::{
     JSON_BYTES_HEADER,
@@ -34,7 +34,7 @@ struct RequestParameters {
     #[serde(default)]
     binary_data_output: Option<bool>,
     #[serde(default)]
-    sequence_id: Option<IgnoredAny>,
+    sequence_id: Option<Value>,
     /// In microseconds.
     #[serde(default)]
     timeout: Option<u64>,
@@ -122,7 +122,9 @@ pub fn read_infer(
         .map_err(|error| invalid(&[], format!("expected an inference request in JSON: {error}")))?;
     check::count(request.inputs.len())?;
     let Object(parameters) = request.parameters.unwrap_or_default();
-    if parameters.sequence_id.is_some() {
+    // What stands for no sequence.
+    let none = |id: &Value| id.is_null() || id == 0 || id == "";
+    if parameters.sequence_id.is_some_and(|id| !none(&id)) {
         return Err(check::no_sequence());
     }
     let all_as_bytes = parameters.binary_data_output.unwrap_or(false);
@@ -139,7 +141,7 @@ pub fn read_infer(
         return Err(invalid(&[], found));
     }
     let tensors = check::whole(tensors, signature, inputs_max)?;
-    Ok(InferRequest { tensors, wanted, timeout: parameters.timeout.map(Duration::from_micros) })
+    Ok(InferRequest { tensors, wanted, timeout: check::timeout(parameters.timeout) })
 }
 
 /// A body that is the bytes of the only input, of one row.

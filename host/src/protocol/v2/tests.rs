@@ -222,6 +222,7 @@ fn problems_are_one_text() {
     let two = r#"{"detail": [{"loc": ["body", "inputs", 0], "msg": "a"}, {"loc": ["body"], "msg": "b"}]}"#;
     assert_eq!(text(two), "inputs.0: a; b");
     assert_eq!(text("whatever"), "whatever");
+    assert_eq!(problem(br#"{"ready":false}"#), r#"{"ready":false}"#);
 }
 
 proptest! {

@@ -1,9 +1,9 @@
-//! Pipelines in Python, of tensors and of JSON.
+//! Pipelines in Python, of tensors and of JSON, as Triton's clients ask them.
 
 use modalkit_tests::{Setup, wait_until};
 use serde_json::{Value, json};
 
-use super::calls::triton;
+use super::super::calls::triton;
 
 const LABELS: &str = r#"
 class Labels:

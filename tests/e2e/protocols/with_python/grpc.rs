@@ -4,7 +4,7 @@ use std::process::Command;
 
 use modalkit_tests::{Host, KEY, OPERATOR, Setup, python_tool, wait_until, workspace};
 
-use super::calls::{Calls, three_models, triton};
+use super::super::calls::{Calls, three_models, triton};
 
 /// Streams whose callers vanish.
 const STREAMS: usize = 1000;
