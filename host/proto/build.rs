@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(Path::new(&out).join("descriptors.bin"), descriptors.encode_to_vec())?;
     let mut generated = tonic_prost_build::configure()
         .build_transport(false)
-        .build_client(env::var_os("CARGO_FEATURE_CLIENT").is_some())
+        .build_client(false)
         // They are slices of what was received, and what a plugin gave.
         .bytes(".inference.ModelInferRequest.raw_input_contents")
         .bytes(".inference.InferTensorContents.bytes_contents")

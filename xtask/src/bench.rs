@@ -5,6 +5,7 @@
 //! built before may take part, so that a change is measured against the state before it.
 
 mod buckets;
+mod grpc;
 mod insight;
 mod jobs;
 mod process;
@@ -124,6 +125,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["isolation"] {
         return isolation(options);
     }
+    if only == ["grpc"] {
+        return grpc::run(options);
+    }
     if only == ["buckets"] {
         return buckets::run();
     }
@@ -138,7 +142,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, insight, buckets or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets or jobs"
         );
     }
     build()?;

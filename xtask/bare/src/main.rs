@@ -1,10 +1,13 @@
-//! A server with nothing but hyper and serde_json, for `cargo xtask bench`: `bare echo|batched|big|tensors PORT`.
+//! A server with nothing but hyper and serde_json, for `cargo xtask bench`: `bare echo|batched|big|tensors PORT`; with nothing but tonic: `bare grpc PORT`; and
+//! the load for that: `bare grpc-load PORT CONNECTIONS SECONDS BYTES`.
 //!
 //! It does each workload's work in the shortest way one would write it, and never checks, limits, counts or logs.
 
 #![forbid(unsafe_code)]
 
 mod batcher;
+mod grpc;
+mod load;
 
 use std::{convert::Infallible, env, net::SocketAddr, sync::Arc};
 
@@ -12,7 +15,10 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, body::Incoming, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    service::TowerToHyperService,
+};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 
@@ -25,6 +31,8 @@ enum Work {
     Big,
     /// Gives the body back.
     Tensors,
+    /// Gives tensors back, over gRPC.
+    Grpc,
 }
 
 #[derive(Deserialize)]
@@ -54,13 +62,21 @@ struct Summed {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let args: Vec<String> = env::args().skip(1).collect();
-    let [workload, port] = args.as_slice() else { bail!("expected: bare echo|batched|big|tensors PORT") };
+    if let [role, port, connections, seconds, bytes] = args.as_slice()
+        && role == "grpc-load"
+    {
+        return load::run(port.parse()?, connections.parse()?, seconds.parse()?, bytes.parse()?).await;
+    }
+    let [workload, port] = args.as_slice() else {
+        bail!("expected: bare echo|batched|big|tensors|grpc PORT")
+    };
     let work = match workload.as_str() {
         "echo" => Work::Echo,
         "batched" => Work::Batched(Arc::new(Batcher::start()?)),
         "big" => Work::Big,
         "tensors" => Work::Tensors,
-        other => bail!("expected the workload echo, batched, big or tensors, found {other:?}"),
+        "grpc" => Work::Grpc,
+        other => bail!("expected the workload grpc, echo, batched, big or tensors, found {other:?}"),
     };
     let port: u16 = port.parse().context("expected a port")?;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], port))).await?;
@@ -69,6 +85,13 @@ async fn main() -> anyhow::Result<()> {
         stream.set_nodelay(true)?;
         let work = work.clone();
         tokio::spawn(async move {
+            if let Work::Grpc = work {
+                // A client that leaves is no error.
+                let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), TowerToHyperService::new(grpc::server()))
+                    .await;
+                return;
+            }
             let service = service_fn(|request| answer(&work, request));
             // A client that leaves is no error.
             let _ = hyper::server::conn::http1::Builder::new()
@@ -97,6 +120,7 @@ async fn answer(work: &Work, request: Request<Incoming>) -> Result<Response<Full
             let sum = input.values.iter().map(|value| f64::from(*value)).sum();
             serde_json::to_vec(&Summed { status: "success", sum, length: input.values.len() })
         }),
+        Work::Grpc => return Ok(Response::new(Full::new(Bytes::new()))),
         Work::Tensors => return Ok(Response::new(Full::new(body))),
     };
     let mut response = Response::new(Full::new(Bytes::new()));

@@ -2,6 +2,7 @@
 //! knows what they say.
 
 use std::{
+    future::Future,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
@@ -11,7 +12,9 @@ use std::{
 use bytes::Bytes;
 use futures_util::FutureExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep, interval_at, sleep_until};
+
+use tonic::Status;
 
 use super::call::GrpcCall;
 use crate::{
@@ -27,7 +30,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// A look now and then whether the host drains.
 pub(super) fn drain_look() -> Interval {
-    let mut look = interval(DRAIN_LOOK);
+    let mut look = interval_at(Instant::now() + DRAIN_LOOK, DRAIN_LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     look
 }
@@ -61,7 +64,10 @@ impl Incomings {
 
 impl Drop for Incomings {
     fn drop(&mut self) {
-        if let Some(incoming) = self.incoming.take().filter(|incoming| !incoming.is_end_stream()) {
+        let Some(incoming) = self.incoming.take() else { return };
+        if incoming.is_end_stream() {
+            self.peer.sends_on.store(false, Ordering::Relaxed);
+        } else {
             lingering_close::read_on(RequestBody::new(incoming), Arc::clone(&self.peer));
         }
     }
@@ -72,13 +78,18 @@ pub(super) struct SmallMessages {
     incomings: Incomings,
     /// Where its caller has set one.
     limit: Option<Limit>,
+    /// When something must have come again.
+    silent_until: Pin<Box<Sleep>>,
+    body_timeout: Duration,
     drain_look: Interval,
 }
 
 impl SmallMessages {
     pub(super) fn new(incomings: Incomings, call: &GrpcCall) -> Self {
         let limit = call.ends_at.map(|at| call.exchange.timer.limit(at));
-        Self { incomings, limit, drain_look: drain_look() }
+        let body_timeout = call.context().server.body_timeout;
+        let silent_until = Box::pin(sleep_until(Instant::now() + body_timeout));
+        Self { incomings, limit, silent_until, body_timeout, drain_look: drain_look() }
     }
 }
 
@@ -91,6 +102,8 @@ impl Body for SmallMessages {
         task: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         if let Poll::Ready(frame) = self.incomings.poll(task) {
+            let at = Instant::now() + self.body_timeout;
+            self.silent_until.as_mut().reset(at);
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
         if let Some(limit) = &mut self.limit
@@ -99,9 +112,15 @@ impl Body for SmallMessages {
             self.limit = None;
             return Poll::Ready(Some(Err(job_status(&JobError::DeadlinePassed).into())));
         }
+        if self.silent_until.as_mut().poll(task).is_ready() {
+            let limit = self.body_timeout;
+            let silent = format!("expected the next message within {limit:?} (server.body_timeout_ms)");
+            return Poll::Ready(Some(Err(Status::deadline_exceeded(silent).into())));
+        }
         while self.drain_look.poll_tick(task).is_ready() {
             if self.incomings.peer.context.gate.is_closed() {
-                return Poll::Ready(None);
+                let error = JobError::Unavailable("the server is shutting down".into());
+                return Poll::Ready(Some(Err(job_status(&error).into())));
             }
         }
         Poll::Pending

@@ -18,6 +18,7 @@ use crate::{
         Context,
         endpoints::OpenTo,
         exchange::Exchange,
+        peer::Peer,
         refusal::refuse,
         request_headers::{self, Head, Headers},
         request_timings::RequestTimings,
@@ -48,6 +49,43 @@ pub(super) struct GrpcCall {
     /// It was counted with the model that it asked.
     pub(super) is_counted: AtomicBool,
     visibility: Visibility,
+}
+
+/// A message that was let in, until its request is answered.
+pub(super) struct Admitted {
+    pub(super) caller: Caller,
+    _permit: RequestPermit,
+}
+
+/// Why one wasn't.
+pub(super) enum NotAdmitted {
+    Denied(AccessError),
+    Busy(JobError),
+}
+
+impl NotAdmitted {
+    pub(super) fn status(&self) -> Status {
+        match self {
+            Self::Denied(denied) => denied_status(denied),
+            Self::Busy(busy) => job_status(busy),
+        }
+    }
+}
+
+/// A place among the requests in flight.
+struct RequestPermit(Arc<Peer>);
+
+impl RequestPermit {
+    fn enter(peer: &Arc<Peer>) -> Result<Self, JobError> {
+        peer.context.gate.enter()?.keep();
+        Ok(Self(Arc::clone(peer)))
+    }
+}
+
+impl Drop for RequestPermit {
+    fn drop(&mut self) {
+        self.0.context.gate.leave_request();
+    }
 }
 
 impl GrpcCall {
@@ -128,12 +166,15 @@ impl GrpcCall {
         })
     }
 
-    /// Lets one message of a stream in, as a request by itself.
+    /// Lets one message of a stream in, as a request by itself, before it is read.
     ///
     /// # Errors
     /// Its caller isn't let in any more, or has to come back.
-    pub(super) fn admit_message(&self) -> Result<Caller, AccessError> {
-        self.context().access.admit(&self.exchange.from, &Headers(&self.headers))
+    pub(super) fn admit_message(&self) -> Result<Admitted, NotAdmitted> {
+        let shown = Headers(&self.headers);
+        let caller = self.context().access.admit(&self.exchange.from, &shown).map_err(NotAdmitted::Denied)?;
+        let permit = RequestPermit::enter(self.exchange.peer()).map_err(NotAdmitted::Busy)?;
+        Ok(Admitted { caller, _permit: permit })
     }
 
     pub(super) fn context(&self) -> &Arc<Context> {

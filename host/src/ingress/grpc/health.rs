@@ -17,6 +17,8 @@ use crate::{access::Visibility, egress::job_status, ingress::v2, work::JobError}
 
 /// Between two looks of somebody who watches.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// How long somebody watches who shows no key, where there are keys.
+const UNKNOWN_WATCH_TIME_MAX: Duration = Duration::from_secs(1800);
 /// Characters of a name that an error repeats.
 const SHOWN_CHARS: usize = 80;
 /// The service whose health is the host's.
@@ -84,6 +86,13 @@ impl Health for HealthService {
             }
             loop {
                 watch.looks.tick().await;
+                // Whoever shows no key, where there are keys, asks again now and then.
+                let is_unknown = watch.call.visibility() == Visibility::Status;
+                if is_unknown && watch.call.begun.elapsed() > UNKNOWN_WATCH_TIME_MAX {
+                    watch.is_over = true;
+                    let over = JobError::Unavailable("watch again, or show a key".to_owned());
+                    return Some((Err(job_status(&over)), watch));
+                }
                 if watch.call.ends_at.is_some_and(|at| Instant::now() >= at) {
                     // Once: the stream is over behind it.
                     watch.is_over = true;

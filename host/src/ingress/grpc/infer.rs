@@ -11,7 +11,7 @@ use tonic::Status;
 
 use super::{
     call::GrpcCall,
-    reader::{Message, MessageReader},
+    reader::{Message, MessageReader, Next},
 };
 use crate::{
     egress::{self, job_status},
@@ -38,13 +38,20 @@ const COUNTED: Counted = Counted { endpoint: GRPC_INFER, ok: |metrics| metrics.o
 pub(super) async fn answer(call: &GrpcCall, mut reader: MessageReader) -> Result<Inferred, Status> {
     // Until its deadline, which counts from its headers on.
     let mut limit = pin!(call.exchange.timer.limit(call.deadline.0));
+    let read = async {
+        let next = reader.next().await?;
+        let Some(Next::Message(message)) = next else {
+            return Err(Status::internal("expected a message, found none"));
+        };
+        reader.end().await?;
+        Ok(message)
+    };
     let message = tokio::select! {
         biased;
-        message = reader.next() => message?,
+        message = read => message?,
         () = &mut limit => return Err(job_status(&JobError::DeadlinePassed)),
     };
-    let Message { request: message, taken: _taken, cost } =
-        message.ok_or_else(|| Status::internal("expected a message, found none"))?;
+    let Message { request: message, taken: _taken, cost, .. } = message;
     call.is_counted.store(true, Ordering::Relaxed);
     let context = call.context();
     let model = match find(call, &message) {

@@ -87,11 +87,12 @@ pub(super) async fn answer(exchange: Exchange, request: Request<Incoming>) -> Re
             if call.method.open_to != OpenTo::Everybody {
                 exchange.speaks_grpc.store(true, Ordering::Relaxed);
             }
-            let encoding = parts.headers.get(ENCODING).cloned();
+            let encoding = parts.headers.get(ENCODING);
             let response = match call.method.kind {
-                Kind::Infer => infer(&call, incomings, encoding).await,
+                Kind::Infer => infer(&call, incomings, &parts.headers).await,
                 Kind::StreamInfer => {
-                    let reader = MessageReader::new(incomings, coding_of(encoding.as_ref()));
+                    let coding = coding_of(encoding);
+                    let reader = MessageReader::new(incomings, coding, Some(Arc::clone(&call)));
                     call.is_counted.store(true, Ordering::Relaxed);
                     let stream = InferStream::new(Arc::clone(&call), reader);
                     respond_messages(&exchange, started(None), Box::new(stream))
@@ -126,6 +127,12 @@ fn started(coding: Option<Coding>) -> HeaderMap {
     headers
 }
 
+/// Whether a caller takes answers in this coding; one that doesn't say takes that of its requests.
+fn takes(headers: &HeaderMap, coding: Coding) -> bool {
+    let accepted = headers.get(ACCEPT_ENCODING).and_then(|accepted| accepted.to_str().ok());
+    accepted.is_none_or(|accepted| accepted.split(',').any(|name| name.trim() == coding.name()))
+}
+
 /// One message.
 struct Once(Option<Answer>);
 
@@ -136,11 +143,11 @@ impl Messages for Once {
 }
 
 /// `ModelInfer`.
-async fn infer(call: &GrpcCall, incomings: Incomings, encoding: Option<HeaderValue>) -> Response<Outgoing> {
-    let coding = coding_of(encoding.as_ref());
-    // Answers are compressed as requests are: clients that only could take it would have it always.
-    let of_answer = coding.as_ref().ok().copied().flatten();
-    match infer::answer(call, MessageReader::new(incomings, coding)).await {
+async fn infer(call: &GrpcCall, incomings: Incomings, headers: &HeaderMap) -> Response<Outgoing> {
+    let coding = coding_of(headers.get(ENCODING));
+    // Answers are compressed as requests are, where that is taken: clients that only could take it would have it always.
+    let of_answer = coding.as_ref().ok().copied().flatten().filter(|coding| takes(headers, *coding));
+    match infer::answer(call, MessageReader::new(incomings, coding, None)).await {
         Ok(Inferred { message, explanation }) => {
             let message = writer::compressed(call.context(), of_answer, writer::response(message)).await;
             let mut headers = started(of_answer);
@@ -170,25 +177,32 @@ async fn small(call: &Arc<GrpcCall>, request: Request<SmallMessages>) -> Respons
     }
 }
 
+/// A service that takes small messages, compressed or not: what makes it so is a method of each.
+macro_rules! compressible {
+    ($server:expr) => {
+        $server
+            .max_decoding_message_size(SMALL_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .accept_compressed(CompressionEncoding::Deflate)
+    };
+}
+
 async fn dispatch(call: &Arc<GrpcCall>, request: Request<SmallMessages>) -> Response<tonic::body::Body> {
     let answered: Result<_, Infallible> = match call.method.service {
         Service::Inference => {
-            let mut server = GrpcInferenceServiceServer::new(InferenceService(Arc::clone(call)))
-                .max_decoding_message_size(SMALL_BYTES_MAX)
-                .accept_compressed(CompressionEncoding::Gzip)
-                .accept_compressed(CompressionEncoding::Deflate);
-            server.call(request).await
+            let server = GrpcInferenceServiceServer::new(InferenceService(Arc::clone(call)));
+            compressible!(server).call(request).await
         }
         Service::Health => {
             let server = HealthServer::new(HealthService(Arc::clone(call)));
-            server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await
+            compressible!(server).call(request).await
         }
         Service::Reflection => match reflection().build_v1() {
-            Ok(server) => server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await,
+            Ok(server) => compressible!(server).call(request).await,
             Err(error) => Ok(Status::internal(error.to_string()).into_http()),
         },
         Service::ReflectionAlpha => match reflection().build_v1alpha() {
-            Ok(server) => server.max_decoding_message_size(SMALL_BYTES_MAX).call(request).await,
+            Ok(server) => compressible!(server).call(request).await,
             Err(error) => Ok(Status::internal(error.to_string()).into_http()),
         },
     };

@@ -1,20 +1,26 @@
 //! Reads the messages of inference calls, one at a time: each within the limits of a body, in time and in bytes, before and after it is decompressed and as
-//! what it becomes in memory. All of that is part of the host's budget until its request is answered. It never knows what is inferred.
+//! what it becomes in memory. All of that is part of the host's budget until its request is answered. Of a stream, each is let in before it is read. It never
+//! knows what is inferred.
 
 use std::{future::poll_fn, sync::Arc};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::Bytes;
 use hyper::header::HeaderValue;
 use modalkit_proto::ModelInferRequest;
 use prost::Message as _;
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
-use super::{body::Incomings, cost};
+use super::{
+    body::Incomings,
+    call::{Admitted, GrpcCall, NotAdmitted},
+    cost,
+};
 use crate::{
     egress::job_status,
     ingress::{
         content_coding::{Coding, CodingError, Taken, decoded_message},
+        exchange::BYTES_FREE,
         peer::Peer,
         predict::infer::elsewhere_if_large,
     },
@@ -22,7 +28,9 @@ use crate::{
 
 /// A flag, and the message's length in 32 bits.
 const HEADER_BYTES: usize = 5;
-/// A message that says it has no more than this is given room for all of it at once.
+/// The first room for a larger message; then it doubles.
+const FIRST_BYTES: usize = 64 << 10;
+/// A message that says it has no more than this is given room for all of it once its first part has come.
 const WHOLE_BYTES_MAX: usize = 2 << 20;
 
 /// Reads messages.
@@ -30,15 +38,26 @@ pub(super) struct MessageReader {
     incomings: Incomings,
     /// In what messages may be that say that they are compressed.
     coding: Result<Option<Coding>, Status>,
+    /// The call whose messages are let in one by one; `None` where all of it was let in.
+    admits: Option<Arc<GrpcCall>>,
     /// What has come of the next message, or of more.
-    buffer: BytesMut,
+    buffer: Vec<u8>,
 }
 
-/// A request, what it holds of the budget, and how much work it is to look at.
+/// A message that has come.
+pub(super) enum Next {
+    Message(Message),
+    /// It was not let in.
+    Refused(String, NotAdmitted),
+}
+
+/// A request, what it holds of the host's limits, and how much work it is to look at.
 pub(super) struct Message {
     pub(super) request: ModelInferRequest,
     pub(super) taken: Taken,
     pub(super) cost: usize,
+    /// Of a stream.
+    pub(super) admitted: Option<Admitted>,
 }
 
 /// That of a call's messages.
@@ -59,8 +78,12 @@ pub(super) fn coding_of(encoding: Option<&HeaderValue>) -> Result<Option<Coding>
 }
 
 impl MessageReader {
-    pub(super) fn new(incomings: Incomings, coding: Result<Option<Coding>, Status>) -> Self {
-        Self { incomings, coding, buffer: BytesMut::new() }
+    pub(super) fn new(
+        incomings: Incomings,
+        coding: Result<Option<Coding>, Status>,
+        admits: Option<Arc<GrpcCall>>,
+    ) -> Self {
+        Self { incomings, coding, admits, buffer: Vec::new() }
     }
 
     fn peer(&self) -> &Arc<Peer> {
@@ -68,26 +91,42 @@ impl MessageReader {
     }
 
     /// The next message; `None` where its sender has sent all.
-    pub(super) async fn next(&mut self) -> Result<Option<Message>, Status> {
+    pub(super) async fn next(&mut self) -> Result<Option<Next>, Status> {
         let coding = self.coding.clone()?;
         let peer = Arc::clone(self.peer());
         let limit = peer.context.server.body_bytes_max;
+        // Before its first byte a message may be waited for as long as its call lasts.
+        if self.buffer.is_empty() {
+            let Some(data) = self.more(None).await? else { return Ok(None) };
+            self.buffer = data.to_vec();
+        }
+        let ends_at = Instant::now() + peer.context.server.body_timeout;
+        let (flag, length) = self.header(ends_at).await?;
+        if length > limit {
+            return Err(Status::out_of_range(format!(
+                "expected a message of at most {limit} bytes (server.body_bytes_max), found {length}"
+            )));
+        }
         let mut taken = Taken::of(&peer.context.budget);
-        let Some((flag, mut bytes)) = self.whole(limit, &mut taken).await? else { return Ok(None) };
+        let admitted = match self.admits.as_ref().map(|call| call.admit_message()).transpose() {
+            Ok(admitted) => admitted,
+            Err(refused) => {
+                let is_small = flag == 0 && length <= BYTES_FREE;
+                let id = if is_small {
+                    cost::id_of(&self.body(length, ends_at, &mut taken).await?)
+                } else {
+                    self.skip(length, ends_at).await?;
+                    String::new()
+                };
+                return Ok(Some(Next::Refused(id, refused)));
+            }
+        };
+        let mut bytes = self.body(length, ends_at, &mut taken).await?;
         match (flag, coding) {
             (0, _) => {}
             (1, Some(coding)) => {
                 let decoded = decoded_message(&peer.context, bytes, coding, limit).await;
-                (bytes, taken) = decoded.map_err(|error| match error {
-                    CodingError::TooLarge => Status::resource_exhausted(format!(
-                        "expected a message of at most {limit} bytes once it is decompressed (server.body_bytes_max)"
-                    )),
-                    CodingError::NoRoom(busy) => job_status(&busy),
-                    CodingError::Broken(reason) => {
-                        Status::internal(format!("the message isn't compressed as grpc-encoding says: {reason}"))
-                    }
-                    CodingError::Unknown(found) => Status::unimplemented(found),
-                })?;
+                (bytes, taken) = decoded.map_err(|error| undecoded(error, limit))?;
             }
             (1, None) => {
                 return Err(Status::internal("the message is compressed, and grpc-encoding doesn't say how"));
@@ -98,86 +137,135 @@ impl MessageReader {
                 )));
             }
         }
-        let cost = cost::of_request(&bytes)?;
-        taken.grow_to(cost).map_err(|busy| job_status(&busy))?;
-        let decoded = elsewhere_if_large(&peer, cost.saturating_sub(bytes.len()), move || {
-            ModelInferRequest::decode(bytes)
-        });
-        let decoded = decoded.await.map_err(|error| job_status(&error))?;
-        let request =
-            decoded.map_err(|error| Status::internal(format!("expected a ModelInferRequest: {error}")))?;
-        Ok(Some(Message { request, taken, cost }))
+        let inline_max = peer.context.server.decode_inline_bytes_max;
+        let work = if cost::is_quick(&bytes, inline_max) { 0 } else { usize::MAX };
+        let decode = move || decode(bytes, taken);
+        let (request, taken, cost) =
+            elsewhere_if_large(&peer, work, decode).await.map_err(|error| job_status(&error))??;
+        Ok(Some(Next::Message(Message { request, taken, cost, admitted })))
     }
 
-    /// The flag and the bytes of the next message.
-    async fn whole(&mut self, limit: usize, taken: &mut Taken) -> Result<Option<(u8, Bytes)>, Status> {
-        let body_timeout = self.peer().context.server.body_timeout;
-        // From when its first bytes have come.
-        let mut ends_at = None;
+    /// Waits until the call's sender has sent all.
+    ///
+    /// # Errors
+    /// Something follows its only message.
+    pub(super) async fn end(&mut self) -> Result<(), Status> {
+        let ends_at = Instant::now() + self.peer().context.server.body_timeout;
+        if self.buffer.is_empty() && self.more(Some(ends_at)).await?.is_none() {
+            return Ok(());
+        }
+        Err(Status::internal("expected one message, found more"))
+    }
+
+    /// The flag and the length of the next message.
+    async fn header(&mut self, ends_at: Instant) -> Result<(u8, usize), Status> {
         loop {
-            let length = header(&self.buffer).map(|(_, length)| length);
-            if let Some(length) = length {
-                if length > limit {
-                    return Err(too_large(length, limit));
-                }
-                let total = HEADER_BYTES + length;
-                if self.buffer.len() >= total {
-                    let mut message = self.buffer.split_to(total).freeze();
-                    if self.buffer.is_empty() {
-                        // Its room is the message's.
-                        self.buffer = BytesMut::new();
-                    }
-                    let flag = message.get_u8();
-                    message.advance(HEADER_BYTES - 1);
-                    return Ok(Some((flag, message)));
-                }
-                let known = self.buffer.capacity();
-                if total > known {
-                    let room = if total <= WHOLE_BYTES_MAX { total } else { total.min(2 * known) };
-                    taken.grow_to(room).map_err(|busy| job_status(&busy))?;
-                    self.buffer.reserve(room - self.buffer.len());
-                }
+            if let Some((header, _)) = self.buffer.split_first_chunk::<HEADER_BYTES>() {
+                let [flag, length @ ..] = *header;
+                return Ok((flag, u32::from_be_bytes(length) as usize));
             }
-            if !self.buffer.is_empty() && ends_at.is_none() {
-                ends_at = Some(Instant::now() + body_timeout);
+            let data = self.more_of_message(ends_at).await?;
+            self.buffer.extend_from_slice(&data);
+        }
+    }
+
+    /// The next message's bytes, behind its header.
+    async fn body(&mut self, length: usize, ends_at: Instant, taken: &mut Taken) -> Result<Bytes, Status> {
+        let total = HEADER_BYTES + length;
+        taken.grow_to(self.buffer.capacity()).map_err(|busy| job_status(&busy))?;
+        loop {
+            if self.buffer.len() >= total {
+                // What is left is at most a frame, and doesn't keep the message's room.
+                let rest = self.buffer[total..].to_vec();
+                self.buffer.truncate(total);
+                let message = Bytes::from(std::mem::replace(&mut self.buffer, rest));
+                return Ok(message.slice(HEADER_BYTES..));
             }
+            let data = self.more_of_message(ends_at).await?;
+            self.make_room(data.len(), total, taken)?;
+            self.buffer.extend_from_slice(&data);
+        }
+    }
+
+    /// Takes room for so many bytes that have come of a message, and for more of it, and has that counted.
+    fn make_room(&mut self, bytes: usize, total: usize, taken: &mut Taken) -> Result<(), Status> {
+        let (come, capacity) = (self.buffer.len(), self.buffer.capacity());
+        let needed = come + bytes;
+        if needed <= capacity {
+            return Ok(());
+        }
+        let room = if needed >= FIRST_BYTES && total <= WHOLE_BYTES_MAX {
+            total.max(needed)
+        } else {
+            (2 * capacity).max(FIRST_BYTES).min(total).max(needed)
+        };
+        taken.grow_to(room).map_err(|busy| job_status(&busy))?;
+        self.buffer.reserve_exact(room - come);
+        Ok(())
+    }
+
+    /// Reads over the next message.
+    async fn skip(&mut self, length: usize, ends_at: Instant) -> Result<(), Status> {
+        let mut left = HEADER_BYTES + length;
+        loop {
+            let passed = left.min(self.buffer.len());
+            self.buffer = self.buffer.split_off(passed);
+            left -= passed;
+            if left == 0 {
+                return Ok(());
+            }
+            self.buffer = self.more_of_message(ends_at).await?.to_vec();
+        }
+    }
+
+    async fn more_of_message(&mut self, ends_at: Instant) -> Result<Bytes, Status> {
+        let more = self.more(Some(ends_at)).await?;
+        more.ok_or_else(|| Status::internal("the body ended within a message"))
+    }
+
+    /// What comes next, some bytes at least; `None` at the end.
+    async fn more(&mut self, ends_at: Option<Instant>) -> Result<Option<Bytes>, Status> {
+        loop {
             let next = poll_fn(|task| self.incomings.poll(task));
             let frame = match ends_at {
                 Some(at) => timeout_at(at, next).await.map_err(|_| {
+                    let limit = self.peer().context.server.body_timeout;
                     Status::deadline_exceeded(format!(
-                        "the message did not arrive within {body_timeout:?} (server.body_timeout_ms)"
+                        "the message did not arrive within {limit:?} (server.body_timeout_ms)"
                     ))
                 })?,
                 None => next.await,
             };
-            let data = match frame {
-                None if self.buffer.is_empty() => return Ok(None),
-                None => return Err(Status::internal("the body ended within a message")),
+            let frame = match frame {
+                None => return Ok(None),
                 Some(Err(error)) => return Err(Status::cancelled(format!("the body broke off: {error}"))),
-                Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+                Some(Ok(frame)) => frame,
             };
-            if self.buffer.is_empty()
-                && let Some((flag, length)) = header(&data)
-                && data.len() == HEADER_BYTES + length
-                && length <= limit
-            {
-                // It came alone and in one piece.
-                taken.grow_to(data.len()).map_err(|busy| job_status(&busy))?;
-                return Ok(Some((flag, data.slice(HEADER_BYTES..))));
+            let data = frame.into_data().unwrap_or_default();
+            if !data.is_empty() {
+                return Ok(Some(data));
             }
-            self.buffer.extend_from_slice(&data);
         }
     }
 }
 
-fn header(bytes: &[u8]) -> Option<(u8, usize)> {
-    let (header, _) = bytes.split_first_chunk::<HEADER_BYTES>()?;
-    let [flag, length @ ..] = *header;
-    Some((flag, u32::from_be_bytes(length) as usize))
+fn decode(bytes: Bytes, mut taken: Taken) -> Result<(ModelInferRequest, Taken, usize), Status> {
+    let cost = cost::of_request(&bytes)?;
+    taken.grow_to(cost).map_err(|busy| job_status(&busy))?;
+    let request = ModelInferRequest::decode(bytes)
+        .map_err(|error| Status::internal(format!("expected a ModelInferRequest: {error}")))?;
+    Ok((request, taken, cost))
 }
 
-fn too_large(found: usize, limit: usize) -> Status {
-    Status::out_of_range(format!(
-        "expected a message of at most {limit} bytes (server.body_bytes_max), found {found}"
-    ))
+fn undecoded(error: CodingError, limit: usize) -> Status {
+    match error {
+        CodingError::TooLarge => Status::resource_exhausted(format!(
+            "expected a message of at most {limit} bytes once it is decompressed (server.body_bytes_max)"
+        )),
+        CodingError::NoRoom(busy) => job_status(&busy),
+        CodingError::Broken(reason) => {
+            Status::internal(format!("the message isn't compressed as grpc-encoding says: {reason}"))
+        }
+        CodingError::Unknown(found) => Status::unimplemented(found),
+    }
 }

@@ -25,14 +25,13 @@ use super::{
     body::drain_look,
     call::{GrpcCall, http_status},
     infer::{bytes_to_read, find, finish, infer_message, serving},
-    reader::{Message, MessageReader},
+    reader::{Message, MessageReader, Next},
     writer,
 };
 use crate::{
     access::Caller,
-    egress::{self, denied_status, job_status},
+    egress::{self, job_status},
     ingress::{
-        peer::Peer,
         predict::{
             Call, Counted, Ended, count,
             infer::elsewhere_if_large,
@@ -60,7 +59,7 @@ const IS_FINAL: &str = "triton_final_response";
 const WANTS_EMPTY_FINAL: &str = "triton_enable_empty_final_response";
 
 type Answers = BoxStream<'static, ModelStreamInferResponse>;
-type Requests = BoxStream<'static, Result<Message, Status>>;
+type Requests = BoxStream<'static, Result<Next, Status>>;
 
 /// The answers to a caller's requests, as messages.
 pub(super) struct InferStream {
@@ -98,8 +97,8 @@ impl InferStream {
             match &mut self.requests {
                 None if under_way == 0 => return Poll::Ready(None),
                 Some(requests) if under_way < UNDER_WAY_MAX => match requests.poll_next_unpin(task) {
-                    Poll::Ready(Some(Ok(message))) => {
-                        let answers = answers(Arc::clone(&self.call), message);
+                    Poll::Ready(Some(Ok(next))) => {
+                        let answers = answers(Arc::clone(&self.call), next);
                         self.under_way.push(answers);
                         continue;
                     }
@@ -135,44 +134,31 @@ impl Messages for InferStream {
     }
 }
 
-/// A place among the requests in flight.
-struct RequestPermit(Arc<Peer>);
-
-impl RequestPermit {
-    fn enter(peer: &Arc<Peer>) -> Result<Self, JobError> {
-        peer.context.gate.enter()?.keep();
-        Ok(Self(Arc::clone(peer)))
-    }
-}
-
-impl Drop for RequestPermit {
-    fn drop(&mut self) {
-        self.0.context.gate.leave_request();
-    }
-}
-
 /// The answers to one request.
-fn answers(call: Arc<GrpcCall>, message: Message) -> Answers {
-    let Message { request: message, taken, cost } = message;
-    let id = message.id.clone();
+fn answers(call: Arc<GrpcCall>, next: Next) -> Answers {
+    let message = match next {
+        Next::Message(message) => message,
+        Next::Refused(id, refused) => {
+            let status = refused.status();
+            call.context().metrics.requests("", call.method.path, http_status(&status)).inc();
+            return once(error_answer(brief(&id), status.message().to_owned()));
+        }
+    };
+    let Message { request: message, taken, cost, admitted } = message;
+    let id = brief(&message.id).to_owned();
     let begun = async move {
-        let caller = match call.admit_message() {
-            Ok(caller) => caller,
-            Err(denied) => return once(refused(&id, &denied_status(&denied))),
-        };
-        let permit = match RequestPermit::enter(call.exchange.peer()) {
-            Ok(permit) => permit,
-            Err(error) => {
-                count_error(&call, None, &error);
-                return once(failed(&id, &error));
-            }
-        };
-        match begin_request(&call, caller.clone(), message, cost).await {
-            Ok(begun) => begun.held_with((taken, permit, caller)),
+        let caller = admitted.as_ref().map(|admitted| admitted.caller.clone()).unwrap_or_default();
+        match begin_request(&call, caller, message, cost).await {
+            Ok(begun) => begun.held_with((taken, admitted)),
             Err(error) => once(failed(&id, &error)),
         }
     };
     stream::once(begun).flatten().boxed()
+}
+
+/// An id that answers repeat; a longer one is refused, and its answer has none.
+fn brief(id: &str) -> &str {
+    if id.len() <= v2::ID_BYTES_MAX { id } else { "" }
 }
 
 /// A request that has begun, or ended.
@@ -204,11 +190,6 @@ fn once(answer: ModelStreamInferResponse) -> Answers {
 /// The answer of a request that failed.
 fn failed(id: &str, error: &JobError) -> ModelStreamInferResponse {
     error_answer(id, describe_whole(error))
-}
-
-/// The answer of a request that wasn't let in.
-fn refused(id: &str, status: &Status) -> ModelStreamInferResponse {
-    error_answer(id, status.message().to_owned())
 }
 
 fn error_answer(id: &str, message: String) -> ModelStreamInferResponse {

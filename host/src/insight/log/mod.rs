@@ -197,7 +197,9 @@ fn with_plugins(levels: &Targets) -> Targets {
 pub fn plugin_level() -> LogLevel {
     let levels = LEVELS.read();
     let Some(levels) = levels.as_ref() else { return LogLevel::Off };
-    let all = levels.iter().map(|(_, level)| level).chain(levels.default_level());
+    // No plugin writes the audit log.
+    let own = levels.iter().filter(|(target, _)| *target != AUDIT_TARGET);
+    let all = own.map(|(_, level)| level).chain(levels.default_level());
     engine_level(all.max().unwrap_or(LevelFilter::OFF))
 }
 

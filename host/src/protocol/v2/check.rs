@@ -11,6 +11,8 @@ use crate::work::{Detail, JobError, Location};
 
 /// Tensors that a request may have.
 pub const TENSORS_MAX: usize = 1024;
+/// Bytes of a request's id, which each of its answers repeats.
+pub const ID_BYTES_MAX: usize = 1 << 10;
 /// Characters of a name that an error repeats, and sizes of a shape.
 const SHOWN_CHARS: usize = 80;
 const SIZES_SHOWN: usize = 16;
@@ -231,6 +233,10 @@ pub(super) fn wanted<'a>(
     outputs: impl Iterator<Item = OutputDescription<'a>>,
     signature: &Signature,
 ) -> Result<Wanted, JobError> {
+    if let Some(id) = id.as_ref().filter(|id| id.len() > ID_BYTES_MAX) {
+        let found = format!("expected at most {ID_BYTES_MAX} bytes, found {}", id.len());
+        return Err(invalid(&["id".into()], found));
+    }
     let mut wanted: Vec<(TensorSpec, bool)> = Vec::new();
     for (index, output) in outputs.enumerate() {
         let place = ["outputs".into(), Location::Index(index as u64)];

@@ -15,7 +15,7 @@ mod problem;
 mod request;
 mod response;
 
-pub use check::{BatchTensors, InferRequest, TENSORS_MAX, Wanted};
+pub use check::{BatchTensors, ID_BYTES_MAX, InferRequest, TENSORS_MAX, Wanted};
 pub use describe::{ModelFacts, config, metadata, server};
 pub use form::{Form, JSON_CHUNK, json_tensor};
 pub use messages::{chunk_message, infer_message, read_message};
