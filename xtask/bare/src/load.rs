@@ -2,6 +2,7 @@
 //! milliseconds, how many calls there were and how many failed.
 
 use std::{
+    io::Write,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -57,7 +58,8 @@ pub(crate) async fn run(port: u16, connections: usize, seconds: u64, bytes: usiz
         let place = ((times.len() as f64 * share) as usize).min(times.len().saturating_sub(1));
         times.get(place).map_or(0.0, |time| time.as_secs_f64() * 1e3)
     };
-    println!("{} {} {} {} {failed}", times.len() as f64 / took, at(0.5), at(0.99), times.len());
+    let rate = times.len() as f64 / took;
+    writeln!(std::io::stdout(), "{rate} {} {} {} {failed}", at(0.5), at(0.99), times.len())?;
     Ok(())
 }
 
