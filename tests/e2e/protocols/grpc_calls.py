@@ -259,6 +259,30 @@ def decoupled():
     expect(code_of(lambda: client.infer("streams", [text_input({"id": 1})])), "OK")
 
 
+def limited():
+    """The messages of a stream are calls of their key: one at a time here, and the stream itself takes none of its places."""
+    shown = {"authorization": f"Bearer {ARGUMENTS[0]}"}
+    client = triton.InferenceServerClient(ADDRESS)
+    results = queue.Queue()
+    client.start_stream(lambda result, error: results.put((result, error)), headers=shown)
+
+    def final():
+        while True:
+            result, error = results.get(timeout=60)
+            if error is not None or result.get_response().parameters["triton_final_response"].bool_param:
+                return error
+
+    for number in range(3):
+        client.async_stream_infer("streams", [text_input({"id": number, "chunks": 1})], request_id=str(number))
+        expect(final(), None)
+    slow = {"id": 7, "chunks": 3, "pause_ms": 300}
+    for number in range(2):
+        client.async_stream_infer("streams", [text_input(slow)], request_id=str(number))
+    errors = [error for error in (final(), final()) if error is not None]
+    assert len(errors) == 1 and "too many requests in flight" in errors[0].message(), errors
+    client.stop_stream()
+
+
 def cancelled():
     """A stream that its caller leaves takes its request along, and so does one whose time is up."""
     client = triton.InferenceServerClient(ADDRESS)
@@ -347,6 +371,7 @@ def deadline():
     "keys": keys,
     "decoupled": decoupled,
     "cancelled": cancelled,
+    "limited": limited,
     "vanish": vanish,
     "deadline": deadline,
 }[SCENARIO]()

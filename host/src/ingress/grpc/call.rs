@@ -114,7 +114,7 @@ impl GrpcCall {
             OpenTo::Callers => context.access.admit(&exchange.from, &shown),
             OpenTo::Management => context.access.manage(&exchange.from, &shown),
         };
-        let caller = admitted.map_err(|denied| {
+        let mut caller = admitted.map_err(|denied| {
             let _ = refuse(context, &exchange.from, action(Effect::Look), &denied);
             denied_status(&denied)
         })?;
@@ -129,11 +129,12 @@ impl GrpcCall {
             }
             return Err(job_status(&busy));
         }
-        // The messages of a stream are let in one by one.
         let is_stream = method.kind == Kind::StreamInfer;
-        if !is_stream {
-            exchange.keep(caller.permit.as_ref());
+        if is_stream {
+            // Its messages are let in one by one, and take the places that there are for its key.
+            caller.permit = None;
         }
+        exchange.keep(caller.permit.as_ref());
         // Of two that its caller has named, the earlier one.
         let own = timeout(head).map_err(|error| job_status(&error))?.map(|timeout| begun + timeout);
         let Deadline(usual) = request_headers::deadline(&head.known, &context.server, begun)

@@ -70,6 +70,13 @@ fn keys_are_metadata_and_management_is_for_those_who_manage() {
 }
 
 #[test]
+fn the_requests_of_a_stream_are_calls_of_its_key() {
+    let keys = format!("[app_settings.auth_config.keys.caller]\napi_key = {KEY:?}\nconcurrency_max = 1\n");
+    let host = Setup::new().plugin("streams").config(&keys).ready();
+    scenario(&host, "limited", &[KEY]);
+}
+
+#[test]
 fn chunks_are_answers_of_their_own_and_a_stream_that_is_left_takes_them_along() {
     let host = Setup::new().plugin("streams").ready();
     scenario(&host, "decoupled", &[]);
