@@ -15,7 +15,7 @@ use modalkit_tests::{
 use serde_json::{Value, json};
 
 const ROWS: usize = 500;
-const WIDTH: usize = 24;
+pub(crate) const WIDTH: usize = 24;
 /// Malformed requests that one host is sent.
 const MALFORMED: u64 = 10_000;
 
@@ -67,9 +67,9 @@ fn infer(host: &Host, calls: &[Value]) -> Vec<Value> {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-fn digits_and_similarity() -> Host {
+pub(crate) fn digits_and_similarity(setup: Setup) -> Host {
     let model = workspace().join("plugins/onnx/model");
-    let setup = Setup::new().plugin("onnx").plugin("similarity");
+    let setup = setup.plugin("onnx").plugin("similarity");
     let folder = setup.volume();
     fs::copy(model.join("digits.onnx"), folder.join("digits.onnx")).unwrap();
     put(&npy(&embeddings::rows(1, ROWS, WIDTH)), &folder.join("rows.npy"));
@@ -105,7 +105,7 @@ pub(crate) fn member(list: &Value, key: &str) -> Value {
 
 #[test]
 fn tritonclient_gets_what_predict_sync_gives_in_bytes_and_in_json() {
-    let host = digits_and_similarity();
+    let host = digits_and_similarity(Setup::new());
     let cases = fs::read(workspace().join("plugins/onnx/model/digits_test.json")).unwrap();
     let cases: Value = serde_json::from_slice(&cases).unwrap();
     let pixels: Vec<&Value> =
@@ -152,7 +152,7 @@ fn tritonclient_gets_what_predict_sync_gives_in_bytes_and_in_json() {
 
 #[test]
 fn tritonclient_shows_what_is_wrong() {
-    let host = digits_and_similarity();
+    let host = digits_and_similarity(Setup::new());
     let call = |model: &str, input: Value, outputs: Value| json!({"model": model, "binary": true, "outputs": outputs, "inputs": [input]});
     let answers = infer(
         &host,
@@ -289,7 +289,7 @@ fn bytes_come_back_as_they_were_and_cost_is_counted() {
 
 #[test]
 fn what_a_changed_model_takes_is_what_requests_are_held_against() {
-    let host = digits_and_similarity();
+    let host = digits_and_similarity(Setup::new());
     let ask = |width: usize| {
         let vector =
             json!({"name": "vector", "datatype": "FP32", "shape": [1, width], "data": vec![1; width]});

@@ -7,34 +7,14 @@ use std::{
     process::{Command, Stdio},
 };
 
-use modalkit_tests::{
-    Host, Setup,
-    embeddings::{self, npy},
-    put, python_tool, workspace,
-};
+use modalkit_tests::{Host, Setup, embeddings, python_tool, workspace};
 use serde_json::{Value, json};
 
-use crate::tensors::{assert_close, member};
-
-const ROWS: usize = 500;
-const WIDTH: usize = 24;
+use crate::tensors::{WIDTH, assert_close, digits_and_similarity, member};
 
 /// A host with the digits' model, the one of similar rows and echo, which takes JSON alone.
-pub(super) fn three_models(setup: Setup) -> Host {
-    let model = workspace().join("plugins/onnx/model");
-    let setup = setup.plugin("onnx").plugin("similarity").plugin("echo");
-    let folder = setup.volume();
-    fs::copy(model.join("digits.onnx"), folder.join("digits.onnx")).unwrap();
-    put(&npy(&embeddings::rows(1, ROWS, WIDTH)), &folder.join("rows.npy"));
-    let labels: String = (0..ROWS).map(|row| format!("row {row}\n")).collect();
-    put(labels.as_bytes(), &folder.join("labels.txt"));
-    let config = format!(
-        "[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = 2\n[model_settings]\nlocal_model_repository_folder = {:?}\n\
-         [model_settings.model_entries.digits]\nplugin = \"onnx\"\npath = \"digits.onnx\"\ntop_k = 3\n\
-         [model_settings.model_entries.similarity]\nmatrix = \"rows.npy\"\nlabels = \"labels.txt\"\n",
-        folder.display().to_string()
-    );
-    setup.config(&config).ready()
+pub(super) fn three_models() -> Host {
+    digits_and_similarity(Setup::new().plugin("echo"))
 }
 
 /// Calls, and what is compared of their answers.

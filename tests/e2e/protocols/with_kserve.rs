@@ -1,12 +1,12 @@
 //! KServe's own clients.
 
-use modalkit_tests::{Setup, client_python};
+use modalkit_tests::client_python;
 
 use super::calls::{Calls, run, three_models};
 
 #[test]
 fn kserves_clients_get_what_predict_sync_gives() {
-    let host = three_models(Setup::new());
+    let host = three_models();
     let calls = Calls::of(&host);
     for kind in ["rest", "grpc"] {
         let address = host.address.to_string();

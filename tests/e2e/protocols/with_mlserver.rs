@@ -2,14 +2,14 @@
 
 use std::{fs, process::Command};
 
-use modalkit_tests::{Setup, client_python};
+use modalkit_tests::client_python;
 use serde_json::{Value, json};
 
 use super::calls::three_models;
 
 #[test]
 fn mlserver_infers_a_file_of_requests() {
-    let host = three_models(Setup::new());
+    let host = three_models();
     let texts: Vec<Value> = (0..40).map(|number| json!({"text": format!("text {number}")})).collect();
     let requests: Vec<String> = texts
         .iter()

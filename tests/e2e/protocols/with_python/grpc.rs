@@ -21,7 +21,7 @@ fn scenario(host: &Host, name: &str, arguments: &[&str]) {
 
 #[test]
 fn each_of_tritons_clients_gets_what_predict_sync_gives() {
-    let host = three_models(Setup::new());
+    let host = three_models();
     let calls = Calls::of(&host);
     for client in ["http", "http.aio", "grpc", "grpc.aio", "stream"] {
         calls.assert_same(&triton(&host, client, &calls.calls));
