@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 11] = [
+const NEEDS: [&str; 12] = [
     "redis",
     "moto",
     "taskiq",
@@ -23,9 +23,10 @@ const NEEDS: [&str; 11] = [
     "rendering",
     "kserve",
     "mlserver",
+    "openapi",
 ];
 /// Of these, clients in Python that want an environment of their own.
-const CLIENTS: [&str; 2] = ["kserve", "mlserver"];
+const CLIENTS: [&str; 3] = ["kserve", "mlserver", "openapi"];
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =

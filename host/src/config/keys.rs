@@ -7,7 +7,7 @@ use super::{
     types::{
         Address, Amount, BucketProvider, Count, Folder, FreeForm, Gpu, IsolationKind, Levels, MountKind,
         Named, OneOrMany, Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds,
-        SecondsOrZero, Secret, Sha256, Share, Url, Watch,
+        SecondsOrZero, Secret, Sha256, Share, TaskKind, Url, Watch,
     },
 };
 
@@ -490,6 +490,9 @@ layer! {
         /// Refuses inputs that don't fit the input's JSON Schema in every part (lengths, ranges, patterns), which the pipeline's own
         /// parsing needn't look at. Costs a second parsing of each input.
         enforce_schema: bool = false;
+        /// What it does, for clients of OpenAI's API: "embedding" (`/v1/embeddings`), "completion" (`/v1/completions`) or "chat"
+        /// (`/v1/chat/completions`). Its inputs and outputs are of the form that docs/protocols.md has for that.
+        task: TaskKind, or "none: nothing under `/v1` leads to it";
         /// The volumes whose changes it hears of.
         volumes: Vec<String>, or "those that its data folder or its paths lie in";
         /// A file with requests and answers that a new generation must give before it serves, in the data folder.

@@ -37,7 +37,7 @@ pub use place::{HostPlace, host_place};
 pub use resolved::{
     AuthSpec, BatchPolicy, Config, ConsumeSpec, ContainerSpec, GoldenSpec, JobSpec, KeyLimits, KeySource,
     KeySpec, ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy, Replicas,
-    SecretText, Server, Settings, SsmSpec, TlsFiles, TraceSpec, Volume, Watching,
+    SecretText, Server, Settings, SsmSpec, Task, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};

@@ -8,14 +8,14 @@ use modalkit_engine::{self as engine, Confinement, Isolation, Sandbox};
 
 use super::{
     BatchPolicy, Config, ContainerSpec, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation,
-    Recycle, ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Volume, Warning, Watching, auth,
+    Recycle, ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Task, Volume, Warning, Watching, auth,
     buckets,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
     queues,
     resolve_server::{check_allowed_hosts, check_cors_origins, server, state_folder},
-    types::{Amount, IsolationKind, MountKind, Named, ReloadGpu, Watch},
+    types::{Amount, IsolationKind, MountKind, Named, ReloadGpu, TaskKind, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -145,6 +145,11 @@ impl Resolver<'_> {
             configured: !name.is_empty(),
             required: !name.is_empty() && entry.required(),
             enforce_schema: entry.enforce_schema(),
+            task: entry.task.value().map(|task| match task {
+                TaskKind::Embedding => Task::Embedding,
+                TaskKind::Completion => Task::Completion,
+                TaskKind::Chat => Task::Chat,
+            }),
             plugin: entry.plugin.value().cloned().unwrap_or_else(|| name.to_owned()),
             batch: batch_policy,
             replicas: self.replicas(&deployment, batch_policy.max_batch_size as u64, key),

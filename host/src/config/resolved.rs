@@ -448,6 +448,8 @@ pub struct ModelSpec {
     pub required: bool,
     /// Whether inputs must fit the input's JSON Schema in every part.
     pub enforce_schema: bool,
+    /// What it does, for clients of OpenAI's API.
+    pub task: Option<Task>,
     /// The plugin's: `NAME.so` or `libNAME.so` in a volume.
     pub plugin: String,
     /// How its requests become batches.
@@ -480,6 +482,29 @@ pub struct ModelSpec {
     pub isolation: Isolation,
     /// When a replica's process is replaced by a fresh one.
     pub recycle: Recycle,
+}
+
+/// What a model does, for clients of OpenAI's API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// A text, or tokens, in; a vector out.
+    Embedding,
+    /// A prompt in, what comes after it out.
+    Completion,
+    /// A conversation in, what is said next out.
+    Chat,
+}
+
+impl Task {
+    /// As the configuration says it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embedding",
+            Self::Completion => "completion",
+            Self::Chat => "chat",
+        }
+    }
 }
 
 /// When a replica's process is replaced by a fresh one; `None` for never.

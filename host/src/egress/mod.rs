@@ -23,7 +23,7 @@ use serde_json::{Value, json, value::RawValue};
 use crate::{
     access::AccessError,
     protocol::{
-        Answer, EVENT_STREAM, describe, failed_item, internal, invalid_item, object, raw_json,
+        Answer, EVENT_STREAM, describe, failed_item, internal, invalid_item, object, openai, raw_json,
         v2::{InferAnswer, JSON_BYTES_HEADER, problem},
     },
     reconfigure::Change,
@@ -39,6 +39,9 @@ pub use refusal::Refusal;
 pub type HttpResponse = Response<Body>;
 /// Has a proxy pass events on as they come.
 const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+
+/// Whether OpenAI's clients try again.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// How long a caller that finds the host busy, or not ready, should wait before it comes back.
 pub const RETRY_AFTER_TIME: Duration = Duration::from_secs(1);
@@ -152,6 +155,34 @@ pub fn in_v2(response: HttpResponse) -> HttpResponse {
     Response::from_parts(head, problem(&body.into_bytes()).into())
 }
 
+/// An error's answer as OpenAI's clients read it; an answer that is none stays. They try again what the server failed at, unless they are told that
+/// this doesn't help.
+#[must_use]
+pub fn in_openai(response: HttpResponse) -> HttpResponse {
+    if response.status().is_success() {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let Body::Whole(body) = body else { return Response::from_parts(head, body) };
+    if head.status == StatusCode::UNPROCESSABLE_ENTITY {
+        head.status = StatusCode::BAD_REQUEST;
+    }
+    if head.extensions.get::<Why>().is_some_and(|why| !why.may_pass) {
+        head.headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+    }
+    let body = openai::problem(&body.into_bytes(), head.status.as_u16());
+    Response::from_parts(head, body.into())
+}
+
+/// The error that ends a stream as OpenAI's clients read it.
+#[must_use]
+pub fn last_openai_event(job_error: &JobError) -> LastError {
+    let response = in_openai(error(job_error));
+    let status = response.status();
+    let event = response.into_body().whole().map(Answer::into_bytes).unwrap_or_default();
+    LastError { status, error: describe(job_error), event }
+}
+
 /// What a queue in memory holds, or gave away under a receipt.
 #[must_use]
 pub fn messages(held: &Held, lease: Option<&Lease>, acknowledged: Option<usize>) -> HttpResponse {
@@ -224,9 +255,14 @@ pub fn reconfigured(change: &Change) -> HttpResponse {
     object_response(status, change)
 }
 
-/// Why a request failed, beside the answer that says so: for the log.
+/// Why a request failed, beside the answer that says so: for the log, and for callers who try again.
 #[derive(Clone)]
-pub struct Why(pub String);
+pub struct Why {
+    /// What went wrong, in words.
+    pub text: String,
+    /// Whether the same request may go well another time.
+    pub may_pass: bool,
+}
 
 /// Status and body of an error; one of the server's (5xx) has a [`Why`] among its extensions.
 #[must_use]
@@ -241,7 +277,7 @@ pub fn error(job_error: &JobError) -> HttpResponse {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
     }
     if status.is_server_error() {
-        response.extensions_mut().insert(Why(describe(job_error)));
+        response.extensions_mut().insert(Why { text: describe(job_error), may_pass: job_error.may_pass() });
     }
     response
 }

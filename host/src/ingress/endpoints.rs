@@ -6,7 +6,10 @@ use std::{borrow::Cow, fmt::Write as _};
 use hyper::Method;
 
 use super::query::path_name;
-use crate::audit::{Action, Effect};
+use crate::{
+    audit::{Action, Effect},
+    config::Task,
+};
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +34,9 @@ pub(super) enum Route {
     Config,
     ReloadConfig,
     V2(V2Call),
+    /// The models that OpenAI's clients find.
+    TaskModels,
+    TaskModel,
 }
 
 /// What is asked by the Open Inference Protocol beside predictions.
@@ -75,6 +81,8 @@ pub(super) enum Prediction {
     Infer,
     /// One input, chunks of its output as they come.
     Stream,
+    /// What OpenAI's clients ask of a model with this task.
+    Task(Task),
 }
 
 impl Route {
@@ -122,6 +130,8 @@ const GET_OR_POST: &str = "GET, HEAD, POST";
 
 /// What the paths of the Open Inference Protocol begin with.
 pub(super) const V2: &str = "/v2";
+/// What those of OpenAI's API begin with.
+pub(super) const V1: &str = "/v1";
 /// `/predict_sync` with its model's name in the path.
 const SYNC_BY_PATH: &str = "/models/{name}/predict";
 /// In a pattern, whatever follows.
@@ -130,7 +140,7 @@ const ANYTHING: &str = "{*}";
 const VERSIONS: &str = "/versions/";
 
 /// All of them, those first that are asked for most.
-static ENDPOINTS: [Endpoint; 40] = [
+static ENDPOINTS: [Endpoint; 45] = [
     Endpoint {
         route: Route::Predict(Prediction::Sync),
         pattern: "/predict_sync",
@@ -175,6 +185,51 @@ static ENDPOINTS: [Endpoint; 40] = [
         open_to: OpenTo::Callers,
         parameters: &[],
         about: "tensors in, tensors out, by the Open Inference Protocol ([`docs/protocols.md`](docs/protocols.md)): JSON, bytes behind it (`Inference-Header-Content-Length`), or bytes alone (0 there). A batch is taken apart, and batched with those of others. Errors are `{\"error\"}`",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Task(Task::Embedding)),
+        pattern: "/v1/embeddings",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "as OpenAI's clients ask ([`docs/protocols.md`](docs/protocols.md)), of models with `task = \"embedding\"`. Errors are `{\"error\":{\"message\", …}}`",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Task(Task::Completion)),
+        pattern: "/v1/completions",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the same with `task = \"completion\"`, whole or as a stream",
+    },
+    Endpoint {
+        route: Route::Predict(Prediction::Task(Task::Chat)),
+        pattern: "/v1/chat/completions",
+        versioned: false,
+        methods: POST,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the same with `task = \"chat\"`",
+    },
+    Endpoint {
+        route: Route::TaskModels,
+        pattern: "/v1/models",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "the models with a `task`",
+    },
+    Endpoint {
+        route: Route::TaskModel,
+        pattern: "/v1/models/{name}",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "one of them",
     },
     Endpoint {
         route: Route::Jobs,
@@ -596,18 +651,22 @@ fn shown(methods: &str, between: &str) -> String {
     methods.replace(", HEAD", "").replace(", ", between)
 }
 
-/// The answer to a path that is none of these: the others, or those of the Open Inference Protocol where it begins as they do.
+/// The answer to a path that is none of these: the others, or those of a protocol where it begins as they do.
 pub(super) fn no_such_path(path: &str) -> String {
-    let of_protocol =
-        |path: &str| path == V2 || path.strip_prefix(V2).is_some_and(|rest| rest.starts_with('/'));
+    let protocol = |path: &str| {
+        let is_of = |begin: &&str| {
+            path.strip_prefix(*begin).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        [V2, V1].into_iter().find(is_of)
+    };
     let mut text = format!("no such path: {path}; there are ");
-    let alike = ENDPOINTS.iter().filter(|endpoint| of_protocol(endpoint.pattern) == of_protocol(path));
+    let alike = ENDPOINTS.iter().filter(|endpoint| protocol(endpoint.pattern) == protocol(path));
     for (index, endpoint) in alike.enumerate() {
         let comma = if index == 0 { "" } else { ", " };
         let methods = shown(endpoint.methods, " and ");
         let _ = write!(text, "{comma}{methods} {}", endpoint.path_shown());
     }
-    if !of_protocol(path) {
+    if protocol(path).is_none() {
         let _ = write!(text, ", {POST} {SYNC_BY_PATH}");
     }
     text
@@ -698,7 +757,9 @@ mod tests {
             let target = Target::of(endpoint.pattern).unwrap();
             assert_eq!(target.route(), endpoint.route);
             assert_eq!(ENDPOINTS.iter().filter(|other| other.route == endpoint.route).count(), 1);
-            let other = if endpoint.pattern.starts_with(V2) { "/v2/x" } else { "/x" };
+            let other =
+                [V2, V1].into_iter().find(|begin| endpoint.pattern.starts_with(begin)).unwrap_or_default();
+            let other = &*format!("{other}/x");
             assert!(no_such_path(other).contains(&*endpoint.path_shown()));
         }
     }

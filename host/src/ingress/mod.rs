@@ -28,6 +28,7 @@ mod request_headers;
 mod request_timings;
 mod response_body;
 mod router;
+mod task_models;
 mod ticks;
 mod timer;
 mod tls;

@@ -1,11 +1,16 @@
 //! Answers to requests that nobody carries out: of callers who aren't let in, and with a method that a path doesn't have.
 
-use hyper::{StatusCode, header::ALLOW};
+use hyper::{StatusCode, header::ALLOW, http::request::Parts};
 use serde_json::json;
 
-use super::{Context, cors::allow};
+use super::{
+    Context,
+    cors::allow,
+    endpoints::{OpenTo, Target},
+    request_headers::Headers,
+};
 use crate::{
-    access::{AccessError, Origin},
+    access::{AccessError, Caller, Origin},
     audit::Action,
     egress::{self, HttpResponse, object_response},
 };
@@ -25,6 +30,26 @@ pub(super) fn refuse(
     };
     context.audit.refused(action, key, from, response.status().as_u16());
     response
+}
+
+/// Lets a caller in, or refuses it, as the path says whom it is open to.
+///
+/// # Errors
+/// The answer to one who isn't let in.
+pub(super) fn let_in(
+    context: &Context,
+    from: &Origin,
+    head: &Parts,
+    target: Target<'_>,
+    name: &str,
+) -> Result<Caller, HttpResponse> {
+    let headers = Headers(&head.headers);
+    let admitted = match target.endpoint.open_to {
+        OpenTo::Management => context.access.manage(from, &headers),
+        OpenTo::Callers => context.access.admit(from, &headers),
+        OpenTo::Everybody => Ok(Caller::default()),
+    };
+    admitted.map_err(|denied| refuse(context, from, target.action(&head.method, name), &denied))
 }
 
 /// The answer to a method that a path doesn't have.

@@ -10,13 +10,13 @@ use super::{
     body::{RequestBody, SmallBody},
     content_coding,
     cross_site::Foreign,
-    endpoints::{Endpoint, Route, Target, V2, no_such_path},
+    endpoints::{Endpoint, Route, Target, V1, V2, no_such_path},
     exchange::Exchange,
     jobs, lingering_close, management, predict,
     query::Query,
     refusal::{refuse, wrong_method},
     request_headers::{Head, Headers, put_headers},
-    v2,
+    task_models, v2,
 };
 use crate::{
     access::{Origin, Visibility},
@@ -27,7 +27,14 @@ use crate::{
 
 /// An answer in the form of its path.
 fn in_form(head: &Parts, response: HttpResponse) -> HttpResponse {
-    if head.uri.path().starts_with(V2) { egress::in_v2(response) } else { response }
+    let path = head.uri.path();
+    if path.starts_with(V2) {
+        egress::in_v2(response)
+    } else if path.starts_with(V1) {
+        egress::in_openai(response)
+    } else {
+        response
+    }
 }
 
 pub(super) async fn answer(exchange: &Exchange, request: Request<Incoming>) -> HttpResponse {
@@ -104,6 +111,7 @@ pub(super) async fn beside_predictions(
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
                 jobs::answer(context, from, body.exchange(), head, target).await
             }
+            Route::TaskModels | Route::TaskModel => task_models::answer(context, from, body, head, target),
             Route::V2(call) => v2::answer(context, from, body, head, target, call).await,
             _ => management::answer(context, from, head, target).await,
         }

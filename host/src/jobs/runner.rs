@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit_engine::FailureKind;
 use modalkit_journal::{Journal, Retry, Suspicion, unix_ms};
 
 use super::{
@@ -212,7 +211,7 @@ impl Runner {
         let attempts = live_job.progress.lock().attempts;
         // A model that isn't known has no limit of retries here; it is checked at the next handover.
         let retries = self.models.find(Some(&live_job.model)).map_or(u32::MAX, |model| model.spec().retries);
-        if may_help(&error) && attempts <= retries {
+        if error.may_pass() && attempts <= retries {
             let wait = backoff(attempts, BACKOFF_FIRST, BACKOFF_MAX);
             let next = unix_ms() + wait.as_millis() as u64;
             let text = shortened(protocol::job_failure(&error));
@@ -348,30 +347,4 @@ impl Runner {
 /// Whether an attempt that didn't begin may be made later.
 fn came_back(error: &JobError) -> bool {
     matches!(error, JobError::Unavailable(_) | JobError::Busy(_) | JobError::Lost)
-}
-
-/// Whether another attempt may help: never where the input is to blame.
-fn may_help(error: &JobError) -> bool {
-    match error {
-        JobError::Failed(failure) => match failure.kind {
-            FailureKind::Transient
-            | FailureKind::DeviceLost
-            | FailureKind::DeviceSuspected
-            | FailureKind::NeverBegan
-            | FailureKind::Panicked => true,
-            FailureKind::InvalidInput
-            | FailureKind::Permanent
-            | FailureKind::Died
-            | FailureKind::Unwanted => false,
-        },
-        JobError::BatchTimedOut(_) | JobError::Lost | JobError::Unavailable(_) | JobError::Busy(_) => true,
-        JobError::Invalid(_)
-        | JobError::UnknownModel { .. }
-        | JobError::UnknownVersion { .. }
-        | JobError::TooLarge(_)
-        | JobError::Conflict(_)
-        | JobError::DeadlinePassed
-        | JobError::HungAlone(_)
-        | JobError::StoppedReading(_) => false,
-    }
 }

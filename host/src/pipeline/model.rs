@@ -1,7 +1,7 @@
 //! A model by its name: what callers see of it while generations and replicas come and go. It owns where the model stands, which one
 //! writer says, and never decides it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use modalkit_device::Devices;
@@ -18,6 +18,8 @@ use crate::{
 pub struct Model {
     /// Its name.
     pub name: String,
+    /// When this host first knew of it.
+    pub created: SystemTime,
     /// Its jobs.
     pub queue: Arc<Queue>,
     /// Its metrics.
@@ -87,6 +89,7 @@ impl Model {
             serving: ArcSwapOption::empty(),
             status: ArcSwap::from_pointee(Status::waiting(&spec)),
             name: spec.name.clone(),
+            created: SystemTime::now(),
             spec: ArcSwap::from_pointee(spec),
         });
         let writer = StatusWriter(Arc::clone(&model));

@@ -7,18 +7,34 @@ pub const HEARTBEAT: &[u8] = b": nothing new\n\n";
 
 /// Appends an event. A text of several lines is one of several lines of data, which readers put together again.
 pub fn put_event(text: &mut Vec<u8>, name: &str, json: &[u8]) {
-    const DATA: &[u8] = b"\ndata: ";
     text.extend_from_slice(b"event: ");
     text.extend_from_slice(name.as_bytes());
+    text.push(b'\n');
+    put_data(text, json);
+}
+
+/// Appends an event without a name.
+pub fn put_data(text: &mut Vec<u8>, json: &[u8]) {
+    const DATA: &[u8] = b"data: ";
+    let lines = |text: &mut Vec<u8>, line: &[u8]| {
+        text.extend_from_slice(DATA);
+        text.extend_from_slice(line);
+        text.push(b'\n');
+    };
     if json.contains(&b'\n') || json.contains(&b'\r') {
         for line in json.split(|byte| matches!(byte, b'\n' | b'\r')) {
-            text.extend_from_slice(DATA);
-            text.extend_from_slice(line);
+            lines(text, line);
         }
     } else {
-        text.extend_from_slice(DATA);
-        text.extend_from_slice(json);
+        lines(text, json);
     }
+    text.push(b'\n');
+}
+
+/// Appends a line that readers pass over. What it says is of one line.
+pub fn put_comment(text: &mut Vec<u8>, said: &str) {
+    text.extend_from_slice(b": ");
+    text.extend_from_slice(said.as_bytes());
     text.extend_from_slice(b"\n\n");
 }
 

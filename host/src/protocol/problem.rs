@@ -3,7 +3,8 @@
 
 use bytes::Bytes;
 use modalkit_engine::{Failure, FailureKind};
-use serde_json::json;
+use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::json::object;
 use crate::work::{Detail, JobError, Location};
@@ -80,6 +81,34 @@ pub fn invalid_item(details: Vec<Detail>) -> Bytes {
 #[must_use]
 pub fn internal(failure: &Failure) -> String {
     format!("Internal Server Error. Error log: {}", failure.message)
+}
+
+/// What an error's answer says (`detail`), in one line; `None` where it says nothing.
+pub(super) fn text_of(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Problem {
+        detail: Value,
+    }
+    match serde_json::from_slice(body).ok()? {
+        Problem { detail: Value::String(text) } => Some(text),
+        Problem { detail: Value::Array(details) } => {
+            let one = |detail: &Value| {
+                let place = place_of(detail);
+                let said = detail["msg"].as_str().unwrap_or_default();
+                if place.is_empty() { said.to_owned() } else { format!("{place}: {said}") }
+            };
+            Some(details.iter().map(one).collect::<Vec<_>>().join("; "))
+        }
+        _ => None,
+    }
+}
+
+/// Where a [`Detail`] says that something is wrong, behind its first step.
+pub(super) fn place_of(detail: &Value) -> String {
+    let steps = detail["loc"].as_array().into_iter().flatten().skip(1);
+    let place: Vec<String> =
+        steps.map(|step| step.as_str().map_or_else(|| step.to_string(), ToOwned::to_owned)).collect();
+    place.join(".")
 }
 
 /// What is wrong with an input, with its place.

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, time::Duration};
 
-use modalkit_engine::Failure;
+use modalkit_engine::{Failure, FailureKind};
 use serde::Serialize;
 
 /// Why a job has no answer; each variant asks something else of the caller.
@@ -77,6 +77,33 @@ impl From<&str> for Location {
 }
 
 impl JobError {
+    /// Whether another attempt may help: never where the input is to blame.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Failed(failure) => match failure.kind {
+                FailureKind::Transient
+                | FailureKind::DeviceLost
+                | FailureKind::DeviceSuspected
+                | FailureKind::NeverBegan
+                | FailureKind::Panicked => true,
+                FailureKind::InvalidInput
+                | FailureKind::Permanent
+                | FailureKind::Died
+                | FailureKind::Unwanted => false,
+            },
+            Self::BatchTimedOut(_) | Self::Lost | Self::Unavailable(_) | Self::Busy(_) => true,
+            Self::Invalid(_)
+            | Self::UnknownModel { .. }
+            | Self::UnknownVersion { .. }
+            | Self::TooLarge(_)
+            | Self::Conflict(_)
+            | Self::DeadlinePassed
+            | Self::HungAlone(_)
+            | Self::StoppedReading(_) => false,
+        }
+    }
+
     /// The same error of an input that stands behind these steps.
     #[must_use]
     pub fn inside(self, steps: &[Location]) -> Self {

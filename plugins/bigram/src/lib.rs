@@ -8,10 +8,11 @@
 //! [model_settings.model_entries.babble]
 //! plugin = "bigram"
 //! corpus = "harbour.corpus"        # a text; within local_model_repository_folder
+//! task = "completion"              # or "chat": also for clients of OpenAI's API
 //! batch_config = { max_batch_size = 32, wait_ms = 2 }
 //! ```
 //!
-//! `{"prompt": "The keeper", "tokens_max": 20, "seed": 7}` is answered by `{"text": "…", "tokens": 12, "finish_reason": "stop"}`; a chunk is
+//! `{"prompt": "The keeper", "max_tokens": 20, "seed": 7}` is answered by `{"text": "…", "finish_reason": "stop", "usage": {…}}`; a chunk is
 //! `{"text": " lights"}`. The same request has the same answer. A new text in the volume takes the old one's place between two batches.
 
 mod model;
@@ -45,12 +46,33 @@ pub struct Input {
     /// What the text goes on from: its last word counts. Without one it begins as a sentence does.
     #[serde(default)]
     prompt: String,
-    /// How many words at most, from 1 to 4096; 50 where this is left out.
+    /// A conversation in place of a prompt: what was said last counts.
     #[serde(default)]
-    tokens_max: Option<usize>,
+    messages: Vec<Message>,
+    /// How many words at most, from 1 to 4096; 50 where this is left out.
+    #[serde(default, alias = "max_completion_tokens")]
+    #[schemars(range(min = 1, max = 4096))]
+    max_tokens: Option<usize>,
     /// Which of all texts: the same seed gives the same one.
     #[serde(default)]
     seed: u64,
+}
+
+/// What somebody said.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub struct Message {
+    /// In words.
+    content: String,
+}
+
+impl Input {
+    fn prompt(&self) -> &str {
+        self.messages.last().map_or(&self.prompt, |message| &message.content)
+    }
+
+    fn tokens_max(&self) -> usize {
+        self.max_tokens.unwrap_or(TOKENS)
+    }
 }
 
 /// One answer.
@@ -58,10 +80,19 @@ pub struct Input {
 pub struct Output {
     /// What comes after the prompt.
     text: String,
-    /// Its words.
-    tokens: usize,
-    /// Why there are no more.
+    /// Why there is no more.
     finish_reason: FinishReason,
+    /// How many words there were.
+    usage: Usage,
+}
+
+/// Words of a request and its answer.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+struct Usage {
+    /// Of the prompt.
+    prompt_tokens: usize,
+    /// Of the text.
+    completion_tokens: usize,
 }
 
 /// Why a text ended.
@@ -95,7 +126,7 @@ pub struct Draft {
     sent_bytes: usize,
     /// Not before it is as long as this is it tried again: a caller who doesn't read costs its neighbours next to nothing.
     try_at_bytes: usize,
-    tokens: usize,
+    usage: Usage,
     tokens_max: usize,
     outcome: Option<Outcome<FinishReason>>,
 }
@@ -106,10 +137,10 @@ impl Draft {
         let next = model.next(self.last, &mut self.random);
         self.text.push_str(model.text_of(next));
         self.last = next;
-        self.tokens += 1;
+        self.usage.completion_tokens += 1;
         if model.ends_a_sentence(next) {
             self.outcome = Some(Ok(FinishReason::Stop));
-        } else if self.tokens == self.tokens_max {
+        } else if self.usage.completion_tokens == self.tokens_max {
             self.outcome = Some(Ok(FinishReason::Length));
         }
     }
@@ -128,9 +159,9 @@ impl Draft {
     }
 
     fn into_outcome(self) -> Outcome<Output> {
-        let Self { text, tokens, outcome, .. } = self;
+        let Self { text, usage, outcome, .. } = self;
         let finish_reason = outcome.expect("the loop ends when each has one")?;
-        Ok(Output { text, tokens, finish_reason })
+        Ok(Output { text, finish_reason, usage })
     }
 }
 
@@ -147,27 +178,25 @@ impl InferencePipeline for Bigram {
     }
 
     fn validate(&self, input: &Input) -> Result<(), Invalid> {
-        match input.tokens_max {
-            Some(found) if !(1..=TOKENS_MAX).contains(&found) => {
-                Err(Invalid::new(format!("expected 1 to {TOKENS_MAX}, found {found}")).at("tokens_max"))
-            }
-            _ => Ok(()),
+        match input.tokens_max() {
+            1..=TOKENS_MAX => Ok(()),
+            found => Err(Invalid::new(format!("expected 1 to {TOKENS_MAX}, found {found}")).at("max_tokens")),
         }
     }
 
     fn cost(&self, input: &Input) -> u64 {
-        input.tokens_max.unwrap_or(TOKENS) as u64
+        input.tokens_max() as u64
     }
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Draft>, PipelineError> {
         let draft = |input: &Input| Draft {
-            last: self.model.last_of(&input.prompt),
+            last: self.model.last_of(input.prompt()),
             random: fastrand::Rng::with_seed(input.seed),
             text: String::new(),
             sent_bytes: 0,
             try_at_bytes: 0,
-            tokens: 0,
-            tokens_max: input.tokens_max.unwrap_or(TOKENS),
+            usage: Usage { prompt_tokens: input.prompt().split_whitespace().count(), completion_tokens: 0 },
+            tokens_max: input.tokens_max(),
             outcome: None,
         };
         Ok(inputs.iter().map(draft).collect())
@@ -229,7 +258,7 @@ mod tests {
     }
 
     fn inputs() -> Vec<Value> {
-        (0..8).map(|seed| json!({"prompt": "The keeper", "seed": seed, "tokens_max": 5 + seed})).collect()
+        (0..8).map(|seed| json!({"prompt": "The keeper", "seed": seed, "max_tokens": 5 + seed})).collect()
     }
 
     #[test]
@@ -240,7 +269,10 @@ mod tests {
             let (output, whole) = (output.unwrap(), whole.unwrap());
             let texts: Vec<&str> = chunks.iter().map(|chunk| chunk["text"].as_str().unwrap()).collect();
             assert_eq!(texts.concat(), output["text"].as_str().unwrap());
-            assert_eq!((output["tokens"].as_u64().unwrap() as usize, &output), (chunks.len(), &whole));
+            assert_eq!(
+                (output["usage"]["completion_tokens"].as_u64().unwrap() as usize, &output),
+                (chunks.len(), &whole)
+            );
         }
     }
 
@@ -253,12 +285,12 @@ mod tests {
             assert_eq!(answer["finish_reason"] == "stop", ended, "{answer}");
         }
         let long =
-            [json!({"prompt": "no such word", "tokens_max": 4096, "seed": 1}), json!({"tokens_max": 0})];
+            [json!({"prompt": "no such word", "max_tokens": 4096, "seed": 1}), json!({"max_tokens": 0})];
         let mut answers =
             model.stream_json_to(&long, |_, read| if read < 2 { Reader::Reads } else { Reader::Left });
         let (none, refused) = answers.pop().unwrap();
         assert!(
-            none.is_empty() && refused.unwrap_err().to_string().contains("tokens_max: expected 1 to 4096")
+            none.is_empty() && refused.unwrap_err().to_string().contains("max_tokens: expected 1 to 4096")
         );
         let (chunks, left) = answers.pop().unwrap();
         assert_eq!((chunks.len(), left.unwrap_err().is_retryable()), (2, true));
@@ -272,7 +304,7 @@ mod tests {
             asked += 1;
             if asked > 3 { Reader::Reads } else { Reader::Lags }
         };
-        let input = json!({"prompt": "no such word", "tokens_max": 400, "seed": 5});
+        let input = json!({"prompt": "no such word", "max_tokens": 400, "seed": 5});
         let (chunks, output) = model.stream_json_to(&[input], late).remove(0);
         let texts: Vec<&str> = chunks.iter().map(|chunk| chunk["text"].as_str().unwrap()).collect();
         let text = output.unwrap()["text"].as_str().unwrap().to_owned();

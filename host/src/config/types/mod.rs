@@ -266,6 +266,10 @@ choice! {
     IsolationKind { InProcess = "in-process", Process = "process" }
 }
 choice! {
+    /// What a model does, for clients of OpenAI's API.
+    TaskKind { Embedding = "embedding", Completion = "completion", Chat = "chat" }
+}
+choice! {
     /// What a queue is in Redis.
     RedisType { List = "list", Stream = "stream" }
 }

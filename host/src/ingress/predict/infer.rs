@@ -32,7 +32,11 @@ const BYTES_FOR_AN_INPUT: usize = 64;
 pub(super) fn json_bytes(prediction: Prediction, head: &Head<'_>) -> Result<Option<usize>, JobError> {
     match prediction {
         Prediction::Infer => request_headers::json_bytes(&head.headers),
-        Prediction::Sync | Prediction::Batch | Prediction::Async | Prediction::Stream => Ok(None),
+        Prediction::Sync
+        | Prediction::Batch
+        | Prediction::Async
+        | Prediction::Stream
+        | Prediction::Task(_) => Ok(None),
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(super) mod infer;
 pub(super) mod stream;
+mod task;
 
 use std::{ops::Deref, pin::pin, sync::Arc, time::Instant};
 
@@ -25,6 +26,7 @@ use super::{
 use crate::{
     access::Caller,
     audit::{Action, Effect},
+    config::Task,
     egress::{self, HttpResponse},
     insight::{JobTimings, metrics::ModelMetrics},
     jobs::{self, Jobs},
@@ -64,6 +66,9 @@ impl Counted {
             Prediction::Async => |metrics| metrics.ok_async.inc(),
             Prediction::Infer => |metrics| metrics.ok_infer.inc(),
             Prediction::Stream => |metrics| metrics.ok_stream.inc(),
+            Prediction::Task(Task::Embedding) => |metrics| metrics.ok_embedding.inc(),
+            Prediction::Task(Task::Completion) => |metrics| metrics.ok_completion.inc(),
+            Prediction::Task(Task::Chat) => |metrics| metrics.ok_chat.inc(),
         };
         Self { endpoint: endpoint.pattern, ok }
     }
@@ -80,13 +85,12 @@ pub(super) async fn answer(
 ) -> HttpResponse {
     let context = &*exchange.context;
     let counted = Counted::of(target.endpoint, prediction);
+    if let Prediction::Task(task) = prediction {
+        return Box::pin(task::answer(exchange, head, body, id, target, task, counted)).await;
+    }
     let call = match admit(exchange, head, id, target) {
         Ok(call) => call,
-        Err(refused) => {
-            let Refused { response, model } = *refused;
-            count(context, model.as_deref(), counted, id, Ended::of(&response));
-            return response;
-        }
+        Err(refused) => return refused.count(context, counted, id),
     };
     let answered = {
         // Pinned here: passed to a function, such a future would be copied for each request.
@@ -103,7 +107,7 @@ pub(super) async fn answer(
             let whole = match prediction {
                 Prediction::Stream => {
                     let begun = Box::pin(stream::begin(exchange, &call, &generation, input)).await?;
-                    return Ok(Answered::Stream(Box::new(begun)));
+                    return Ok(Answered::Stream(Box::new(begun), Box::new(stream::Events)));
                 }
                 Prediction::Sync => sync(exchange, &call, &generation, input).await,
                 Prediction::Batch => Box::pin(batch(exchange, &call, &generation, input)).await,
@@ -111,6 +115,7 @@ pub(super) async fn answer(
                 Prediction::Infer => {
                     Box::pin(infer::answer(exchange, &call, &generation, input, json_bytes)).await
                 }
+                Prediction::Task(_) => Err(JobError::Lost),
             };
             whole.map(Answered::Whole)
         });
@@ -120,22 +125,36 @@ pub(super) async fn answer(
             () = &mut limit => Err(JobError::DeadlinePassed),
         }
     };
+    conclude(exchange, call, target, counted, answered)
+}
+
+/// Counts what an admitted request came to, and says where the time went. A stream is counted when it ends.
+fn conclude(
+    exchange: &Exchange,
+    call: Call,
+    target: Target<'_>,
+    counted: Counted,
+    answered: Result<Answered, JobError>,
+) -> HttpResponse {
+    let context = &*exchange.context;
     let answered = match answered {
         Ok(Answered::Whole(response)) => Ok(response),
-        Ok(Answered::Stream(begun)) => return stream::respond(exchange, call, *begun, counted),
+        Ok(Answered::Stream(begun, writer)) => {
+            return stream::respond(exchange, call, *begun, counted, writer);
+        }
         Err(error) => Err(error),
     };
+    let Call { model, timings, begun, id, .. } = call;
     let response = answered.unwrap_or_else(|error| {
-        say_if_lost(&error, &call.model, id);
+        say_if_lost(&error, &model, &id);
         problem(target, egress::error(&error))
     });
-    let Call { model, timings, begun, .. } = call;
     model.metrics.request.observe(begun.elapsed().as_secs_f64());
     let response = match timings {
-        Some(timings) => timings.conclude(context, begun, &model.name, id, response),
+        Some(timings) => timings.conclude(context, begun, &model.name, &id, response),
         None => response,
     };
-    count(context, Some(&model), counted, id, Ended::of(&response));
+    count(context, Some(&model), counted, &id, Ended::of(&response));
     response
 }
 
@@ -148,14 +167,82 @@ pub(super) fn say_if_lost(error: &JobError, model: &Model, id: &RequestId) {
 /// What an admitted request came to.
 enum Answered {
     Whole(HttpResponse),
-    /// A stream whose first event is there.
-    Stream(Box<stream::StartedStream>),
+    /// A stream whose first event is there, and who writes its events.
+    Stream(Box<stream::StartedStream>, Box<dyn stream::EventWriter>),
 }
 
 /// A request that was not admitted, and the model that it asked for, where that is known.
 struct Refused {
     response: HttpResponse,
     model: Option<Arc<Model>>,
+}
+
+impl Refused {
+    fn count(self: Box<Self>, context: &Context, counted: Counted, id: &RequestId) -> HttpResponse {
+        let Self { response, model } = *self;
+        count(context, model.as_deref(), counted, id, Ended::of(&response));
+        response
+    }
+}
+
+/// A request whose caller was let in, and that has its place among those in flight.
+struct Entered<'t> {
+    caller: Caller,
+    timings: Option<Box<RequestTimings>>,
+    begun: Instant,
+    target: Target<'t>,
+}
+
+impl<'t> Entered<'t> {
+    /// Lets a request in.
+    fn admit(
+        exchange: &Exchange,
+        head: &Head<'_>,
+        id: &RequestId,
+        target: Target<'t>,
+    ) -> Result<Self, Box<Refused>> {
+        let (context, endpoint) = (&*exchange.context, target.endpoint);
+        let begun = Instant::now();
+        let caller = context.access.admit(&exchange.from, &request_headers::Headers(&head.headers)).map_err(
+            |denied| {
+                let (method, endpoint) = (head.method.as_str(), endpoint.pattern);
+                let action = Action { method, endpoint, name: "", effect: Effect::Look };
+                let response = problem(target, refuse(context, &exchange.from, action, &denied));
+                Box::new(Refused { response, model: None })
+            },
+        )?;
+        let timings = RequestTimings::of(exchange, head, &caller, endpoint.pattern);
+        let entered = Self { caller, timings, begun, target };
+        match exchange.enter() {
+            Ok(()) => {
+                exchange.keep(entered.caller.permit.as_ref());
+                Ok(entered)
+            }
+            Err(busy) => Err(entered.refuse(context, id, None, egress::error(&busy))),
+        }
+    }
+
+    /// Turns it away after all.
+    fn refuse(
+        self,
+        context: &Context,
+        id: &RequestId,
+        model: Option<Arc<Model>>,
+        response: HttpResponse,
+    ) -> Box<Refused> {
+        let name = model.as_ref().map_or("", |model| model.name.as_str());
+        let mut response = problem(self.target, response);
+        if let Some(timings) = self.timings {
+            response = timings.conclude(context, self.begun, name, id, response);
+        }
+        Box::new(Refused { response, model })
+    }
+
+    /// As a call of a model, until then.
+    fn call(self, model: Arc<Model>, deadline: Deadline, partial: bool, id: &RequestId) -> Call {
+        let Self { caller, timings, begun, .. } = self;
+        Call { caller, model, deadline, partial, timings, id: id.clone(), begun }
+    }
 }
 
 /// Admits a request: its caller, a permit among the requests in flight, the model and the deadline.
@@ -165,29 +252,9 @@ fn admit(
     id: &RequestId,
     target: Target<'_>,
 ) -> Result<Call, Box<Refused>> {
-    let (context, endpoint) = (&*exchange.context, target.endpoint);
-    let begun = Instant::now();
-    let caller =
-        context.access.admit(&exchange.from, &request_headers::Headers(&head.headers)).map_err(|denied| {
-            let (method, endpoint) = (head.method.as_str(), endpoint.pattern);
-            let action = Action { method, endpoint, name: "", effect: Effect::Look };
-            let response = problem(target, refuse(context, &exchange.from, action, &denied));
-            Box::new(Refused { response, model: None })
-        })?;
-    let timings = RequestTimings::of(exchange, head, &caller, endpoint.pattern);
-    let refused = |error: &JobError, model: Option<Arc<Model>>, timings: Option<Box<RequestTimings>>| {
-        let name = model.as_ref().map_or("", |model| model.name.as_str());
-        let mut response = problem(target, egress::error(error));
-        if let Some(timings) = timings {
-            response = timings.conclude(context, begun, name, id, response);
-        }
-        Box::new(Refused { response, model })
-    };
-    if let Err(error) = exchange.enter() {
-        return Err(refused(&error, None, timings));
-    }
-    exchange.keep(caller.permit.as_ref());
-    let found = Query::parse(head.uri.query(), endpoint.parameters).and_then(|query| {
+    let context = &*exchange.context;
+    let entered = Entered::admit(exchange, head, id, target)?;
+    let found = Query::parse(head.uri.query(), target.endpoint.parameters).and_then(|query| {
         // Where the path has no name, it may stand in the query.
         let in_path = Some(target.name()).filter(|name| !name.is_empty());
         let model = context.models.find(in_path.or_else(|| query.get("model_name")).as_deref())?;
@@ -195,15 +262,13 @@ fn admit(
     });
     let (query, model) = match found {
         Ok(found) => found,
-        Err(error) => return Err(refused(&error, None, timings)),
+        Err(error) => return Err(entered.refuse(context, id, None, egress::error(&error))),
     };
-    let limits = request_headers::deadline(&head.known, &context.server, begun)
+    let limits = request_headers::deadline(&head.known, &context.server, entered.begun)
         .and_then(|deadline| Ok((deadline, query.switch("partial")?)));
     match limits {
-        Ok((deadline, partial)) => {
-            Ok(Call { caller, model, deadline, partial, timings, id: id.clone(), begun })
-        }
-        Err(error) => Err(refused(&error, Some(model), timings)),
+        Ok((deadline, partial)) => Ok(entered.call(model, deadline, partial, id)),
+        Err(error) => Err(entered.refuse(context, id, Some(model), egress::error(&error))),
     }
 }
 
@@ -424,6 +489,7 @@ impl<M: Deref<Target = Model>> Drop for CancelOnDrop<M> {
 fn problem(target: Target<'_>, response: HttpResponse) -> HttpResponse {
     match target.route().prediction() {
         Some(Prediction::Infer) => egress::in_v2(response),
+        Some(Prediction::Task(_)) => egress::in_openai(response),
         _ => response,
     }
 }
@@ -437,7 +503,7 @@ pub(super) struct Ended<'a> {
 impl<'a> Ended<'a> {
     fn of(response: &'a HttpResponse) -> Self {
         let why = response.extensions().get::<egress::Why>();
-        Self { status: response.status(), error: why.map(|why| why.0.as_str()) }
+        Self { status: response.status(), error: why.map(|why| why.text.as_str()) }
     }
 }
 

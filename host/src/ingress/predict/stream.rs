@@ -91,15 +91,17 @@ pub(super) fn respond(
     call: Call,
     begun: StartedStream,
     counted: Counted,
+    writer: Box<dyn EventWriter>,
 ) -> HttpResponse {
     let interval = exchange.context.server.stream_heartbeat;
     let trace = call.timings.as_deref().and_then(RequestTimings::traceparent);
     // Where there was silence until now, the caller hears so at once.
     let first = if begun.first.is_some() { interval } else { Duration::ZERO };
-    let mut response = egress::events(Box::new(Events {
+    let mut response = egress::events(Box::new(EventBody {
         interval,
         heartbeat: Box::pin(sleep(first)),
         stream: CountedStream::new(exchange, call, begun, counted),
+        writer,
     }));
     if let Some(trace) = trace {
         put_trace(&mut response, &trace);
@@ -247,30 +249,77 @@ impl Drop for CountedStream {
     }
 }
 
+/// How the events of a stream are written.
+pub(in crate::ingress) trait EventWriter: Send {
+    /// Writes a chunk.
+    fn put_chunk(&mut self, chunk: &[u8], text: &mut Vec<u8>);
+
+    /// What the end comes to, and its events.
+    fn end(&mut self, reply: Reply) -> Result<Vec<u8>, LastError>;
+
+    /// Says where the time went; the end follows.
+    fn put_explanation(&self, explanation: &str, text: &mut Vec<u8>);
+}
+
+/// Events as `/predict_stream` has them.
+pub(super) struct Events;
+
+impl EventWriter for Events {
+    fn put_chunk(&mut self, chunk: &[u8], text: &mut Vec<u8>) {
+        put_event(text, CHUNK, chunk);
+    }
+
+    fn end(&mut self, reply: Reply) -> Result<Vec<u8>, LastError> {
+        let mut text = Vec::new();
+        let answer =
+            egress::last_event(reply).map_err(|error| LastError { event: as_end(&error.event), ..error })?;
+        put_event(&mut text, END, &answer.into_bytes());
+        Ok(text)
+    }
+
+    fn put_explanation(&self, explanation: &str, text: &mut Vec<u8>) {
+        put_event(text, EXPLAIN, explanation.as_bytes());
+    }
+}
+
+fn as_end(json: &[u8]) -> Bytes {
+    let mut text = Vec::new();
+    put_event(&mut text, END, json);
+    text.into()
+}
+
 /// A stream as server-sent events.
-struct Events {
+struct EventBody {
     interval: Duration,
     /// When there was nothing to say for too long.
     heartbeat: Pin<Box<Sleep>>,
     stream: CountedStream,
+    writer: Box<dyn EventWriter>,
 }
 
-impl BodyStream for Events {
+impl BodyStream for EventBody {
     fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
-        let received = match self.stream.poll_next(task) {
-            Poll::Ready(received) => received,
-            Poll::Pending => {
-                ready!(self.heartbeat.as_mut().poll(task));
+        loop {
+            let received = match self.stream.poll_next(task) {
+                Poll::Ready(received) => received,
+                Poll::Pending => {
+                    ready!(self.heartbeat.as_mut().poll(task));
+                    self.reset_heartbeat();
+                    return Poll::Ready(Some(HEARTBEAT.into()));
+                }
+            };
+            let Some(received) = received else { return Poll::Ready(None) };
+            let text = self.write(received);
+            // A chunk that says nothing in this form is none.
+            if !text.is_empty() {
                 self.reset_heartbeat();
-                return Poll::Ready(Some(HEARTBEAT.into()));
+                return Poll::Ready(Some(text));
             }
-        };
-        self.reset_heartbeat();
-        Poll::Ready(received.map(|received| self.write(received)))
+        }
     }
 }
 
-impl Events {
+impl EventBody {
     fn reset_heartbeat(&mut self) {
         let at = TokioInstant::now() + self.interval;
         self.heartbeat.as_mut().reset(at);
@@ -279,24 +328,24 @@ impl Events {
     /// Writes what has come.
     fn write(&mut self, Received { chunks, end }: Received) -> Bytes {
         let mut text = Vec::with_capacity(chunks.iter().map(|chunk| chunk.len() + EVENT_BYTES).sum());
-        chunks.iter().for_each(|chunk| put_event(&mut text, CHUNK, chunk));
+        chunks.iter().for_each(|chunk| self.writer.put_chunk(chunk, &mut text));
         if let Some(reply) = end {
             self.end(reply, &mut text);
         }
         text.into()
     }
 
-    /// Writes the last event.
+    /// Writes the last events.
     fn end(&mut self, reply: Reply, text: &mut Vec<u8>) {
         let end = StreamEnd::of(reply.as_ref().err(), StatusCode::OK, None);
-        let (status, error, event) = match egress::last_event(reply) {
-            Ok(answer) => (StatusCode::OK, None, answer.into_bytes()),
+        let (status, error, events) = match self.writer.end(reply) {
+            Ok(events) => (StatusCode::OK, None, events.into()),
             Err(LastError { status, error, event }) => (status, Some(error), event),
         };
         let explanation = self.stream.count_end(&StreamEnd { status, error: error.as_deref(), ..end });
         if let Some(explanation) = explanation {
-            put_event(text, EXPLAIN, explanation.to_string().as_bytes());
+            self.writer.put_explanation(&explanation.to_string(), text);
         }
-        put_event(text, END, &event);
+        text.extend_from_slice(&events);
     }
 }

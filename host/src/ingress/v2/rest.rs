@@ -19,9 +19,8 @@ use crate::{
     ingress::{
         Context,
         body::SmallBody,
-        endpoints::{OpenTo, Target, V2Call},
-        refusal::refuse,
-        request_headers::Headers,
+        endpoints::{Target, V2Call},
+        refusal::let_in,
     },
     work::{Detail, JobError},
 };
@@ -37,15 +36,9 @@ pub(in crate::ingress) async fn answer(
 ) -> HttpResponse {
     let name = target.name();
     let action = target.action(&head.method, &name);
-    let headers = Headers(&head.headers);
-    let admitted = match target.endpoint.open_to {
-        OpenTo::Management => context.access.manage(from, &headers),
-        OpenTo::Callers => context.access.admit(from, &headers),
-        OpenTo::Everybody => Ok(Caller::default()),
-    };
-    let caller = match admitted {
+    let caller = match let_in(context, from, head, target, &name) {
         Ok(caller) => caller,
-        Err(denied) => return refuse(context, from, action, &denied),
+        Err(refused) => return refused,
     };
     let underway = context.audit.begin(action, &caller, from);
     body.keep(caller.permit.as_ref());

@@ -55,6 +55,12 @@ pub struct ModelMetrics {
     pub ok_grpc_infer: IntCounter,
     /// Requests in `ModelStreamInfer` over gRPC answered well.
     pub ok_grpc_stream: IntCounter,
+    /// Requests to `/v1/embeddings` answered with 200.
+    pub ok_embedding: IntCounter,
+    /// Requests to `/v1/completions` answered with 200, or whose streams ended well.
+    pub ok_completion: IntCounter,
+    /// The same to `/v1/chat/completions`.
+    pub ok_chat: IntCounter,
     /// Requests to `/predict_stream` whose streams ended well.
     pub ok_stream: IntCounter,
     /// From the headers of a request for a stream to its first event, seconds.

@@ -1,0 +1,332 @@
+//! Requests, as inputs of a pipeline.
+
+use std::{collections::BTreeMap, fmt::Display};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::{
+    config::Task,
+    protocol::json::Object,
+    work::{Detail, JobError},
+};
+
+/// The most answers to one prompt, and the most texts in one request: those of OpenAI.
+const CHOICES_MAX: usize = 128;
+const TEXTS_MAX: usize = 2048;
+/// Said to the server, and not to the model.
+const OF_THE_SERVER: [&str; 5] = ["model", "n", "stream", "stream_options", "encoding_format"];
+
+type Members<'a> = BTreeMap<String, &'a RawValue>;
+
+/// What is asked of which model.
+#[derive(Debug)]
+pub struct Request {
+    /// The model's name.
+    pub model: String,
+    /// The pipeline's inputs, in the order of the answer.
+    pub inputs: Vec<Bytes>,
+    /// In which form the answer is wanted.
+    pub ask: Ask,
+}
+
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Vectors: as lists of numbers, or as little-endian 32 bit floats in base64.
+    Embeddings {
+        /// Whether in base64.
+        in_base64: bool,
+    },
+    /// Texts, whole.
+    Texts,
+    /// One text, bit by bit.
+    Stream {
+        /// Whether a chunk of its own says how many tokens there were.
+        with_usage: bool,
+    },
+}
+
+impl Request {
+    /// Bytes of all inputs, as they lie in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        // Answers to one prompt share it.
+        let mut last = std::ptr::null();
+        self.inputs
+            .iter()
+            .map(|input| {
+                let is_same = std::mem::replace(&mut last, input.as_ptr()) == input.as_ptr();
+                if is_same { 0 } else { input.len() }
+            })
+            .sum()
+    }
+}
+
+/// Reads a request for a task, whose inputs may have so many bytes together.
+///
+/// # Errors
+/// [`JobError::Invalid`], with the member that isn't what it should be; [`JobError::TooLarge`].
+pub fn read(body: &[u8], task: Task, bytes_max: usize) -> Result<Request, JobError> {
+    let mut members: Members<'_> = match body.trim_ascii_start().first() {
+        Some(b'{') => serde_json::from_slice(body).map_err(|error| not_an_object(&error))?,
+        Some(_) => return Err(not_an_object(&"found something else")),
+        None => return Err(not_an_object(&"found nothing")),
+    };
+    members.retain(|_, value| value.get() != "null");
+    let model: String = required(&members, "model", "the name of a model")?;
+    if model.is_empty() {
+        return Err(invalid("model", "expected the name of a model, found \"\""));
+    }
+    let (ask, of_each) = match task {
+        Task::Embedding => (encoding(&members)?, 1),
+        Task::Completion | Task::Chat => texts(&members)?,
+    };
+    let member = match task {
+        Task::Embedding => "input",
+        Task::Completion => "prompt",
+        Task::Chat => "messages",
+    };
+    let given = members.remove(member);
+    let Some(given) = given else {
+        return Err(missing(member, if task == Task::Chat { "a list of messages" } else { TEXT }));
+    };
+    members.retain(|name, _| !OF_THE_SERVER.contains(&name.as_str()));
+    let items = match task {
+        Task::Chat => vec![conversation(given)?],
+        Task::Embedding | Task::Completion => one_or_many(member, given)?,
+    };
+    if matches!(ask, Ask::Stream { .. }) && items.len() * of_each != 1 {
+        let found = items.len() * of_each;
+        return Err(invalid(
+            "stream",
+            format!("expected one text for a stream, found {found}: ask for each by itself"),
+        ));
+    }
+    let others: usize = members.iter().map(|(name, value)| name.len() + value.get().len() + 6).sum();
+    let bytes = items.iter().map(|item| item.len() + member.len() + others + 6).sum::<usize>();
+    if bytes > bytes_max {
+        return Err(JobError::TooLarge(format!(
+            "expected at most {bytes_max} bytes of inputs (server.body_bytes_max), found {bytes}: what goes along with each text counts as often as there are texts"
+        )));
+    }
+    let input = |item: &str| {
+        let mut text = BytesMut::with_capacity(item.len() + member.len() + others + 6);
+        put_member(&mut text, b'{', member, item);
+        members.iter().for_each(|(name, value)| put_member(&mut text, b',', name, value.get()));
+        text.put_u8(b'}');
+        text.freeze()
+    };
+    let inputs = items.into_iter().flat_map(|item| std::iter::repeat_n(input(item), of_each)).collect();
+    Ok(Request { model, inputs, ask })
+}
+
+const TEXT: &str = "a text, a list of texts, or their tokens";
+
+fn put_member(text: &mut BytesMut, before: u8, name: &str, value: &str) {
+    text.put_u8(before);
+    let name = serde_json::to_vec(name).expect("a text is JSON");
+    text.extend_from_slice(&name);
+    text.put_u8(b':');
+    text.extend_from_slice(value.as_bytes());
+}
+
+fn encoding(members: &Members<'_>) -> Result<Ask, JobError> {
+    const EXPECTED: &str = "\"float\" or \"base64\"";
+    match optional::<String>(members, "encoding_format", EXPECTED)?.as_deref() {
+        None | Some("float") => Ok(Ask::Embeddings { in_base64: false }),
+        Some("base64") => Ok(Ask::Embeddings { in_base64: true }),
+        Some(other) => Err(invalid("encoding_format", format!("expected {EXPECTED}, found {other:?}"))),
+    }
+}
+
+/// The form of the answer, and how many there shall be to each prompt.
+fn texts(members: &Members<'_>) -> Result<(Ask, usize), JobError> {
+    #[derive(Default, Deserialize)]
+    struct StreamOptions {
+        #[serde(default)]
+        include_usage: Option<bool>,
+    }
+    let expected = format!("a number from 1 to {CHOICES_MAX}");
+    let of_each: usize = optional(members, "n", &expected)?.unwrap_or(1);
+    if !(1..=CHOICES_MAX).contains(&of_each) {
+        return Err(invalid("n", format!("expected {expected}, found {of_each}")));
+    }
+    let options: Object<StreamOptions> =
+        optional(members, "stream_options", "an object with include_usage")?.unwrap_or_default();
+    Ok(match optional(members, "stream", "true or false")? {
+        Some(true) => (Ask::Stream { with_usage: options.0.include_usage == Some(true) }, of_each),
+        None | Some(false) => (Ask::Texts, of_each),
+    })
+}
+
+/// A list of messages, which says who speaks in each.
+fn conversation(messages: &RawValue) -> Result<&str, JobError> {
+    #[derive(Deserialize)]
+    struct Message {
+        #[serde(rename = "role")]
+        _role: String,
+    }
+    let read = serde_json::from_str::<Vec<Object<Message>>>(messages.get());
+    match read {
+        Ok(read) if read.is_empty() => {
+            Err(invalid("messages", "expected a message at least, found an empty list"))
+        }
+        Ok(_) => Ok(messages.get()),
+        Err(error) => Err(invalid(
+            "messages",
+            format!("expected a list of messages, each an object with role: {error}"),
+        )),
+    }
+}
+
+/// A text, or tokens; or a list of these.
+fn one_or_many<'a>(member: &str, given: &'a RawValue) -> Result<Vec<&'a str>, JobError> {
+    let wrong = |found: &dyn Display| invalid(member, format!("expected {TEXT}: {found}"));
+    if given.get().starts_with('"') {
+        return Ok(vec![given.get()]);
+    }
+    let list: Vec<&RawValue> = serde_json::from_str(given.get()).map_err(|error| wrong(&error))?;
+    if list.is_empty() {
+        return Err(wrong(&"found an empty list"));
+    }
+    // One list of numbers is one text.
+    if list.iter().all(|element| element.get().parse::<u32>().is_ok()) {
+        return Ok(vec![given.get()]);
+    }
+    if list.len() > TEXTS_MAX {
+        return Err(invalid(member, format!("expected at most {TEXTS_MAX} texts, found {}", list.len())));
+    }
+    let one = |(index, element): (usize, &'a RawValue)| {
+        let text = element.get();
+        let is_tokens = || serde_json::from_str::<Vec<u32>>(text).is_ok_and(|tokens| !tokens.is_empty());
+        if text.starts_with('"') || is_tokens() {
+            Ok(text)
+        } else {
+            Err(wrong(&format_args!("the element at {index} is neither a text nor a list of tokens")))
+        }
+    };
+    list.into_iter().enumerate().map(one).collect()
+}
+
+fn required<'a, T: Deserialize<'a>>(
+    members: &Members<'a>,
+    name: &str,
+    expected: &str,
+) -> Result<T, JobError> {
+    optional(members, name, expected)?.ok_or_else(|| missing(name, expected))
+}
+
+fn optional<'a, T: Deserialize<'a>>(
+    members: &Members<'a>,
+    name: &str,
+    expected: &str,
+) -> Result<Option<T>, JobError> {
+    let Some(value) = members.get(name) else { return Ok(None) };
+    serde_json::from_str(value.get())
+        .map(Some)
+        .map_err(|error| invalid(name, format!("expected {expected}: {error}")))
+}
+
+fn missing(name: &str, expected: &str) -> JobError {
+    fault(vec!["body".into(), name.into()], format!("expected {expected}, found nothing"), "missing")
+}
+
+fn invalid(name: &str, msg: impl Into<String>) -> JobError {
+    fault(vec!["body".into(), name.into()], msg.into(), "value_error")
+}
+
+fn not_an_object(why: &dyn Display) -> JobError {
+    fault(vec!["body".into()], format!("expected a JSON object: {why}"), "json_invalid")
+}
+
+fn fault(loc: Vec<crate::work::Location>, msg: String, kind: &'static str) -> JobError {
+    JobError::Invalid(vec![Detail { loc, msg, kind: kind.into() }])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::describe;
+
+    fn inputs(body: &str, task: Task) -> Vec<String> {
+        let request =
+            read(body.as_bytes(), task, 1 << 20).unwrap_or_else(|error| panic!("{}", describe(&error)));
+        request.inputs.iter().map(|input| String::from_utf8(input.to_vec()).unwrap()).collect()
+    }
+
+    fn refused(body: &str, task: Task) -> String {
+        describe(&read(body.as_bytes(), task, 1 << 20).unwrap_err())
+    }
+
+    #[test]
+    fn an_input_is_the_request_with_one_of_its_texts() {
+        let body = r#"{"model":"m","input":["a","b\u0000"],"encoding_format":"float","dimensions":1e999,"user":null}"#;
+        let expected = [r#"{"input":"a","dimensions":1e999}"#, r#"{"input":"b\u0000","dimensions":1e999}"#];
+        assert_eq!(inputs(body, Task::Embedding), expected);
+        for (given, expected) in [
+            ("\"a\"", vec![r#"{"input":"a"}"#]),
+            ("[1,2]", vec![r#"{"input":[1,2]}"#]),
+            ("[[1,2],[3],\"c\"]", vec![r#"{"input":[1,2]}"#, r#"{"input":[3]}"#, r#"{"input":"c"}"#]),
+        ] {
+            assert_eq!(inputs(&format!(r#"{{"model":"m","input":{given}}}"#), Task::Embedding), expected);
+        }
+        let body = r#"{"model":"m","prompt":["a","b"],"n":2,"max_tokens":5,"stream":false}"#;
+        let (a, b) = (r#"{"prompt":"a","max_tokens":5}"#, r#"{"prompt":"b","max_tokens":5}"#);
+        assert_eq!(inputs(body, Task::Completion), [a, a, b, b]);
+        let body = r#"{"model":"m","messages":[{"role":"user","content":"x"}],"stream":true,"stream_options":{"include_usage":true},"stop":"."}"#;
+        assert_eq!(inputs(body, Task::Chat), [r#"{"messages":[{"role":"user","content":"x"}],"stop":"."}"#]);
+        let ask = read(body.as_bytes(), Task::Chat, 1 << 20).unwrap().ask;
+        assert_eq!(ask, Ask::Stream { with_usage: true });
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (body, task, expected) in [
+            ("", Task::Chat, "expected a JSON object: found nothing"),
+            ("[]", Task::Chat, "expected a JSON object"),
+            ("{", Task::Chat, "expected a JSON object: EOF"),
+            (r#"{"prompt":"a"}"#, Task::Completion, "model: expected the name of a model, found nothing"),
+            (
+                r#"{"model":7,"prompt":"a"}"#,
+                Task::Completion,
+                "model: expected the name of a model: invalid type",
+            ),
+            (r#"{"model":"m"}"#, Task::Completion, "prompt: expected a text"),
+            (r#"{"model":"m","prompt":[]}"#, Task::Completion, "prompt: expected a text"),
+            (r#"{"model":"m","prompt":{}}"#, Task::Completion, "prompt: expected a text"),
+            (r#"{"model":"m","prompt":["a",{}]}"#, Task::Completion, "the element at 1 is neither"),
+            (r#"{"model":"m","prompt":"a","n":0}"#, Task::Completion, "n: expected a number from 1 to 128"),
+            (r#"{"model":"m","prompt":"a","n":-1}"#, Task::Completion, "n: expected a number from 1 to 128"),
+            (
+                r#"{"model":"m","prompt":"a","n":2,"stream":true}"#,
+                Task::Completion,
+                "stream: expected one text",
+            ),
+            (r#"{"model":"m","prompt":"a","stream":1}"#, Task::Completion, "stream: expected true or false"),
+            (r#"{"model":"m","messages":[]}"#, Task::Chat, "messages: expected a message at least"),
+            (r#"{"model":"m","messages":[{}]}"#, Task::Chat, "messages: expected a list of messages"),
+            (r#"{"model":"m","messages":[["user"]]}"#, Task::Chat, "messages: expected a list of messages"),
+            (
+                r#"{"model":"m","input":"a","encoding_format":"hex"}"#,
+                Task::Embedding,
+                "encoding_format: expected",
+            ),
+        ] {
+            let found = refused(body, task);
+            assert!(found.contains(expected), "{body}: {found}");
+        }
+    }
+
+    #[test]
+    fn what_goes_along_with_each_text_counts_for_each() {
+        let texts = vec!["\"a\""; 1000].join(",");
+        let body = format!(r#"{{"model":"m","input":[{texts}],"user":"{}"}}"#, "x".repeat(10_000));
+        assert!(matches!(read(body.as_bytes(), Task::Embedding, 1 << 20), Err(JobError::TooLarge(_))));
+        assert_eq!(read(body.as_bytes(), Task::Embedding, 16 << 20).unwrap().inputs.len(), 1000);
+        let texts = vec!["\"a\""; TEXTS_MAX + 1].join(",");
+        let body = format!(r#"{{"model":"m","input":[{texts}]}}"#);
+        assert!(refused(&body, Task::Embedding).contains("at most 2048 texts, found 2049"));
+    }
+}
