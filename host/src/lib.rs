@@ -27,5 +27,6 @@ pub mod queues;
 pub mod reconfigure;
 pub mod reload;
 pub mod transient;
+pub mod ui;
 pub mod unix_path;
 pub mod work;

@@ -229,6 +229,13 @@ impl Access {
         self.now.load().is_keyless()
     }
 
+    /// The header that a key may stand in; `None` where nobody is asked for one.
+    #[must_use]
+    pub fn key_header(&self) -> Option<String> {
+        let rules = self.now.load();
+        (!rules.is_keyless()).then(|| rules.spec.header.clone())
+    }
+
     /// Lets a caller in, or says why not. Takes a place among the key's calls until the caller is dropped.
     ///
     /// # Errors

@@ -105,6 +105,15 @@ impl Coding {
     }
 }
 
+/// Whether a caller takes gzip.
+pub(super) fn takes_gzip(accepted: Option<&HeaderValue>) -> bool {
+    let text = accepted.and_then(|accepted| accepted.to_str().ok()).unwrap_or_default();
+    text.split(',').any(|part| {
+        let (found, parameters) = part.split_once(';').unwrap_or((part, ""));
+        found.trim().eq_ignore_ascii_case(Coding::Gzip.name()) && quality(parameters) > 0
+    })
+}
+
 /// A weight in thousandths: `q=0.5`.
 fn quality(parameters: &str) -> u32 {
     let weight = parameters.split(';').find_map(|parameter| {
@@ -237,7 +246,7 @@ pub(super) async fn encoded(
 ) -> HttpResponse {
     let least = exchange.context.server.compress_bytes_min;
     let is_long = response.body().whole_bytes().is_some_and(|bytes| least > 0 && bytes >= least);
-    if !is_long || !response.status().is_success() {
+    if !is_long || !response.status().is_success() || response.headers().contains_key(CONTENT_ENCODING) {
         return response;
     }
     Box::pin(encode_long(exchange, accepted, response)).await

@@ -1,5 +1,5 @@
 //! Every path that this host answers: the one list from which matching, the methods and parameters that a path takes, labels of metrics, the
-//! 404's text and the README's table come. It answers nothing itself.
+//! 404's text, the OpenAPI document and the README's table come. It answers nothing itself.
 
 use std::{borrow::Cow, fmt::Write as _};
 
@@ -37,6 +37,9 @@ pub(super) enum Route {
     /// The models that OpenAI's clients find.
     TaskModels,
     TaskModel,
+    OpenApi,
+    Docs,
+    DocsAsset,
 }
 
 /// What is asked by the Open Inference Protocol beside predictions.
@@ -119,8 +122,7 @@ pub(super) struct Endpoint {
     /// Of the query; others are passed over, unless they are nearly one of these.
     pub(super) parameters: &'static [&'static str],
     /// What it answers, for people.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the README's table is made from it, by a test"))]
-    about: &'static str,
+    pub(super) about: &'static str,
 }
 
 const GET: &str = "GET, HEAD";
@@ -140,7 +142,7 @@ const ANYTHING: &str = "{*}";
 const VERSIONS: &str = "/versions/";
 
 /// All of them, those first that are asked for most.
-static ENDPOINTS: [Endpoint; 45] = [
+static ENDPOINTS: [Endpoint; 48] = [
     Endpoint {
         route: Route::Predict(Prediction::Sync),
         pattern: "/predict_sync",
@@ -284,6 +286,33 @@ static ENDPOINTS: [Endpoint; 45] = [
         open_to: OpenTo::Everybody,
         parameters: &["model"],
         about: "what is required serves, or the one model",
+    },
+    Endpoint {
+        route: Route::OpenApi,
+        pattern: "/openapi.json",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Callers,
+        parameters: &[],
+        about: "all this as a document of OpenAPI 3.1, with the schemas of the models that serve",
+    },
+    Endpoint {
+        route: Route::Docs,
+        pattern: "/docs",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "a page that shows that document, and tries it",
+    },
+    Endpoint {
+        route: Route::DocsAsset,
+        pattern: "/docs/{name}",
+        versioned: false,
+        methods: GET,
+        open_to: OpenTo::Everybody,
+        parameters: &[],
+        about: "its files",
     },
     Endpoint {
         route: Route::Queues,
@@ -547,6 +576,11 @@ static ENDPOINTS: [Endpoint; 45] = [
         about: "501",
     },
 ];
+
+/// All of them.
+pub(super) fn endpoints() -> impl Iterator<Item = &'static Endpoint> {
+    ENDPOINTS.iter()
+}
 
 /// A path that is one of these, and what stands in it.
 #[derive(Clone, Copy)]

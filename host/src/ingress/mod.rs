@@ -7,6 +7,7 @@ mod connection_slots;
 mod content_coding;
 mod cors;
 mod cross_site;
+mod docs_page;
 mod endpoints;
 mod envelope;
 mod exchange;
@@ -19,6 +20,7 @@ mod lingering_close;
 mod listener;
 mod management;
 mod management_socket;
+mod openapi;
 mod peer;
 mod predict;
 mod query;
@@ -92,6 +94,7 @@ pub struct Context {
     pub configuration: reconfigure::Handle,
     pages: PageRules,
     cors: Cors,
+    openapi: openapi::Cache,
     ids: RequestIds,
     /// Where large inputs are parsed.
     blocking: Handle,
@@ -133,6 +136,7 @@ impl Context {
             buckets,
             control,
             configuration,
+            openapi: openapi::Cache::default(),
             ids: RequestIds::new(),
             blocking: Handle::current(),
             decoding: Arc::new(Semaphore::new(DECODES_MAX)),

@@ -1,6 +1,6 @@
 //! The query's parameters, and names in the path: decoded, and compared with what the endpoint knows. It never knows what a parameter means.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, num::IntErrorKind};
 
 use percent_encoding::percent_decode_str;
 
@@ -47,6 +47,8 @@ impl<'q> Query<'q> {
         let Some(text) = self.get(name) else { return Ok(default) };
         match text.parse::<usize>() {
             Ok(number) => Ok(number.min(max)),
+            // More than there can be is as much as there may be.
+            Err(error) if *error.kind() == IntErrorKind::PosOverflow => Ok(max),
             Err(_) => Err(invalid(name, format!("expected a whole number, found {text:?}"))),
         }
     }
@@ -110,6 +112,8 @@ mod tests {
             Query::parse(Some("a=b&model%5Fname=a%20b+c%2&model_name=x&limit=7"), &KNOWN).ok().unwrap();
         assert_eq!(query.get("model_name").as_deref(), Some("a b c%2"));
         assert_eq!(query.number("limit", 1, 5).unwrap(), 5);
+        let huge = Query::parse(Some("limit=99999999999999999999999"), &KNOWN).ok().unwrap();
+        assert_eq!(huge.number("limit", 1, 5).unwrap(), 5);
         assert_eq!(query.get("b"), None);
         assert!(Query::parse(None, &KNOWN).ok().unwrap().get("limit").is_none());
     }

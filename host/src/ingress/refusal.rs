@@ -42,14 +42,14 @@ pub(super) fn let_in(
     head: &Parts,
     target: Target<'_>,
     name: &str,
-) -> Result<Caller, HttpResponse> {
+) -> Result<Caller, Box<HttpResponse>> {
     let headers = Headers(&head.headers);
     let admitted = match target.endpoint.open_to {
         OpenTo::Management => context.access.manage(from, &headers),
         OpenTo::Callers => context.access.admit(from, &headers),
         OpenTo::Everybody => Ok(Caller::default()),
     };
-    admitted.map_err(|denied| refuse(context, from, target.action(&head.method, name), &denied))
+    admitted.map_err(|denied| Box::new(refuse(context, from, target.action(&head.method, name), &denied)))
 }
 
 /// The answer to a method that a path doesn't have.

@@ -1,6 +1,7 @@
 //! What a request's headers say of it: id, deadline, idempotency key, trace.
 
 use std::{
+    num::IntErrorKind,
     ops::Deref,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -145,7 +146,7 @@ pub(super) fn put_headers(response: &mut HttpResponse, id: &RequestId, mut of_re
         of_request = HeaderMap::new();
     }
     of_request.clear();
-    let is_empty = response.status() == StatusCode::NO_CONTENT;
+    let is_empty = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let own = std::mem::replace(response.headers_mut(), of_request);
     let headers = response.headers_mut();
     if !is_empty {
@@ -177,16 +178,19 @@ pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
 /// The moment after which nobody wants the answer.
 pub(super) fn deadline(known: &Known<'_>, server: &Server, now: Instant) -> Result<Deadline, JobError> {
     let Some(value) = known.request_timeout else { return Ok(Deadline(now + server.request_timeout)) };
-    let milliseconds: u64 =
-        value.to_str().ok().and_then(|text| text.trim().parse().ok()).filter(|ms| *ms > 0).ok_or_else(
-            || {
-                JobError::Invalid(vec![Detail {
-                    loc: vec!["header".into(), "x-request-timeout-ms".into()],
-                    msg: format!("expected milliseconds, a whole number above 0, found {value:?}"),
-                    kind: "int_parsing".into(),
-                }])
-            },
-        )?;
+    let text = value.to_str().unwrap_or_default().trim();
+    let milliseconds = match text.parse::<u64>() {
+        Ok(milliseconds) if milliseconds > 0 => milliseconds,
+        // Longer than any request may take is as long as one may.
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => u64::MAX,
+        _ => {
+            return Err(JobError::Invalid(vec![Detail {
+                loc: vec!["header".into(), "x-request-timeout-ms".into()],
+                msg: format!("expected milliseconds, a whole number above 0, found {value:?}"),
+                kind: "int_parsing".into(),
+            }]));
+        }
+    };
     Ok(Deadline(now + Duration::from_millis(milliseconds).min(server.request_timeout_max)))
 }
 

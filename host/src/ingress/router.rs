@@ -10,9 +10,10 @@ use super::{
     body::{RequestBody, SmallBody},
     content_coding,
     cross_site::Foreign,
+    docs_page,
     endpoints::{Endpoint, Route, Target, V1, V2, no_such_path},
     exchange::Exchange,
-    jobs, lingering_close, management, predict,
+    jobs, lingering_close, management, openapi, predict,
     query::Query,
     refusal::{refuse, wrong_method},
     request_headers::{Head, Headers, put_headers},
@@ -111,6 +112,8 @@ pub(super) async fn beside_predictions(
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
                 jobs::answer(context, from, body.exchange(), head, target).await
             }
+            Route::Docs | Route::DocsAsset => docs_page::answer(head, target),
+            Route::OpenApi => openapi::answer(context, from, body, head, target).await,
             Route::TaskModels | Route::TaskModel => task_models::answer(context, from, body, head, target),
             Route::V2(call) => v2::answer(context, from, body, head, target, call).await,
             _ => management::answer(context, from, head, target).await,

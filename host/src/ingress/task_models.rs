@@ -28,7 +28,7 @@ pub(super) fn answer(
     let name = target.name();
     let caller = match let_in(context, from, head, target, &name) {
         Ok(caller) => caller,
-        Err(refused) => return refused,
+        Err(refused) => return *refused,
     };
     body.keep(caller.permit.as_ref());
     let all = context.models.all();

@@ -178,8 +178,8 @@ struct Refused {
 }
 
 impl Refused {
-    fn count(self: Box<Self>, context: &Context, counted: Counted, id: &RequestId) -> HttpResponse {
-        let Self { response, model } = *self;
+    fn count(self, context: &Context, counted: Counted, id: &RequestId) -> HttpResponse {
+        let Self { response, model } = self;
         count(context, model.as_deref(), counted, id, Ended::of(&response));
         response
     }

@@ -38,7 +38,7 @@ pub(in crate::ingress) async fn answer(
     let action = target.action(&head.method, &name);
     let caller = match let_in(context, from, head, target, &name) {
         Ok(caller) => caller,
-        Err(refused) => return refused,
+        Err(refused) => return *refused,
     };
     let underway = context.audit.begin(action, &caller, from);
     body.keep(caller.permit.as_ref());
@@ -166,7 +166,7 @@ impl Asked<'_> {
         let mut settings = LogSettings::default();
         for (name, value) in self.parsed::<BTreeMap<String, Value>>()? {
             let truth = || value.as_bool().ok_or_else(|| wrong(&name, "true or false", &value));
-            let number = || value.as_u64().ok_or_else(|| wrong(&name, "a whole number", &value));
+            let number = || whole(&value).ok_or_else(|| wrong(&name, "a whole number", &value));
             match name.as_str() {
                 "log_info" => settings.info = Some(truth()?),
                 "log_warning" => settings.warning = Some(truth()?),
@@ -226,6 +226,13 @@ fn texts(name: &str, value: &Value) -> Result<Vec<String>, Refusal> {
         Value::Array(values) => values.iter().map(one).collect(),
         value => Ok(vec![one(value)?]),
     }
+}
+
+/// A whole number, however it is written: `2.0` is one too.
+fn whole(value: &Value) -> Option<u64> {
+    let float =
+        || value.as_f64().filter(|float| float.fract() == 0.0 && *float >= 0.0).map(|float| float as u64);
+    value.as_u64().or_else(float)
 }
 
 /// What can't be changed may be said to be what it is.

@@ -68,10 +68,8 @@ impl TextChunks {
         let output = TextOutput::read(output, &head)?;
         self.begin(events);
         match (&output.text, output.message) {
-            (_, Some(message)) if head.task == Task::Chat => {
-                if !self.has_content {
-                    self.put(Content::Delta(Delta::Own(message)), None, events);
-                }
+            (_, Some(message)) if head.task == Task::Chat && !self.has_content => {
+                self.put(Content::Delta(Delta::Own(message)), None, events);
             }
             (Some(text), _) => {
                 if let Some(rest) = text.strip_prefix(self.sent.as_str()).filter(|rest| !rest.is_empty()) {

@@ -1,0 +1,234 @@
+//! A plugin's JSON Schema as a component of the OpenAPI document: its definitions get names of their own there, and its references lead to them. One that can't
+//! be that is left out, with the reason: it is its plugin's fault, and hurts nobody else's description. It never knows models.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+/// Where components stand in the document.
+const COMPONENTS: &str = "#/components/schemas/";
+/// Bytes of a schema as a text, and levels of it, up to which it is taken.
+const BYTES_MAX: usize = 256 << 10;
+const DEPTH_MAX: usize = 64;
+/// Members that would change what a schema's references lead to, or what its words mean.
+const NOT_IN_A_COMPONENT: [&str; 7] =
+    ["$id", "$schema", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"];
+
+/// Schemas by their names.
+pub(super) type Components = BTreeMap<String, Value>;
+
+/// A reference to a component.
+pub(super) fn reference(name: &str) -> Value {
+    json!({ "$ref": format!("{COMPONENTS}{name}") })
+}
+
+/// Letters that a component's name may have.
+pub(super) fn component_name(name: &str) -> String {
+    let letter = |letter: char| {
+        let fits = letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
+        if fits { letter } else { '_' }
+    };
+    name.chars().map(letter).collect()
+}
+
+/// Takes a schema in, as `MODEL.ROLE`, and its definitions as `MODEL.NAME`.
+///
+/// # Errors
+/// Why it can't be taken; nothing of it was.
+pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Components) -> Result<(), String> {
+    if text.len() > BYTES_MAX {
+        return Err(format!("expected at most {BYTES_MAX} bytes, found {}", text.len()));
+    }
+    let mut root: Value = serde_json::from_str(text).map_err(|error| format!("it is no JSON: {error}"))?;
+    // As a validator takes it: also its patterns and references.
+    jsonschema::draft202012::new(&root).map_err(|error| error.to_string())?;
+    if let Some(members) = root.as_object_mut() {
+        // What it is written in, and where it can be found: the document's business.
+        members.remove("$schema");
+        members.remove("$id");
+    }
+    let mut names = BTreeMap::new();
+    let mut definitions = Vec::new();
+    for place in ["$defs", "definitions"] {
+        let taken = root.as_object_mut().and_then(|members| members.remove(place));
+        for (name, definition) in taken.as_ref().and_then(Value::as_object).into_iter().flatten() {
+            names.insert(format!("#/{place}/{}", escaped(name)), name.clone());
+            definitions.push((name.clone(), definition.clone()));
+        }
+    }
+    let root_name = format!("{model}.{role}");
+    let mut known: BTreeMap<String, String> = BTreeMap::new();
+    // Names that are there already, with another content, or that differ in letters that no name may have.
+    let mut taken: Vec<String> = vec![root_name.clone(), format!("{model}.Input"), format!("{model}.Output")];
+    for (place, name) in names {
+        let plain = format!("{model}.{}", component_name(&name));
+        let of_role = format!("{model}.{role}.{}", component_name(&name));
+        let is_free =
+            |name: &String, taken: &[String]| !components.contains_key(name) && !taken.contains(name);
+        let free = [plain, of_role.clone()]
+            .into_iter()
+            .find(|name| is_free(name, &taken))
+            .or_else(|| (2..).map(|number| format!("{of_role}.{number}")).find(|name| is_free(name, &taken)));
+        let Some(free) = free else { return Err("it has too many definitions of one name".to_owned()) };
+        taken.push(free.clone());
+        known.insert(place, free);
+    }
+    let rewriter = Rewriter { root: &root_name, known: &known };
+    let mut adopted = Components::new();
+    rewriter.schema(&mut root, 0)?;
+    adopted.insert(root_name.clone(), root);
+    for (name, mut definition) in definitions {
+        rewriter.schema(&mut definition, 0)?;
+        let place = ["$defs", "definitions"].map(|place| format!("#/{place}/{}", escaped(&name)));
+        if let Some(name) = place.iter().find_map(|place| known.get(place)) {
+            adopted.insert(name.clone(), definition);
+        }
+    }
+    components.append(&mut adopted);
+    Ok(())
+}
+
+/// A step of a JSON pointer.
+fn escaped(step: &str) -> String {
+    step.replace('~', "~0").replace('/', "~1")
+}
+
+/// Rewrites references.
+struct Rewriter<'a> {
+    root: &'a str,
+    /// Definitions' names in the document, by their places in the schema.
+    known: &'a BTreeMap<String, String>,
+}
+
+impl Rewriter<'_> {
+    fn schema(&self, schema: &mut Value, depth: usize) -> Result<(), String> {
+        if depth > DEPTH_MAX {
+            return Err(format!("expected at most {DEPTH_MAX} levels"));
+        }
+        // `true` and `false` are schemas too.
+        let Value::Object(members) = schema else { return Ok(()) };
+        if let Some(found) = NOT_IN_A_COMPONENT.iter().find(|name| members.contains_key(**name)) {
+            return Err(format!("{found} has no meaning within another document"));
+        }
+        for (word, value) in members.iter_mut() {
+            match (word.as_str(), value) {
+                ("$ref", Value::String(place)) => *place = self.place(place)?,
+                (
+                    "properties" | "patternProperties" | "$defs" | "definitions" | "dependentSchemas",
+                    Value::Object(schemas),
+                ) => self.schemas(schemas, depth)?,
+                ("allOf" | "anyOf" | "oneOf" | "prefixItems" | "items", Value::Array(schemas)) => {
+                    schemas.iter_mut().try_for_each(|schema| self.schema(schema, depth + 1))?;
+                }
+                (
+                    "items"
+                    | "additionalProperties"
+                    | "additionalItems"
+                    | "not"
+                    | "if"
+                    | "then"
+                    | "else"
+                    | "contains"
+                    | "propertyNames"
+                    | "unevaluatedItems"
+                    | "unevaluatedProperties"
+                    | "contentSchema",
+                    schema,
+                ) => self.schema(schema, depth + 1)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn schemas(&self, schemas: &mut Map<String, Value>, depth: usize) -> Result<(), String> {
+        schemas.values_mut().try_for_each(|schema| self.schema(schema, depth + 1))
+    }
+
+    /// Where a reference leads in the document.
+    fn place(&self, place: &str) -> Result<String, String> {
+        if place == "#" {
+            return Ok(format!("{COMPONENTS}{}", self.root));
+        }
+        if let Some(name) = self.known.get(place) {
+            return Ok(format!("{COMPONENTS}{name}"));
+        }
+        // Into a definition, or the schema itself.
+        for (definition, name) in self.known {
+            if let Some(rest) = place.strip_prefix(definition.as_str()).filter(|rest| rest.starts_with('/')) {
+                return Ok(format!("{COMPONENTS}{name}{rest}"));
+            }
+        }
+        Err(format!("the reference {place:?} leads to no definition of it"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adopted(schema: &Value) -> Result<Components, String> {
+        let mut components = Components::new();
+        adopt(&schema.to_string(), "m", "Input", &mut components).map(|()| components)
+    }
+
+    #[test]
+    fn definitions_become_components_and_references_lead_to_them() {
+        let schema = json!({
+            "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Input", "type": "object",
+            "properties": {
+                "points": {"type": "array", "items": {"$ref": "#/$defs/a point"}},
+                "again": {"$ref": "#"},
+                "$ref": {"const": {"$ref": "data, and no reference"}},
+                "part": {"$ref": "#/$defs/a point/properties/x"},
+            },
+            "$defs": {"a point": {"type": "object", "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/a point"}}}},
+        });
+        let components = adopted(&schema).unwrap();
+        assert_eq!(components.keys().collect::<Vec<_>>(), ["m.Input", "m.a_point"]);
+        let properties = &components["m.Input"]["properties"];
+        assert_eq!(properties["points"]["items"], reference("m.a_point"));
+        assert_eq!(properties["again"], reference("m.Input"));
+        assert_eq!(properties["$ref"]["const"]["$ref"], "data, and no reference");
+        assert_eq!(properties["part"]["$ref"], "#/components/schemas/m.a_point/properties/x");
+        assert_eq!(components["m.a_point"]["properties"]["next"], reference("m.a_point"));
+        assert!(components["m.Input"].get("$schema").is_none());
+    }
+
+    #[test]
+    fn no_name_is_taken_twice() {
+        let schema = |kind: &str| json!({"$ref": "#/$defs/Input", "$defs": {"Input": {"type": kind}, "a b": true, "a_b": false}});
+        let mut components = Components::new();
+        adopt(&schema("string").to_string(), "m", "Input", &mut components).unwrap();
+        adopt(&schema("number").to_string(), "m", "Output", &mut components).unwrap();
+        for (role, kind) in [("Input", "string"), ("Output", "number")] {
+            let root = &components[&format!("m.{role}")];
+            let name = root["$ref"].as_str().unwrap().strip_prefix(COMPONENTS).unwrap();
+            assert_eq!(components[name]["type"], kind);
+        }
+        assert_eq!(components.len(), 8, "{components:?}");
+    }
+
+    #[test]
+    fn what_is_no_schema_or_leads_elsewhere_is_refused_and_leaves_nothing() {
+        for (schema, expected) in [
+            (json!({"type": 7}), "7"),
+            (json!([]), "[]"),
+            (json!({"$ref": "https://elsewhere.test/schema"}), "elsewhere.test"),
+            (json!({"pattern": "("}), "pattern"),
+            (json!({"properties": {"a": {"$ref": "#/$defs/missing"}}}), "missing"),
+            (json!({"properties": {"a": {"$id": "b"}}}), "$id has no meaning"),
+            (json!({"items": {"$dynamicRef": "#a"}}), "$dynamicRef has no meaning"),
+        ] {
+            let mut components = Components::new();
+            let why = adopt(&schema.to_string(), "m", "Input", &mut components).unwrap_err();
+            assert!(why.contains(expected), "{schema}: {why}");
+            assert!(components.is_empty());
+        }
+        assert!(adopt("{", "m", "Input", &mut Components::new()).unwrap_err().contains("no JSON"));
+        let deep = (0..100).fold(json!({"type": "string"}), |inner, _| json!({"items": inner}));
+        assert!(adopted(&deep).unwrap_err().contains("at most 64 levels"));
+        let large = json!({"description": "x".repeat(BYTES_MAX)});
+        assert!(adopted(&large).unwrap_err().contains("at most 262144 bytes"));
+    }
+}
