@@ -1,8 +1,8 @@
 //! `test` and `ci`.
 
-use std::time::Instant;
+use std::{path::Path, process::Command, time::Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 
 use crate::{
     brokers,
@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 12] = [
+const NEEDS: [&str; 13] = [
     "redis",
     "moto",
     "taskiq",
@@ -24,9 +24,13 @@ const NEEDS: [&str; 12] = [
     "kserve",
     "mlserver",
     "openapi",
+    "browser",
 ];
 /// Of these, clients in Python that want an environment of their own.
 const CLIENTS: [&str; 3] = ["kserve", "mlserver", "openapi"];
+
+/// Where Debian puts it.
+const CHROMIUM: &str = "/usr/bin/chromium";
 
 /// End-to-end tests of what callers see of a pipeline: they run again with each replica in a process of its own.
 const ISOLATED: [&str; 7] =
@@ -56,14 +60,17 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if ["moto", "taskiq", "python", "azurite", "gcs", "rendering"].into_iter().any(has) {
+    if ["moto", "taskiq", "python", "azurite", "gcs", "rendering", "browser"].into_iter().any(has) {
         python::ensure()?;
     }
     for client in CLIENTS.into_iter().filter(|client| has(client)) {
         python::ensure_client(client)?;
     }
-    if has("azurite") || has("rendering") {
+    if has("azurite") || has("rendering") || has("browser") {
         stores::ensure_node()?;
+    }
+    if has("browser") {
+        ensure_browser()?;
     }
     if has("rendering") || has("gcs") {
         python::ensure_archives()?;
@@ -99,6 +106,18 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
         println!("not tested: what needs {name} (--without {name})");
     }
     Ok(())
+}
+
+/// Installs Chromium, which looks at pages, where it isn't there.
+fn ensure_browser() -> anyhow::Result<()> {
+    if Path::new(CHROMIUM).is_file() {
+        return Ok(());
+    }
+    println!("installing Chromium, for the tests of pages");
+    let hint = "the tests of pages need Chromium: `apt-get install chromium`, as root, or leave them out with `--without browser`";
+    run(Command::new("apt-get").arg("update")).context(hint)?;
+    run(Command::new("apt-get").args(["install", "--yes", "--no-install-recommends", "chromium"]))
+        .context(hint)
 }
 
 /// What has to hold before a change is taken, each step with the time it took.

@@ -20,7 +20,7 @@ const NODE_LOCK: &str = "xtask/node-tools/package-lock.json";
 const TOOLS: &str = "target/tools";
 const S3S_VERSION: &str = "0.14.1";
 
-/// Installs azurite and the schemas that rendered files are held against, where they aren't there, by the npm of the Python tools.
+/// Installs azurite, the schemas that rendered files are held against, and what looks at pages, where they aren't there, by the npm of the Python tools.
 pub(crate) fn ensure_node() -> anyhow::Result<()> {
     let wanted = fs::read_to_string(NODE_LOCK).with_context(|| format!("can't read {NODE_LOCK}"))?;
     let stamp = Path::new(NODE).join("installed.json");
@@ -38,7 +38,7 @@ pub(crate) fn ensure_node() -> anyhow::Result<()> {
     // Nothing of it is compiled.
     npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(NODE);
     run(&mut npm).with_context(|| {
-        format!("can't install the tests' tools for node: `npm ci` in {NODE}; or leave them out with `--without azurite --without rendering`")
+        format!("can't install the tests' tools for node: `npm ci` in {NODE}; or leave them out with `--without azurite --without rendering --without browser`")
     })?;
     Ok(fs::write(stamp, wanted)?)
 }

@@ -196,12 +196,11 @@ impl JsonSchema for Array {
         "Array".into()
     }
 
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let inner = generator.subschema_for::<Self>();
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "description": "a number, or a list of numbers or of such lists, all of the same length",
             "type": ["number", "boolean", "array"],
-            "items": inner
+            "items": {"type": ["number", "boolean", "array"], "items": {}}
         })
     }
 }

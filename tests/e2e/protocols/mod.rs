@@ -2,7 +2,9 @@
 
 mod calls;
 mod malformed;
+mod openapi;
 mod rest;
+mod with_browser;
 mod with_kserve;
 mod with_mlserver;
 mod with_openapi;

@@ -52,7 +52,6 @@ pub(super) fn document(
             "description": "Machine-learning pipelines over HTTP. Schemas of models are those of the generations that serve now.",
             "license": {"name": "MIT OR Apache-2.0", "identifier": "MIT OR Apache-2.0"},
         },
-        "servers": [{"url": "/"}],
         "tags": TAGS.map(|(name, description)| json!({"name": name, "description": description})),
         "paths": paths,
         "components": {"schemas": components},
@@ -75,6 +74,8 @@ const TAGS: [(&str, &str); 7] = [
     ("health", "whether the host serves"),
     ("management", "for keys that manage"),
 ];
+/// What a model's own path does.
+const OF_MODEL: &str = "one input in, its output with `status` out";
 /// What stands in an operation's id for one that names a version.
 const VERSIONED: &str = "of_version";
 
@@ -113,8 +114,10 @@ impl Writer<'_> {
             let mut id = operation_id(endpoint, &method);
             let mut parameters = self.parameters(endpoint, &method, is_of_model, variant == Some(VERSIONED));
             parameters.extend(operation.headers.iter().map(|header| header_parameter(*header)));
-            if let Some(variant) = variant {
-                id = format!("{id}_{variant}");
+            match variant {
+                Some(component) if is_of_model => id = format!("predict_{component}"),
+                Some(variant) => id = format!("{id}_{variant}"),
+                None => {}
             }
             methods
                 .insert(name.to_lowercase(), self.written(endpoint, operation, &id, parameters, is_of_model));
@@ -142,8 +145,8 @@ impl Writer<'_> {
             responses.entry(status.to_string()).or_insert_with(|| problem(endpoint, status));
         }
         let mut whole = json!({
-            "operationId": id, "tags": [tag(endpoint, is_of_model)], "summary": endpoint.about, "parameters": parameters,
-            "responses": responses,
+            "operationId": id, "tags": [tag(endpoint, is_of_model)], "summary": id.replace('_', " "),
+            "description": if is_of_model { OF_MODEL.to_owned() } else { without_links(endpoint.about) }, "parameters": parameters, "responses": responses,
         });
         if let Some((schema, required)) = body {
             let mut content = json!({"schema": schema});
@@ -293,6 +296,21 @@ fn problem(endpoint: &Endpoint, status: u16) -> Value {
     response
 }
 
+/// A text without the links of the README, which lead nowhere from here.
+fn without_links(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('[')
+        && let Some((name, target)) = after.split_once("](")
+        && let Some((_, after)) = target.split_once(')')
+    {
+        plain.push_str(before);
+        plain.push_str(name);
+        rest = after;
+    }
+    plain + rest
+}
+
 /// A name for generated code.
 fn operation_id(endpoint: &Endpoint, method: &Method) -> String {
     let name = match endpoint.route {
@@ -355,5 +373,16 @@ fn v2_name(call: V2Call, method: &Method) -> &'static str {
         V2Call::Log => "log_settings",
         V2Call::SystemSharedMemory => "system_shared_memory",
         V2Call::CudaSharedMemory => "cuda_shared_memory",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_of_the_readme_are_their_names() {
+        assert_eq!(without_links("a ([`b`](c/d.md)): [e](f), g[h] (i)"), "a (`b`): e, g[h] (i)");
+        assert!(endpoints().all(|endpoint| !without_links(endpoint.about).contains("](")));
     }
 }

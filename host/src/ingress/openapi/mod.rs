@@ -15,7 +15,7 @@ use hyper::{
     header::{CACHE_CONTROL, ETAG, HeaderValue, IF_NONE_MATCH},
     http::request::Parts,
 };
-use modalkit_engine::{Datatype, Signature};
+use modalkit_engine::{Datatype, Signature, TensorSpec};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -39,7 +39,8 @@ struct DescribedModel {
     /// The schema of an input, and of the answer with its output.
     input: Value,
     answer: Value,
-    /// A request of the Open Inference Protocol that it takes.
+    /// An input that it takes, where one can be made up; and a request of the Open Inference Protocol.
+    example: Option<Value>,
     infer_example: Option<Value>,
 }
 
@@ -181,12 +182,20 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
     let output = format!("{component}.Output");
     let answer = with_status(&components[&output], &output);
     components.insert(format!("{component}.Answer"), answer);
+    let example = signature.as_ref().and_then(|signature| json_example(signature)).filter(|example| {
+        // Names of tensors need not be those of JSON.
+        let schema = serde_json::from_str::<Value>(&description.input_schema);
+        schema.is_ok_and(|schema| {
+            jsonschema::validator_for(&schema).is_ok_and(|validator| validator.is_valid(example))
+        })
+    });
     DescribedModel {
         name: name.clone(),
+        example,
         task: *task,
         input: reference(&format!("{component}.Input")),
         answer: reference(&format!("{component}.Answer")),
-        infer_example: example(Form::of(signature.clone()).signature(), signature.is_none()),
+        infer_example: infer_example(Form::of(signature.clone()).signature(), signature.is_none()),
         component,
     }
 }
@@ -208,24 +217,41 @@ fn with_status(output: &Value, name: &str) -> Value {
     whole
 }
 
+/// Elements of a tensor that is shown.
+const ELEMENTS_MAX: u64 = 4096;
+
+/// An input's tensor of zeros: its shape and its elements, in one row; `None` where it is too large to be shown, or has no JSON.
+fn zeros(spec: &TensorSpec, text: &str) -> Option<(Vec<u64>, Vec<Value>)> {
+    let shape: Vec<u64> = spec.shape.iter().map(|size| size.unwrap_or(1)).collect();
+    let elements = shape.iter().try_fold(1u64, |product, size| product.checked_mul(*size))?;
+    let element = match spec.datatype {
+        Datatype::Fp16 | Datatype::Bf16 => return None,
+        Datatype::Bool => json!(false),
+        Datatype::Bytes => json!(text),
+        _ => json!(0),
+    };
+    (elements <= ELEMENTS_MAX).then(|| (shape, vec![element; elements as usize]))
+}
+
+/// An input in JSON, of zeros: each tensor by its name, as lists of lists.
+fn json_example(signature: &Signature) -> Option<Value> {
+    let member = |spec: &TensorSpec| {
+        let (shape, elements) = zeros(spec, "")?;
+        let nested = shape.iter().rev().fold(elements, |elements, size| {
+            let size = usize::try_from(*size).unwrap_or(usize::MAX).max(1);
+            elements.chunks(size).map(|chunk| Value::from(chunk.to_vec())).collect()
+        });
+        Some((spec.name.to_string(), nested.into_iter().next()?))
+    };
+    let inputs = signature.inputs.iter().filter(|spec| !spec.optional).map(member);
+    inputs.collect::<Option<serde_json::Map<_, _>>>().map(Value::from)
+}
+
 /// A request of the Open Inference Protocol with one input, of zeros.
-fn example(signature: &Signature, is_json: bool) -> Option<Value> {
-    /// Elements of a tensor that is shown.
-    const ELEMENTS_MAX: u64 = 4096;
-    let tensor = |spec: &modalkit_engine::TensorSpec| {
-        let shape: Vec<u64> = spec.shape.iter().map(|size| size.unwrap_or(1)).collect();
-        let elements = shape.iter().try_fold(1u64, |product, size| product.checked_mul(*size))?;
-        if elements > ELEMENTS_MAX || matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16) {
-            return None;
-        }
-        let element = match spec.datatype {
-            Datatype::Bool => json!(false),
-            Datatype::Bytes if is_json => json!("{}"),
-            Datatype::Bytes => json!(""),
-            _ => json!(0),
-        };
+fn infer_example(signature: &Signature, is_json: bool) -> Option<Value> {
+    let tensor = |spec: &TensorSpec| {
+        let (shape, data) = zeros(spec, if is_json { "{}" } else { "" })?;
         let shape: Vec<u64> = signature.batched.then_some(1).into_iter().chain(shape).collect();
-        let data = vec![element; elements as usize];
         Some(json!({"name": &*spec.name, "datatype": spec.datatype.name(), "shape": shape, "data": data}))
     };
     let inputs = signature.inputs.iter().filter(|spec| !spec.optional).map(tensor);
@@ -244,6 +270,30 @@ mod tests {
         assert_eq!(whole["properties"]["status"]["const"], "success");
         assert_eq!(with_status(&json!({"$ref": "#"}), "m.Output")["allOf"][1], reference("m.Output"));
         assert_eq!(with_status(&json!({}), "m.Output")["allOf"][1], reference("m.Output"));
+    }
+
+    #[test]
+    fn examples_have_the_shapes_of_a_signature() {
+        let spec = |name: &str, datatype, shape: &[Option<u64>], optional| TensorSpec {
+            name: name.into(),
+            datatype,
+            shape: shape.to_vec(),
+            optional,
+        };
+        let inputs = vec![
+            spec("m", Datatype::Fp32, &[Some(2), None], false),
+            spec("s", Datatype::Bytes, &[], false),
+            spec("o", Datatype::Int64, &[], true),
+        ];
+        let signature = Signature { inputs, outputs: Vec::new(), batched: true };
+        assert_eq!(json_example(&signature), Some(json!({"m": [[0], [0]], "s": ""})));
+        let infer = infer_example(&signature, false).unwrap();
+        assert_eq!(
+            infer["inputs"][0],
+            json!({"name": "m", "datatype": "FP32", "shape": [1, 2, 1], "data": [0, 0]})
+        );
+        let half = Signature { inputs: vec![spec("h", Datatype::Fp16, &[Some(1)], false)], ..signature };
+        assert!(infer_example(&half, false).is_none() && json_example(&half).is_none());
     }
 
     #[test]

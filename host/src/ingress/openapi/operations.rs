@@ -112,7 +112,7 @@ pub(super) fn of(route: Route, method: &Method, models: &[DescribedModel]) -> Op
         },
         Route::Health => simple(
             shape(json!({
-                "status": word(&["ok", "degraded"]), "models?": map(reference("ModelState")), "buckets?": map(json!({})),
+                "status": word(&["ok", "degraded"]), "models?": map(reference("ModelStatus")), "buckets?": map(json!({})),
             })),
             &[],
         ),
@@ -157,10 +157,9 @@ pub(super) fn of(route: Route, method: &Method, models: &[DescribedModel]) -> Op
             errors: &[404, 502, 503],
             ..Operation::default()
         },
-        Route::Devices => simple(
-            shape(json!({"devices": {"type": "array"}, "why_none": {"type": ["string", "null"]}})),
-            &[],
-        ),
+        Route::Devices => {
+            simple(shape(json!({"devices": list(json!({})), "why_none": {"type": ["string", "null"]}})), &[])
+        }
         Route::Metrics => Operation {
             answers: vec![Answer {
                 status: 200,
@@ -177,7 +176,7 @@ pub(super) fn of(route: Route, method: &Method, models: &[DescribedModel]) -> Op
                 answer(
                     409,
                     "it is wrong, and everything is as it was",
-                    shape(json!({"outcome": text(), "errors": {"type": "array"}})),
+                    shape(json!({"outcome": text(), "errors": list(json!({}))})),
                 ),
             ],
             errors: &[503],
@@ -207,7 +206,15 @@ fn of_prediction(prediction: Prediction, models: &[DescribedModel]) -> Operation
     let output = any_of(models, |model| &model.answer);
     let whole = Operation { errors: OF_PREDICTIONS, headers: &[Header::Timeout], ..Operation::default() };
     match prediction {
-        Prediction::Sync => Operation { body: Some((input, true)), answers: ok(output), ..whole },
+        Prediction::Sync => Operation {
+            body: Some((input, true)),
+            examples: models
+                .iter()
+                .filter_map(|model| Some((model.name.clone(), model.example.clone()?)))
+                .collect(),
+            answers: ok(output),
+            ..whole
+        },
         Prediction::Batch => Operation {
             body: Some((list(input), true)),
             answers: ok(list(json!({"anyOf": [output, reference("FailedItem")]}))),

@@ -3,10 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde_json::{Map, Value, json};
 
 /// Where components stand in the document.
 const COMPONENTS: &str = "#/components/schemas/";
+/// What may stand in a JSON pointer in a URI as it is.
+const IN_POINTERS: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'/').remove(b'~').remove(b'-').remove(b'.').remove(b'_').remove(b'$');
 /// Bytes of a schema as a text, and levels of it, up to which it is taken.
 const BYTES_MAX: usize = 256 << 10;
 const DEPTH_MAX: usize = 64;
@@ -56,6 +60,10 @@ pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Compon
             definitions.push((name.clone(), definition.clone()));
         }
     }
+    // Its name in the document says more than `Input`.
+    let plain = |schema: &mut Value| schema.as_object_mut().map(|members| members.remove("title"));
+    plain(&mut root);
+    definitions.iter_mut().for_each(|(_, definition)| drop(plain(definition)));
     let root_name = format!("{model}.{role}");
     let mut known: BTreeMap<String, String> = BTreeMap::new();
     // Names that are there already, with another content, or that differ in letters that no name may have.
@@ -150,13 +158,15 @@ impl Rewriter<'_> {
         if place == "#" {
             return Ok(format!("{COMPONENTS}{}", self.root));
         }
-        if let Some(name) = self.known.get(place) {
+        // A reference is a URI's: letters of its names may be escaped in it.
+        let plain = percent_decode_str(place).decode_utf8_lossy();
+        if let Some(name) = self.known.get(&*plain) {
             return Ok(format!("{COMPONENTS}{name}"));
         }
         // Into a definition, or the schema itself.
         for (definition, name) in self.known {
-            if let Some(rest) = place.strip_prefix(definition.as_str()).filter(|rest| rest.starts_with('/')) {
-                return Ok(format!("{COMPONENTS}{name}{rest}"));
+            if let Some(rest) = plain.strip_prefix(definition.as_str()).filter(|rest| rest.starts_with('/')) {
+                return Ok(format!("{COMPONENTS}{name}{}", utf8_percent_encode(rest, IN_POINTERS)));
             }
         }
         Err(format!("the reference {place:?} leads to no definition of it"))
@@ -177,12 +187,12 @@ mod tests {
         let schema = json!({
             "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Input", "type": "object",
             "properties": {
-                "points": {"type": "array", "items": {"$ref": "#/$defs/a point"}},
+                "points": {"type": "array", "items": {"$ref": "#/$defs/a%20point"}},
                 "again": {"$ref": "#"},
                 "$ref": {"const": {"$ref": "data, and no reference"}},
-                "part": {"$ref": "#/$defs/a point/properties/x"},
+                "part": {"$ref": "#/$defs/a%20point/properties/x"},
             },
-            "$defs": {"a point": {"type": "object", "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/a point"}}}},
+            "$defs": {"a point": {"type": "object", "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/a%20point"}}}},
         });
         let components = adopted(&schema).unwrap();
         assert_eq!(components.keys().collect::<Vec<_>>(), ["m.Input", "m.a_point"]);
@@ -192,7 +202,9 @@ mod tests {
         assert_eq!(properties["$ref"]["const"]["$ref"], "data, and no reference");
         assert_eq!(properties["part"]["$ref"], "#/components/schemas/m.a_point/properties/x");
         assert_eq!(components["m.a_point"]["properties"]["next"], reference("m.a_point"));
-        assert!(components["m.Input"].get("$schema").is_none());
+        assert!(
+            components["m.Input"].get("$schema").is_none() && components["m.Input"].get("title").is_none()
+        );
     }
 
     #[test]
@@ -215,10 +227,10 @@ mod tests {
             (json!({"type": 7}), "7"),
             (json!([]), "[]"),
             (json!({"$ref": "https://elsewhere.test/schema"}), "elsewhere.test"),
-            (json!({"pattern": "("}), "pattern"),
+            (json!({"pattern": "("}), "regex"),
             (json!({"properties": {"a": {"$ref": "#/$defs/missing"}}}), "missing"),
             (json!({"properties": {"a": {"$id": "b"}}}), "$id has no meaning"),
-            (json!({"items": {"$dynamicRef": "#a"}}), "$dynamicRef has no meaning"),
+            (json!({"items": {"$anchor": "a"}}), "$anchor has no meaning"),
         ] {
             let mut components = Components::new();
             let why = adopt(&schema.to_string(), "m", "Input", &mut components).unwrap_err();

@@ -123,7 +123,7 @@ pub(super) fn components() -> Components {
                 })),
             })),
         ),
-        ("ModelState", shape(of_model)),
+        ("ModelStatus", shape(of_model)),
         ("Model", shape(with_name)),
         (
             "Reload",
@@ -151,7 +151,7 @@ pub(super) fn components() -> Components {
             "Configuration",
             shape(json!({
                 "app_name": text(), "settings": list(shape(json!({"key": text(), "value": text(), "from": text()}))),
-                "warnings": {"type": "array"}, "last_change": {"type": ["object", "null"]},
+                "warnings": list(json!({})), "last_change": {"type": ["object", "null"]},
             })),
         ),
         (
@@ -183,7 +183,7 @@ pub(super) fn components() -> Components {
             "InferTensor",
             tensor(json!({
                 "name": text(), "shape": shape_of_tensor(), "datatype": word(&DATATYPES), "parameters?": {"type": ["object", "null"]},
-                "data?": {"type": ["array", "null"], "description": "elements, nested or flat, in row-major order; left out where they stand behind the JSON"},
+                "data?": {"type": ["array", "null"], "items": {}, "description": "elements, nested or flat, in row-major order; left out where they stand behind the JSON"},
             })),
         ),
         (
