@@ -195,6 +195,7 @@ fn print_urls(listen: &str) {
         "\nmodalkit serves at http://{listen}\n\
          paste this:\n\n  \
          curl -d '{{\"text\": \"hello\"}}' 'http://{listen}/predict_sync?model_name=echo'\n\n\
+         what it answers, to read and to try: http://{listen}/docs\n\n\
          its models, metrics and so on are seen over its management socket:\n\n  \
          export MODALKIT_SOCKET={}/manage.sock\n  \
          target/release/modalkit models\n",

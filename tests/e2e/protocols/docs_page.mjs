@@ -44,7 +44,14 @@ try {
   saw.title = await page.title();
   const { x, y, width } = await operation.boundingBox();
   const top = y + (await page.evaluate(() => window.scrollY));
-  await page.screenshot({ path: screenshot, fullPage: true, clip: { x: 0, y: top - 70, width: x * 2 + width, height: 1500 } });
+  await page.screenshot({
+    path: screenshot,
+    fullPage: true,
+    clip: { x: 0, y: top - 70, width: x * 2 + width, height: 1750 },
+    // It has the key in it.
+    mask: [operation.locator(".curl-command")],
+    maskColor: "#333333",
+  });
 } finally {
   await browser.close();
 }
