@@ -128,11 +128,12 @@ fn each_library_is_known_where_it_belongs_only() {
             "host/src/ingress/",
             "host/src/app.rs",
             "tests/e2e/https.rs",
-            "tests/e2e/protocols/malformed.rs",
+            "tests/e2e/protocols/calls.rs",
             itself,
         ],
     );
     only_in("governor::", &["host/src/access/", itself]);
+    only_in("base64::", &["host/src/protocol/", itself]);
     only_in("serde_saphyr", &["host/src/config/", itself]);
     only_in("clap", &["host/src/main.rs", "host/src/cli/", itself]);
 }

@@ -144,21 +144,21 @@ pub fn inferred(answer: InferAnswer) -> HttpResponse {
 /// An error's answer as the Open Inference Protocol has it; an answer that is none stays.
 #[must_use]
 pub fn in_v2(response: HttpResponse) -> HttpResponse {
-    if response.status().is_success() {
-        return response;
-    }
-    let (mut head, body) = response.into_parts();
-    let Body::Whole(body) = body else { return Response::from_parts(head, body) };
-    if head.status == StatusCode::UNPROCESSABLE_ENTITY {
-        head.status = StatusCode::BAD_REQUEST;
-    }
-    Response::from_parts(head, problem(&body.into_bytes()).into())
+    in_form(response, |body, _| problem(body))
 }
 
 /// An error's answer as OpenAI's clients read it; an answer that is none stays. They try again what the server failed at, unless they are told that
 /// this doesn't help.
 #[must_use]
-pub fn in_openai(response: HttpResponse) -> HttpResponse {
+pub fn in_openai(mut response: HttpResponse) -> HttpResponse {
+    if response.extensions().get::<Why>().is_some_and(|why| !why.may_pass) {
+        response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+    }
+    in_form(response, |body, status| openai::problem(body, status.as_u16()))
+}
+
+/// An error's answer as a protocol has it that knows no 422; an answer that is none stays.
+fn in_form(response: HttpResponse, write: impl FnOnce(&[u8], StatusCode) -> Bytes) -> HttpResponse {
     if response.status().is_success() {
         return response;
     }
@@ -167,10 +167,7 @@ pub fn in_openai(response: HttpResponse) -> HttpResponse {
     if head.status == StatusCode::UNPROCESSABLE_ENTITY {
         head.status = StatusCode::BAD_REQUEST;
     }
-    if head.extensions.get::<Why>().is_some_and(|why| !why.may_pass) {
-        head.headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
-    }
-    let body = openai::problem(&body.into_bytes(), head.status.as_u16());
+    let body = write(&body.into_bytes(), head.status);
     Response::from_parts(head, body.into())
 }
 

@@ -8,9 +8,17 @@ use std::{
 };
 
 use modalkit_tests::{Host, Setup, embeddings, python_tool, workspace};
+use reqwest::blocking::{Client, ClientBuilder};
 use serde_json::{Value, json};
 
 use crate::tensors::{WIDTH, assert_close, digits_and_similarity, member};
+
+/// One that shows headers, and what is compressed as it came.
+pub(super) fn client() -> ClientBuilder {
+    // The only provider of cryptography here, which the client wants to be chosen all the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Client::builder().no_proxy()
+}
 
 /// A host with the digits' model, the one of similar rows and echo, which takes JSON alone.
 pub(super) fn three_models() -> Host {

@@ -5,9 +5,9 @@ use std::{fs, time::Duration};
 use modalkit_proto::{ModelInferRequest, model_infer_request::InferInputTensor};
 use modalkit_tests::{Setup, wait_until};
 use prost::Message;
-use reqwest::blocking::Client;
 use serde_json::json;
 
+use super::calls::client;
 use crate::tensors::Numbers;
 
 const REQUESTS: usize = 10_000;
@@ -86,14 +86,7 @@ fn resident_kib(process: u32) -> u64 {
 #[test]
 fn ten_thousand_malformed_calls_get_a_code_each_and_harm_nobody() {
     let host = Setup::new().plugin("tensors").config("[server]\nbody_bytes_max = 4_000_000\n").ready();
-    // The only provider of cryptography here, which the client wants to be chosen all the same.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = Client::builder()
-        .http2_prior_knowledge()
-        .no_proxy()
-        .timeout(Duration::from_secs(60))
-        .build()
-        .unwrap();
+    let client = client().http2_prior_knowledge().timeout(Duration::from_secs(60)).build().unwrap();
     let mut numbers = Numbers(11);
     let mut before = 0;
     let mut codes = std::collections::BTreeMap::new();

@@ -4,19 +4,14 @@ use std::io::Read;
 
 use flate2::read::GzDecoder;
 use modalkit_tests::{Host, KEY, Setup, install, library, wait_until};
-use reqwest::blocking::Client;
 use serde_json::{Value, json};
+
+use super::calls::client;
 
 fn document(host: &Host) -> Value {
     let (status, document) = host.get_with("/openapi.json", &[]);
     assert_eq!(status, 200);
     document
-}
-
-/// One that shows headers, and what is compressed as it came.
-fn client() -> Client {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    Client::builder().no_proxy().build().unwrap()
 }
 
 /// The schema of a model's answer, with the reference to it followed.
@@ -36,7 +31,7 @@ fn it_changes_with_a_reload_and_is_not_sent_twice() {
     assert_eq!(schema(&first, "echo.Answer")["properties"]["status"]["const"], "success");
     assert!(first["paths"]["/models/streams/predict"].is_null());
 
-    let client = client();
+    let client = client().build().unwrap();
     let asked = || client.get(format!("http://{}/openapi.json", host.address));
     let tag = asked().send().unwrap().headers()["etag"].clone();
     let again = || asked().header("if-none-match", &tag).send().unwrap();
@@ -82,7 +77,7 @@ fn where_there_are_keys_it_wants_one_and_says_so() {
 #[test]
 fn the_page_and_its_files_go_out_as_they_are() {
     let host = Setup::new().plugin("echo").ready();
-    let client = client();
+    let client = client().build().unwrap();
     let get = |path: &str| client.get(format!("http://{}{path}", host.address));
     let page = get("/docs").send().unwrap();
     let policy = page.headers()["content-security-policy"].to_str().unwrap().to_owned();

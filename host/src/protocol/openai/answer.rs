@@ -60,6 +60,9 @@ impl Usage {
 pub(super) struct TextOutput<'a> {
     #[serde(default)]
     pub(super) text: Option<String>,
+    /// What chunks of text came to, where the pipeline says nothing else: a generator in Python.
+    #[serde(borrow, default)]
+    output: Option<&'a RawValue>,
     #[serde(borrow, default)]
     pub(super) message: Option<&'a RawValue>,
     #[serde(default)]
@@ -77,7 +80,12 @@ impl<'a> TextOutput<'a> {
     /// It isn't of the form that its model's task has.
     pub(super) fn read(output: &'a [u8], head: &Head) -> Result<Self, Failure> {
         let form = if head.task == Task::Chat { CHAT_FORM } else { TEXT_FORM };
-        match serde_json::from_slice::<Object<TextOutput<'a>>>(output) {
+        let whole = serde_json::from_slice::<Object<TextOutput<'a>>>(output).map(|Object(mut read)| {
+            let joined = || serde_json::from_str(read.output?.get()).ok();
+            read.text = read.text.take().or_else(joined);
+            Object(read)
+        });
+        match whole {
             Ok(Object(read)) if read.text.is_some() => Ok(read),
             Ok(Object(read)) if head.task == Task::Chat && read.message.is_some_and(is_object) => Ok(read),
             Ok(_) => Err(wrong_form(head, form, "it has neither")),
@@ -242,6 +250,8 @@ mod tests {
 
     #[test]
     fn texts_are_choices_and_their_tokens_are_summed() {
+        let of_generator = texts(Task::Completion, &[r#"{"output":"a b"}"#]).unwrap();
+        assert_eq!(of_generator["choices"][0]["text"], "a b");
         let one =
             r#"{"text":"a","finish_reason":"length","usage":{"prompt_tokens":2,"completion_tokens":3}}"#;
         let answer = texts(Task::Completion, &[one, r#"{"text":"b","usage":{"prompt_tokens":1}}"#]).unwrap();
