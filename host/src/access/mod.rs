@@ -105,6 +105,15 @@ pub struct Caller {
     pub permit: Option<Arc<ConcurrencyPermit>>,
 }
 
+/// What callers must show; nothing where nobody is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AskedFor {
+    /// The header that a key may stand in, beside `Authorization: Bearer`.
+    pub key_header: Option<String>,
+    /// The two headers that must be sent.
+    pub modal_headers: Option<[&'static str; 2]>,
+}
+
 /// What a caller is told of the host's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Visibility {
@@ -229,11 +238,12 @@ impl Access {
         self.now.load().is_keyless()
     }
 
-    /// The header that a key may stand in; `None` where nobody is asked for one.
+    /// Where callers show who they are.
     #[must_use]
-    pub fn key_header(&self) -> Option<String> {
+    pub fn asked_for(&self) -> AskedFor {
         let rules = self.now.load();
-        (!rules.is_keyless()).then(|| rules.spec.header.clone())
+        let key_header = (!rules.spec.keys.is_empty()).then(|| rules.spec.header.clone());
+        AskedFor { key_header, modal_headers: rules.modal.as_ref().map(|_| MODAL_HEADERS) }
     }
 
     /// Lets a caller in, or says why not. Takes a place among the key's calls until the caller is dropped.

@@ -151,10 +151,11 @@ pub fn in_v2(response: HttpResponse) -> HttpResponse {
 /// this doesn't help.
 #[must_use]
 pub fn in_openai(mut response: HttpResponse) -> HttpResponse {
-    if response.extensions().get::<Why>().is_some_and(|why| !why.may_pass) {
+    if response.extensions().get::<Why>().is_some_and(|why| !why.is_retryable) {
         response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
     }
-    in_form(response, |body, status| openai::problem(body, status.as_u16()))
+    let is_of_model = response.extensions().get::<NoModel>().is_some();
+    in_form(response, |body, status| openai::problem(body, status.as_u16(), is_of_model))
 }
 
 /// An error's answer as a protocol has it that knows no 422; an answer that is none stays.
@@ -258,8 +259,12 @@ pub struct Why {
     /// What went wrong, in words.
     pub text: String,
     /// Whether the same request may go well another time.
-    pub may_pass: bool,
+    pub is_retryable: bool,
 }
+
+/// That there is no such model, beside the answer that says so.
+#[derive(Clone, Copy)]
+struct NoModel;
 
 /// Status and body of an error; one of the server's (5xx) has a [`Why`] among its extensions.
 #[must_use]
@@ -273,8 +278,13 @@ pub fn error(job_error: &JobError) -> HttpResponse {
     if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_TIME.as_secs()));
     }
+    if matches!(job_error, JobError::UnknownModel { .. }) {
+        response.extensions_mut().insert(NoModel);
+    }
     if status.is_server_error() {
-        response.extensions_mut().insert(Why { text: describe(job_error), may_pass: job_error.may_pass() });
+        response
+            .extensions_mut()
+            .insert(Why { text: describe(job_error), is_retryable: job_error.is_retryable() });
     }
     response
 }

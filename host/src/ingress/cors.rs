@@ -18,7 +18,7 @@ use crate::{config::Server, egress::HttpResponse};
 const ANY: &str = "*";
 /// Headers of answers that a page may read, beside those that it always may.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
-    "inference-header-content-length, retry-after, traceparent, x-modalkit-explain, x-request-id",
+    "inference-header-content-length, retry-after, traceparent, x-modalkit-explain, x-request-id, x-should-retry",
 );
 /// Seconds for which a browser need not ask again before it calls.
 const MAX_AGE_SECONDS: HeaderValue = HeaderValue::from_static("600");
@@ -91,6 +91,7 @@ pub(super) fn allow(methods: &str) -> HeaderValue {
 /// Says that the answer depends on one more header of its request.
 pub(super) fn add_to_vary(headers: &mut HeaderMap, name: &HeaderValue) {
     let value = match headers.get(VARY) {
+        Some(known) if known.as_bytes() == name.as_bytes() => return,
         Some(known) => HeaderValue::from_bytes(&[known.as_bytes(), b", ", name.as_bytes()].concat()),
         None => Ok(name.clone()),
     };

@@ -1,8 +1,6 @@
 //! `GET /docs`: the page that shows the OpenAPI document and lets people try it, and its files. It never knows what is in them.
 
-use std::io::Read;
-
-use flate2::read::GzDecoder;
+use bytes::Bytes;
 use hyper::{
     StatusCode,
     header::{
@@ -12,29 +10,30 @@ use hyper::{
     http::request::Parts,
 };
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 use super::{
+    Context,
     content_coding::takes_gzip,
     endpoints::{Route, Target},
     openapi::{is_known, not_modified},
 };
 use crate::{
-    egress::{HttpResponse, object_response},
+    egress::{self, HttpResponse, object_response},
     ui::{self, Asset},
+    work::JobError,
 };
 
 /// Whether pages of other sites may look into its window.
 const OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
 
 /// The page, or one of its files.
-pub(super) fn answer(head: &Parts, target: Target<'_>) -> HttpResponse {
+pub(super) async fn answer(context: &Context, head: &Parts, target: Target<'_>) -> HttpResponse {
     if target.route() == Route::Docs {
-        return file(&ui::DOCS, head);
+        return file(context, &ui::DOCS, head).await;
     }
     let name = target.name();
     match ui::docs_asset(&name) {
-        Some(asset) => file(asset, head),
+        Some(asset) => file(context, asset, head).await,
         None => {
             let known: Vec<&str> = ui::docs_asset_names().collect();
             let detail = format!("no file {name:?} of this page; expected one of {known:?}");
@@ -43,13 +42,15 @@ pub(super) fn answer(head: &Parts, target: Target<'_>) -> HttpResponse {
     }
 }
 
-fn file(asset: &'static Asset, head: &Parts) -> HttpResponse {
-    // The same file has the same tag, whether it is compressed or not.
-    let digest = Sha256::digest(asset.bytes);
-    let tag = format!("W/\"{}\"", digest[..12].iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-    let mut response = if is_known(&head.headers, &tag) { not_modified() } else { body(asset, head) };
+async fn file(context: &Context, asset: &'static Asset, head: &Parts) -> HttpResponse {
+    let tag = asset.tag();
+    let mut response =
+        if is_known(&head.headers, tag) { not_modified() } else { body(context, asset, head).await };
+    if response.status().is_server_error() {
+        return response;
+    }
     let headers = response.headers_mut();
-    if let Ok(tag) = HeaderValue::try_from(tag) {
+    if let Ok(tag) = HeaderValue::from_str(tag) {
         headers.insert(ETAG, tag);
     }
     // It is asked for again each time, and not sent again.
@@ -63,21 +64,23 @@ fn file(asset: &'static Asset, head: &Parts) -> HttpResponse {
     response
 }
 
-fn body(asset: &'static Asset, head: &Parts) -> HttpResponse {
+async fn body(context: &Context, asset: &'static Asset, head: &Parts) -> HttpResponse {
+    let whole = |bytes: &'static [u8]| HttpResponse::new(Bytes::from_static(bytes).into());
     if !asset.is_compressed {
-        return HttpResponse::new(bytes::Bytes::from_static(asset.bytes).into());
+        return whole(asset.bytes);
     }
     if takes_gzip(head.headers.get(ACCEPT_ENCODING)) {
-        let mut response = HttpResponse::new(bytes::Bytes::from_static(asset.bytes).into());
+        let mut response = whole(asset.bytes);
         response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         return response;
     }
-    let mut plain = Vec::new();
-    match GzDecoder::new(asset.bytes).read_to_end(&mut plain) {
-        Ok(_) => HttpResponse::new(bytes::Bytes::from(plain).into()),
-        Err(error) => {
+    let plain = context.blocking.spawn_blocking(|| asset.plain()).await;
+    match plain {
+        Ok(Ok(plain)) => whole(plain),
+        Ok(Err(error)) => {
             let detail = format!("the file {} in this program is broken: {error}", asset.name);
             object_response(StatusCode::INTERNAL_SERVER_ERROR, &json!({ "detail": detail }))
         }
+        Err(_) => egress::error(&JobError::Lost),
     }
 }

@@ -685,22 +685,23 @@ fn shown(methods: &str, between: &str) -> String {
     methods.replace(", HEAD", "").replace(", ", between)
 }
 
+/// What a path of a protocol begins with; `None` of this host's own paths.
+pub(super) fn protocol_of(path: &str) -> Option<&'static str> {
+    let is_of =
+        |begin: &&str| path.strip_prefix(*begin).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    [V2, V1].into_iter().find(is_of)
+}
+
 /// The answer to a path that is none of these: the others, or those of a protocol where it begins as they do.
 pub(super) fn no_such_path(path: &str) -> String {
-    let protocol = |path: &str| {
-        let is_of = |begin: &&str| {
-            path.strip_prefix(*begin).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
-        [V2, V1].into_iter().find(is_of)
-    };
     let mut text = format!("no such path: {path}; there are ");
-    let alike = ENDPOINTS.iter().filter(|endpoint| protocol(endpoint.pattern) == protocol(path));
+    let alike = ENDPOINTS.iter().filter(|endpoint| protocol_of(endpoint.pattern) == protocol_of(path));
     for (index, endpoint) in alike.enumerate() {
         let comma = if index == 0 { "" } else { ", " };
         let methods = shown(endpoint.methods, " and ");
         let _ = write!(text, "{comma}{methods} {}", endpoint.path_shown());
     }
-    if protocol(path).is_none() {
+    if protocol_of(path).is_none() {
         let _ = write!(text, ", {POST} {SYNC_BY_PATH}");
     }
     text

@@ -11,7 +11,7 @@ use super::{
     content_coding,
     cross_site::Foreign,
     docs_page,
-    endpoints::{Endpoint, Route, Target, V1, V2, no_such_path},
+    endpoints::{Endpoint, Route, Target, V1, V2, no_such_path, protocol_of},
     exchange::Exchange,
     jobs, lingering_close, management, openapi, predict,
     query::Query,
@@ -28,13 +28,10 @@ use crate::{
 
 /// An answer in the form of its path.
 fn in_form(head: &Parts, response: HttpResponse) -> HttpResponse {
-    let path = head.uri.path();
-    if path.starts_with(V2) {
-        egress::in_v2(response)
-    } else if path.starts_with(V1) {
-        egress::in_openai(response)
-    } else {
-        response
+    match protocol_of(head.uri.path()) {
+        Some(V2) => egress::in_v2(response),
+        Some(V1) => egress::in_openai(response),
+        _ => response,
     }
 }
 
@@ -112,7 +109,7 @@ pub(super) async fn beside_predictions(
             Route::Jobs | Route::Job | Route::Redeliver | Route::Queues | Route::Queue => {
                 jobs::answer(context, from, body.exchange(), head, target).await
             }
-            Route::Docs | Route::DocsAsset => docs_page::answer(head, target),
+            Route::Docs | Route::DocsAsset => docs_page::answer(context, head, target).await,
             Route::OpenApi => openapi::answer(context, from, body, head, target).await,
             Route::TaskModels | Route::TaskModel => task_models::answer(context, from, body, head, target),
             Route::V2(call) => v2::answer(context, from, body, head, target, call).await,

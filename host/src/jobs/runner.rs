@@ -211,7 +211,7 @@ impl Runner {
         let attempts = live_job.progress.lock().attempts;
         // A model that isn't known has no limit of retries here; it is checked at the next handover.
         let retries = self.models.find(Some(&live_job.model)).map_or(u32::MAX, |model| model.spec().retries);
-        if error.may_pass() && attempts <= retries {
+        if error.is_retryable() && attempts <= retries {
             let wait = backoff(attempts, BACKOFF_FIRST, BACKOFF_MAX);
             let next = unix_ms() + wait.as_millis() as u64;
             let text = shortened(protocol::job_failure(&error));

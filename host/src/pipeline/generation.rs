@@ -304,6 +304,12 @@ impl Generation {
         self.validating.store(instance);
     }
 
+    /// Whether this is an input as the plugin's JSON Schema has it.
+    #[must_use]
+    pub fn is_of_schema(&self, input: &serde_json::Value) -> bool {
+        self.input_schema().is_some_and(|schema| schema.is_valid(input))
+    }
+
     fn input_schema(&self) -> Option<&Validator> {
         let compile = || {
             let schema = serde_json::from_str(&self.plugin.description().input_schema).ok()?;

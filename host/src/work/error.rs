@@ -79,7 +79,7 @@ impl From<&str> for Location {
 impl JobError {
     /// Whether another attempt may help: never where the input is to blame.
     #[must_use]
-    pub fn may_pass(&self) -> bool {
+    pub fn is_retryable(&self) -> bool {
         match self {
             Self::Failed(failure) => match failure.kind {
                 FailureKind::Transient

@@ -17,7 +17,7 @@
 
 mod model;
 
-use std::{fs, path::PathBuf};
+use std::{borrow::Cow, fs, path::PathBuf};
 
 use modalkit_sdk::{
     Chunks, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, VolumeReload, export_pipeline,
@@ -50,28 +50,56 @@ pub struct Input {
     #[serde(default)]
     messages: Vec<Message>,
     /// How many words at most, from 1 to 4096; 50 where this is left out.
-    #[serde(default, alias = "max_completion_tokens")]
+    #[serde(default)]
     #[schemars(range(min = 1, max = 4096))]
     max_tokens: Option<usize>,
+    /// The same, as newer clients call it.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = 4096))]
+    max_completion_tokens: Option<usize>,
     /// Which of all texts: the same seed gives the same one.
     #[serde(default)]
-    seed: u64,
+    seed: i64,
 }
 
 /// What somebody said.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub struct Message {
-    /// In words.
-    content: String,
+    /// In words; nothing where a tool was called.
+    #[serde(default)]
+    content: Option<Content>,
+}
+
+/// What a message says.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum Content {
+    /// In one text.
+    Text(String),
+    /// In parts, of which the texts count.
+    Parts(Vec<Part>),
+}
+
+/// A part of a message.
+#[derive(Debug, Deserialize, JsonSchema)]
+struct Part {
+    /// Its text, where it is one.
+    #[serde(default)]
+    text: String,
 }
 
 impl Input {
-    fn prompt(&self) -> &str {
-        self.messages.last().map_or(&self.prompt, |message| &message.content)
+    fn prompt(&self) -> Cow<'_, str> {
+        match self.messages.last().map(|message| &message.content) {
+            None => Cow::Borrowed(&self.prompt),
+            Some(None) => Cow::Borrowed(""),
+            Some(Some(Content::Text(text))) => Cow::Borrowed(text),
+            Some(Some(Content::Parts(parts))) => parts.iter().map(|part| part.text.as_str()).collect(),
+        }
     }
 
     fn tokens_max(&self) -> usize {
-        self.max_tokens.unwrap_or(TOKENS)
+        self.max_completion_tokens.or(self.max_tokens).unwrap_or(TOKENS)
     }
 }
 
@@ -190,8 +218,8 @@ impl InferencePipeline for Bigram {
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Draft>, PipelineError> {
         let draft = |input: &Input| Draft {
-            last: self.model.last_of(input.prompt()),
-            random: fastrand::Rng::with_seed(input.seed),
+            last: self.model.last_of(&input.prompt()),
+            random: fastrand::Rng::with_seed(input.seed as u64),
             text: String::new(),
             sent_bytes: 0,
             try_at_bytes: 0,
@@ -294,6 +322,23 @@ mod tests {
         );
         let (chunks, left) = answers.pop().unwrap();
         assert_eq!((chunks.len(), left.unwrap_err().is_retryable()), (2, true));
+    }
+
+    #[test]
+    fn a_conversation_goes_on_from_what_was_said_last() {
+        let model = model();
+        let text =
+            |input: Value| model.run_json(&[input]).remove(0).unwrap()["text"].as_str().unwrap().to_owned();
+        let said = text(json!({"prompt": "The keeper", "seed": -3, "max_tokens": 9}));
+        for content in [
+            json!("The keeper"),
+            json!([{"type": "text", "text": "The "}, {"type": "text", "text": "keeper"}]),
+        ] {
+            let messages = json!([{"role": "user", "content": "x"}, {"role": "user", "content": content}]);
+            assert_eq!(text(json!({"messages": messages, "seed": -3, "max_completion_tokens": 9})), said);
+        }
+        let nothing = json!([{"role": "assistant", "content": null, "tool_calls": []}]);
+        assert_eq!(text(json!({"messages": nothing})), text(json!({})));
     }
 
     #[test]

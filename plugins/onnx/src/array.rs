@@ -197,6 +197,7 @@ impl JsonSchema for Array {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        // To the second level, and anything below it: a schema that leads to itself is more than generators of clients take.
         json_schema!({
             "description": "a number, or a list of numbers or of such lists, all of the same length",
             "type": ["number", "boolean", "array"],

@@ -28,11 +28,11 @@ try {
   await page.goto(`http://${address}/docs`);
   await page.fill("#key-value", "no key of this host");
   await page.click("#key button");
-  await page.locator("#key-error").getByText("none of this host's").waitFor();
+  await page.locator("#key-error").getByText("doesn't know that").waitFor();
   await page.fill("#key-value", key);
   await page.click("#key button");
 
-  const operation = page.locator(".opblock", { hasText: "predict_digits" });
+  const operation = page.locator(".opblock", { hasText: "run_digits" });
   await operation.locator(".opblock-summary-control").click();
   await operation.locator("textarea").fill(JSON.stringify({ pixels }));
   const answer = page.waitForResponse((response) => response.url().endsWith("/models/digits/predict"));

@@ -81,6 +81,9 @@ def chats():
     called = asked.chat.completions.create(model="talk", messages=tool)
     expect(called.choices[0].message.tool_calls[0].function.name, "weather")
     expect(called.choices[0].finish_reason, "tool_calls")
+    with asked.chat.completions.stream(model="talk", messages=tool) as stream:
+        call = stream.get_final_completion().choices[0].message.tool_calls[0]
+        expect((call.id, call.function.name, call.function.arguments), ("call-1", "weather", '{"place":"here"}'))
     with asked.chat.completions.stream(model="talk", messages=messages) as stream:
         expect(stream.get_final_completion().choices[0].message.content, "user: good day")
 
@@ -103,6 +106,10 @@ def cancels():
     stream.close()
     impatient = client(timeout=0.5, max_retries=0)
     refused(openai.APITimeoutError, lambda: impatient.chat.completions.create(model="talk", messages=messages))
+    # Its one replica has stopped talking to those who left.
+    next_one = [{"role": "user", "content": "good day"}]
+    answer = client(timeout=30, max_retries=0).chat.completions.create(model="talk", messages=next_one)
+    expect(answer.choices[0].message.content, "user: good day")
 
 
 def errors():
@@ -123,6 +130,11 @@ def errors():
     failed = refused(openai.InternalServerError, lambda: asked.completions.create(model="complete", prompt="fail"))
     expect((failed.type, failed.status_code), ("server_error", 500))
     assert "told to fail" in failed.message, failed.message
+    # One of several texts.
+    second = refused(openai.BadRequestError, lambda: asked.completions.create(model="complete", prompt=["a", {}]))
+    expect(second.param, "prompt")
+    nowhere = refused(openai.NotFoundError, lambda: asked.responses.create(model="talk", input="a"))
+    expect((nowhere.code, nowhere.param), (None, None))
     # In a stream, before its first event and behind it.
     early = refused(
         openai.APIError, lambda: list(asked.completions.create(model="complete", prompt="fail", stream=True))
@@ -141,7 +153,8 @@ def retries():
     key, limited = ARGUMENTS
     trying = client(key)
     expect(trying.completions.create(model="complete", prompt="fail once").choices[0].text, "fail once")
-    refused(openai.InternalServerError, lambda: trying.completions.create(model="complete", prompt="fail"))
+    failed = refused(openai.InternalServerError, lambda: trying.completions.create(model="complete", prompt="fail"))
+    expect(failed.response.headers["x-should-retry"], "false")
     wrong = refused(openai.AuthenticationError, lambda: client("wrong").models.list())
     expect(wrong.code, "invalid_api_key")
     # One request a second: the client waits as it is told to.

@@ -19,11 +19,11 @@ def model(module, name):
 
 
 EchoInput = model("echo_input", "EchoInput")
-translated = operation("models", "predict_echo").sync(client=client, body=EchoInput(text="hello"))
+translated = operation("models", "run_echo").sync(client=client, body=EchoInput(text="hello"))
 pixels = json.load(sys.stdin)
 DigitsInput = model("digits_input", "DigitsInput")
-digit = operation("models", "predict_digits").sync(client=client, body=DigitsInput.from_dict({"pixels": pixels}))
-wrong = operation("models", "predict_echo").sync_detailed(client=client, body=EchoInput.from_dict({"text": 7}))
+digit = operation("models", "run_digits").sync(client=client, body=DigitsInput.from_dict({"pixels": pixels}))
+wrong = operation("models", "run_echo").sync_detailed(client=client, body=EchoInput.from_dict({"text": 7}))
 health = operation("health", "health").sync(client=client)
 print(json.dumps({
     "echo": translated.to_dict(), "digits": digit.to_dict(), "wrong": wrong.parsed.to_dict(), "health": health.to_dict(),

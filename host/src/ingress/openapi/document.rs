@@ -5,45 +5,44 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Map, Value, json};
 
 use super::{
-    DescribedModel,
-    operations::{self, Header, JSON, Operation, name_of},
-    plugin_schema::{Components, component_name, reference},
-    shapes::{count, delivery, job_state, text, word},
+    Described, DescribedModel,
+    operations::{self, JSON, Operation},
+    parameters::{self, Variant},
+    plugin_schema::{Components, component_name},
+    problems::problem,
+    shapes,
 };
-use crate::ingress::endpoints::{Endpoint, OpenTo, Prediction, Route, V1, V2, V2Call, endpoints};
+use crate::{
+    access::AskedFor,
+    ingress::endpoints::{Endpoint, OpenTo, Prediction, Route, V1, V2, V2Call, endpoints},
+};
 
 /// What may stand in a path as it is.
 const IN_PATHS: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-/// An id of a job: a UUID of version 7.
-const JOB_ID: &str = "^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$";
 
-/// Puts the document together. Where callers show keys, `key_header` names the header that they may be in.
-pub(super) fn document(
-    models: &[DescribedModel],
-    mut components: Components,
-    key_header: Option<&str>,
-) -> Value {
-    components.extend(super::shapes::components());
+/// Puts the document together.
+pub(super) fn document(described: &Described, mut components: Components) -> Value {
+    components.extend(shapes::components());
     let mut paths = Map::new();
-    let writer = Writer { models, has_keys: key_header.is_some() };
+    let writer = Writer { described, security: security(&described.asked_for) };
     for endpoint in endpoints() {
-        let methods = writer.methods(endpoint, endpoint.route, models, None);
+        let methods = writer.methods(endpoint, &described.models, Variant::Plain);
         if methods.is_empty() {
             continue;
         }
         if endpoint.versioned {
             let versioned = endpoint.pattern.replacen("{name}", "{name}/versions/{version}", 1);
-            let methods = writer.methods(endpoint, endpoint.route, models, Some(VERSIONED));
+            let methods = writer.methods(endpoint, &described.models, Variant::Versioned);
             paths.insert(versioned, methods.into());
         }
         paths.insert(endpoint.pattern.to_owned(), methods.into());
     }
-    if let Some(sync) = endpoints().find(|endpoint| endpoint.route == Route::Predict(Prediction::Sync)) {
-        for model in models {
-            let path = format!("/models/{}/predict", utf8_percent_encode(&model.name, IN_PATHS));
-            let alone = std::slice::from_ref(model);
-            paths.insert(path, writer.methods(sync, sync.route, alone, Some(&model.component)).into());
-        }
+    // A path with such a step is another one to every client.
+    let models = described.models.iter().filter(|model| !matches!(model.name.as_str(), "." | ".."));
+    for (model, sync) in models.flat_map(|model| sync().map(move |endpoint| (model, endpoint))) {
+        let path = format!("/models/{}/predict", utf8_percent_encode(&model.name, IN_PATHS));
+        let alone = std::slice::from_ref(model);
+        paths.insert(path, writer.methods(sync, alone, Variant::OfModel(&model.component)).into());
     }
     let mut whole = json!({
         "openapi": "3.1.0",
@@ -56,13 +55,61 @@ pub(super) fn document(
         "paths": paths,
         "components": {"schemas": components},
     });
-    if let Some(header) = key_header {
-        whole["components"]["securitySchemes"] = json!({
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "key": {"type": "apiKey", "in": "header", "name": header},
-        });
+    let schemes = schemes(&described.asked_for);
+    if !schemes.is_empty() {
+        whole["components"]["securitySchemes"] = schemes.into();
     }
     whole
+}
+
+fn sync() -> impl Iterator<Item = &'static Endpoint> {
+    endpoints().filter(|endpoint| endpoint.route == Route::Predict(Prediction::Sync))
+}
+
+/// Where a key stands in any host.
+const BEARER: &str = "bearer";
+const KEY: &str = "key";
+/// The names of schemes for the two headers that may have to be sent, as the page at `/docs` knows them.
+const MODAL: [&str; 2] = ["modal_key", "modal_secret"];
+
+/// The ways in which callers show who they are.
+fn schemes(asked_for: &AskedFor) -> Map<String, Value> {
+    let in_header = |name: &str| json!({"type": "apiKey", "in": "header", "name": name});
+    let mut schemes = Map::new();
+    if let Some(header) = &asked_for.key_header {
+        schemes.insert(BEARER.to_owned(), json!({"type": "http", "scheme": "bearer"}));
+        if !header.eq_ignore_ascii_case("authorization") {
+            schemes.insert(KEY.to_owned(), in_header(header));
+        }
+    }
+    for (scheme, header) in MODAL.iter().zip(asked_for.modal_headers.iter().flatten()) {
+        schemes.insert((*scheme).to_owned(), in_header(header));
+    }
+    schemes
+}
+
+/// What a request must show: one of these, with all that each names.
+fn security(asked_for: &AskedFor) -> Vec<Value> {
+    let schemes = schemes(asked_for);
+    let modal: Vec<(String, Value)> = MODAL
+        .iter()
+        .filter(|name| schemes.contains_key(**name))
+        .map(|name| ((*name).to_owned(), json!([])))
+        .collect();
+    let with_modal = |key: Option<&str>| -> Value {
+        let key = key.map(|key| (key.to_owned(), json!([])));
+        key.into_iter().chain(modal.clone()).collect::<Map<_, _>>().into()
+    };
+    let keys: Vec<Value> = [BEARER, KEY]
+        .into_iter()
+        .filter(|key| schemes.contains_key(*key))
+        .map(|key| with_modal(Some(key)))
+        .collect();
+    match (keys.is_empty(), modal.is_empty()) {
+        (true, true) => Vec::new(),
+        (true, false) => vec![with_modal(None)],
+        (false, _) => keys,
+    }
 }
 
 const TAGS: [(&str, &str); 7] = [
@@ -76,12 +123,11 @@ const TAGS: [(&str, &str); 7] = [
 ];
 /// What a model's own path does.
 const OF_MODEL: &str = "one input in, its output with `status` out";
-/// What stands in an operation's id for one that names a version.
-const VERSIONED: &str = "of_version";
 
 struct Writer<'a> {
-    models: &'a [DescribedModel],
-    has_keys: bool,
+    described: &'a Described,
+    /// What callers must show, where anything.
+    security: Vec<Value>,
 }
 
 /// Those of a model's own path are its own.
@@ -102,25 +148,23 @@ impl Writer<'_> {
     fn methods(
         &self,
         endpoint: &Endpoint,
-        route: Route,
         models: &[DescribedModel],
-        variant: Option<&str>,
+        variant: Variant<'_>,
     ) -> Map<String, Value> {
-        let is_of_model = variant.is_some_and(|variant| variant != VERSIONED);
         let mut methods = Map::new();
         for name in endpoint.methods.split(", ").filter(|name| *name != "HEAD") {
             let Ok(method) = Method::from_bytes(name.as_bytes()) else { continue };
-            let Some(operation) = operations::of(route, &method, models) else { continue };
-            let mut id = operation_id(endpoint, &method);
-            let mut parameters = self.parameters(endpoint, &method, is_of_model, variant == Some(VERSIONED));
-            parameters.extend(operation.headers.iter().map(|header| header_parameter(*header)));
-            match variant {
-                Some(component) if is_of_model => id = format!("predict_{component}"),
-                Some(variant) => id = format!("{id}_{variant}"),
-                None => {}
-            }
-            methods
-                .insert(name.to_lowercase(), self.written(endpoint, operation, &id, parameters, is_of_model));
+            let operation = operations::of(endpoint.route, &method, models, self.described);
+            let Some(operation) = operation else { continue };
+            let id = match variant {
+                Variant::Plain => operation_id(endpoint, &method),
+                Variant::Versioned => format!("{}_of_version", operation_id(endpoint, &method)),
+                // No route's begins so.
+                Variant::OfModel(component) => format!("run_{component}"),
+            };
+            let mut parameters = parameters::of(endpoint, &method, variant, self.described);
+            parameters.extend(operation.headers.iter().map(|header| parameters::in_header(*header)));
+            methods.insert(name.to_lowercase(), self.written(endpoint, operation, &id, parameters, variant));
         }
         methods
     }
@@ -131,8 +175,9 @@ impl Writer<'_> {
         operation: Operation,
         id: &str,
         parameters: Vec<Value>,
-        is_of_model: bool,
+        variant: Variant<'_>,
     ) -> Value {
+        let is_of_model = matches!(variant, Variant::OfModel(_));
         let Operation { body, other_body, examples, answers, errors, .. } = operation;
         let mut responses = Map::new();
         for answer in answers {
@@ -151,10 +196,13 @@ impl Writer<'_> {
         if let Some((schema, required)) = body {
             let mut content = json!({"schema": schema});
             if !examples.is_empty() {
-                let examples = examples
-                    .into_iter()
-                    .map(|(name, value)| (component_name(&name), json!({"value": value})));
-                content["examples"] = examples.collect::<Map<_, _>>().into();
+                let mut named = Map::new();
+                for (number, (name, value)) in examples.into_iter().enumerate() {
+                    let plain = component_name(&name);
+                    let name = if named.contains_key(&plain) { format!("{plain}_{number}") } else { plain };
+                    named.insert(name, json!({ "value": value }));
+                }
+                content["examples"] = named.into();
             }
             whole["requestBody"] = json!({"required": required, "content": {JSON: content}});
             if let Some(other) = other_body {
@@ -162,138 +210,28 @@ impl Writer<'_> {
                     json!({"schema": {"type": "string", "format": "binary"}});
             }
         }
-        if self.has_keys && endpoint.open_to != OpenTo::Everybody {
-            whole["security"] = json!([{"bearer": []}, {"key": []}]);
+        let shows_more = matches!(endpoint.route, Route::Health | Route::Ready);
+        if !self.security.is_empty() && (shows_more || endpoint.open_to != OpenTo::Everybody) {
+            // Who shows nothing is told less.
+            let nothing = shows_more.then(|| json!({}));
+            whole["security"] = nothing.into_iter().chain(self.security.clone()).collect();
         }
         whole
     }
 
     /// Those of the operation, and those of callers who aren't let in.
     fn errors(&self, endpoint: &Endpoint, of_operation: &[u16]) -> Vec<u16> {
-        let of_access: &[u16] = match (endpoint.open_to, self.has_keys) {
+        let has_keys = !self.security.is_empty();
+        let of_access: &[u16] = match (endpoint.open_to, has_keys) {
             (OpenTo::Everybody, _) => &[],
             (OpenTo::Callers, true) => &[401, 429, 503],
             (OpenTo::Callers, false) => &[],
             (OpenTo::Management, _) => &[401, 403, 429, 503],
         };
         // A page of another site is answered so wherever there are no keys.
-        let of_pages: &[u16] = if self.has_keys { &[] } else { &[403] };
+        let of_pages: &[u16] = if has_keys { &[] } else { &[403] };
         [of_operation, of_access, of_pages].concat()
     }
-
-    fn parameters(
-        &self,
-        endpoint: &Endpoint,
-        method: &Method,
-        is_of_model: bool,
-        is_versioned: bool,
-    ) -> Vec<Value> {
-        let mut parameters = Vec::new();
-        if endpoint.pattern.contains("{name}") {
-            let of_models = matches!(endpoint.route, Route::Predict(_) | Route::V2(_) | Route::Model)
-                || matches!(endpoint.route, Route::ReloadModel | Route::RollBack | Route::Unload);
-            let schema = match endpoint.route {
-                Route::TaskModel => name_of(self.models.iter().filter(|model| model.task.is_some())),
-                _ if of_models => name_of(self.models.iter()),
-                _ => json!({"type": "string", "minLength": 1}),
-            };
-            parameters.push(in_path("name", &schema, "whose"));
-        }
-        if endpoint.pattern.contains("{id}") {
-            parameters.push(in_path(
-                "id",
-                &json!({"type": "string", "minLength": 1}),
-                "as `/predict_async` answered it",
-            ));
-        }
-        if is_versioned {
-            let version = json!({"type": "string", "pattern": "^[0-9]+$", "examples": ["1"]});
-            parameters.push(in_path("version", &version, "the number of the generation that serves"));
-        }
-        // In the path already.
-        let known = endpoint.parameters.iter().filter(|name| !(is_of_model && **name == "model_name"));
-        parameters.extend(known.filter_map(|name| self.in_query(endpoint.route, method, name)));
-        parameters
-    }
-
-    fn in_query(&self, route: Route, method: &Method, name: &str) -> Option<Value> {
-        let number = |least: u64| json!({"type": "integer", "minimum": least});
-        let deletes = method == Method::DELETE;
-        let (schema, about) = match name {
-            "model_name" => (name_of(self.models.iter()), "which model; may be left out where there is one"),
-            "model" if route == Route::Ready => {
-                (name_of(self.models.iter()), "one model, in place of the host")
-            }
-            "model" => (text(), "of this model"),
-            "partial" => (word(&["true", "false"]), "whether an item that isn't an input fails alone"),
-            "state" => (job_state(), "that stand so"),
-            "delivery" => (delivery(), "whose results stand so"),
-            "after" => (json!({"type": "string", "pattern": JOB_ID}), "`next` of the answer before"),
-            "limit" => (number(0), "how many; 1000 at most"),
-            "wait_ms" if deletes => return None,
-            "wait_ms" => (number(0), "how long the answer may wait for the job's end"),
-            "receipt" | "lease_seconds" if !deletes => return None,
-            "receipt" => (text(), "acknowledges what was taken before"),
-            "lease_seconds" => (number(0), "how long what is taken is the caller's"),
-            _ => (text(), ""),
-        };
-        let required = name == "model_name" && self.models.len() > 1;
-        Some(
-            json!({"name": name, "in": "query", "required": required, "schema": schema, "description": about}),
-        )
-    }
-}
-
-fn in_path(name: &str, schema: &Value, about: &str) -> Value {
-    json!({"name": name, "in": "path", "required": true, "schema": schema, "description": about})
-}
-
-fn header_parameter(header: Header) -> Value {
-    let (name, schema, about) = match header {
-        Header::Timeout => {
-            let mut milliseconds = count();
-            milliseconds["minimum"] = json!(1);
-            ("x-request-timeout-ms", milliseconds, "milliseconds after which nobody wants the answer: 504")
-        }
-        Header::IdempotencyKey => {
-            let name = json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
-            ("idempotency-key", name, "the same request under the same name is one job")
-        }
-    };
-    json!({"name": name, "in": "header", "required": false, "schema": schema, "description": about})
-}
-
-/// An error's answer, in the form of its path.
-fn problem(endpoint: &Endpoint, status: u16) -> Value {
-    let about = match status {
-        400 => "it isn't what this path takes",
-        401 => "no key, or a wrong one",
-        403 => "a key that may not, or a page of another site",
-        404 => "no such thing",
-        408 => "it didn't come in time",
-        409 => "it doesn't fit what there is",
-        413 => "too large",
-        415 => "no known content-encoding",
-        422 => "it isn't what the pipeline takes: each detail says where and what",
-        429 => "busy, or more than the key may ask",
-        500 => "the pipeline failed",
-        501 => "this host doesn't have that",
-        502 => "the bucket can't be mirrored",
-        503 => "it doesn't serve now",
-        504 => "the deadline has passed",
-        _ => "an error",
-    };
-    let form = match endpoint.pattern {
-        pattern if pattern.starts_with(V2) => "V2Problem",
-        pattern if pattern.starts_with(V1) => "OpenAIProblem",
-        _ => "Problem",
-    };
-    let mut response = json!({"description": about, "content": {JSON: {"schema": reference(form)}}});
-    if matches!(status, 429 | 503) {
-        response["headers"] =
-            json!({"retry-after": {"schema": {"type": "integer", "minimum": 0}, "description": "seconds"}});
-    }
-    response
 }
 
 /// A text without the links of the README, which lead nowhere from here.

@@ -3,10 +3,12 @@
 
 mod document;
 mod operations;
+mod parameters;
 mod plugin_schema;
+mod problems;
 mod shapes;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
@@ -17,20 +19,29 @@ use hyper::{
 };
 use modalkit_engine::{Datatype, Signature, TensorSpec};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
-use self::plugin_schema::{Components, adopt, component_name, reference};
+use self::plugin_schema::{COMPONENTS, Components, adopt, component_name, plain_name, reference};
 use super::{Context, body::SmallBody, endpoints::Target, refusal::let_in};
 use crate::{
-    access::Origin,
+    access::{AskedFor, Origin},
     config::Task,
     egress::{self, HttpResponse},
-    pipeline::Generation,
+    pipeline::{Generation, Model},
     protocol::{object, v2::Form},
+    ui::weak_tag,
     work::JobError,
 };
 
-/// A model, as the document describes it.
+/// What the document is made of beside the endpoints.
+struct Described {
+    /// The models that serve.
+    models: Vec<DescribedModel>,
+    /// All models' names and tasks, also of those that don't serve now.
+    known: Vec<(String, Option<Task>)>,
+    asked_for: AskedFor,
+}
+
+/// A model that serves, as the document describes it.
 struct DescribedModel {
     name: String,
     /// What its schemas' names begin with.
@@ -46,36 +57,48 @@ struct DescribedModel {
 
 /// The document as it was made last.
 #[derive(Default)]
-pub(super) struct Cache(ArcSwapOption<Made>);
+pub(super) struct Cache {
+    last: ArcSwapOption<Made>,
+    /// One is made at a time.
+    making: tokio::sync::Mutex<()>,
+}
 
 struct Made {
-    of: Vec<Served>,
-    key_header: Option<String>,
+    of: Key,
     tag: HeaderValue,
     document: Bytes,
 }
 
-/// A model that serves, and what its description is made of.
-#[derive(Clone)]
+/// What a document was made of. It keeps no generation, and with it no library, from going.
+struct Key {
+    known: Vec<(String, Option<Task>)>,
+    serving: Vec<(String, Weak<Generation>, Option<Weak<Signature>>)>,
+    asked_for: AskedFor,
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |(one, other): (&(_, Weak<Generation>, Option<Weak<Signature>>), &(_, _, _))| {
+            let signatures = match (&one.2, &other.2) {
+                (Some(one), Some(other)) => Weak::ptr_eq(one, other),
+                (None, None) => true,
+                _ => false,
+            };
+            one.0 == other.0 && Weak::ptr_eq(&one.1, &other.1) && signatures
+        };
+        self.known == other.known
+            && self.asked_for == other.asked_for
+            && self.serving.len() == other.serving.len()
+            && self.serving.iter().zip(&other.serving).all(same)
+    }
+}
+
+/// A model that serves.
 struct Served {
     name: String,
     task: Option<Task>,
     generation: Arc<Generation>,
     signature: Option<Arc<Signature>>,
-}
-
-impl PartialEq for Served {
-    fn eq(&self, other: &Self) -> bool {
-        let same = |one: &Option<Arc<Signature>>, other: &Option<Arc<Signature>>| match (one, other) {
-            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
-            (None, None) => true,
-            _ => false,
-        };
-        self.name == other.name
-            && self.task == other.task
-            && Arc::ptr_eq(&self.generation, &other.generation)
-            && same(&self.signature, &other.signature)
-    }
 }
 
 pub(super) async fn answer(
@@ -121,22 +144,27 @@ pub(super) fn not_modified() -> HttpResponse {
 
 /// The document as things are now.
 async fn made(context: &Context) -> Result<Arc<Made>, JobError> {
-    let of = served(context);
-    let key_header = context.access.key_header();
-    let last = context.openapi.0.load_full();
-    if let Some(last) = last.filter(|last| last.of == of && last.key_header == key_header) {
+    let fresh = |key: &Key| context.openapi.last.load_full().filter(|last| last.of == *key);
+    if let Some(last) = fresh(&key(context, &served(context))) {
+        return Ok(last);
+    }
+    let _making = context.openapi.making.lock().await;
+    // Whoever was here before may have made it.
+    let served = served(context);
+    let key = key(context, &served);
+    if let Some(last) = fresh(&key) {
         return Ok(last);
     }
     // Schemas may be large, and are as many as there are models.
-    let made = context.blocking.spawn_blocking(move || Arc::new(make(of, key_header)));
+    let made = context.blocking.spawn_blocking(move || Arc::new(make(served, key)));
     let made = made.await.map_err(|_| JobError::Lost)?;
-    context.openapi.0.store(Some(Arc::clone(&made)));
+    context.openapi.last.store(Some(Arc::clone(&made)));
     Ok(made)
 }
 
 fn served(context: &Context) -> Vec<Served> {
     let all = context.models.all();
-    let one = |model: &Arc<crate::pipeline::Model>| {
+    let one = |model: &Arc<Model>| {
         let generation = model.serving().ok()?;
         let signature = generation.signature().ok()?;
         Some(Served { name: model.name.clone(), task: model.spec().task, generation, signature })
@@ -144,22 +172,34 @@ fn served(context: &Context) -> Vec<Served> {
     all.values().filter_map(one).collect()
 }
 
-fn make(of: Vec<Served>, key_header: Option<String>) -> Made {
-    let mut components = Components::new();
-    let mut models: Vec<DescribedModel> = Vec::with_capacity(of.len());
-    for served in &of {
-        let plain = component_name(&served.name);
-        let is_taken = |name: &String| models.iter().any(|model| model.component == *name);
-        let numbered = (2..).map(|number| format!("{plain}_{number}"));
-        let component =
-            std::iter::once(plain.clone()).chain(numbered).find(|name| !is_taken(name)).unwrap_or(plain);
-        models.push(describe(served, component, &mut components));
+fn key(context: &Context, served: &[Served]) -> Key {
+    let all = context.models.all();
+    let one = |served: &Served| {
+        let signature = served.signature.as_ref().map(Arc::downgrade);
+        (served.name.clone(), Arc::downgrade(&served.generation), signature)
+    };
+    Key {
+        known: all.values().map(|model| (model.name.clone(), model.spec().task)).collect(),
+        serving: served.iter().map(one).collect(),
+        asked_for: context.access.asked_for(),
     }
-    let document = object(&document::document(&models, components, key_header.as_deref()));
-    let digest = Sha256::digest(&document);
-    let tag = format!("W/\"{}\"", digest[..12].iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-    let tag = HeaderValue::try_from(tag).unwrap_or_else(|_| HeaderValue::from_static("W/\"\""));
-    Made { of, key_header, tag, document }
+}
+
+fn make(served: Vec<Served>, of: Key) -> Made {
+    let mut components = Components::new();
+    let mut models: Vec<DescribedModel> = Vec::with_capacity(served.len());
+    for served in &served {
+        let plain = component_name(&served.name);
+        let is_taken =
+            |name: &String| models.iter().any(|model| plain_name(&model.component) == plain_name(name));
+        let numbered = (2..).map(|number| format!("{plain}_{number}"));
+        let component = std::iter::once(plain.clone()).chain(numbered).find(|name| !is_taken(name));
+        models.push(describe(served, component.unwrap_or(plain), &mut components));
+    }
+    let described = Described { models, known: of.known.clone(), asked_for: of.asked_for.clone() };
+    let document = object(&document::document(&described, components));
+    let tag = HeaderValue::try_from(weak_tag(&document)).expect("it is of letters and digits");
+    Made { of, tag, document }
 }
 
 fn describe(served: &Served, component: String, components: &mut Components) -> DescribedModel {
@@ -170,7 +210,7 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
             tracing::warn!(
                 model = name,
                 role,
-                why,
+                %why,
                 "the plugin's JSON Schema can't stand in the OpenAPI document, and is left out there"
             );
             let about = format!("anything: the plugin's JSON Schema can't be shown here ({why})");
@@ -180,14 +220,11 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
     take(&description.input_schema, "Input");
     take(&description.output_schema, "Output");
     let output = format!("{component}.Output");
-    let answer = with_status(&components[&output], &output);
+    let answer = with_status(&components[&output], components);
     components.insert(format!("{component}.Answer"), answer);
     let example = signature.as_ref().and_then(|signature| json_example(signature)).filter(|example| {
         // Names of tensors need not be those of JSON.
-        let schema = serde_json::from_str::<Value>(&description.input_schema);
-        schema.is_ok_and(|schema| {
-            jsonschema::validator_for(&schema).is_ok_and(|validator| validator.is_valid(example))
-        })
+        generation.is_of_schema(example)
     });
     DescribedModel {
         name: name.clone(),
@@ -200,62 +237,107 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
     }
 }
 
+/// Definitions that an output's schema leads to, one behind another, up to which its members are found.
+const REFERENCES_MAX: usize = 8;
+
 /// The schema of an answer: an output's, with the status before it.
-fn with_status(output: &Value, name: &str) -> Value {
+fn with_status(output: &Value, components: &Components) -> Value {
     let status = json!({"type": "string", "const": "success"});
     let is_plain = output.get("properties").is_some_and(Value::is_object) && output.get("$ref").is_none();
     if !is_plain {
         let status = json!({"type": "object", "properties": {"status": status}, "required": ["status"]});
-        return json!({"allOf": [status, reference(name)]});
+        return json!({"allOf": [status, opened(output, components, 0)]});
     }
     let mut whole = output.clone();
     whole["properties"]["status"] = status;
+    let required = json!("status");
     match whole["required"].as_array_mut() {
-        Some(required) => required.push(json!("status")),
-        None => whole["required"] = json!(["status"]),
+        Some(known) if known.contains(&required) => {}
+        Some(known) => known.push(required),
+        None => whole["required"] = json!([required]),
     }
     whole
 }
 
-/// Elements of a tensor that is shown.
-const ELEMENTS_MAX: u64 = 4096;
+/// The same schema, which allows one more member.
+fn opened(schema: &Value, components: &Components, depth: usize) -> Value {
+    let named = |reference: &Value| {
+        let name = reference.as_str()?.strip_prefix(COMPONENTS)?;
+        components.get(name)
+    };
+    if depth < REFERENCES_MAX
+        && let Some(definition) = schema.get("$ref").and_then(named)
+    {
+        return opened(definition, components, depth + 1);
+    }
+    let mut schema = schema.clone();
+    let Value::Object(members) = &mut schema else { return schema };
+    for word in ["additionalProperties", "unevaluatedProperties"] {
+        if members.get(word) == Some(&json!(false)) {
+            members.remove(word);
+        }
+    }
+    for word in ["allOf", "anyOf", "oneOf"] {
+        if let Some(Value::Array(branches)) = members.get_mut(word) {
+            branches.iter_mut().for_each(|branch| *branch = opened(branch, components, depth + 1));
+        }
+    }
+    schema
+}
+
+/// Elements of all tensors of an input that is shown, and dimensions of each.
+const ELEMENTS_MAX: usize = 4096;
+const DIMENSIONS_MAX: usize = 8;
 
 /// An input's tensor of zeros: its shape and its elements, in one row; `None` where it is too large to be shown, or has no JSON.
 fn zeros(spec: &TensorSpec, text: &str) -> Option<(Vec<u64>, Vec<Value>)> {
+    if spec.shape.len() > DIMENSIONS_MAX {
+        return None;
+    }
     let shape: Vec<u64> = spec.shape.iter().map(|size| size.unwrap_or(1)).collect();
     let elements = shape.iter().try_fold(1u64, |product, size| product.checked_mul(*size))?;
+    let elements = usize::try_from(elements).ok().filter(|elements| *elements <= ELEMENTS_MAX)?;
     let element = match spec.datatype {
         Datatype::Fp16 | Datatype::Bf16 => return None,
         Datatype::Bool => json!(false),
         Datatype::Bytes => json!(text),
         _ => json!(0),
     };
-    (elements <= ELEMENTS_MAX).then(|| (shape, vec![element; elements as usize]))
+    Some((shape, vec![element; elements]))
+}
+
+/// The tensors that an input must have, of zeros.
+fn zeros_of<'s>(signature: &'s Signature, text: &str) -> Option<Vec<(&'s TensorSpec, Vec<u64>, Vec<Value>)>> {
+    let mut left = ELEMENTS_MAX;
+    let tensor = |spec: &'s TensorSpec| {
+        let (shape, elements) = zeros(spec, text)?;
+        left = left.checked_sub(elements.len().max(1))?;
+        Some((spec, shape, elements))
+    };
+    signature.inputs.iter().filter(|spec| !spec.optional).map(tensor).collect()
 }
 
 /// An input in JSON, of zeros: each tensor by its name, as lists of lists.
 fn json_example(signature: &Signature) -> Option<Value> {
-    let member = |spec: &TensorSpec| {
-        let (shape, elements) = zeros(spec, "")?;
+    let member = |(spec, shape, elements): (&TensorSpec, Vec<u64>, Vec<Value>)| {
         let nested = shape.iter().rev().fold(elements, |elements, size| {
             let size = usize::try_from(*size).unwrap_or(usize::MAX).max(1);
             elements.chunks(size).map(|chunk| Value::from(chunk.to_vec())).collect()
         });
         Some((spec.name.to_string(), nested.into_iter().next()?))
     };
-    let inputs = signature.inputs.iter().filter(|spec| !spec.optional).map(member);
-    inputs.collect::<Option<serde_json::Map<_, _>>>().map(Value::from)
+    let members = zeros_of(signature, "")?.into_iter().map(member);
+    members.collect::<Option<serde_json::Map<_, _>>>().map(Value::from)
 }
 
 /// A request of the Open Inference Protocol with one input, of zeros.
 fn infer_example(signature: &Signature, is_json: bool) -> Option<Value> {
-    let tensor = |spec: &TensorSpec| {
-        let (shape, data) = zeros(spec, if is_json { "{}" } else { "" })?;
+    let tensor = |(spec, shape, data): (&TensorSpec, Vec<u64>, Vec<Value>)| {
         let shape: Vec<u64> = signature.batched.then_some(1).into_iter().chain(shape).collect();
-        Some(json!({"name": &*spec.name, "datatype": spec.datatype.name(), "shape": shape, "data": data}))
+        json!({"name": &*spec.name, "datatype": spec.datatype.name(), "shape": shape, "data": data})
     };
-    let inputs = signature.inputs.iter().filter(|spec| !spec.optional).map(tensor);
-    Some(json!({"inputs": inputs.collect::<Option<Vec<_>>>()?}))
+    let inputs = zeros_of(signature, if is_json { "{}" } else { "" })?.into_iter().map(tensor);
+    Some(json!({"inputs": inputs.collect::<Vec<_>>()}))
 }
 
 #[cfg(test)]
@@ -265,11 +347,17 @@ mod tests {
     #[test]
     fn an_answer_is_an_output_with_its_status() {
         let open = json!({"type": "object", "properties": {"a": {}}, "required": ["a"], "additionalProperties": false});
-        let whole = with_status(&open, "m.Output");
+        let none = Components::new();
+        let whole = with_status(&open, &none);
         assert_eq!(whole["required"], json!(["a", "status"]));
         assert_eq!(whole["properties"]["status"]["const"], "success");
-        assert_eq!(with_status(&json!({"$ref": "#"}), "m.Output")["allOf"][1], reference("m.Output"));
-        assert_eq!(with_status(&json!({}), "m.Output")["allOf"][1], reference("m.Output"));
+        assert_eq!(with_status(&whole, &none)["required"], whole["required"], "nothing is required twice");
+        assert_eq!(with_status(&json!({}), &none)["allOf"][1], json!({}));
+        let closed = json!({"type": "object", "additionalProperties": false});
+        let components = Components::from([("m.One".to_owned(), closed.clone())]);
+        let either = json!({"oneOf": [{"$ref": "#/components/schemas/m.One"}, closed]});
+        let answer = with_status(&either, &components);
+        assert_eq!(answer["allOf"][1]["oneOf"], json!([{"type": "object"}, {"type": "object"}]));
     }
 
     #[test]
@@ -294,6 +382,12 @@ mod tests {
         );
         let half = Signature { inputs: vec![spec("h", Datatype::Fp16, &[Some(1)], false)], ..signature };
         assert!(infer_example(&half, false).is_none() && json_example(&half).is_none());
+        let flat =
+            Signature { inputs: vec![spec("f", Datatype::Fp32, &[Some(1); 20_000], false)], ..half.clone() };
+        assert!(infer_example(&flat, false).is_none() && json_example(&flat).is_none());
+        let many =
+            (0..5000).map(|number| spec(&format!("t{number}"), Datatype::Int8, &[Some(0)], false)).collect();
+        assert!(json_example(&Signature { inputs: many, ..half }).is_none());
     }
 
     #[test]

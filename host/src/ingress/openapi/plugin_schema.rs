@@ -1,13 +1,13 @@
 //! A plugin's JSON Schema as a component of the OpenAPI document: its definitions get names of their own there, and its references lead to them. One that can't
 //! be that is left out, with the reason: it is its plugin's fault, and hurts nobody else's description. It never knows models.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde_json::{Map, Value, json};
 
 /// Where components stand in the document.
-const COMPONENTS: &str = "#/components/schemas/";
+pub(super) const COMPONENTS: &str = "#/components/schemas/";
 /// What may stand in a JSON pointer in a URI as it is.
 const IN_POINTERS: &AsciiSet =
     &NON_ALPHANUMERIC.remove(b'/').remove(b'~').remove(b'-').remove(b'.').remove(b'_').remove(b'$');
@@ -18,6 +18,11 @@ const DEPTH_MAX: usize = 64;
 const NOT_IN_A_COMPONENT: [&str; 7] =
     ["$id", "$schema", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"];
 
+/// Why a schema can't be a component.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unfit(String);
+
 /// Schemas by their names.
 pub(super) type Components = BTreeMap<String, Value>;
 
@@ -26,26 +31,32 @@ pub(super) fn reference(name: &str) -> Value {
     json!({ "$ref": format!("{COMPONENTS}{name}") })
 }
 
-/// Letters that a component's name may have.
+/// A name of letters that a component's may have, without the dot, which stands between a model and what is its own.
 pub(super) fn component_name(name: &str) -> String {
     let letter = |letter: char| {
-        let fits = letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
+        let fits = letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-');
         if fits { letter } else { '_' }
     };
     name.chars().map(letter).collect()
+}
+
+/// A name as generated code may have it: it tells neither case nor what stands between letters.
+pub(super) fn plain_name(name: &str) -> String {
+    name.chars().filter(char::is_ascii_alphanumeric).map(|letter| letter.to_ascii_lowercase()).collect()
 }
 
 /// Takes a schema in, as `MODEL.ROLE`, and its definitions as `MODEL.NAME`.
 ///
 /// # Errors
 /// Why it can't be taken; nothing of it was.
-pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Components) -> Result<(), String> {
+pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Components) -> Result<(), Unfit> {
     if text.len() > BYTES_MAX {
-        return Err(format!("expected at most {BYTES_MAX} bytes, found {}", text.len()));
+        return Err(Unfit(format!("expected at most {BYTES_MAX} bytes, found {}", text.len())));
     }
-    let mut root: Value = serde_json::from_str(text).map_err(|error| format!("it is no JSON: {error}"))?;
+    let mut root: Value =
+        serde_json::from_str(text).map_err(|error| Unfit(format!("it is no JSON: {error}")))?;
     // As a validator takes it: also its patterns and references.
-    jsonschema::draft202012::new(&root).map_err(|error| error.to_string())?;
+    jsonschema::draft202012::new(&root).map_err(|error| Unfit(error.to_string()))?;
     if let Some(members) = root.as_object_mut() {
         // What it is written in, and where it can be found: the document's business.
         members.remove("$schema");
@@ -67,18 +78,16 @@ pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Compon
     let root_name = format!("{model}.{role}");
     let mut known: BTreeMap<String, String> = BTreeMap::new();
     // Names that are there already, with another content, or that differ in letters that no name may have.
-    let mut taken: Vec<String> = vec![root_name.clone(), format!("{model}.Input"), format!("{model}.Output")];
+    let of_model = ["Input", "Output", "Answer"].map(|role| plain_name(&format!("{model}.{role}")));
+    let mut taken: BTreeSet<String> =
+        components.keys().map(|name| plain_name(name)).chain(of_model).collect();
     for (place, name) in names {
         let plain = format!("{model}.{}", component_name(&name));
         let of_role = format!("{model}.{role}.{}", component_name(&name));
-        let is_free =
-            |name: &String, taken: &[String]| !components.contains_key(name) && !taken.contains(name);
-        let free = [plain, of_role.clone()]
-            .into_iter()
-            .find(|name| is_free(name, &taken))
-            .or_else(|| (2..).map(|number| format!("{of_role}.{number}")).find(|name| is_free(name, &taken)));
-        let Some(free) = free else { return Err("it has too many definitions of one name".to_owned()) };
-        taken.push(free.clone());
+        let numbered = (2..).map(|number| format!("{of_role}.{number}"));
+        let mut candidates = [plain, of_role.clone()].into_iter().chain(numbered);
+        let Some(free) = candidates.find(|name| !taken.contains(&plain_name(name))) else { continue };
+        taken.insert(plain_name(&free));
         known.insert(place, free);
     }
     let rewriter = Rewriter { root: &root_name, known: &known };
@@ -109,20 +118,21 @@ struct Rewriter<'a> {
 }
 
 impl Rewriter<'_> {
-    fn schema(&self, schema: &mut Value, depth: usize) -> Result<(), String> {
+    fn schema(&self, schema: &mut Value, depth: usize) -> Result<(), Unfit> {
         if depth > DEPTH_MAX {
-            return Err(format!("expected at most {DEPTH_MAX} levels"));
+            return Err(Unfit(format!("expected at most {DEPTH_MAX} levels")));
         }
         // `true` and `false` are schemas too.
         let Value::Object(members) = schema else { return Ok(()) };
         if let Some(found) = NOT_IN_A_COMPONENT.iter().find(|name| members.contains_key(**name)) {
-            return Err(format!("{found} has no meaning within another document"));
+            return Err(Unfit(format!("{found} has no meaning within another document")));
         }
         for (word, value) in members.iter_mut() {
             match (word.as_str(), value) {
                 ("$ref", Value::String(place)) => *place = self.place(place)?,
                 (
-                    "properties" | "patternProperties" | "$defs" | "definitions" | "dependentSchemas",
+                    "properties" | "patternProperties" | "$defs" | "definitions" | "dependentSchemas"
+                    | "dependencies",
                     Value::Object(schemas),
                 ) => self.schemas(schemas, depth)?,
                 ("allOf" | "anyOf" | "oneOf" | "prefixItems" | "items", Value::Array(schemas)) => {
@@ -149,12 +159,12 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    fn schemas(&self, schemas: &mut Map<String, Value>, depth: usize) -> Result<(), String> {
+    fn schemas(&self, schemas: &mut Map<String, Value>, depth: usize) -> Result<(), Unfit> {
         schemas.values_mut().try_for_each(|schema| self.schema(schema, depth + 1))
     }
 
     /// Where a reference leads in the document.
-    fn place(&self, place: &str) -> Result<String, String> {
+    fn place(&self, place: &str) -> Result<String, Unfit> {
         if place == "#" {
             return Ok(format!("{COMPONENTS}{}", self.root));
         }
@@ -163,13 +173,16 @@ impl Rewriter<'_> {
         if let Some(name) = self.known.get(&*plain) {
             return Ok(format!("{COMPONENTS}{name}"));
         }
-        // Into a definition, or the schema itself.
+        // Into a definition, or into the schema itself.
         for (definition, name) in self.known {
             if let Some(rest) = plain.strip_prefix(definition.as_str()).filter(|rest| rest.starts_with('/')) {
                 return Ok(format!("{COMPONENTS}{name}{}", utf8_percent_encode(rest, IN_POINTERS)));
             }
         }
-        Err(format!("the reference {place:?} leads to no definition of it"))
+        if plain.starts_with("#/") && !plain.starts_with("#/$defs/") && !plain.starts_with("#/definitions/") {
+            return Ok(format!("{COMPONENTS}{}{}", self.root, utf8_percent_encode(&plain[1..], IN_POINTERS)));
+        }
+        Err(Unfit(format!("the reference {place:?} leads to no definition of it")))
     }
 }
 
@@ -179,7 +192,8 @@ mod tests {
 
     fn adopted(schema: &Value) -> Result<Components, String> {
         let mut components = Components::new();
-        adopt(&schema.to_string(), "m", "Input", &mut components).map(|()| components)
+        let taken = adopt(&schema.to_string(), "m", "Input", &mut components);
+        taken.map(|()| components).map_err(|unfit| unfit.to_string())
     }
 
     #[test]
@@ -190,8 +204,10 @@ mod tests {
                 "points": {"type": "array", "items": {"$ref": "#/$defs/a%20point"}},
                 "again": {"$ref": "#"},
                 "$ref": {"const": {"$ref": "data, and no reference"}},
+                "own": {"$ref": "#/properties/points"},
                 "part": {"$ref": "#/$defs/a%20point/properties/x"},
             },
+            "dependencies": {"again": {"$ref": "#/$defs/a%20point"}, "points": ["part"]},
             "$defs": {"a point": {"type": "object", "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/a%20point"}}}},
         });
         let components = adopted(&schema).unwrap();
@@ -199,6 +215,8 @@ mod tests {
         let properties = &components["m.Input"]["properties"];
         assert_eq!(properties["points"]["items"], reference("m.a_point"));
         assert_eq!(properties["again"], reference("m.Input"));
+        assert_eq!(properties["own"]["$ref"], "#/components/schemas/m.Input/properties/points");
+        assert_eq!(components["m.Input"]["dependencies"]["again"], reference("m.a_point"));
         assert_eq!(properties["$ref"]["const"]["$ref"], "data, and no reference");
         assert_eq!(properties["part"]["$ref"], "#/components/schemas/m.a_point/properties/x");
         assert_eq!(components["m.a_point"]["properties"]["next"], reference("m.a_point"));
@@ -209,7 +227,7 @@ mod tests {
 
     #[test]
     fn no_name_is_taken_twice() {
-        let schema = |kind: &str| json!({"$ref": "#/$defs/Input", "$defs": {"Input": {"type": kind}, "a b": true, "a_b": false}});
+        let schema = |kind: &str| json!({"$ref": "#/$defs/Input", "$defs": {"Input": {"type": kind}, "Answer": true, "a b": true, "a_b": false, "A-B": {}}});
         let mut components = Components::new();
         adopt(&schema("string").to_string(), "m", "Input", &mut components).unwrap();
         adopt(&schema("number").to_string(), "m", "Output", &mut components).unwrap();
@@ -218,7 +236,10 @@ mod tests {
             let name = root["$ref"].as_str().unwrap().strip_prefix(COMPONENTS).unwrap();
             assert_eq!(components[name]["type"], kind);
         }
-        assert_eq!(components.len(), 8, "{components:?}");
+        assert!(!components.contains_key("m.Answer"), "it is the host's");
+        assert_eq!(components.len(), 12, "{components:?}");
+        let plain: BTreeSet<String> = components.keys().map(|name| plain_name(name)).collect();
+        assert_eq!(plain.len(), components.len());
     }
 
     #[test]
@@ -233,11 +254,13 @@ mod tests {
             (json!({"items": {"$anchor": "a"}}), "$anchor has no meaning"),
         ] {
             let mut components = Components::new();
-            let why = adopt(&schema.to_string(), "m", "Input", &mut components).unwrap_err();
+            let why = adopt(&schema.to_string(), "m", "Input", &mut components).unwrap_err().to_string();
             assert!(why.contains(expected), "{schema}: {why}");
             assert!(components.is_empty());
         }
-        assert!(adopt("{", "m", "Input", &mut Components::new()).unwrap_err().contains("no JSON"));
+        assert!(
+            adopt("{", "m", "Input", &mut Components::new()).unwrap_err().to_string().contains("no JSON")
+        );
         let deep = (0..100).fold(json!({"type": "string"}), |inner, _| json!({"items": inner}));
         assert!(adopted(&deep).unwrap_err().contains("at most 64 levels"));
         let large = json!({"description": "x".repeat(BYTES_MAX)});

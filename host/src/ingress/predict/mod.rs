@@ -115,7 +115,7 @@ pub(super) async fn answer(
                 Prediction::Infer => {
                     Box::pin(infer::answer(exchange, &call, &generation, input, json_bytes)).await
                 }
-                Prediction::Task(_) => Err(JobError::Lost),
+                Prediction::Task(_) => unreachable!("it has a way of its own, above"),
             };
             whole.map(Answered::Whole)
         });

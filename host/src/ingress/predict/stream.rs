@@ -35,6 +35,8 @@ const END: &str = "end";
 /// What a stream counts as whose caller left: nobody gets this status, which other servers use for the same.
 static CALLER_LEFT: LazyLock<StatusCode> =
     LazyLock::new(|| StatusCode::from_u16(499).expect("a number of three digits"));
+/// Times that chunks may come which say nothing to their caller, until others on the thread have their turn.
+const SILENT_ROUNDS_MAX: usize = 4;
 /// What stands around a chunk's bytes.
 const EVENT_BYTES: usize = 24;
 
@@ -299,16 +301,12 @@ struct EventBody {
 
 impl BodyStream for EventBody {
     fn poll_next(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
-        loop {
+        for _ in 0..SILENT_ROUNDS_MAX {
             let received = match self.stream.poll_next(task) {
-                Poll::Ready(received) => received,
-                Poll::Pending => {
-                    ready!(self.heartbeat.as_mut().poll(task));
-                    self.reset_heartbeat();
-                    return Poll::Ready(Some(HEARTBEAT.into()));
-                }
+                Poll::Ready(Some(received)) => received,
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => return self.poll_heartbeat(task),
             };
-            let Some(received) = received else { return Poll::Ready(None) };
             let text = self.write(received);
             // A chunk that says nothing in this form is none.
             if !text.is_empty() {
@@ -316,10 +314,19 @@ impl BodyStream for EventBody {
                 return Poll::Ready(Some(text));
             }
         }
+        // Others on this thread go first.
+        task.waker().wake_by_ref();
+        self.poll_heartbeat(task)
     }
 }
 
 impl EventBody {
+    fn poll_heartbeat(&mut self, task: &mut Task<'_>) -> Poll<Option<Bytes>> {
+        ready!(self.heartbeat.as_mut().poll(task));
+        self.reset_heartbeat();
+        Poll::Ready(Some(HEARTBEAT.into()))
+    }
+
     fn reset_heartbeat(&mut self) {
         let at = TokioInstant::now() + self.interval;
         self.heartbeat.as_mut().reset(at);

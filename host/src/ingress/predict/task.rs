@@ -29,7 +29,7 @@ use crate::{
     },
     pipeline::{Generation, Model, too_many},
     protocol::{
-        openai::{self, Ask, DONE, Request, TextChunks},
+        openai::{self, AnswerForm, AnswerHead, DONE, Request, TextChunks},
         put_comment, put_data,
     },
     work::{Detail, JobError, Location, Reply, RequestId},
@@ -92,17 +92,10 @@ async fn read(
 ) -> Result<(Request, Arc<Model>), HttpResponse> {
     let body = body::read_decoded(body, &head.headers, None, exchange).await;
     let body = body.map_err(body::BodyError::into_response)?;
-    let bytes_max = exchange.context.server.body_bytes_max;
-    let read = {
-        let bytes = body.len();
-        let read = move || openai::read(&body, task, bytes_max);
-        elsewhere_if_large(exchange, bytes, read).await.and_then(|read| read)
-    };
-    let found = read.and_then(|request| {
-        let bytes = request.bytes();
-        if bytes > BYTES_FREE {
-            exchange.take_bytes(bytes)?;
-        }
+    let bytes = body.len();
+    let read = elsewhere_if_large(exchange, bytes, move || Request::read(&body, task)).await;
+    let found = read.and_then(|read| {
+        let request = read?;
         let model = find(&exchange.context, &request.model, task)?;
         Ok((request, model))
     });
@@ -137,27 +130,39 @@ fn find(context: &Context, name: &str, task: Task) -> Result<Arc<Model>, JobErro
 
 async fn run(exchange: &Exchange, call: &Call, task: Task, request: Request) -> Result<Answered, JobError> {
     let generation = call.model.serving()?;
-    let Request { model, mut inputs, ask } = request;
+    let queue_max = call.model.spec().batch.queue_max;
+    if request.count() > queue_max {
+        return Err(too_many(request.count(), queue_max));
+    }
     let prefix = match task {
         Task::Embedding => "embd",
         Task::Completion => "cmpl",
         Task::Chat => "chatcmpl",
     };
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let head = openai::Head { id: format!("{prefix}-{}", call.id), created: since.as_secs(), model, task };
-    if let Ask::Stream { with_usage } = ask {
+    let (form, member) = (request.form, request.member);
+    let head = AnswerHead {
+        id: format!("{prefix}-{}", call.id),
+        created: since.as_secs(),
+        model: request.model.clone(),
+        task,
+    };
+    let (bytes, bytes_max) = (request.bytes(), exchange.context.server.body_bytes_max);
+    if bytes <= bytes_max && bytes > BYTES_FREE {
+        exchange.take_bytes(bytes)?;
+    }
+    let mut inputs = elsewhere_if_large(exchange, bytes, move || request.inputs(bytes_max)).await??;
+    if let AnswerForm::Stream { with_usage } = form {
         let input = inputs.pop().unwrap_or_default();
         let begun = Box::pin(stream::begin(exchange, call, &generation, input)).await?;
-        return Ok(Answered::Stream(
-            Box::new(begun),
-            Box::new(TextEvents(TextChunks::new(head, with_usage))),
-        ));
+        let writer = TextEvents(TextChunks::new(head, with_usage));
+        return Ok(Answered::Stream(Box::new(begun), Box::new(writer)));
     }
-    let outputs = outputs(exchange, call, &generation, inputs).await?;
+    let outputs = outputs(exchange, call, &generation, member, inputs).await?;
     let bytes = outputs.iter().map(Bytes::len).sum();
-    let write = move || match ask {
-        Ask::Embeddings { in_base64 } => openai::write_embeddings(&head, &outputs, in_base64),
-        Ask::Texts | Ask::Stream { .. } => openai::write_texts(&head, &outputs),
+    let write = move || match form {
+        AnswerForm::Embeddings { in_base64 } => openai::write_embeddings(&head, &outputs, in_base64),
+        AnswerForm::Texts | AnswerForm::Stream { .. } => openai::write_texts(&head, &outputs),
     };
     let answer = elsewhere_if_large(exchange, bytes, write).await?.map_err(JobError::Failed)?;
     Ok(Answered::Whole(egress::accepted(answer)))
@@ -168,27 +173,42 @@ async fn outputs(
     exchange: &Exchange,
     call: &Call,
     generation: &Arc<Generation>,
+    member: &'static str,
     inputs: Vec<Bytes>,
 ) -> Result<Vec<Bytes>, JobError> {
-    let queue_max = call.model.spec().batch.queue_max;
-    if inputs.len() > queue_max {
-        return Err(too_many(inputs.len(), queue_max));
-    }
     let inputs: Vec<Payload> = inputs.into_iter().map(Payload::Json).collect();
     let bytes = inputs.iter().filter_map(|input| input.json().map(Bytes::len)).sum();
     let several = inputs.len() > 1;
     let decode = move |generation: &Generation, inputs: &Vec<Payload>| {
         let item = |(index, (decoded, input)): (usize, (Result<_, JobError>, &Payload))| {
-            let decoded = decoded.map_err(|error| {
-                if several { error.inside(&[Location::Index(index as u64)]) } else { error }
-            })?;
+            let decoded = decoded.map_err(|error| in_request(error, member, several.then_some(index)))?;
             Ok(Ok((input.clone(), decoded)))
         };
         generation.decode_each(inputs).zip(inputs).enumerate().map(item).collect::<Result<Vec<ListItem>, _>>()
     };
     let items = decode_body(exchange, generation, &inputs, generation.bytes_to_decode(bytes), decode).await?;
-    let output = |reply: Reply| reply.and_then(|output| output.into_json().map_err(JobError::Failed));
-    run_all(exchange, call, items).await?.into_iter().map(output).collect()
+    let output = |(index, reply): (usize, Reply)| {
+        let output = reply.and_then(|output| output.into_json().map_err(JobError::Failed));
+        output.map_err(|error| in_request(error, member, several.then_some(index)))
+    };
+    run_all(exchange, call, items).await?.into_iter().enumerate().map(output).collect()
+}
+
+/// The same error of an input, told of the request: what is wrong with a text is wrong with one of them, and what all have in common is the request's.
+fn in_request(error: JobError, member: &str, index: Option<usize>) -> JobError {
+    let JobError::Invalid(mut details) = error else { return error };
+    for Detail { loc, .. } in &mut details {
+        // Where it stands among the inputs.
+        if matches!(loc.get(1), Some(Location::Index(_))) {
+            loc.remove(1);
+        }
+        if let Some(index) = index
+            && loc.get(1) == Some(&Location::Key(member.to_owned()))
+        {
+            loc.insert(2, Location::Index(index as u64));
+        }
+    }
+    JobError::Invalid(details)
 }
 
 /// The events of a text.
@@ -220,5 +240,28 @@ impl EventWriter for TextEvents {
 
     fn put_explanation(&self, explanation: &str, text: &mut Vec<u8>) {
         put_comment(text, explanation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_told_where_the_caller_wrote_it() {
+        let detail = |loc: &[Location]| Detail { loc: loc.to_vec(), msg: String::new(), kind: "x".into() };
+        let (body, prompt, other) = ("body".into(), "prompt".into(), "max_tokens".into());
+        let place =
+            |loc: &[Location], index| match in_request(JobError::Invalid(vec![detail(loc)]), "prompt", index)
+            {
+                JobError::Invalid(details) => details[0].loc.clone(),
+                other => panic!("{other:?}"),
+            };
+        let (body, prompt, other): (Location, Location, Location) = (body, prompt, other);
+        let one = Location::Index(1);
+        let of_text = [body.clone(), one.clone(), prompt.clone()];
+        assert_eq!(place(&of_text, Some(1)), [body.clone(), prompt.clone(), one.clone()]);
+        assert_eq!(place(&[body.clone(), prompt.clone()], None), [body.clone(), prompt]);
+        assert_eq!(place(&[body.clone(), one, other.clone()], Some(1)), [body, other]);
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 
 /// What every answer, and every chunk of one, begins with.
 #[derive(Clone, Debug)]
-pub struct Head {
+pub struct AnswerHead {
     /// The request's.
     pub id: String,
     /// Seconds since 1970.
@@ -68,7 +68,7 @@ pub(super) struct TextOutput<'a> {
     #[serde(default)]
     finish_reason: Option<String>,
     #[serde(borrow, default)]
-    logprobs: Option<&'a RawValue>,
+    pub(super) logprobs: Option<&'a RawValue>,
     #[serde(default)]
     pub(super) usage: Option<Usage>,
 }
@@ -78,7 +78,7 @@ impl<'a> TextOutput<'a> {
     ///
     /// # Errors
     /// It isn't of the form that its model's task has.
-    pub(super) fn read(output: &'a [u8], head: &Head) -> Result<Self, Failure> {
+    pub(super) fn read(output: &'a [u8], head: &AnswerHead) -> Result<Self, Failure> {
         let form = if head.task == Task::Chat { CHAT_FORM } else { TEXT_FORM };
         let whole = serde_json::from_slice::<Object<TextOutput<'a>>>(output).map(|Object(mut read)| {
             let joined = || serde_json::from_str(read.output?.get()).ok();
@@ -86,8 +86,11 @@ impl<'a> TextOutput<'a> {
             Object(read)
         });
         match whole {
+            Ok(Object(read)) if read.message.is_some_and(|message| !is_object(message)) => {
+                Err(wrong_form(head, form, "its message is no object"))
+            }
             Ok(Object(read)) if read.text.is_some() => Ok(read),
-            Ok(Object(read)) if head.task == Task::Chat && read.message.is_some_and(is_object) => Ok(read),
+            Ok(Object(read)) if head.task == Task::Chat && read.message.is_some() => Ok(read),
             Ok(_) => Err(wrong_form(head, form, "it has neither")),
             Err(error) => Err(wrong_form(head, form, &error.to_string())),
         }
@@ -102,7 +105,7 @@ const TEXT_FORM: &str = r#"{"text": "…", "finish_reason"?, "logprobs"?, "usage
 const CHAT_FORM: &str = r#"{"text": "…"} or {"message": {…}}, with "finish_reason"?, "logprobs"?, "usage"?"#;
 const EMBEDDING_FORM: &str = r#"{"embedding": [number, …], "usage"?}"#;
 
-fn wrong_form(head: &Head, form: &str, found: &str) -> Failure {
+fn wrong_form(head: &AnswerHead, form: &str, found: &str) -> Failure {
     let (model, task) = (&head.model, head.task.name());
     Failure {
         kind: FailureKind::Permanent,
@@ -118,7 +121,7 @@ pub(super) fn is_object(value: &RawValue) -> bool {
 ///
 /// # Errors
 /// An output isn't of the form that its model's task has.
-pub fn write_texts(head: &Head, outputs: &[Bytes]) -> Result<Bytes, Failure> {
+pub fn write_texts(head: &AnswerHead, outputs: &[Bytes]) -> Result<Bytes, Failure> {
     #[derive(Serialize)]
     struct Choice<'a> {
         index: usize,
@@ -185,7 +188,7 @@ fn sum(mut each: impl Iterator<Item = Option<Usage>>) -> Option<Usage> {
 ///
 /// # Errors
 /// An output isn't of the form that the task has.
-pub fn write_embeddings(head: &Head, outputs: &[Bytes], in_base64: bool) -> Result<Bytes, Failure> {
+pub fn write_embeddings(head: &AnswerHead, outputs: &[Bytes], in_base64: bool) -> Result<Bytes, Failure> {
     #[derive(Deserialize)]
     struct Output<'a> {
         #[serde(borrow)]
@@ -238,8 +241,8 @@ mod tests {
 
     use super::*;
 
-    fn head(task: Task) -> Head {
-        Head { id: "x".into(), created: 7, model: "m".into(), task }
+    fn head(task: Task) -> AnswerHead {
+        AnswerHead { id: "x".into(), created: 7, model: "m".into(), task }
     }
 
     fn texts(task: Task, outputs: &[&'static str]) -> Result<Value, Failure> {
@@ -275,7 +278,8 @@ mod tests {
             json!({"role": "assistant", "content": "a", "refusal": null})
         );
         assert_eq!(chat["choices"][1]["message"], json!({"role": "assistant", "tool_calls": []}));
-        for wrong in ["{}", r#"{"text":7}"#, r#"{"message":{}}"#, r#"["a"]"#] {
+        for wrong in ["{}", r#"{"text":"a","message":"b"}"#, r#"{"text":7}"#, r#"{"message":{}}"#, r#"["a"]"#]
+        {
             let failure = texts(Task::Completion, &[wrong]).unwrap_err();
             assert!(
                 failure.message.contains(r#"whose task is "completion", to answer {"text""#),

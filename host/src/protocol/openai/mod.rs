@@ -12,7 +12,7 @@ mod chunks;
 mod problem;
 mod request;
 
-pub use answer::{Head, write_embeddings, write_texts};
+pub use answer::{AnswerHead, write_embeddings, write_texts};
 pub use chunks::{DONE, TextChunks};
 pub use problem::problem;
-pub use request::{Ask, Request, read};
+pub use request::{AnswerForm, Request};

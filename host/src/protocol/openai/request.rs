@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -18,6 +18,11 @@ const TEXTS_MAX: usize = 2048;
 /// Said to the server, and not to the model.
 const OF_THE_SERVER: [&str; 5] = ["model", "n", "stream", "stream_options", "encoding_format"];
 
+/// Bytes of a model's name, beyond which there is no such model.
+const NAME_BYTES_MAX: usize = 256;
+/// Characters of what a caller sent in a message.
+const FOUND_CHARS_MAX: usize = 160;
+
 type Members<'a> = BTreeMap<String, &'a RawValue>;
 
 /// What is asked of which model.
@@ -25,15 +30,21 @@ type Members<'a> = BTreeMap<String, &'a RawValue>;
 pub struct Request {
     /// The model's name.
     pub model: String,
-    /// The pipeline's inputs, in the order of the answer.
-    pub inputs: Vec<Bytes>,
     /// In which form the answer is wanted.
-    pub ask: Ask,
+    pub form: AnswerForm,
+    /// The member that has the texts.
+    pub member: &'static str,
+    /// The texts, each as it stands in the body.
+    items: Vec<Bytes>,
+    /// How many answers there shall be to each.
+    of_each: usize,
+    /// What goes along with each text, and the end of the object.
+    rest: Bytes,
 }
 
 /// The form of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum AnswerForm {
     /// Vectors: as lists of numbers, or as little-endian 32 bit floats in base64.
     Embeddings {
         /// Whether in base64.
@@ -49,100 +60,124 @@ pub enum Ask {
 }
 
 impl Request {
-    /// Bytes of all inputs, as they lie in memory.
+    /// Reads a request for a task. It takes as long as the body is to parse.
+    ///
+    /// # Errors
+    /// [`JobError::Invalid`], with the member that isn't what it should be.
+    pub fn read(body: &Bytes, task: Task) -> Result<Self, JobError> {
+        let mut members: Members<'_> = match body.trim_ascii_start().first() {
+            Some(b'{') => serde_json::from_slice(body).map_err(|error| not_an_object(&error))?,
+            Some(_) => return Err(not_an_object(&"found something else")),
+            None => return Err(not_an_object(&"found nothing")),
+        };
+        members.retain(|_, value| value.get() != "null");
+        let model: String = required(&members, "model", "the name of a model")?;
+        if !(1..=NAME_BYTES_MAX).contains(&model.len()) {
+            let found = cut(&model);
+            return Err(invalid("model", format!("expected the name of a model, found {found:?}")));
+        }
+        let (form, of_each) = match task {
+            Task::Embedding => (encoding(&members)?, 1),
+            Task::Completion | Task::Chat => texts(&members)?,
+        };
+        let member = match task {
+            Task::Embedding => "input",
+            Task::Completion => "prompt",
+            Task::Chat => "messages",
+        };
+        let Some(given) = members.remove(member) else {
+            return Err(missing(member, if task == Task::Chat { "a list of messages" } else { TEXT }));
+        };
+        let items = match task {
+            Task::Chat => vec![conversation(given)?],
+            Task::Embedding | Task::Completion => one_or_many(member, given)?,
+        };
+        if matches!(form, AnswerForm::Stream { .. }) && items.len() * of_each != 1 {
+            let found = items.len() * of_each;
+            return Err(invalid(
+                "stream",
+                format!("expected one text for a stream, found {found}: ask for each by itself"),
+            ));
+        }
+        members.retain(|name, _| !OF_THE_SERVER.contains(&name.as_str()));
+        let items = items.into_iter().map(|item| body.slice_ref(item.as_bytes())).collect();
+        Ok(Self { model, form, member, items, of_each, rest: rest(&members) })
+    }
+
+    /// How many inputs there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.items.len() * self.of_each
+    }
+
+    /// Bytes of all inputs together, each answer's counted by itself.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        // Answers to one prompt share it.
-        let mut last = std::ptr::null();
-        self.inputs
-            .iter()
-            .map(|input| {
-                let is_same = std::mem::replace(&mut last, input.as_ptr()) == input.as_ptr();
-                if is_same { 0 } else { input.len() }
-            })
-            .sum()
+        let around = self.member.len() + 4 + self.rest.len();
+        let of_texts: usize = self.items.iter().map(|item| item.len() + around).sum();
+        of_texts.saturating_mul(self.of_each)
     }
-}
 
-/// Reads a request for a task, whose inputs may have so many bytes together.
-///
-/// # Errors
-/// [`JobError::Invalid`], with the member that isn't what it should be; [`JobError::TooLarge`].
-pub fn read(body: &[u8], task: Task, bytes_max: usize) -> Result<Request, JobError> {
-    let mut members: Members<'_> = match body.trim_ascii_start().first() {
-        Some(b'{') => serde_json::from_slice(body).map_err(|error| not_an_object(&error))?,
-        Some(_) => return Err(not_an_object(&"found something else")),
-        None => return Err(not_an_object(&"found nothing")),
-    };
-    members.retain(|_, value| value.get() != "null");
-    let model: String = required(&members, "model", "the name of a model")?;
-    if model.is_empty() {
-        return Err(invalid("model", "expected the name of a model, found \"\""));
+    /// The pipeline's inputs, in the order of the answer.
+    ///
+    /// # Errors
+    /// [`JobError::TooLarge`] where they have more bytes than this.
+    pub fn inputs(&self, bytes_max: usize) -> Result<Vec<Bytes>, JobError> {
+        let bytes = self.bytes();
+        if bytes > bytes_max {
+            return Err(JobError::TooLarge(format!(
+                "expected at most {bytes_max} bytes of inputs (server.body_bytes_max), found {bytes}: what goes along with each text counts as often as there are texts, and each text n times"
+            )));
+        }
+        let input = |item: &Bytes| {
+            let mut text = BytesMut::with_capacity(item.len() + self.member.len() + 4 + self.rest.len());
+            text.extend_from_slice(b"{\"");
+            text.extend_from_slice(self.member.as_bytes());
+            text.extend_from_slice(b"\":");
+            text.extend_from_slice(item);
+            text.extend_from_slice(&self.rest);
+            text.freeze()
+        };
+        Ok(self.items.iter().flat_map(|item| std::iter::repeat_n(input(item), self.of_each)).collect())
     }
-    let (ask, of_each) = match task {
-        Task::Embedding => (encoding(&members)?, 1),
-        Task::Completion | Task::Chat => texts(&members)?,
-    };
-    let member = match task {
-        Task::Embedding => "input",
-        Task::Completion => "prompt",
-        Task::Chat => "messages",
-    };
-    let given = members.remove(member);
-    let Some(given) = given else {
-        return Err(missing(member, if task == Task::Chat { "a list of messages" } else { TEXT }));
-    };
-    members.retain(|name, _| !OF_THE_SERVER.contains(&name.as_str()));
-    let items = match task {
-        Task::Chat => vec![conversation(given)?],
-        Task::Embedding | Task::Completion => one_or_many(member, given)?,
-    };
-    if matches!(ask, Ask::Stream { .. }) && items.len() * of_each != 1 {
-        let found = items.len() * of_each;
-        return Err(invalid(
-            "stream",
-            format!("expected one text for a stream, found {found}: ask for each by itself"),
-        ));
-    }
-    let others: usize = members.iter().map(|(name, value)| name.len() + value.get().len() + 6).sum();
-    let bytes = items.iter().map(|item| item.len() + member.len() + others + 6).sum::<usize>();
-    if bytes > bytes_max {
-        return Err(JobError::TooLarge(format!(
-            "expected at most {bytes_max} bytes of inputs (server.body_bytes_max), found {bytes}: what goes along with each text counts as often as there are texts"
-        )));
-    }
-    let input = |item: &str| {
-        let mut text = BytesMut::with_capacity(item.len() + member.len() + others + 6);
-        put_member(&mut text, b'{', member, item);
-        members.iter().for_each(|(name, value)| put_member(&mut text, b',', name, value.get()));
-        text.put_u8(b'}');
-        text.freeze()
-    };
-    let inputs = items.into_iter().flat_map(|item| std::iter::repeat_n(input(item), of_each)).collect();
-    Ok(Request { model, inputs, ask })
 }
 
 const TEXT: &str = "a text, a list of texts, or their tokens";
 
-fn put_member(text: &mut BytesMut, before: u8, name: &str, value: &str) {
-    text.put_u8(before);
-    let name = serde_json::to_vec(name).expect("a text is JSON");
-    text.extend_from_slice(&name);
-    text.put_u8(b':');
-    text.extend_from_slice(value.as_bytes());
+/// What stands behind a text in each input.
+fn rest(members: &Members<'_>) -> Bytes {
+    let mut rest = Vec::new();
+    for (name, value) in members {
+        rest.push(b',');
+        serde_json::to_writer(&mut rest, name).expect("a text is JSON");
+        rest.push(b':');
+        rest.extend_from_slice(value.get().as_bytes());
+    }
+    rest.push(b'}');
+    rest.into()
 }
 
-fn encoding(members: &Members<'_>) -> Result<Ask, JobError> {
+/// The beginning of what a caller sent, for a message.
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(FOUND_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+fn encoding(members: &Members<'_>) -> Result<AnswerForm, JobError> {
     const EXPECTED: &str = "\"float\" or \"base64\"";
     match optional::<String>(members, "encoding_format", EXPECTED)?.as_deref() {
-        None | Some("float") => Ok(Ask::Embeddings { in_base64: false }),
-        Some("base64") => Ok(Ask::Embeddings { in_base64: true }),
-        Some(other) => Err(invalid("encoding_format", format!("expected {EXPECTED}, found {other:?}"))),
+        None | Some("float") => Ok(AnswerForm::Embeddings { in_base64: false }),
+        Some("base64") => Ok(AnswerForm::Embeddings { in_base64: true }),
+        Some(other) => {
+            Err(invalid("encoding_format", format!("expected {EXPECTED}, found {:?}", cut(other))))
+        }
     }
 }
 
 /// The form of the answer, and how many there shall be to each prompt.
-fn texts(members: &Members<'_>) -> Result<(Ask, usize), JobError> {
+fn texts(members: &Members<'_>) -> Result<(AnswerForm, usize), JobError> {
     #[derive(Default, Deserialize)]
     struct StreamOptions {
         #[serde(default)]
@@ -156,8 +191,8 @@ fn texts(members: &Members<'_>) -> Result<(Ask, usize), JobError> {
     let options: Object<StreamOptions> =
         optional(members, "stream_options", "an object with include_usage")?.unwrap_or_default();
     Ok(match optional(members, "stream", "true or false")? {
-        Some(true) => (Ask::Stream { with_usage: options.0.include_usage == Some(true) }, of_each),
-        None | Some(false) => (Ask::Texts, of_each),
+        Some(true) => (AnswerForm::Stream { with_usage: options.0.include_usage == Some(true) }, of_each),
+        None | Some(false) => (AnswerForm::Texts, of_each),
     })
 }
 
@@ -176,14 +211,15 @@ fn conversation(messages: &RawValue) -> Result<&str, JobError> {
         Ok(_) => Ok(messages.get()),
         Err(error) => Err(invalid(
             "messages",
-            format!("expected a list of messages, each an object with role: {error}"),
+            format!("expected a list of messages, each an object with role: {}", cut(&error.to_string())),
         )),
     }
 }
 
 /// A text, or tokens; or a list of these.
 fn one_or_many<'a>(member: &str, given: &'a RawValue) -> Result<Vec<&'a str>, JobError> {
-    let wrong = |found: &dyn Display| invalid(member, format!("expected {TEXT}: {found}"));
+    let wrong =
+        |found: &dyn Display| invalid(member, format!("expected {TEXT}: {}", cut(&found.to_string())));
     if given.get().starts_with('"') {
         return Ok(vec![given.get()]);
     }
@@ -226,7 +262,7 @@ fn optional<'a, T: Deserialize<'a>>(
     let Some(value) = members.get(name) else { return Ok(None) };
     serde_json::from_str(value.get())
         .map(Some)
-        .map_err(|error| invalid(name, format!("expected {expected}: {error}")))
+        .map_err(|error| invalid(name, format!("expected {expected}: {}", cut(&error.to_string()))))
 }
 
 fn missing(name: &str, expected: &str) -> JobError {
@@ -238,6 +274,7 @@ fn invalid(name: &str, msg: impl Into<String>) -> JobError {
 }
 
 fn not_an_object(why: &dyn Display) -> JobError {
+    let why = cut(&why.to_string());
     fault(vec!["body".into()], format!("expected a JSON object: {why}"), "json_invalid")
 }
 
@@ -250,14 +287,20 @@ mod tests {
     use super::*;
     use crate::protocol::describe;
 
+    fn request(body: &str, task: Task) -> Result<Request, JobError> {
+        Request::read(&Bytes::copy_from_slice(body.as_bytes()), task)
+    }
+
     fn inputs(body: &str, task: Task) -> Vec<String> {
-        let request =
-            read(body.as_bytes(), task, 1 << 20).unwrap_or_else(|error| panic!("{}", describe(&error)));
-        request.inputs.iter().map(|input| String::from_utf8(input.to_vec()).unwrap()).collect()
+        let request = request(body, task).unwrap_or_else(|error| panic!("{}", describe(&error)));
+        let inputs = request.inputs(1 << 20).unwrap();
+        assert_eq!(inputs.iter().map(Bytes::len).sum::<usize>(), request.bytes());
+        assert_eq!(inputs.len(), request.count());
+        inputs.iter().map(|input| String::from_utf8(input.to_vec()).unwrap()).collect()
     }
 
     fn refused(body: &str, task: Task) -> String {
-        describe(&read(body.as_bytes(), task, 1 << 20).unwrap_err())
+        describe(&request(body, task).unwrap_err())
     }
 
     #[test]
@@ -277,8 +320,8 @@ mod tests {
         assert_eq!(inputs(body, Task::Completion), [a, a, b, b]);
         let body = r#"{"model":"m","messages":[{"role":"user","content":"x"}],"stream":true,"stream_options":{"include_usage":true},"stop":"."}"#;
         assert_eq!(inputs(body, Task::Chat), [r#"{"messages":[{"role":"user","content":"x"}],"stop":"."}"#]);
-        let ask = read(body.as_bytes(), Task::Chat, 1 << 20).unwrap().ask;
-        assert_eq!(ask, Ask::Stream { with_usage: true });
+        let form = request(body, Task::Chat).unwrap().form;
+        assert_eq!(form, AnswerForm::Stream { with_usage: true });
     }
 
     #[test]
@@ -322,11 +365,33 @@ mod tests {
     #[test]
     fn what_goes_along_with_each_text_counts_for_each() {
         let texts = vec!["\"a\""; 1000].join(",");
-        let body = format!(r#"{{"model":"m","input":[{texts}],"user":"{}"}}"#, "x".repeat(10_000));
-        assert!(matches!(read(body.as_bytes(), Task::Embedding, 1 << 20), Err(JobError::TooLarge(_))));
-        assert_eq!(read(body.as_bytes(), Task::Embedding, 16 << 20).unwrap().inputs.len(), 1000);
+        for user in ["x".repeat(10_000), "\\u0001".repeat(2_000)] {
+            let body = format!(r#"{{"model":"m","input":[{texts}],"user":"{user}","{user}":1}}"#);
+            let request = request(&body, Task::Embedding).unwrap();
+            assert!(matches!(request.inputs(1 << 20), Err(JobError::TooLarge(_))));
+            let inputs = request.inputs(64 << 20).unwrap();
+            assert_eq!(inputs.iter().map(Bytes::len).sum::<usize>(), request.bytes());
+        }
+        let body = format!(r#"{{"model":"m","prompt":"{}","n":128}}"#, "x".repeat(100_000));
+        assert!(matches!(
+            request(&body, Task::Completion).unwrap().inputs(1 << 20),
+            Err(JobError::TooLarge(_))
+        ));
         let texts = vec!["\"a\""; TEXTS_MAX + 1].join(",");
         let body = format!(r#"{{"model":"m","input":[{texts}]}}"#);
         assert!(refused(&body, Task::Embedding).contains("at most 2048 texts, found 2049"));
+    }
+
+    #[test]
+    fn no_message_repeats_all_that_a_caller_sent() {
+        let long = "\u{7f}".repeat(100_000);
+        for body in [
+            format!(r#"{{"model":"{long}","prompt":"a"}}"#),
+            format!(r#"{{"model":"m","prompt":"a","n":"{long}"}}"#),
+            format!(r#"{{"model":"m","prompt":"a","stream":"{long}"}}"#),
+            format!(r#"{{"model":"m","prompt":{{"{long}":1}}}}"#),
+        ] {
+            assert!(refused(&body, Task::Completion).len() < 2_000);
+        }
     }
 }

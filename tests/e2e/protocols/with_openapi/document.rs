@@ -74,7 +74,8 @@ fn it_is_valid_and_a_client_made_of_it_calls_models() {
 fn nothing_that_it_allows_or_forbids_is_answered_otherwise() {
     let keys =
         format!("[app_settings.auth_config.keys.operator]\napi_key = {OPERATOR:?}\nmanagement = true\n");
-    let tasks = "[model_settings.model_entries.embed]\nplugin = \"tasks\"\ntask = \"embedding\"\n\
+    let tasks = "[model_settings.model_entries.echo]\n\
+                 [model_settings.model_entries.embed]\nplugin = \"tasks\"\ntask = \"embedding\"\n\
                  [model_settings.model_entries.talk]\nplugin = \"tasks\"\ntask = \"chat\"\n";
     let setup = Setup::new().plugin("echo").plugin("tasks").config(&keys).config(tasks);
     let host = setup.ready();
@@ -95,4 +96,17 @@ fn nothing_that_it_allows_or_forbids_is_answered_otherwise() {
     assert!(asked.status.success(), "{report}");
     assert!(report.contains("generated,"), "{report}");
     assert_eq!(host.get("/health").1["status"], "ok");
+    for endpoint in [
+        "/predict_sync",
+        "/predict_batch",
+        "/v2/models/{name}/infer",
+        "/v1/embeddings",
+        "/v1/chat/completions",
+    ] {
+        let answered = |model: &str| {
+            let labels = format!("endpoint=\"{endpoint}\",model=\"{model}\",status=\"200\"");
+            host.metric(&format!("modalkit_requests_total{{{labels}}}"))
+        };
+        assert!(["echo", "embed", "talk"].into_iter().map(answered).sum::<f64>() > 0.5, "{endpoint}");
+    }
 }

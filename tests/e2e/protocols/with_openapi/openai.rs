@@ -69,5 +69,9 @@ fn its_client_tries_again_what_may_pass() {
         "[app_settings.auth_config.keys.caller]\napi_key = {KEY:?}\n\
          [app_settings.auth_config.keys.limited]\napi_key = {OPERATOR:?}\nrequests_per_second = 1\n"
     );
-    scenario(&host(&keys), "retries", &[KEY, OPERATOR]);
+    let host = host(&keys);
+    scenario(&host, "retries", &[KEY, OPERATOR]);
+    // One that may pass was tried twice, and one that can't pass once.
+    let failed = "modalkit_requests_total{endpoint=\"/v1/completions\",model=\"complete\",status=\"500\"}";
+    assert!((host.metric(failed) - 2.0).abs() < 0.5, "{}", host.metric(failed));
 }
