@@ -306,20 +306,27 @@ fn zeros(spec: &TensorSpec, text: &str) -> Option<(Vec<u64>, Vec<Value>)> {
     Some((shape, vec![element; elements]))
 }
 
+/// A tensor of zeros: its shape, and its elements in one row.
+struct Zeros<'s> {
+    spec: &'s TensorSpec,
+    shape: Vec<u64>,
+    elements: Vec<Value>,
+}
+
 /// The tensors that an input must have, of zeros.
-fn zeros_of<'s>(signature: &'s Signature, text: &str) -> Option<Vec<(&'s TensorSpec, Vec<u64>, Vec<Value>)>> {
+fn zeros_of<'s>(signature: &'s Signature, text: &str) -> Option<Vec<Zeros<'s>>> {
     let mut left = ELEMENTS_MAX;
     let tensor = |spec: &'s TensorSpec| {
         let (shape, elements) = zeros(spec, text)?;
         left = left.checked_sub(elements.len().max(1))?;
-        Some((spec, shape, elements))
+        Some(Zeros { spec, shape, elements })
     };
     signature.inputs.iter().filter(|spec| !spec.optional).map(tensor).collect()
 }
 
 /// An input in JSON, of zeros: each tensor by its name, as lists of lists.
 fn json_example(signature: &Signature) -> Option<Value> {
-    let member = |(spec, shape, elements): (&TensorSpec, Vec<u64>, Vec<Value>)| {
+    let member = |Zeros { spec, shape, elements }: Zeros<'_>| {
         let nested = shape.iter().rev().fold(elements, |elements, size| {
             let size = usize::try_from(*size).unwrap_or(usize::MAX).max(1);
             elements.chunks(size).map(|chunk| Value::from(chunk.to_vec())).collect()
@@ -332,9 +339,9 @@ fn json_example(signature: &Signature) -> Option<Value> {
 
 /// A request of the Open Inference Protocol with one input, of zeros.
 fn infer_example(signature: &Signature, is_json: bool) -> Option<Value> {
-    let tensor = |(spec, shape, data): (&TensorSpec, Vec<u64>, Vec<Value>)| {
+    let tensor = |Zeros { spec, shape, elements }: Zeros<'_>| {
         let shape: Vec<u64> = signature.batched.then_some(1).into_iter().chain(shape).collect();
-        json!({"name": &*spec.name, "datatype": spec.datatype.name(), "shape": shape, "data": data})
+        json!({"name": &*spec.name, "datatype": spec.datatype.name(), "shape": shape, "data": elements})
     };
     let inputs = zeros_of(signature, if is_json { "{}" } else { "" })?.into_iter().map(tensor);
     Some(json!({"inputs": inputs.collect::<Vec<_>>()}))

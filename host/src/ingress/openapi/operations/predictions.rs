@@ -95,7 +95,6 @@ pub(super) fn of_prediction(prediction: Prediction, models: &[DescribedModel]) -
                 },
             ],
             errors: OF_PROTOCOLS,
-            ..whole
         },
     }
 }
