@@ -213,6 +213,7 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
                 %why,
                 "the plugin's JSON Schema can't stand in the OpenAPI document, and is left out there"
             );
+            let why: String = why.to_string().chars().take(REASON_CHARS_MAX).collect();
             let about = format!("anything: the plugin's JSON Schema can't be shown here ({why})");
             components.insert(format!("{component}.{role}"), json!({ "description": about }));
         }
@@ -237,8 +238,10 @@ fn describe(served: &Served, component: String, components: &mut Components) -> 
     }
 }
 
-/// Definitions that an output's schema leads to, one behind another, up to which its members are found.
-const REFERENCES_MAX: usize = 8;
+/// Characters of the reason why a schema isn't there: it may repeat the schema.
+const REASON_CHARS_MAX: usize = 300;
+/// Definitions that an output's schema leads to, up to which they stand in its answer's: they are copied there, and may lead to others many times over.
+const REFERENCES_MAX: usize = 32;
 
 /// The schema of an answer: an output's, with the status before it.
 fn with_status(output: &Value, components: &Components) -> Value {
@@ -246,7 +249,7 @@ fn with_status(output: &Value, components: &Components) -> Value {
     let is_plain = output.get("properties").is_some_and(Value::is_object) && output.get("$ref").is_none();
     if !is_plain {
         let status = json!({"type": "object", "properties": {"status": status}, "required": ["status"]});
-        return json!({"allOf": [status, opened(output, components, 0)]});
+        return json!({"allOf": [status, opened(output, components, &mut { REFERENCES_MAX })]});
     }
     let mut whole = output.clone();
     whole["properties"]["status"] = status;
@@ -259,16 +262,17 @@ fn with_status(output: &Value, components: &Components) -> Value {
     whole
 }
 
-/// The same schema, which allows one more member.
-fn opened(schema: &Value, components: &Components, depth: usize) -> Value {
+/// The same schema, which allows one more member, as far as so many references lead.
+fn opened(schema: &Value, components: &Components, references: &mut usize) -> Value {
     let named = |reference: &Value| {
         let name = reference.as_str()?.strip_prefix(COMPONENTS)?;
         components.get(name)
     };
-    if depth < REFERENCES_MAX
+    if *references > 0
         && let Some(definition) = schema.get("$ref").and_then(named)
     {
-        return opened(definition, components, depth + 1);
+        *references -= 1;
+        return opened(definition, components, references);
     }
     let mut schema = schema.clone();
     let Value::Object(members) = &mut schema else { return schema };
@@ -279,7 +283,7 @@ fn opened(schema: &Value, components: &Components, depth: usize) -> Value {
     }
     for word in ["allOf", "anyOf", "oneOf"] {
         if let Some(Value::Array(branches)) = members.get_mut(word) {
-            branches.iter_mut().for_each(|branch| *branch = opened(branch, components, depth + 1));
+            branches.iter_mut().for_each(|branch| *branch = opened(branch, components, references));
         }
     }
     schema
@@ -365,6 +369,10 @@ mod tests {
         let either = json!({"oneOf": [{"$ref": "#/components/schemas/m.One"}, closed]});
         let answer = with_status(&either, &components);
         assert_eq!(answer["allOf"][1]["oneOf"], json!([{"type": "object"}, {"type": "object"}]));
+        // Each leads to the next ten times: copied everywhere they would fill any memory.
+        let next = |number: u32| json!({"anyOf": vec![reference(&format!("m.D{}", number + 1)); 10]});
+        let components = (0..20).map(|number| (format!("m.D{number}"), next(number))).collect();
+        assert!(with_status(&reference("m.D0"), &components).to_string().len() < 100_000);
     }
 
     #[test]

@@ -62,47 +62,55 @@ pub(super) fn adopt(text: &str, model: &str, role: &str, components: &mut Compon
         members.remove("$schema");
         members.remove("$id");
     }
-    let mut names = BTreeMap::new();
     let mut definitions = Vec::new();
-    for place in ["$defs", "definitions"] {
-        let taken = root.as_object_mut().and_then(|members| members.remove(place));
-        for (name, definition) in taken.as_ref().and_then(Value::as_object).into_iter().flatten() {
-            names.insert(format!("#/{place}/{}", escaped(name)), name.clone());
-            definitions.push((name.clone(), definition.clone()));
-        }
+    for room in ["$defs", "definitions"] {
+        let taken = root.as_object_mut().and_then(|members| members.remove(room));
+        let Some(Value::Object(taken)) = taken else { continue };
+        definitions.extend(taken.into_iter().map(|(name, schema)| Definition {
+            place: format!("#/{room}/{}", escaped(&name)),
+            name,
+            schema,
+        }));
     }
     // Its name in the document says more than `Input`.
-    let plain = |schema: &mut Value| schema.as_object_mut().map(|members| members.remove("title"));
-    plain(&mut root);
-    definitions.iter_mut().for_each(|(_, definition)| drop(plain(definition)));
+    let drop_title = |schema: &mut Value| schema.as_object_mut().map(|members| members.remove("title"));
+    drop_title(&mut root);
+    definitions.iter_mut().for_each(|definition| drop(drop_title(&mut definition.schema)));
     let root_name = format!("{model}.{role}");
     let mut known: BTreeMap<String, String> = BTreeMap::new();
     // Names that are there already, with another content, or that differ in letters that no name may have.
     let of_model = ["Input", "Output", "Answer"].map(|role| plain_name(&format!("{model}.{role}")));
     let mut taken: BTreeSet<String> =
         components.keys().map(|name| plain_name(name)).chain(of_model).collect();
-    for (place, name) in names {
-        let plain = format!("{model}.{}", component_name(&name));
-        let of_role = format!("{model}.{role}.{}", component_name(&name));
+    for Definition { place, name, .. } in &definitions {
+        let plain = format!("{model}.{}", component_name(name));
+        let of_role = format!("{model}.{role}.{}", component_name(name));
         let numbered = (2..).map(|number| format!("{of_role}.{number}"));
         let mut candidates = [plain, of_role.clone()].into_iter().chain(numbered);
         let Some(free) = candidates.find(|name| !taken.contains(&plain_name(name))) else { continue };
         taken.insert(plain_name(&free));
-        known.insert(place, free);
+        known.insert(place.clone(), free);
     }
     let rewriter = Rewriter { root: &root_name, known: &known };
     let mut adopted = Components::new();
     rewriter.schema(&mut root, 0)?;
     adopted.insert(root_name.clone(), root);
-    for (name, mut definition) in definitions {
-        rewriter.schema(&mut definition, 0)?;
-        let place = ["$defs", "definitions"].map(|place| format!("#/{place}/{}", escaped(&name)));
-        if let Some(name) = place.iter().find_map(|place| known.get(place)) {
-            adopted.insert(name.clone(), definition);
+    for Definition { place, mut schema, .. } in definitions {
+        rewriter.schema(&mut schema, 0)?;
+        if let Some(name) = known.get(&place) {
+            adopted.insert(name.clone(), schema);
         }
     }
     components.append(&mut adopted);
     Ok(())
+}
+
+/// A definition within a schema.
+struct Definition {
+    /// Where it is, as references in the schema say it.
+    place: String,
+    name: String,
+    schema: Value,
 }
 
 /// A step of a JSON pointer.
@@ -227,7 +235,7 @@ mod tests {
 
     #[test]
     fn no_name_is_taken_twice() {
-        let schema = |kind: &str| json!({"$ref": "#/$defs/Input", "$defs": {"Input": {"type": kind}, "Answer": true, "a b": true, "a_b": false, "A-B": {}}});
+        let schema = |kind: &str| json!({"$ref": "#/$defs/Input", "$defs": {"Input": {"type": kind}, "Answer": true, "a b": true, "a_b": false, "A-B": {}}, "definitions": {"a b": {}}});
         let mut components = Components::new();
         adopt(&schema("string").to_string(), "m", "Input", &mut components).unwrap();
         adopt(&schema("number").to_string(), "m", "Output", &mut components).unwrap();
@@ -237,7 +245,7 @@ mod tests {
             assert_eq!(components[name]["type"], kind);
         }
         assert!(!components.contains_key("m.Answer"), "it is the host's");
-        assert_eq!(components.len(), 12, "{components:?}");
+        assert_eq!(components.len(), 14, "{components:?}");
         let plain: BTreeSet<String> = components.keys().map(|name| plain_name(name)).collect();
         assert_eq!(plain.len(), components.len());
     }

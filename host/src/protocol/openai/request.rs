@@ -1,9 +1,16 @@
 //! Requests, as inputs of a pipeline.
 
-use std::{collections::BTreeMap, fmt::Display};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fmt::{self, Display},
+};
 
 use bytes::{Bytes, BytesMut};
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, MapAccess, SeqAccess, Visitor},
+};
 use serde_json::value::RawValue;
 
 use crate::{
@@ -15,6 +22,8 @@ use crate::{
 /// The most answers to one prompt, and the most texts in one request: those of OpenAI.
 const CHOICES_MAX: usize = 128;
 const TEXTS_MAX: usize = 2048;
+/// Members of a request.
+const MEMBERS_MAX: usize = 256;
 /// Said to the server, and not to the model.
 const OF_THE_SERVER: [&str; 5] = ["model", "n", "stream", "stream_options", "encoding_format"];
 
@@ -66,7 +75,10 @@ impl Request {
     /// [`JobError::Invalid`], with the member that isn't what it should be.
     pub fn read(body: &Bytes, task: Task) -> Result<Self, JobError> {
         let mut members: Members<'_> = match body.trim_ascii_start().first() {
-            Some(b'{') => serde_json::from_slice(body).map_err(|error| not_an_object(&error))?,
+            Some(b'{') => {
+                let Limited(members) = serde_json::from_slice(body).map_err(|error| not_an_object(&error))?;
+                members
+            }
             Some(_) => return Err(not_an_object(&"found something else")),
             None => return Err(not_an_object(&"found nothing")),
         };
@@ -199,11 +211,11 @@ fn texts(members: &Members<'_>) -> Result<(AnswerForm, usize), JobError> {
 /// A list of messages, which says who speaks in each.
 fn conversation(messages: &RawValue) -> Result<&str, JobError> {
     #[derive(Deserialize)]
-    struct Message {
-        #[serde(rename = "role")]
-        _role: String,
+    struct Message<'a> {
+        #[serde(rename = "role", borrow)]
+        _role: Cow<'a, str>,
     }
-    let read = serde_json::from_str::<Vec<Object<Message>>>(messages.get());
+    let read = serde_json::from_str::<Vec<Object<Message<'_>>>>(messages.get());
     match read {
         Ok(read) if read.is_empty() => {
             Err(invalid("messages", "expected a message at least, found an empty list"))
@@ -223,27 +235,94 @@ fn one_or_many<'a>(member: &str, given: &'a RawValue) -> Result<Vec<&'a str>, Jo
     if given.get().starts_with('"') {
         return Ok(vec![given.get()]);
     }
-    let list: Vec<&RawValue> = serde_json::from_str(given.get()).map_err(|error| wrong(&error))?;
-    if list.is_empty() {
+    let List { first, count, are_tokens } =
+        serde_json::from_str(given.get()).map_err(|error: serde_json::Error| wrong(&error))?;
+    if count == 0 {
         return Err(wrong(&"found an empty list"));
     }
     // One list of numbers is one text.
-    if list.iter().all(|element| element.get().parse::<u32>().is_ok()) {
+    if are_tokens {
         return Ok(vec![given.get()]);
     }
-    if list.len() > TEXTS_MAX {
-        return Err(invalid(member, format!("expected at most {TEXTS_MAX} texts, found {}", list.len())));
+    if count > TEXTS_MAX {
+        return Err(invalid(member, format!("expected at most {TEXTS_MAX} texts, found {count}")));
     }
     let one = |(index, element): (usize, &'a RawValue)| {
         let text = element.get();
-        let is_tokens = || serde_json::from_str::<Vec<u32>>(text).is_ok_and(|tokens| !tokens.is_empty());
-        if text.starts_with('"') || is_tokens() {
+        let are_tokens = |list: List<'_>| list.count > 0 && list.are_tokens;
+        if text.starts_with('"') || serde_json::from_str(text).is_ok_and(are_tokens) {
             Ok(text)
         } else {
             Err(wrong(&format_args!("the element at {index} is neither a text nor a list of tokens")))
         }
     };
-    list.into_iter().enumerate().map(one).collect()
+    first.into_iter().enumerate().map(one).collect()
+}
+
+/// A request's members; too many are refused as they come.
+struct Limited<'a>(Members<'a>);
+
+impl<'de> Deserialize<'de> for Limited<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map;
+
+        impl<'de> Visitor<'de> for Map {
+            type Value = Limited<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "an object of at most {MEMBERS_MAX} members")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Limited<'de>, A::Error> {
+                let mut members = Members::new();
+                while let Some((name, value)) = map.next_entry()? {
+                    members.insert(name, value);
+                    if members.len() > MEMBERS_MAX {
+                        return Err(A::Error::invalid_length(members.len(), &self));
+                    }
+                }
+                Ok(Limited(members))
+            }
+        }
+
+        deserializer.deserialize_map(Map)
+    }
+}
+
+/// A list, of which as many elements are kept as there may be texts.
+struct List<'a> {
+    first: Vec<&'a RawValue>,
+    count: usize,
+    /// Whether all of them are.
+    are_tokens: bool,
+}
+
+impl<'de> Deserialize<'de> for List<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Elements;
+
+        impl<'de> Visitor<'de> for Elements {
+            type Value = List<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<List<'de>, A::Error> {
+                let mut list = List { first: Vec::new(), count: 0, are_tokens: true };
+                while let Some(element) = elements.next_element::<&RawValue>()? {
+                    list.count += 1;
+                    list.are_tokens &= element.get().parse::<u32>().is_ok();
+                    if list.count <= TEXTS_MAX {
+                        list.first.push(element);
+                    }
+                }
+                Ok(list)
+            }
+        }
+
+        deserializer.deserialize_seq(Elements)
+    }
 }
 
 fn required<'a, T: Deserialize<'a>>(
@@ -380,6 +459,15 @@ mod tests {
         let texts = vec!["\"a\""; TEXTS_MAX + 1].join(",");
         let body = format!(r#"{{"model":"m","input":[{texts}]}}"#);
         assert!(refused(&body, Task::Embedding).contains("at most 2048 texts, found 2049"));
+    }
+
+    #[test]
+    fn what_there_is_too_much_of_is_not_kept() {
+        let members: String = (0..300).map(|number| format!(",\"m{number}\":1")).collect();
+        let found = refused(&format!(r#"{{"model":"m","prompt":"a"{members}}}"#), Task::Completion);
+        assert!(found.contains("at most 256 members"), "{found}");
+        let tokens = vec!["7"; 10_000].join(",");
+        assert_eq!(inputs(&format!(r#"{{"model":"m","input":[{tokens}]}}"#), Task::Embedding).len(), 1);
     }
 
     #[test]
