@@ -111,6 +111,8 @@ pub(crate) struct Options {
     pub(crate) seconds: usize,
     /// A folder with another build of the host and the plugins that the workloads ask.
     pub(crate) against: Option<PathBuf>,
+    /// The command of perf_analyzer, which asks in place of our own load.
+    pub(crate) perf_analyzer: Option<String>,
 }
 
 pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
@@ -118,6 +120,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     let has_others = only.iter().any(|name| !WORKLOADS.iter().any(|known| known.name == *name));
     if options.against.is_some() && has_others {
         bail!("--against: expected with echo, batched, big and tensors, found it with {only:?}");
+    }
+    if options.perf_analyzer.is_some() && only != ["grpc"] {
+        bail!("--perf-analyzer: expected with grpc, found it with {only:?}");
     }
     if only == ["insight"] {
         return insight::run(rounds, seconds);

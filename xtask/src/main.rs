@@ -43,7 +43,7 @@ cargo xtask COMMAND
   bench isolation               the same host with each replica in a process of its own, beside itself without
   bench buckets                 how fast a bucket of 1 GiB is mirrored, beside AWS's own command line
   bench python                  a pipeline in Python beside mosec 0.9.8, with the same model
-  bench grpc                    ModelInfer over gRPC, beside bare tonic
+  bench grpc                    ModelInfer over gRPC, beside bare tonic (--perf-analyzer COMMAND: asked by Triton's perf_analyzer)
   bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers
@@ -135,6 +135,7 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             let rounds = take_number(&mut args, "--rounds", 5)?;
             let seconds = take_number(&mut args, "--seconds", 4)?;
             let against = take(&mut args, "--against")?.map(PathBuf::from);
+            let perf_analyzer = take(&mut args, "--perf-analyzer")?;
             if against.is_some() && (args == ["similarity"] || args == ["reload"]) {
                 bail!("--against: expected with echo, batched, big and tensors, found it with {args:?}");
             }
@@ -143,7 +144,7 @@ fn dispatch(mut args: Vec<String>) -> anyhow::Result<ExitCode> {
             } else if args == ["reload"] {
                 soak::run(&["reload".to_owned(), "neighbour".to_owned()])?;
             } else {
-                bench::run(&args, &bench::Options { rounds, seconds, against })?;
+                bench::run(&args, &bench::Options { rounds, seconds, against, perf_analyzer })?;
             }
         }
         "help" | "--help" | "-h" => println!("{USAGE}"),

@@ -1,10 +1,10 @@
-//! `bench grpc`: `ModelInfer` on this host beside bare tonic, which gives the tensors back as they came.
+//! `bench grpc`: `ModelInfer` on this host beside bare tonic, which gives the tensors back as they came. The load is our own, or perf_analyzer's.
 
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, bail};
 
-use super::{Figures, Options, Workload, free_port, process::Server, report, start_host};
+use super::{Figures, Options, Workload, free_port, median, process::Server, report, start_host};
 use crate::build;
 
 /// Bytes of the tensor, callers, and what that is.
@@ -31,7 +31,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 fn measure(options: &Options, folder: &Path) -> anyhow::Result<()> {
-    let Options { rounds, seconds, .. } = *options;
+    let Options { rounds, seconds, ref perf_analyzer, .. } = *options;
     let port = free_port()?;
     let mut bare = Command::new(build::release().join("bare"));
     let bare = Server::start("bare", bare.args(["grpc", &port.to_string()]), port)?;
@@ -45,6 +45,9 @@ fn measure(options: &Options, folder: &Path) -> anyhow::Result<()> {
     };
     let host = start_host("host", &build::release(), &workload, "", folder)?;
     let servers = [bare, host];
+    if let Some(program) = perf_analyzer {
+        return by_perf_analyzer(program, rounds, &servers);
+    }
     for (bytes, concurrency, note) in CASES {
         println!(
             "\ngrpc: {note}; {rounds} rounds of {seconds} s each, medians; ratios are medians of the rounds' own"
@@ -92,4 +95,61 @@ fn round(
     figures.cpu_seconds_per_1000.push(cpu / calls * 1000.0);
     figures.peak_bytes.push(server.peak_bytes().context("the server is gone")?);
     Ok(())
+}
+
+/// Requests of one round, by their tensor's bytes, and callers.
+const BY_PERF_ANALYZER: [(usize, usize, usize); 3] = [(16, 1, 20_000), (16, 32, 60_000), (1 << 20, 4, 2_000)];
+
+/// The same asked by perf_analyzer, a command which may have arguments: its throughput, and each server's CPU time for as many requests.
+fn by_perf_analyzer(program: &str, rounds: usize, servers: &[Server; 2]) -> anyhow::Result<()> {
+    println!(
+        "\ngrpc, asked by perf_analyzer: a tensor of numbers and one of a word; medians of {rounds} rounds"
+    );
+    println!("       bytes    c   server   requests/s   CPU s/1000   of bare");
+    for (bytes, callers, requests) in BY_PERF_ANALYZER {
+        let mut rates = [Vec::new(), Vec::new()];
+        let mut costs = [Vec::new(), Vec::new()];
+        for number in 0..rounds {
+            for place in 0..servers.len() {
+                let at = (place + number) % servers.len();
+                let before = servers[at].cpu_seconds()?;
+                let rate = ask_by_perf_analyzer(program, servers[at].port, bytes, callers, requests)?;
+                rates[at].push(rate);
+                costs[at].push((servers[at].cpu_seconds()? - before) / requests as f64 * 1000.0);
+            }
+        }
+        let of_bare: Vec<f64> = costs[1].iter().zip(&costs[0]).map(|(host, bare)| host / bare).collect();
+        for (at, server) in servers.iter().enumerate() {
+            let ratio = if at == 0 { String::new() } else { format!("{:.2}", median(&of_bare)) };
+            let (rate, cost) = (median(&rates[at]), median(&costs[at]));
+            println!(
+                "  {bytes:>10} {callers:>4}   {:<6}   {rate:>10.0}   {cost:>10.4}   {ratio:>7}",
+                server.name
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Has perf_analyzer ask; returns its throughput.
+fn ask_by_perf_analyzer(
+    program: &str,
+    port: u16,
+    bytes: usize,
+    callers: usize,
+    requests: usize,
+) -> anyhow::Result<f64> {
+    let mut words = program.split_whitespace();
+    let output = Command::new(words.next().context("--perf-analyzer: expected a command")?)
+        .args(words)
+        .args(["-m", "tensors", "-i", "grpc", "-b", "1", "--shape", "words:1"])
+        .args(["-u", &format!("127.0.0.1:{port}"), "--shape", &format!("values:{}", bytes / 4)])
+        .args(["--concurrency-range", &callers.to_string(), "--request-count", &requests.to_string()])
+        .output()
+        .with_context(|| format!("--perf-analyzer: {program} can't be started"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let throughput = text.lines().find_map(|line| line.trim().strip_prefix("Throughput: "));
+    throughput.and_then(|rest| rest.split(' ').next()?.parse().ok()).with_context(|| {
+        format!("perf_analyzer has no throughput: {text}{}", String::from_utf8_lossy(&output.stderr))
+    })
 }
