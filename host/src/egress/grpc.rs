@@ -3,7 +3,7 @@
 use modalkit_engine::FailureKind;
 use tonic::{Code, Status, metadata::MetadataMap};
 
-use super::{RETRY_AFTER_TIME, Refusal};
+use super::{GOING, RETRY_AFTER_TIME, Refusal};
 use crate::{access::AccessError, protocol::describe_whole, reload::ControlError, work::JobError};
 
 /// After how many milliseconds a caller should come back.
@@ -71,9 +71,7 @@ impl Refusal {
             Self::Control(ControlError::Bucket { volume, why }) => {
                 Status::unavailable(format!("the bucket of {volume:?} can't be mirrored now: {why}"))
             }
-            Self::Control(ControlError::Stopping) => {
-                job_status(&JobError::Unavailable("it is shutting down".into()))
-            }
+            Self::Control(ControlError::Stopping) => job_status(&JobError::Unavailable(GOING.into())),
             Self::NotTaken(why) => Status::failed_precondition(why),
             Self::Unsupported(why) => Status::unimplemented(why),
         }

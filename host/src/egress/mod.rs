@@ -357,6 +357,9 @@ pub fn unloaded(unloaded: &Unloaded) -> HttpResponse {
     object_response(StatusCode::OK, unloaded)
 }
 
+/// What is told of a change that nobody makes any more.
+pub const GOING: &str = "the model is being unloaded, or the server is shutting down";
+
 /// Why nothing was done.
 #[must_use]
 pub fn control_error(error: &ControlError) -> HttpResponse {
@@ -377,7 +380,7 @@ pub fn control_error(error: &ControlError) -> HttpResponse {
             );
             object_response(StatusCode::BAD_GATEWAY, &json!({"detail": detail}))
         }
-        ControlError::Stopping => unavailable("it is shutting down"),
+        ControlError::Stopping => unavailable(GOING),
     }
 }
 

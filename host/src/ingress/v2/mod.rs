@@ -16,7 +16,7 @@ use super::Context;
 use crate::{
     access::Visibility,
     admin::Readiness,
-    egress::Refusal,
+    egress::{self, Refusal},
     pipeline::{Generation, InferenceTotals, Model, Status, Total},
     protocol::v2::{self, Form, ModelFacts},
     reload::Outcome,
@@ -214,7 +214,7 @@ pub(super) async fn load(
         Outcome::Superseded => {
             Err(Refusal::NotTaken(format!("{name} was not loaded: another change of it came in between")))
         }
-        Outcome::Stopped => Err(Refusal::Job(JobError::Unavailable("the server is shutting down".into()))),
+        Outcome::Stopped => Err(Refusal::Job(JobError::Unavailable(egress::GOING.into()))),
     }
 }
 
