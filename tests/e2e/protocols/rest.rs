@@ -103,6 +103,9 @@ fn the_repository_is_the_volume_and_versions_are_generations() {
     let ready = |version: &str| json!([{"name": "echo", "version": version, "state": "READY", "reason": ""}]);
     assert_eq!(index(&json!({})), ready("1"));
     assert_eq!(host.post_with("/v2/repository/index", &json!({}), &[]).0, 401);
+    for list in [json!([]), json!([true])] {
+        assert_eq!(host.post_with("/v2/repository/index", &list, &shown).0, 400, "a list is no object");
+    }
     let load = "/v2/repository/models/echo/load";
     assert_eq!(host.post_with(load, &json!({}), &shown).0, 403);
     assert_eq!(host.post_with(load, &json!({}), &managing), (200, json!({})));

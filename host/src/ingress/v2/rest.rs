@@ -1,6 +1,6 @@
 //! The protocol's paths beside inference, over HTTP: who may ask, what bodies say, and answers as JSON.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Display};
 
 use bytes::Bytes;
 use hyper::{Method, StatusCode, http::request::Parts};
@@ -146,11 +146,15 @@ impl Asked<'_> {
         if self.body.is_empty() {
             return Ok(T::default());
         }
-        serde_json::from_slice(self.body).map_err(|error| {
-            let msg = format!("expected a JSON object, or nothing: {error}");
+        let invalid = |why: &dyn Display| {
+            let msg = format!("expected a JSON object, or nothing: {why}");
             JobError::Invalid(vec![Detail { loc: vec!["body".into()], msg, kind: "json_invalid".into() }])
-                .into()
-        })
+        };
+        // serde takes the members of a struct from a list as well, by their places.
+        if self.body.trim_ascii_start().starts_with(b"[") {
+            return Err(invalid(&"found a list").into());
+        }
+        serde_json::from_slice(self.body).map_err(|error| invalid(&error).into())
     }
 
     fn trace_settings(&self) -> Result<TraceSettings, Refusal> {
