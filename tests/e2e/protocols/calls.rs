@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::Write,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -12,6 +12,18 @@ use reqwest::blocking::{Client, ClientBuilder};
 use serde_json::{Value, json};
 
 use crate::tensors::{WIDTH, assert_close, digits_and_similarity, member};
+
+/// Has a script of these tests, by an interpreter that has its client, ask a host: one of its scenarios, which ends with an error where something isn't as it
+/// should be.
+pub(super) fn scenario(python: PathBuf, script: &str, host: &Host, name: &str, arguments: &[&str]) {
+    let output = Command::new(python)
+        .arg(workspace().join("tests/e2e/protocols").join(script))
+        .args([&host.address.to_string(), name])
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+}
 
 /// One that shows headers, and what is compressed as it came.
 pub(super) fn client() -> ClientBuilder {

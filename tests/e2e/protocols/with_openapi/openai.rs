@@ -1,8 +1,8 @@
 //! OpenAI's client: what it gets, what it is refused, what it tries again, and what becomes of calls that it leaves.
 
-use std::process::Command;
+use modalkit_tests::{Host, KEY, OPERATOR, Setup, client_python, wait_until};
 
-use modalkit_tests::{Host, KEY, OPERATOR, Setup, client_python, wait_until, workspace};
+use super::super::calls;
 
 const MODELS: &str = "
 [app_settings.batch_config]
@@ -26,13 +26,7 @@ fn host(config: &str) -> Host {
 }
 
 fn scenario(host: &Host, name: &str, arguments: &[&str]) {
-    let output = Command::new(client_python("openapi"))
-        .arg(workspace().join("tests/e2e/protocols/openai_calls.py"))
-        .args([&host.address.to_string(), name])
-        .args(arguments)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    calls::scenario(client_python("openapi"), "openai_calls.py", host, name, arguments);
 }
 
 #[test]

@@ -1,22 +1,14 @@
 //! gRPC as its clients speak it: what they get, what they are refused, and what becomes of those that leave.
 
-use std::process::Command;
+use modalkit_tests::{Host, KEY, OPERATOR, Setup, python_tool, wait_until};
 
-use modalkit_tests::{Host, KEY, OPERATOR, Setup, python_tool, wait_until, workspace};
-
-use super::super::calls::{Calls, three_models, triton};
+use super::super::calls::{self, Calls, three_models, triton};
 
 /// Streams whose callers vanish.
 const STREAMS: usize = 1000;
 
 fn scenario(host: &Host, name: &str, arguments: &[&str]) {
-    let output = Command::new(python_tool("python3"))
-        .arg(workspace().join("tests/e2e/protocols/grpc_calls.py"))
-        .args([&host.address.to_string(), name])
-        .args(arguments)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    calls::scenario(python_tool("python3"), "grpc_calls.py", host, name, arguments);
 }
 
 #[test]
