@@ -30,4 +30,4 @@ pub use instance::{
 pub use isolation::{Confinement, Isolation, Python, Sandbox};
 pub use plugin::{Description, Device, Engine, Load, LogLevel, OpenTimings, Plugin, PluginLog};
 pub use queue::{Outgoing, QueueBackend, QueuePlugin};
-pub use tensor::{Datatype, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};
+pub use tensor::{Datatype, Shape, Signature, TENSOR_ALIGNMENT, Tensor, TensorError, TensorSpec};

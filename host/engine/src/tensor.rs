@@ -3,11 +3,15 @@
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 /// A tensor's bytes begin at a multiple of this, so that any element can be read where it lies.
 pub const TENSOR_ALIGNMENT: usize = 64;
 /// The elements that a shape may speak of: no address space holds more bytes.
 const ELEMENTS_MAX: u64 = i64::MAX as u64;
+
+/// A tensor's dimensions, the slowest first. Those of most tensors are few, and stand in it.
+pub type Shape = SmallVec<[u64; 4]>;
 
 macro_rules! datatypes {
     ($($name:ident $text:literal $size:expr;)*) => {
@@ -120,7 +124,7 @@ pub enum TensorError {
 pub struct Tensor {
     name: Arc<str>,
     datatype: Datatype,
-    shape: Vec<u64>,
+    shape: Shape,
     data: Bytes,
 }
 
@@ -132,9 +136,10 @@ impl Tensor {
     pub fn new(
         name: Arc<str>,
         datatype: Datatype,
-        shape: Vec<u64>,
+        shape: impl Into<Shape>,
         data: Bytes,
     ) -> Result<Self, TensorError> {
+        let shape = shape.into();
         check(datatype, &shape, &data)?;
         Ok(Self { name, datatype, shape, data })
     }
@@ -177,12 +182,9 @@ impl Tensor {
         let part = |data: Bytes| Self {
             name: Arc::clone(name),
             datatype: *datatype,
-            shape: shape.to_vec(),
+            shape: shape.into(),
             data: aligned(data),
         };
-        if *rows == 1 {
-            return vec![part(data.clone())];
-        }
         let elements: u64 = shape.iter().product();
         let mut start = 0;
         (0..*rows)
@@ -198,25 +200,41 @@ impl Tensor {
             .collect()
     }
 
+    /// The only part of a batch of one, as [`Tensor::rows`] would give it. `None` of any other.
+    #[must_use]
+    pub fn only_row(mut self) -> Option<Self> {
+        if self.shape.first() != Some(&1) {
+            return None;
+        }
+        self.shape.remove(0);
+        Some(self.aligned())
+    }
+
+    /// A batch of it alone.
+    #[must_use]
+    pub fn as_batch(&self) -> Self {
+        let mut shape = Shape::with_capacity(self.shape.len() + 1);
+        shape.push(1);
+        shape.extend_from_slice(&self.shape);
+        Self { shape, ..self.clone() }
+    }
+
     /// The parts of a batch put together again: tensors of the same name, datatype and shape. `None` where they aren't, or there are none.
     #[must_use]
     pub fn from_rows(rows: &[Self]) -> Option<Self> {
         let first = rows.first()?;
+        if rows.len() == 1 {
+            return Some(first.as_batch());
+        }
         let alike =
             |row: &Self| row.name == first.name && row.datatype == first.datatype && row.shape == first.shape;
         if !rows.iter().all(alike) {
             return None;
         }
         let shape = std::iter::once(rows.len() as u64).chain(first.shape.iter().copied()).collect();
-        let data = match rows {
-            [one] => one.data.clone(),
-            _ => {
-                let mut data = Vec::with_capacity(rows.iter().map(|row| row.data.len()).sum());
-                rows.iter().for_each(|row| data.extend_from_slice(&row.data));
-                data.into()
-            }
-        };
-        Some(Self { name: Arc::clone(&first.name), datatype: first.datatype, shape, data })
+        let mut data = Vec::with_capacity(rows.iter().map(|row| row.data.len()).sum());
+        rows.iter().for_each(|row| data.extend_from_slice(&row.data));
+        Some(Self { name: Arc::clone(&first.name), datatype: first.datatype, shape, data: data.into() })
     }
 }
 
@@ -363,6 +381,7 @@ mod tests {
             let rows = whole.clone().rows();
             assert_eq!(rows.len() as u64, shape[0]);
             assert!(rows.iter().all(|row| row.shape() == &shape[1..]));
+            assert_eq!(whole.clone().only_row(), rows.first().filter(|_| rows.len() == 1).cloned());
             assert_eq!(Tensor::from_rows(&rows), Some(whole));
         }
         assert_eq!(tensor(Datatype::Fp32, &[], &[0; 4]).unwrap().rows(), []);

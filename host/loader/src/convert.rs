@@ -1,9 +1,12 @@
 //! What crosses the boundary in the ABI's types, in the host's, and back.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use modalkit_abi::{Buffer, FailureKind as Kind, abi_stable::std_types::RResult};
 use modalkit_engine::{
-    ChunkResult, Datatype, Failure, FailureKind, Interest, LogLevel, Measure, Rejection, Tensor,
+    ChunkResult, Datatype, Failure, FailureKind, Interest, LogLevel, Measure, Rejection, Shape, Signature,
+    Tensor,
 };
 
 use crate::document;
@@ -70,11 +73,11 @@ pub(crate) fn tensor_of_plugins(tensor: &Tensor) -> modalkit_abi::Tensor {
     }
 }
 
-/// A tensor that a plugin gave. Its bytes stay where they are.
+/// A tensor that a plugin gave. Its bytes stay where they are, and its name is that of its signature where it stands there.
 ///
 /// # Errors
 /// It is none.
-pub(crate) fn tensor(tensor: modalkit_abi::Tensor) -> Result<Tensor, Failure> {
+pub(crate) fn tensor(tensor: modalkit_abi::Tensor, signature: Option<&Signature>) -> Result<Tensor, Failure> {
     let modalkit_abi::Tensor { name, datatype, shape, data, .. } = tensor;
     let unfit = |reason: String| Failure {
         kind: FailureKind::Permanent,
@@ -82,7 +85,10 @@ pub(crate) fn tensor(tensor: modalkit_abi::Tensor) -> Result<Tensor, Failure> {
     };
     let known = Datatype::ALL.iter().copied().find(|known| number(*known) == datatype);
     let known = known.ok_or_else(|| unfit(format!("this host doesn't know the datatype {}", datatype.0)))?;
-    Tensor::new(name.as_str().into(), known, shape.to_vec(), Bytes::from_owner(data))
+    let outputs = signature.map_or(&[][..], |signature| &signature.outputs);
+    let named = outputs.iter().find(|spec| *spec.name == *name);
+    let shared_name = named.map_or_else(|| name.as_str().into(), |spec| Arc::clone(&spec.name));
+    Tensor::new(shared_name, known, Shape::from_slice(&shape), Bytes::from_owner(data))
         .map_err(|error| unfit(error.to_string()))
 }
 
@@ -132,13 +138,16 @@ mod tests {
     use super::*;
 
     fn given(datatype: modalkit_abi::Datatype, shape: &[u64], data: &[u8]) -> Result<Tensor, String> {
-        let made = tensor(modalkit_abi::Tensor {
-            name: "t".into(),
-            datatype,
-            shape: shape.to_vec().into(),
-            data: Buffer::from_owner(data.to_vec()),
-            parameters: Default::default(),
-        });
+        let made = tensor(
+            modalkit_abi::Tensor {
+                name: "t".into(),
+                datatype,
+                shape: shape.to_vec().into(),
+                data: Buffer::from_owner(data.to_vec()),
+                parameters: Default::default(),
+            },
+            None,
+        );
         made.map_err(|failure| failure.message)
     }
 
@@ -163,7 +172,7 @@ mod tests {
         for datatype in Datatype::ALL {
             let data = vec![0; datatype.element_bytes().unwrap_or(4) as usize];
             let there = Tensor::new("t".into(), *datatype, vec![1], data.into()).unwrap();
-            assert_eq!(tensor(tensor_of_plugins(&there)).unwrap(), there);
+            assert_eq!(tensor(tensor_of_plugins(&there), None).unwrap(), there);
         }
     }
 }

@@ -204,12 +204,19 @@ impl Batch for LibraryBatch<'_> {
         convert::result(unsafe { self.instance.library.module().predict()(self.handle) })
     }
 
-    fn postprocess(&mut self, mut events: &mut dyn EventSink) -> Result<(), Failure> {
+    fn postprocess(&mut self, events: &mut dyn EventSink) -> Result<(), Failure> {
+        let mut sink = Sink { events, signature: self.instance.signature() };
         let _code = Entered::new(&self.instance.model, "postprocess");
-        let sink = SinkHandle::from_raw((&raw mut events).cast());
-        // SAFETY: as in `preprocess`; the plugin calls the sink within this call and one call at a time, while `events` is borrowed for nothing else.
+        let sink = SinkHandle::from_raw((&raw mut sink).cast());
+        // SAFETY: as in `preprocess`; the plugin calls the sink within this call and one call at a time, while it is borrowed for nothing else.
         convert::result(unsafe { self.instance.library.module().postprocess()(self.handle, sink, *SINK) })
     }
+}
+
+/// Where what a plugin gives goes.
+struct Sink<'e> {
+    events: &'e mut dyn EventSink,
+    signature: Option<Arc<Signature>>,
 }
 
 /// What plugins give chunks and outcomes to.
@@ -226,7 +233,7 @@ static SINK: LazyLock<EventSinkRef> = LazyLock::new(|| {
 
 unsafe extern "C" fn take_json(sink: SinkHandle, item: usize, json: RVec<u8>) {
     // SAFETY: by the plugin's promise.
-    unsafe { end(sink, item, || output(json)) };
+    unsafe { end(sink, item, |_| output(json)) };
 }
 
 unsafe extern "C" fn take_tensors(
@@ -235,19 +242,22 @@ unsafe extern "C" fn take_tensors(
     tensors: RVec<Tensor>,
     _parameters: RString,
 ) {
-    let outcome = || tensors.into_iter().map(convert::tensor).collect::<Result<_, _>>().map(Payload::Tensors);
+    let outcome = |signature: Option<&Signature>| {
+        let tensors = tensors.into_iter().map(|tensor| convert::tensor(tensor, signature));
+        tensors.collect::<Result<_, _>>().map(Payload::Tensors)
+    };
     // SAFETY: by the plugin's promise.
     unsafe { end(sink, item, outcome) };
 }
 
 unsafe extern "C" fn take_failure(sink: SinkHandle, item: usize, failure: modalkit_abi::Failure) {
     // SAFETY: by the plugin's promise.
-    unsafe { end(sink, item, || Err(convert::failure(failure))) };
+    unsafe { end(sink, item, |_| Err(convert::failure(failure))) };
 }
 
 unsafe extern "C" fn tell_interest(sink: SinkHandle, item: usize) -> modalkit_abi::Interest {
     // SAFETY: by the plugin's promise.
-    let interest = unsafe { with_sink(sink, |events| events.interest(item)) };
+    let interest = unsafe { with_sink(sink, |sink| sink.events.interest(item)) };
     convert::interest_of_plugins(interest.unwrap_or(Interest::Nothing))
 }
 
@@ -259,7 +269,7 @@ unsafe extern "C" fn take_chunk(
 ) -> modalkit_abi::ChunkResult {
     let waits = when_full == WhenFull::WAIT;
     // SAFETY: by the plugin's promise.
-    let result = unsafe { with_sink(sink, |events| events.chunk(item, json.as_slice(), waits)) };
+    let result = unsafe { with_sink(sink, |sink| sink.events.chunk(item, json.as_slice(), waits)) };
     convert::chunk_result_of_plugins(result.unwrap_or(ChunkResult::Unwanted))
 }
 
@@ -267,19 +277,19 @@ unsafe extern "C" fn take_chunk(
 ///
 /// # Safety
 /// As [`with_sink`].
-unsafe fn end(sink: SinkHandle, item: usize, outcome: impl FnOnce() -> Outcome) {
+unsafe fn end(sink: SinkHandle, item: usize, outcome: impl FnOnce(Option<&Signature>) -> Outcome) {
     // SAFETY: by the caller's promise.
-    unsafe { with_sink(sink, |events| events.end(item, outcome())) };
+    unsafe { with_sink(sink, |sink| sink.events.end(item, outcome(sink.signature.as_deref()))) };
 }
 
 /// Calls the host. No panic goes back through the plugin: there is nothing then.
 ///
 /// # Safety
 /// The handle is one that `postprocess` has made, its call has not returned, and no other call with the handle runs.
-unsafe fn with_sink<T>(sink: SinkHandle, call: impl FnOnce(&mut dyn EventSink) -> T) -> Option<T> {
+unsafe fn with_sink<T>(sink: SinkHandle, call: impl FnOnce(&mut Sink<'_>) -> T) -> Option<T> {
     // SAFETY: by the caller's promise.
-    let events = unsafe { &mut **sink.into_raw().cast::<&mut dyn EventSink>() };
-    let called = catch_unwind(AssertUnwindSafe(|| call(events)));
+    let sink = unsafe { &mut *sink.into_raw().cast::<Sink<'_>>() };
+    let called = catch_unwind(AssertUnwindSafe(|| call(sink)));
     called.map_err(std::mem::forget).ok()
 }
 

@@ -118,23 +118,13 @@ pub(super) async fn speak(
     peer: Arc<Peer>,
     shutdown: watch::Receiver<bool>,
 ) {
-    let service = service_fn({
+    let begin = {
         let peer = Arc::clone(&peer);
-        move |request| {
+        move || {
             peer.asked.store(true, Ordering::Relaxed);
-            let exchange = Exchange::begin(Arc::clone(&peer), http2);
-            async move {
-                let response = match role {
-                    Role::Any if http2 && grpc::is_call(&request) => {
-                        return Ok(Box::pin(grpc::answer(exchange, request)).await);
-                    }
-                    Role::Any => router::answer(&exchange, request).await,
-                    Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
-                };
-                Ok::<_, Infallible>(respond(exchange, response))
-            }
+            Exchange::begin(Arc::clone(&peer), http2)
         }
-    });
+    };
     let stream = TokioIo::new(stream);
     let server = &peer.context.server;
     if http2 {
@@ -148,12 +138,36 @@ pub(super) async fn speak(
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_send_buf_size(STREAM_SEND_BYTES);
+        // Each request is a task of its own. What it may become is boxed: a task is as large as the largest of it.
+        let service = service_fn(move |request| {
+            let exchange = begin();
+            async move {
+                let response = match role {
+                    Role::Any if grpc::is_call(&request) => {
+                        return Ok(Box::pin(grpc::answer(exchange, request)).await);
+                    }
+                    Role::Any => Box::pin(router::answer(&exchange, request)).await,
+                    Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
+                };
+                Ok::<_, Infallible>(respond(exchange, response))
+            }
+        });
         tokio::select! {
             () = drive(protocol.serve_connection(stream, service), &peer, shutdown) => {}
             () = idled(&peer) => tracing::debug!(peer = %peer.from, "a connection asked for nothing any more"),
             () = stalled(&peer) => tracing::debug!(peer = %peer.from, "a connection took nothing of its answers any more (server.write_timeout_ms)"),
         }
     } else {
+        let service = service_fn(move |request| {
+            let exchange = begin();
+            async move {
+                let response = match role {
+                    Role::Any => router::answer(&exchange, request).await,
+                    Role::Probes => Box::pin(answer_probe(&exchange, request)).await,
+                };
+                Ok::<_, Infallible>(respond(exchange, response))
+            }
+        });
         let mut protocol = http1::Builder::new();
         protocol
             .timer(peer.timer.clone())

@@ -170,7 +170,9 @@ pub(super) fn put_id(id: &RequestId, headers: &mut HeaderMap) {
         }
     };
     // One that isn't fit for a header was never taken over.
-    if let Ok(value) = value {
+    if let Ok(mut value) = value {
+        // HTTP/2 would keep each in its table of headers, and look through all of them at the next: none comes again.
+        value.set_sensitive(true);
         headers.insert(REQUEST_ID, value);
     }
 }

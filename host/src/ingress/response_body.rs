@@ -13,6 +13,7 @@ use bytes::Buf;
 use hyper::{
     HeaderMap, Response,
     body::{self, Frame, SizeHint},
+    header::HeaderValue,
 };
 use tonic::Status;
 
@@ -97,6 +98,13 @@ fn trailers(status: &Status) -> HeaderMap {
     trailers
 }
 
+/// The same of a call that succeeded.
+fn trailers_of_success() -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
+    trailers
+}
+
 /// Bytes of a stream that are handed over to be written.
 fn shared(answer: Answer, exchange: &Arc<Exchange>) -> Written {
     let exchange = Held::Shared(Unwritten::of(exchange, answer.remaining()));
@@ -130,11 +138,12 @@ impl body::Body for Outgoing {
                     Some(Ok(answer)) => {
                         return Poll::Ready(Some(Ok(Frame::data(shared(answer, exchange)))));
                     }
-                    Some(Err(status)) => status,
-                    None => Status::ok(""),
+                    Some(Err(status)) => Some(status),
+                    None => None,
                 };
                 *messages = None;
-                return Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))));
+                let trailers = status.map_or_else(trailers_of_success, |status| trailers(&status));
+                return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
             }
         };
         Poll::Ready(written.map(|written| Ok(Frame::data(written))))

@@ -134,8 +134,9 @@ fn the_repository_is_the_volume_and_versions_are_generations() {
     assert_eq!((&now["log_info"], &now["log_verbose_level"]), (&json!(true), &json!(0)));
     let more = host.post_with(log, &json!({"log_verbose_level": 1}), &managing).1;
     assert_eq!(more["log_verbose_level"], 1);
-    assert_eq!(host.get_with("/v2/models/echo", &shown).0, 200);
-    wait_until("it is logged", || host.log().iter().any(|line| line["level"] == "DEBUG"));
+    assert_eq!(host.post_with("/v2/models/echo/infer", &echo_input(&["a"]), &shown).0, 200);
+    let answered = |line: &Value| line["level"] == "DEBUG" && line["message"] == "request answered";
+    wait_until("it is logged", || host.log().iter().any(answered));
     let less = json!({"log_info": false, "log_format": "default"});
     let now = host.post_with(log, &less, &managing).1;
     assert_eq!(

@@ -6,12 +6,13 @@ use std::{
 };
 
 use hyper::StatusCode;
-use modalkit_proto::{ModelInferRequest, ModelInferResponse};
+use modalkit_proto::ModelInferRequest;
 use tonic::Status;
 
 use super::{
     call::GrpcCall,
     reader::{Message, MessageReader, Next},
+    writer,
 };
 use crate::{
     egress::{self, job_status},
@@ -23,8 +24,8 @@ use crate::{
     insight::metrics::GRPC_INFER,
     pipeline::{Generation, Model},
     protocol::{
-        describe,
-        v2::{self, Form, InferRequest},
+        Answer, describe,
+        v2::{self, Form, InferOutputs, InferRequest},
     },
     work::JobError,
 };
@@ -83,9 +84,9 @@ pub(super) async fn answer(call: &GrpcCall, mut reader: MessageReader) -> Result
     let status = answered.as_ref().map_or_else(egress::status_of, |_| StatusCode::OK);
     let explanation = timings.and_then(|timings| timings.end(context, begun, &model.name, &call.id, status));
     match answered {
-        Ok(message) => {
+        Ok(outputs) => {
             count(context, Some(&model), COUNTED, &call.id, Ended { status, error: None });
-            Ok(Inferred { message, explanation })
+            Ok(Inferred { message: writer::response(&model.name, &outputs), explanation })
         }
         Err(error) => {
             say_if_lost(&error, &model, &call.id);
@@ -97,7 +98,7 @@ pub(super) async fn answer(call: &GrpcCall, mut reader: MessageReader) -> Result
 
 /// An answer, and where its time went, where its caller may know.
 pub(super) struct Inferred {
-    pub(super) message: ModelInferResponse,
+    pub(super) message: Answer,
     pub(super) explanation: Option<serde_json::Value>,
 }
 
@@ -126,7 +127,7 @@ pub(super) async fn infer_message(
     request: &Call,
     message: ModelInferRequest,
     cost: usize,
-) -> Result<ModelInferResponse, JobError> {
+) -> Result<InferOutputs, JobError> {
     let peer = call.exchange.peer();
     let generation = serving(&request.model, &message)?;
     let form = Form::of(generation.signature()?);
@@ -146,13 +147,13 @@ pub(super) async fn finish(
     form: &Form,
     read: InferRequest,
     bytes: usize,
-) -> Result<ModelInferResponse, JobError> {
+) -> Result<InferOutputs, JobError> {
     let peer = call.exchange.peer();
     let (wanted, outputs) = run(peer, request, generation, form, read, bytes).await?;
-    let (name, version) = (request.model.name.clone(), generation.number);
+    let version = generation.number;
     // What is put together of several inputs is copied; what was one is not.
     let bytes = if outputs.len() == 1 { 0 } else { wanted.bytes_to_write(&outputs) };
-    let write = move || v2::infer_message(&name, version, wanted, &outputs);
+    let write = move || InferOutputs::of(version, wanted, &outputs);
     elsewhere_if_large(peer, bytes, write).await?.map_err(JobError::Failed)
 }
 

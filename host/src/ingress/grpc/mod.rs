@@ -57,6 +57,8 @@ const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encodin
 const ACCEPTED: &str = "identity,gzip,deflate";
 /// Where the time went.
 const EXPLAIN: HeaderName = HeaderName::from_static("x-modalkit-explain");
+/// Headers that most answers have.
+const HEADERS_USUAL: usize = 4;
 /// Bytes of a message of a call that runs no pipeline.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
@@ -118,7 +120,7 @@ pub(super) async fn answer(exchange: Exchange, request: Request<Incoming>) -> Re
 
 /// The headers of an answer in messages.
 fn started(coding: Option<Coding>) -> HeaderMap {
-    let mut headers = HeaderMap::new();
+    let mut headers = HeaderMap::with_capacity(HEADERS_USUAL);
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(GRPC));
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
     if let Some(coding) = coding {
@@ -149,7 +151,7 @@ async fn infer(call: &GrpcCall, incomings: Incomings, headers: &HeaderMap) -> Re
     let of_answer = coding.as_ref().ok().copied().flatten().filter(|coding| takes(headers, *coding));
     match infer::answer(call, MessageReader::new(incomings, coding, None)).await {
         Ok(Inferred { message, explanation }) => {
-            let message = writer::compressed(call.context(), of_answer, writer::response(message)).await;
+            let message = writer::compressed(call.context(), of_answer, message).await;
             let mut headers = started(of_answer);
             if let Some(value) = explanation.and_then(|told| HeaderValue::try_from(told.to_string()).ok()) {
                 headers.insert(EXPLAIN, value);

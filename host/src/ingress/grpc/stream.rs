@@ -45,7 +45,7 @@ use crate::{
     pipeline::{Generation, Model},
     protocol::{
         Answer, describe, describe_whole,
-        v2::{self, Form, InferRequest, Wanted},
+        v2::{self, Form, InferOutputs, InferRequest, Wanted},
     },
     work::{Deadline, JobError, Received, Reply},
 };
@@ -244,8 +244,8 @@ async fn begin_request(
         match Form::of(generation.signature()?) {
             form @ Form::Json => in_chunks(call, request, &generation, &form, message, cost).await,
             Form::Tensors(_) => {
-                let answer = infer_message(call, &request, message, cost).await?;
-                Ok(whole(call, &request, answer))
+                let outputs = infer_message(call, &request, message, cost).await?;
+                Ok(whole(call, &request, outputs))
             }
         }
     };
@@ -257,11 +257,11 @@ async fn begin_request(
 }
 
 /// Counts a request that is answered at once.
-fn whole(call: &GrpcCall, request: &Call, answer: ModelInferResponse) -> Begun {
+fn whole(call: &GrpcCall, request: &Call, outputs: InferOutputs) -> Begun {
     request.model.metrics.request.observe(request.begun.elapsed().as_secs_f64());
     let ended = Ended { status: StatusCode::OK, error: None };
     count(call.context(), Some(&request.model), COUNTED, &call.id, ended);
-    Begun::Whole(succeeded(answer, true))
+    Begun::Whole(succeeded(outputs.into_message(&request.model.name), true))
 }
 
 /// Runs a request of JSON: in chunks, where it is one input and they are wanted.
@@ -285,8 +285,8 @@ async fn in_chunks(
     let wants_chunks = read.wanted.take_chunks();
     if !wants_chunks || read.tensors.inputs() != 1 {
         // Chunks are those of one input; of several each has its whole output.
-        let answer = finish(call, &request, generation, form, read, bytes).await?;
-        return Ok(whole(call, &request, answer));
+        let outputs = finish(call, &request, generation, form, read, bytes).await?;
+        return Ok(whole(call, &request, outputs));
     }
     let InferRequest { tensors, wanted, timeout } = read;
     if let Some(timeout) = timeout {
@@ -341,10 +341,13 @@ impl Chunks {
         let is_silent = wanted.is_empty() && !self.wants_empty_final;
         let answer = reply.and_then(|output| {
             let output = self.form.output(output).map_err(JobError::Failed)?;
-            v2::infer_message(&self.name, self.version, wanted, &[output]).map_err(JobError::Failed)
+            InferOutputs::of(self.version, wanted, &[output]).map_err(JobError::Failed)
         });
         let (answer, error) = match answer {
-            Ok(response) => (Some(succeeded(response, true)).filter(|_| !is_silent), None),
+            Ok(outputs) => {
+                let response = outputs.into_message(&self.name);
+                (Some(succeeded(response, true)).filter(|_| !is_silent), None)
+            }
             Err(error) => (Some(failed(&id, &error)), Some(error)),
         };
         let status = error.as_ref().map_or(StatusCode::OK, egress::status_of);

@@ -3,38 +3,89 @@
 use std::{io::Write, sync::Arc};
 
 use bytes::Bytes;
-use modalkit_proto::ModelInferResponse;
-use prost::{Message, encoding::encode_varint};
+use modalkit_engine::Tensor;
+use prost::{
+    Message,
+    encoding::{encode_varint, encoded_len_varint},
+};
 
 use crate::{
     ingress::{
         Context,
         content_coding::{Coding, encode},
     },
-    protocol::Answer,
+    protocol::{Answer, v2::InferOutputs},
 };
 
 /// The flag of a message, and its length in 32 bits.
 const HEADER_BYTES: usize = 5;
 /// Elements up to this many bytes are copied behind what describes them: each piece would cost a frame of its own.
 const COPIED_BYTES_MAX: usize = 4 << 10;
-/// Before each `raw_output_contents`: field 6, with its length.
-const RAW_KEY: u8 = 6 << 3 | 2;
+/// Fields of `ModelInferResponse`, and of its tensors, each with its length.
+const MODEL_NAME: u8 = field(1);
+const MODEL_VERSION: u8 = field(2);
+const ID: u8 = field(3);
+const OUTPUTS: u8 = field(5);
+const RAW_OUTPUT_CONTENTS: u8 = field(6);
+const NAME: u8 = field(1);
+const DATATYPE: u8 = field(2);
+const SHAPE: u8 = field(3);
+/// More than what stands in a message beside names and elements.
+const KEYS_BYTES: usize = 64;
 /// Messages from this on are compressed where their call is.
 const COMPRESSED_BYTES_MIN: usize = 1 << 10;
 
-/// An answer to `ModelInfer`.
-pub(super) fn response(mut response: ModelInferResponse) -> Answer {
-    let raw = std::mem::take(&mut response.raw_output_contents);
-    let mut pieces = Pieces { done: Vec::new(), open: vec![0; HEADER_BYTES] };
-    // What a vector takes always goes in.
-    response.encode(&mut pieces.open).expect("a vector grows");
-    for elements in raw {
-        pieces.open.push(RAW_KEY);
-        encode_varint(elements.len() as u64, &mut pieces.open);
-        pieces.put(elements);
+/// An answer of a model to `ModelInfer`, a `ModelInferResponse`: written here, since as one of prost's it would be copied into a dozen pieces of memory first.
+pub(super) fn response(model_name: &str, outputs: &InferOutputs) -> Answer {
+    let InferOutputs { model_version, id, tensors } = outputs;
+    let copied = |tensor: &Tensor| Some(tensor.data().len()).filter(|bytes| *bytes <= COPIED_BYTES_MAX);
+    let bytes = tensors.iter().map(|tensor| KEYS_BYTES + tensor.name().len() + copied(tensor).unwrap_or(0));
+    let capacity = KEYS_BYTES + model_name.len() + id.len() + bytes.sum::<usize>();
+    let mut pieces = Pieces { done: Vec::new(), open: Vec::with_capacity(capacity) };
+    let open = &mut pieces.open;
+    open.extend_from_slice(&[0; HEADER_BYTES]);
+    put_text(MODEL_NAME, model_name, open);
+    put_text(MODEL_VERSION, &model_version.to_string(), open);
+    put_text(ID, id, open);
+    for tensor in tensors {
+        let (name, datatype) = (tensor.name(), tensor.datatype().name());
+        let sizes = tensor.shape().iter().map(|size| encoded_len_varint(*size)).sum::<usize>();
+        let shape = if sizes == 0 { 0 } else { 1 + encoded_len_varint(sizes as u64) + sizes };
+        put_key(OUTPUTS, text_bytes(name) + text_bytes(datatype) + shape, open);
+        put_text(NAME, name, open);
+        put_text(DATATYPE, datatype, open);
+        if sizes > 0 {
+            put_key(SHAPE, sizes, open);
+            tensor.shape().iter().for_each(|size| encode_varint(*size, open));
+        }
+    }
+    for tensor in tensors {
+        put_key(RAW_OUTPUT_CONTENTS, tensor.data().len(), &mut pieces.open);
+        pieces.put(tensor.data().clone());
     }
     pieces.framed()
+}
+
+/// The key of a field that has a length.
+const fn field(number: u8) -> u8 {
+    number << 3 | 2
+}
+
+fn put_key(key: u8, bytes: usize, to: &mut Vec<u8>) {
+    to.push(key);
+    encode_varint(bytes as u64, to);
+}
+
+/// An empty text is left out.
+fn put_text(key: u8, text: &str, to: &mut Vec<u8>) {
+    if !text.is_empty() {
+        put_key(key, text.len(), to);
+        to.extend_from_slice(text.as_bytes());
+    }
+}
+
+fn text_bytes(text: &str) -> usize {
+    if text.is_empty() { 0 } else { 1 + encoded_len_varint(text.len() as u64) + text.len() }
 }
 
 /// Any other message.
@@ -105,18 +156,28 @@ pub(super) async fn compressed(context: &Context, coding: Option<Coding>, answer
 
 #[cfg(test)]
 mod tests {
+    use modalkit_engine::Datatype;
+    use modalkit_proto::ModelInferResponse;
+
     use super::*;
 
     #[test]
     fn what_is_written_in_pieces_is_the_message() {
-        for sizes in [&[][..], &[0], &[10], &[5000], &[10, 5000, 3, 100_000], &[5000, 5000], &[1 << 20, 7]] {
-            let expected = ModelInferResponse {
-                model_name: "m".into(),
-                id: "7".into(),
-                raw_output_contents: sizes.iter().map(|size| vec![*size as u8; *size].into()).collect(),
-                ..ModelInferResponse::default()
+        for sizes in [&[][..], &[0], &[10], &[5000], &[10, 5000, 3, 100_000], &[5000, 5000], &[1 << 20, 7, 1]]
+        {
+            let tensor = |size: &usize| {
+                let (name, data) = (format!("t{size}").into(), vec![*size as u8; *size].into());
+                let shape = if *size == 1 { vec![] } else { vec![*size as u64, 1] };
+                Tensor::new(name, Datatype::Uint8, shape, data).unwrap()
             };
-            let bytes = response(expected.clone()).into_bytes();
+            let id = "7".repeat(sizes.len() * 100);
+            let outputs = || InferOutputs {
+                model_version: 12,
+                id: id.clone(),
+                tensors: sizes.iter().map(tensor).collect(),
+            };
+            let expected = outputs().into_message("m");
+            let bytes = response("m", &outputs()).into_bytes();
             let (header, message) = bytes.split_at(HEADER_BYTES);
             assert_eq!(header[0], 0);
             assert_eq!(u32::from_be_bytes(header[1..].try_into().unwrap()) as usize, message.len());

@@ -4,7 +4,8 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use modalkit_engine::{Datatype, Signature, Tensor, TensorSpec};
+use modalkit_engine::{Datatype, Shape, Signature, Tensor, TensorSpec};
+use smallvec::SmallVec;
 
 use super::{elements, form::JSON_CHUNK};
 use crate::work::{Detail, JobError, Location};
@@ -13,6 +14,8 @@ use crate::work::{Detail, JobError, Location};
 pub const TENSORS_MAX: usize = 1024;
 /// Bytes of a request's id, which each of its answers repeats.
 pub const ID_BYTES_MAX: usize = 1 << 10;
+/// Wanted outputs that need no memory of their own: few models have more.
+const OUTPUTS_INLINE: usize = 4;
 /// Characters of a name that an error repeats, and sizes of a shape.
 const SHOWN_CHARS: usize = 80;
 const SIZES_SHOWN: usize = 16;
@@ -74,6 +77,9 @@ impl BatchTensors {
         let Some(rows) = self.batch else {
             return vec![self.tensors.into_iter().map(Tensor::aligned).collect()];
         };
+        if rows == 1 {
+            return vec![self.tensors.into_iter().filter_map(Tensor::only_row).collect()];
+        }
         let mut by_tensor: Vec<_> =
             self.tensors.into_iter().map(|tensor| tensor.rows().into_iter()).collect();
         (0..rows).map(|_| by_tensor.iter_mut().filter_map(Iterator::next).collect()).collect()
@@ -83,23 +89,28 @@ impl BatchTensors {
 /// What a request wants back.
 pub struct Wanted {
     pub(super) id: Option<String>,
-    /// The outputs, and whether as bytes.
-    pub(super) outputs: Vec<(TensorSpec, bool)>,
-    pub(super) batched: bool,
+    pub(super) signature: Arc<Signature>,
+    /// The outputs by their places there, and whether as bytes.
+    places: SmallVec<[(usize, bool); OUTPUTS_INLINE]>,
 }
 
 impl Wanted {
     /// Whether the chunks of an output are wanted, which are no part of its end.
     pub fn take_chunks(&mut self) -> bool {
-        let before = self.outputs.len();
-        self.outputs.retain(|(spec, _)| *spec.name != *JSON_CHUNK);
-        self.outputs.len() < before
+        let before = self.places.len();
+        self.places.retain(|(place, _)| *self.signature.outputs[*place].name != *JSON_CHUNK);
+        self.places.len() < before
     }
 
     /// Whether nothing is wanted, or nothing but chunks.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.outputs.is_empty()
+        self.places.is_empty()
+    }
+
+    /// The outputs in the order in which they are wanted, and whether as bytes.
+    pub(super) fn outputs(&self) -> impl ExactSizeIterator<Item = (&TensorSpec, bool)> {
+        self.places.iter().map(|(place, as_bytes)| (&self.signature.outputs[*place], *as_bytes))
     }
 
     /// The request's id, which its answers repeat.
@@ -147,7 +158,7 @@ impl InputDescription<'_> {
     /// # Errors
     /// They are not its elements.
     pub(super) fn tensor(&self, spec: &TensorSpec, data: Bytes, index: usize) -> Result<Tensor, JobError> {
-        Tensor::new(Arc::clone(&spec.name), spec.datatype, self.shape.to_vec(), data)
+        Tensor::new(Arc::clone(&spec.name), spec.datatype, Shape::from_slice(self.shape), data)
             .map_err(|error| at(index, "data", error.to_string()))
     }
 }
@@ -231,23 +242,23 @@ pub(super) fn wanted<'a>(
     id: Option<String>,
     all_as_bytes: bool,
     outputs: impl Iterator<Item = OutputDescription<'a>>,
-    signature: &Signature,
+    signature: &Arc<Signature>,
 ) -> Result<Wanted, JobError> {
     if let Some(id) = id.as_ref().filter(|id| id.len() > ID_BYTES_MAX) {
         let found = format!("expected at most {ID_BYTES_MAX} bytes, found {}", id.len());
         return Err(invalid(&["id".into()], found));
     }
-    let mut wanted: Vec<(TensorSpec, bool)> = Vec::new();
+    let mut places = SmallVec::<[(usize, bool); OUTPUTS_INLINE]>::new();
     for (index, output) in outputs.enumerate() {
         let place = ["outputs".into(), Location::Index(index as u64)];
-        let Some(spec) = signature.outputs.iter().find(|spec| *spec.name == *output.name) else {
+        let Some(at) = signature.outputs.iter().position(|spec| *spec.name == *output.name) else {
             let known: Vec<&str> = signature.outputs.iter().map(|spec| &*spec.name).collect();
             let found =
                 format!("the model has no output `{}`; expected one of {known:?}", brief(output.name));
             return Err(invalid(&place, found));
         };
-        if wanted.iter().any(|(known, _)| known.name == spec.name) {
-            return Err(invalid(&place, format!("expected each output once, found `{}` again", spec.name)));
+        if places.iter().any(|(known, _)| *known == at) {
+            return Err(invalid(&place, format!("expected each output once, found `{}` again", output.name)));
         }
         if output.classes > 0 {
             let found = "expected no `classification`: this host doesn't have that extension";
@@ -256,13 +267,14 @@ pub(super) fn wanted<'a>(
         if output.has_region {
             return Err(invalid(&place, NO_SHARED_MEMORY.into()));
         }
-        wanted.push((spec.clone(), output.as_bytes));
+        places.push((at, output.as_bytes));
     }
-    if wanted.is_empty() {
-        wanted = signature.outputs.iter().map(|spec| (spec.clone(), all_as_bytes)).collect();
+    if places.is_empty() {
+        places = (0..signature.outputs.len()).map(|place| (place, all_as_bytes)).collect();
     }
+    let wanted = Wanted { id, signature: Arc::clone(signature), places };
     if let Some((spec, _)) =
-        wanted.iter().find(|(spec, as_bytes)| !as_bytes && !elements::fit_json(spec.datatype))
+        wanted.outputs().find(|(spec, as_bytes)| !as_bytes && !elements::fit_json(spec.datatype))
     {
         let found = format!(
             "the output `{}` is of {}, which JSON doesn't have: ask for it as bytes (binary_data)",
@@ -270,7 +282,7 @@ pub(super) fn wanted<'a>(
         );
         return Err(invalid(&["outputs".into()], found));
     }
-    Ok(Wanted { id, outputs: wanted, batched: signature.batched })
+    Ok(wanted)
 }
 
 pub(super) fn invalid(place: &[Location], msg: String) -> JobError {

@@ -35,7 +35,7 @@ pub struct ModelFacts<'a> {
     pub plugin: &'a str,
     /// Items in a batch at most.
     pub batch_max: usize,
-    /// How long a batch waits to be filled, in microseconds.
+    /// How long a batch waits to be filled, in microseconds; 0 where that changes.
     pub wait_us: u64,
     /// Replicas that serve.
     pub replicas: i64,

@@ -1,9 +1,9 @@
 //! Requests and answers as messages of gRPC. Elements come as bytes or as numbers, and go out as bytes, as Triton's clients want them.
 
-use std::{borrow::Cow, collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use modalkit_engine::{Datatype, Failure, Signature, Tensor};
+use modalkit_engine::{Datatype, Failure, Shape, Signature, Tensor};
 use modalkit_proto::{
     InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
     infer_parameter::ParameterChoice,
@@ -30,7 +30,7 @@ const REGION: &str = "shared_memory_region";
 /// [`JobError::Invalid`], or [`JobError::TooLarge`] where it has more inputs than this.
 pub fn read_message(
     request: ModelInferRequest,
-    signature: &Signature,
+    signature: &Arc<Signature>,
     inputs_max: usize,
 ) -> Result<InferRequest, JobError> {
     let ModelInferRequest { id, parameters, inputs, outputs, raw_input_contents, .. } = request;
@@ -74,7 +74,7 @@ fn tensor(
         let found = format!("expected sizes of 0 and more, found {negative}");
         return Err(at(index, "shape", found));
     }
-    let shape: Vec<u64> = shape.into_iter().map(i64::unsigned_abs).collect();
+    let shape: Shape = shape.into_iter().map(i64::unsigned_abs).collect();
     let described = InputDescription { name: &name, datatype: &datatype, shape: &shape };
     let spec = described.spec(signature, index)?;
     if parameters.contains_key(REGION) {
@@ -186,18 +186,45 @@ fn number(parameters: &HashMap<String, InferParameter>, name: &str) -> Result<Op
     }
 }
 
-/// An answer of each input's output.
-///
-/// # Errors
-/// As [`outputs_of`].
-pub fn infer_message(
-    model_name: &str,
-    model_version: u64,
-    wanted: Wanted,
-    outputs: &[Arc<[Tensor]>],
-) -> Result<ModelInferResponse, Failure> {
-    let tensors = outputs_of(&wanted, outputs)?;
-    Ok(message(model_name, model_version, wanted.id.unwrap_or_default().into(), tensors))
+/// An answer, before it is a message.
+pub struct InferOutputs {
+    /// The number of the generation that gave it.
+    pub model_version: u64,
+    /// That of its request.
+    pub id: String,
+    /// What was wanted.
+    pub tensors: Vec<Tensor>,
+}
+
+impl InferOutputs {
+    /// Those of each input.
+    ///
+    /// # Errors
+    /// As [`outputs_of`].
+    pub fn of(model_version: u64, wanted: Wanted, outputs: &[Arc<[Tensor]>]) -> Result<Self, Failure> {
+        let tensors = outputs_of(&wanted, outputs)?;
+        Ok(Self { model_version, id: wanted.id.unwrap_or_default(), tensors })
+    }
+
+    /// As a message of this model.
+    #[must_use]
+    pub fn into_message(self, model_name: &str) -> ModelInferResponse {
+        let described = |tensor: &Tensor| InferOutputTensor {
+            name: tensor.name().to_owned(),
+            datatype: tensor.datatype().name().to_owned(),
+            // A size is at most what memory can hold.
+            shape: tensor.shape().iter().map(|size| size.cast_signed()).collect(),
+            ..InferOutputTensor::default()
+        };
+        ModelInferResponse {
+            model_name: model_name.to_owned(),
+            model_version: self.model_version.to_string(),
+            id: self.id,
+            parameters: HashMap::new(),
+            outputs: self.tensors.iter().map(described).collect(),
+            raw_output_contents: self.tensors.iter().map(|tensor| tensor.data().clone()).collect(),
+        }
+    }
 }
 
 /// An answer that holds one chunk of an output, as JSON.
@@ -211,28 +238,6 @@ pub fn chunk_message(
     chunk: &[u8],
 ) -> Result<ModelInferResponse, Failure> {
     let chunk = Tensor::from_rows(&[json_tensor(JSON_CHUNK, chunk)?]);
-    Ok(message(model_name, model_version, id.into(), chunk.into_iter().collect()))
-}
-
-fn message(
-    model_name: &str,
-    model_version: u64,
-    id: Cow<'_, str>,
-    tensors: Vec<Tensor>,
-) -> ModelInferResponse {
-    let described = |tensor: &Tensor| InferOutputTensor {
-        name: tensor.name().to_owned(),
-        datatype: tensor.datatype().name().to_owned(),
-        // A size is at most what memory can hold.
-        shape: tensor.shape().iter().map(|size| size.cast_signed()).collect(),
-        ..InferOutputTensor::default()
-    };
-    ModelInferResponse {
-        model_name: model_name.to_owned(),
-        model_version: model_version.to_string(),
-        id: id.into_owned(),
-        parameters: HashMap::new(),
-        outputs: tensors.iter().map(described).collect(),
-        raw_output_contents: tensors.into_iter().map(|tensor| tensor.data().clone()).collect(),
-    }
+    let outputs = InferOutputs { model_version, id: id.into(), tensors: chunk.into_iter().collect() };
+    Ok(outputs.into_message(model_name))
 }

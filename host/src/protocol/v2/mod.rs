@@ -18,7 +18,7 @@ mod response;
 pub use check::{BatchTensors, ID_BYTES_MAX, InferRequest, TENSORS_MAX, Wanted};
 pub use describe::{ModelFacts, config, metadata, server};
 pub use form::{Form, JSON_CHUNK, json_tensor};
-pub use messages::{chunk_message, infer_message, read_message};
+pub use messages::{InferOutputs, chunk_message, read_message};
 pub use outputs::outputs_of;
 pub use problem::problem;
 pub use request::read_infer;

@@ -15,7 +15,7 @@ impl Wanted {
     pub fn bytes_to_write(&self, outputs: &[Arc<[Tensor]>]) -> usize {
         let stays = |tensor: &&Tensor| {
             outputs.len() == 1
-                && self.outputs.iter().any(|(spec, as_bytes)| *as_bytes && *spec.name == *tensor.name())
+                && self.outputs().any(|(spec, as_bytes)| as_bytes && *spec.name == *tensor.name())
         };
         let tensors = outputs.iter().flat_map(|output| output.iter());
         tensors.filter(|tensor| !stays(tensor)).map(|tensor| tensor.data().len()).sum()
@@ -28,11 +28,11 @@ impl Wanted {
 /// The outputs are not those of the signature, which is the plugin's fault; or they can't be put together, which is the caller's.
 pub fn outputs_of(wanted: &Wanted, outputs: &[Arc<[Tensor]>]) -> Result<Vec<Tensor>, Failure> {
     let failed = |kind, message: String| Failure { kind, message };
-    let mut tensors = Vec::with_capacity(wanted.outputs.len());
-    for (spec, _) in &wanted.outputs {
+    let batched = wanted.signature.batched;
+    let mut tensors = Vec::with_capacity(wanted.outputs().len());
+    for (spec, _) in wanted.outputs() {
         let name = &spec.name;
-        let mut rows = Vec::with_capacity(outputs.len());
-        for output in outputs {
+        let row = |output: &Arc<[Tensor]>| {
             let mut named = output.iter().filter(|tensor| *tensor.name() == **name);
             let (Some(tensor), None) = (named.next(), named.next()) else {
                 let found =
@@ -50,13 +50,15 @@ pub fn outputs_of(wanted: &Wanted, outputs: &[Arc<[Tensor]>]) -> Result<Vec<Tens
                 );
                 return Err(failed(FailureKind::Permanent, found));
             }
-            rows.push(tensor.clone());
-        }
-        let whole = match (wanted.batched, &rows[..]) {
-            (false, [one]) => Some(one.clone()),
-            _ => Tensor::from_rows(&rows),
+            Ok(tensor.clone())
         };
-        let whole = whole.ok_or_else(|| {
+        if let [output] = outputs {
+            let row = row(output)?;
+            tensors.push(if batched { row.as_batch() } else { row });
+            continue;
+        }
+        let rows = outputs.iter().map(row).collect::<Result<Vec<_>, _>>()?;
+        let whole = Tensor::from_rows(&rows).ok_or_else(|| {
             let shapes: Vec<&[u64]> = rows.iter().map(Tensor::shape).take(SHAPES_SHOWN).collect();
             let found = format!(
                 "the outputs `{name}` of this request's inputs can't be put together, their shapes are {shapes:?}: ask for each alone"

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use bytes::Bytes;
-use modalkit_engine::{Datatype, Signature, Tensor, TensorSpec};
+use modalkit_engine::{Datatype, Shape, Signature, Tensor, TensorSpec};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Value, value::RawValue};
 
@@ -104,7 +104,7 @@ impl WantedOutput<'_> {
 pub fn read_infer(
     body: &Bytes,
     json_bytes: Option<usize>,
-    signature: &Signature,
+    signature: &Arc<Signature>,
     inputs_max: usize,
 ) -> Result<InferRequest, JobError> {
     if json_bytes == Some(0) {
@@ -145,7 +145,7 @@ pub fn read_infer(
 }
 
 /// A body that is the bytes of the only input, of one row.
-fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobError> {
+fn bytes_alone(body: &Bytes, signature: &Arc<Signature>) -> Result<InferRequest, JobError> {
     let [spec] = &signature.inputs[..] else {
         let found = format!(
             "expected a request in JSON, since the model has {} inputs; found {JSON_BYTES_HEADER}: 0, which is for one",
@@ -157,7 +157,7 @@ fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobE
         // The body is the only string.
         let length = u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes();
         let data = [&length[..], body].concat().into();
-        return one_row(spec, vec![1; spec.shape.len()], data, signature);
+        return one_row(spec, Shape::from_elem(1, spec.shape.len()), data, signature);
     }
     let unclear = || {
         let expected = described(spec, signature);
@@ -168,7 +168,7 @@ fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobE
     };
     let fixed: Option<u64> =
         spec.shape.iter().flatten().try_fold(1, |count: u64, size| count.checked_mul(*size));
-    let shape: Vec<u64> =
+    let shape: Shape =
         match (spec.shape.iter().filter(|size| size.is_none()).count(), spec.datatype.element_bytes()) {
             (0, _) => spec.shape.iter().flatten().copied().collect(),
             (1, Some(element)) => {
@@ -186,9 +186,9 @@ fn bytes_alone(body: &Bytes, signature: &Signature) -> Result<InferRequest, JobE
 /// A request of one tensor without the dimension of the batch, whose outputs are wanted as bytes.
 fn one_row(
     spec: &TensorSpec,
-    shape: Vec<u64>,
+    shape: Shape,
     data: Bytes,
-    signature: &Signature,
+    signature: &Arc<Signature>,
 ) -> Result<InferRequest, JobError> {
     let tensor = Tensor::new(Arc::clone(&spec.name), spec.datatype, shape, data)
         .map_err(|error| invalid(&[], error.to_string()))?;

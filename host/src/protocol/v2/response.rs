@@ -50,7 +50,7 @@ pub fn write_infer(
 ) -> Result<InferAnswer, Failure> {
     let tensors = outputs_of(&wanted, outputs)?;
     let tensors: Vec<(&Tensor, bool)> =
-        tensors.iter().zip(wanted.outputs.iter().map(|(_, as_bytes)| *as_bytes)).collect();
+        tensors.iter().zip(wanted.outputs().map(|(_, as_bytes)| as_bytes)).collect();
     let mut described = Vec::with_capacity(tensors.len());
     for (tensor, as_bytes) in &tensors {
         let (parameters, data) = if *as_bytes {

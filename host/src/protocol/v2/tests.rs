@@ -29,7 +29,7 @@ fn signature() -> Signature {
 
 fn read(body: &[u8], json_bytes: Option<usize>) -> Result<InferRequest, String> {
     let body = Bytes::copy_from_slice(body);
-    read_infer(&body, json_bytes, &signature(), INPUTS_MAX).map_err(|error| match error {
+    read_infer(&body, json_bytes, &Arc::new(signature()), INPUTS_MAX).map_err(|error| match error {
         JobError::Invalid(details) => format!("{:?} {}", details[0].loc, details[0].msg),
         JobError::TooLarge(reason) => format!("too large: {reason}"),
         other => panic!("{other:?} is none of the caller's errors"),
@@ -79,21 +79,22 @@ fn bytes_alone_are_the_only_input() {
     let mut one = signature();
     one.inputs.pop();
     let body = Bytes::from(floats(&[1.0, 2.0]));
-    let request = read_infer(&body, Some(0), &one, INPUTS_MAX).unwrap();
+    let request = read_infer(&body, Some(0), &Arc::new(one.clone()), INPUTS_MAX).unwrap();
     assert_eq!(request.tensors.clone().into_inputs()[0][0].data(), &body);
     one.inputs[0].shape = vec![None, Some(2)];
-    let request = read_infer(&body, Some(0), &one, INPUTS_MAX).unwrap();
+    let request = read_infer(&body, Some(0), &Arc::new(one.clone()), INPUTS_MAX).unwrap();
     assert_eq!(request.tensors.into_inputs()[0][0].shape(), [1, 2]);
-    assert!(read_infer(&body.slice(1..), Some(0), &one, INPUTS_MAX).is_err());
+    assert!(read_infer(&body.slice(1..), Some(0), &Arc::new(one.clone()), INPUTS_MAX).is_err());
     one.inputs[0].shape = vec![None, None];
-    assert!(read_infer(&body, Some(0), &one, INPUTS_MAX).is_err());
+    assert!(read_infer(&body, Some(0), &Arc::new(one.clone()), INPUTS_MAX).is_err());
     assert!(read(&body, Some(0)).err().unwrap().contains("the model has 2 inputs"));
     // A string is the body itself; what comes back is bytes, since nothing else can be asked for.
     let mut words = signature();
     words.inputs.remove(0);
-    let request = read_infer(&Bytes::from_static(b"some text"), Some(0), &words, INPUTS_MAX).unwrap();
+    let request =
+        read_infer(&Bytes::from_static(b"some text"), Some(0), &Arc::new(words), INPUTS_MAX).unwrap();
     assert_eq!(**request.tensors.clone().into_inputs()[0][0].data(), *b"\x09\0\0\0some text");
-    assert!(request.wanted.outputs.iter().all(|(_, as_bytes)| *as_bytes));
+    assert!(request.wanted.outputs().all(|(_, as_bytes)| as_bytes));
 }
 
 #[test]
@@ -151,7 +152,10 @@ fn what_is_wrong_is_told_with_its_place() {
     let nothing = json!({"name": "words", "datatype": "BYTES", "shape": [2, 0], "data": []});
     let signature = Signature { inputs: vec![signature().inputs.remove(1)], ..signature() };
     let nothing = Bytes::from(json!({"inputs": [nothing]}).to_string());
-    assert!(matches!(read_infer(&nothing, None, &signature, INPUTS_MAX), Err(JobError::Invalid(_))));
+    assert!(matches!(
+        read_infer(&nothing, None, &Arc::new(signature), INPUTS_MAX),
+        Err(JobError::Invalid(_))
+    ));
     let classes = json!([{"name": "y", "parameters": {"classification": 3}}]);
     assert!(whole(json!({"inputs": [x], "outputs": classes})).contains("classification"));
     let many = json!({"name": "x", "datatype": "FP32", "shape": [9, 2], "data": vec![0; 18]});
