@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     access::{Access, Visibility},
     buckets::Buckets,
-    config::ModelSpec,
+    config::{BatchWait, ModelSpec},
     egress::{HttpResponse, RETRY_AFTER_TIME, object_response, text_response},
     insight::metrics::{METRICS_CONTENT_TYPE, Metrics},
     jobs::Jobs,
@@ -192,7 +192,9 @@ struct ModelReport<'a> {
     replicas_stuck: i64,
     queued: i64,
     max_batch_size: usize,
-    wait_ms: u128,
+    max_batch_cost: Option<u64>,
+    /// A number, or "adaptive".
+    wait_ms: Value,
     #[serde(skip_serializing_if = "Option::is_none")]
     generation: Option<GenerationReport<'a>>,
 }
@@ -258,7 +260,11 @@ impl<'a> ModelSnapshot<'a> {
             replicas_stuck: model.metrics.replicas_stuck.get(),
             queued: model.metrics.queued.get(),
             max_batch_size: spec.batch.max_batch_size,
-            wait_ms: spec.batch.wait.as_millis(),
+            max_batch_cost: spec.batch.max_batch_cost,
+            wait_ms: match spec.batch.wait {
+                BatchWait::Fixed(wait) => json!(wait.as_millis()),
+                BatchWait::Adaptive => json!("adaptive"),
+            },
             generation: serving.as_ref().map(|generation| GenerationReport {
                 number: generation.number,
                 plugin_name: &generation.plugin.description().name,

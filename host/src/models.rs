@@ -123,7 +123,7 @@ mod tests {
     fn a_host_that_shuts_down_waits_for_no_batch_of_a_model_that_comes_meanwhile() {
         let mut spec = config::load(&[], &config::Environment::default()).unwrap().config.defaults;
         spec.batch.max_batch_size = 8;
-        spec.batch.wait = Duration::from_secs(60);
+        spec.batch.wait = config::BatchWait::Fixed(Duration::from_secs(60));
         let metrics = Metrics::new(Traces::default());
         let make = |name| Model::new(spec.named(name), &metrics, Devices::none()).0;
         let mailbox = Arc::new(Mailbox::default());

@@ -139,7 +139,8 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     }
 
     /// How much work an input is, in a unit of the pipeline's own: tokens, pixels, rows. Asked once, after `validate`, under the same
-    /// terms. The host counts it (`modalkit_cost_total`).
+    /// terms. The host counts it (`modalkit_cost_total`), and no batch costs more than `max_batch_cost`, where that is set. A pipeline that pads the inputs of a
+    /// batch to one length gives each its cost so padded, and a [`InferencePipeline::shape`].
     ///
     /// ```
     /// # struct Input { text: String }
@@ -156,8 +157,19 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
         1
     }
 
-    /// A key of an input's shape: inputs with the same key fit into one batch without padding. Asked as [`InferencePipeline::cost`] is. It crosses
-    /// to the host, which doesn't sort batches by it yet.
+    /// A key of an input's shape: inputs with the same key share batches, others don't; a length rounded up, say. Asked as [`InferencePipeline::cost`] is. It is
+    /// a wish: an input that was read from the journal, or came while no instance could be asked, has 0, whatever it is.
+    ///
+    /// ```
+    /// # struct Input { tokens: Vec<u32> }
+    /// # struct Tagger;
+    /// # impl Tagger {
+    /// fn shape(&self, input: &Input) -> u64 {
+    ///     input.tokens.len().next_multiple_of(32) as u64
+    /// }
+    /// # }
+    /// # assert_eq!(Tagger.shape(&Input { tokens: vec![7; 40] }), 64);
+    /// ```
     fn shape(&self, input: &Self::Input) -> u64 {
         let _ = input;
         0

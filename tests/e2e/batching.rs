@@ -32,6 +32,82 @@ fn an_incomplete_batch_runs_when_it_has_waited() {
     assert_eq!(host.metric(r#"modalkit_batches_closed_total{model="puppet",reason="waited"}"#), 1.0);
 }
 
+/// In the host's process and in one of its own.
+fn in_both(config: &str, test: impl Fn(&Host)) {
+    for isolation in ["in-process", "process"] {
+        let isolation = format!("\n[app_settings.deployment_config]\nisolation = \"{isolation}\"");
+        test(&Setup::new().plugin("puppet").config(&(config.to_owned() + &isolation)).ready());
+    }
+}
+
+#[test]
+fn a_batch_costs_no_more_than_it_may_and_what_costs_more_runs_by_itself() {
+    let config = "[app_settings.batch_config]\nmax_batch_size = 8\nmax_batch_cost = 10\nwait_ms = 2000";
+    in_both(config, |host| {
+        let batches_of = |costs: &[u64]| {
+            let inputs: Vec<Value> = costs.iter().map(|cost| json!({"cost": cost})).collect();
+            let (status, body) = host.post("/predict_batch", &json!(inputs));
+            assert_eq!(status, 200, "{body}");
+            let batches = body.as_array().unwrap().iter();
+            batches.map(|output| output["batch"].as_u64().unwrap()).collect::<Vec<u64>>()
+        };
+        assert_eq!(batches_of(&[4, 4, 4, 6, 50, 10]), [2, 2, 2, 2, 1, 1]);
+        assert_eq!(together(host, &[json!({"cost": 5}), json!({"cost": 5})])[0]["batch"], 2);
+        assert_eq!(host.metric(r#"modalkit_batches_closed_total{model="puppet",reason="costly"}"#), 5.0);
+        assert_eq!(host.metric(r#"modalkit_cost_total{model="puppet"}"#), 88.0);
+        // A 4 beside a 6.
+        assert_eq!(host.metric(r#"modalkit_padding_cost_total{model="puppet"}"#), 2.0);
+        // Of jobs as well.
+        let accepted = [5, 5]
+            .map(|cost| host.post("/predict_async", &json!({"message": {"cost": cost}})).1["job_id"].clone());
+        for id in accepted {
+            let path = format!("/jobs/{}?wait_ms=5000", id.as_str().unwrap());
+            assert_eq!(host.get(&path).1["result"]["batch"], 2);
+        }
+    });
+}
+
+#[test]
+fn inputs_of_one_shape_share_a_batch_and_others_wait_no_longer_for_that() {
+    let config = "[app_settings.batch_config]\nmax_batch_size = 2\nmax_batch_cost = 100\nwait_ms = 300";
+    in_both(config, |host| {
+        let inputs: Vec<Value> =
+            [1, 2, 1, 3, 2, 1].iter().map(|shape| json!({"shape": shape, "value": shape})).collect();
+        let (status, body) = host.post("/predict_batch", &json!(inputs));
+        assert_eq!(status, 200, "{body}");
+        let found: Vec<(i64, i64)> = body
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|output| (output["value"].as_i64().unwrap(), output["batch"].as_i64().unwrap()))
+            .collect();
+        assert_eq!(found, [(1, 2), (2, 2), (1, 2), (3, 1), (2, 2), (1, 1)]);
+        assert_eq!(host.metric(r#"modalkit_batches_closed_total{model="puppet",reason="full"}"#), 2.0);
+        assert_eq!(host.metric(r#"modalkit_batches_closed_total{model="puppet",reason="waited"}"#), 2.0);
+    });
+}
+
+#[test]
+fn an_adaptive_wait_fills_batches_of_many_callers() {
+    const CALLERS: usize = 8;
+    const REQUESTS: usize = 30;
+    let config = "[app_settings.batch_config]\nmax_batch_size = 8\nwait_ms = \"adaptive\"";
+    let host = Setup::new().plugin("puppet").config(config).ready();
+    assert_eq!(host.get("/models/puppet").1["wait_ms"], "adaptive");
+    // Where one waited for nobody, two groups of them would take turns.
+    let body = json!({"do": "sleep", "ms": 10});
+    thread::scope(|scope| {
+        for _ in 0..CALLERS {
+            scope.spawn(|| {
+                (0..REQUESTS).for_each(|_| assert_eq!(host.post("/predict_sync", &body).0, 200));
+            });
+        }
+    });
+    let batches = host.metric(r#"modalkit_batch_size_items_count{model="puppet"}"#);
+    let size = (CALLERS * REQUESTS) as f64 / batches;
+    assert!(size > 5.0, "batches of {size} on average");
+}
+
 #[test]
 fn synchronous_and_asynchronous_jobs_share_a_batch() {
     let config = "[app_settings.batch_config]\nmax_batch_size = 2\nwait_ms = 5000";

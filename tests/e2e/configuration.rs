@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use modalkit::config::{self, Environment, Faults, Loaded};
+use modalkit::config::{self, BatchWait, Environment, Faults, Loaded};
 use modalkit_tests::{Host, Setup, built, install, library, wait_until, workspace};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -109,8 +109,8 @@ fn later_layers_win_and_every_value_says_where_it_is_from() {
     let digits = &loaded.config.models["Digits"];
     assert_eq!(digits.settings.json(), r#"{"labels":["a","b"],"top_k":3}"#);
     assert_eq!(
-        (digits.batch.max_batch_size, digits.batch.wait.as_millis(), digits.batch.queue_max),
-        (3, 9, 7)
+        (digits.batch.max_batch_size, digits.batch.wait, digits.batch.queue_max),
+        (3, BatchWait::Fixed(Duration::from_millis(9)), 7)
     );
 }
 
@@ -311,7 +311,8 @@ fn files_of_the_python_library_load_unchanged() {
     // The library lets requests name any queue.
     assert!(warned.contains(&"app_settings.queue_config.allowed_queues"), "{warned:?}");
     let digits = &loaded.config.models["digits"];
-    assert_eq!((digits.batch.max_batch_size, digits.batch.wait.as_millis()), (64, 20));
+    let wait = BatchWait::Fixed(Duration::from_millis(20));
+    assert_eq!((digits.batch.max_batch_size, digits.batch.wait), (64, wait));
     assert_eq!((digits.replicas.max, digits.replicas.idle_timeout.as_secs()), (4, 300));
     assert_eq!(digits.retries, 3);
     assert_eq!(digits.gpu.as_ref().unwrap().to_string(), "H100 or A100");

@@ -3,28 +3,34 @@
 //!
 //! # The closing rule
 //!
-//! A batch is taken only when somebody is free to run it, so that while all are busy the next batch keeps filling. It
-//! closes when it holds [`Policy::max_batch_size`] jobs, or when [`Policy::wait`] has passed since the later of two
-//! moments: the oldest job came, somebody became free. Counting from the arrival alone would lock closed-loop callers
-//! into two half-full batches that take turns: each half comes back while the other runs, and has waited long enough
-//! by the time that one ends.
+//! A batch is taken only when somebody is free to run it, so that while all are busy the next batch keeps filling. Jobs of one [`Measure::shape`] form a
+//! batch: none is padded to the length of another. It closes when it holds [`Policy::max_batch_size`] jobs, when the next one would bring its cost beyond
+//! [`Policy::max_batch_cost`], or when [`Policy::wait`] has passed since the later of two moments: its oldest job came, somebody became free. Counting from
+//! the arrival alone would lock closed-loop callers into two half-full batches that take turns: each half comes back while the other runs, and has waited
+//! long enough by the time that one ends. What an adaptive wait is, [`Wait::Adaptive`] says.
+//!
+//! Within a shape, jobs are taken in the order they came. A batch that is full may go before older jobs of other shapes, until those have waited their time:
+//! from then on no later job is taken before them.
 //!
 //! ```
 //! use std::time::{Duration, Instant};
-//! use modalkit_batch::{Batcher, Closed, Next, Policy};
+//! use modalkit_batch::{Batcher, Closed, Measure, Next, Policy, Wait};
 //!
 //! let wait = Duration::from_millis(5);
-//! let mut batcher = Batcher::new(Policy { max_batch_size: 2, wait, queue_max: 8 });
+//! let policy = Policy { max_batch_size: 2, max_batch_cost: None, wait: Wait::Fixed(wait), queue_max: 8 };
+//! let mut batcher = Batcher::new(policy);
 //! let start = Instant::now();
-//! batcher.push(start, ["a"], None).unwrap();
+//! batcher.push(start, [("a", Measure::default())], None).unwrap();
 //! assert!(matches!(batcher.next(start, start), Next::Wait(until) if until == start + wait));
-//! batcher.push(start, ["b", "c"], None).unwrap();
+//! let long = Measure { cost: 500, shape: 512 };
+//! batcher.push(start, [("b", long), ("c", Measure::default())], None).unwrap();
 //! let Next::Batch(batch) = batcher.next(start, start) else { panic!() };
-//! assert_eq!((batch.jobs[0].job, batch.jobs[1].job, batch.closed), ("a", "b", Closed::Full));
+//! assert_eq!((batch.jobs[0].job, batch.jobs[1].job, batch.closed), ("a", "c", Closed::Full));
 //! ```
 
 #![forbid(unsafe_code)]
 
+mod adaptive;
 mod queue;
 
 use std::{
@@ -32,18 +38,48 @@ use std::{
     time::{Duration, Instant},
 };
 
+use adaptive::Learned;
 pub use queue::ArrivalId;
 use queue::Queue;
+
+/// Queues without jobs that are kept: their memory serves the next jobs.
+const EMPTY_QUEUES_MAX: usize = 8;
 
 /// The limits of one model's queue and batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// The most jobs in a batch, at least 1.
     pub max_batch_size: usize,
+    /// The most that the jobs of a batch cost together, at least 1; one that costs more runs by itself. `None` for any.
+    pub max_batch_cost: Option<u64>,
     /// How long an incomplete batch waits for more.
-    pub wait: Duration,
+    pub wait: Wait,
     /// The most jobs that wait, not counting those that were taken.
     pub queue_max: usize,
+}
+
+/// How long an incomplete batch waits for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// So long.
+    Fixed(Duration),
+    /// As long as that gives more jobs in the time, by what was learned from arrivals and from the time that batches take; no longer than a batch takes.
+    Adaptive,
+}
+
+/// How much work a job is, and what it can be batched with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measure {
+    /// How much work, in a unit that all jobs have in common.
+    pub cost: u64,
+    /// Jobs with the same one may share a batch.
+    pub shape: u64,
+}
+
+impl Default for Measure {
+    fn default() -> Self {
+        Self { cost: 1, shape: 0 }
+    }
 }
 
 /// Why a batch was closed.
@@ -51,6 +87,8 @@ pub struct Policy {
 pub enum Closed {
     /// It held `max_batch_size` jobs.
     Full,
+    /// One more job would have cost more than `max_batch_cost`.
+    Costly,
     /// `wait` had passed.
     Waited,
     /// No more jobs will come, so waiting for some would be in vain.
@@ -98,17 +136,36 @@ pub struct Full<I>(pub I);
 #[derive(Debug)]
 pub struct Batcher<J> {
     policy: Policy,
-    queue: Queue<J>,
+    /// One for each shape that waits, and a few that are empty.
+    queues: Vec<Queue<J>>,
+    next_id: u64,
     /// Each is a batch.
     alone: VecDeque<Waiting<J>>,
     draining: bool,
+    learned: Learned,
+}
+
+/// The oldest job of a shape.
+#[derive(Clone, Copy)]
+struct Oldest {
+    id: ArrivalId,
+    arrived: Instant,
+    /// Its queue's.
+    place: usize,
 }
 
 impl<J> Batcher<J> {
     /// An empty queue.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        Self { policy: sensible(policy), queue: Queue::new(), alone: VecDeque::new(), draining: false }
+        Self {
+            policy: sensible(policy),
+            queues: Vec::new(),
+            next_id: 0,
+            alone: VecDeque::new(),
+            draining: false,
+            learned: Learned::new(),
+        }
     }
 
     /// Replaces the limits; what waits already stays, however much it is.
@@ -125,7 +182,7 @@ impl<J> Batcher<J> {
     /// Jobs that wait.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.queue.len() + self.alone.len()
+        self.queued() + self.alone.len()
     }
 
     /// Whether none waits.
@@ -142,7 +199,7 @@ impl<J> Batcher<J> {
 
     /// Takes a job that is to be run next and as a batch of its own. It is counted in no limit, and has no deadline.
     pub fn push_alone(&mut self, now: Instant, job: J) -> ArrivalId {
-        let id = self.queue.use_id();
+        let id = self.use_id();
         self.alone.push_back(Waiting { job, id, arrived: now });
         id
     }
@@ -151,7 +208,7 @@ impl<J> Batcher<J> {
     ///
     /// # Errors
     /// [`Full`], with the jobs, where fewer than all fit.
-    pub fn push<I: IntoIterator<Item = J>>(
+    pub fn push<I: IntoIterator<Item = (J, Measure)>>(
         &mut self,
         now: Instant,
         jobs: I,
@@ -161,12 +218,17 @@ impl<J> Batcher<J> {
         I::IntoIter: ExactSizeIterator,
     {
         let jobs = jobs.into_iter();
-        if jobs.len() > self.policy.queue_max.saturating_sub(self.queue.len()) {
+        let count = jobs.len();
+        if count > self.policy.queue_max.saturating_sub(self.queued()) {
             return Err(Full(jobs));
         }
-        let first = self.queue.next_id();
+        let first = ArrivalId(self.next_id);
         for job in jobs {
-            self.queue.push(job, now, deadline);
+            let id = self.use_id();
+            self.queue_of(job.1.shape).push(id, job, now, deadline);
+        }
+        if self.policy.wait == Wait::Adaptive {
+            self.learned.came(now, count);
         }
         Ok(first)
     }
@@ -176,12 +238,24 @@ impl<J> Batcher<J> {
         if let Some(place) = self.alone.iter().position(|waiting| waiting.id == id) {
             return self.alone.remove(place).map(|waiting| waiting.job);
         }
-        self.queue.remove(id)
+        let job = self.queues.iter_mut().find_map(|queue| queue.remove(id));
+        self.drop_empty();
+        job
     }
 
     /// Takes out the jobs whose deadline has passed; they take no slot in any batch.
     pub fn expire(&mut self, now: Instant) -> Vec<J> {
-        self.queue.expire(now)
+        let mut expired = Vec::new();
+        self.queues.iter_mut().for_each(|queue| queue.expire(now, &mut expired));
+        self.drop_empty();
+        expired
+    }
+
+    /// Learns that a batch of so many jobs has ended, and took so long.
+    pub fn batch_ended(&mut self, now: Instant, jobs: usize, took: Duration) {
+        if self.policy.wait == Wait::Adaptive {
+            self.learned.batch_ended(now, jobs, took);
+        }
     }
 
     /// No more jobs will be pushed: from now on no batch waits to be filled.
@@ -192,7 +266,8 @@ impl<J> Batcher<J> {
     /// Takes out every job that waits.
     pub fn clear(&mut self) -> Vec<J> {
         let mut all: Vec<J> = self.alone.drain(..).map(|waiting| waiting.job).collect();
-        all.extend(self.queue.clear());
+        self.queues.iter_mut().for_each(|queue| all.extend(queue.clear()));
+        self.drop_empty();
         all
     }
 
@@ -201,33 +276,133 @@ impl<J> Batcher<J> {
         if let Some(job) = self.alone.pop_front() {
             return Next::Batch(Batch { jobs: vec![job], closed: Closed::Alone });
         }
-        let Some(oldest) = self.queue.oldest_arrival() else { return Next::Idle };
-        let closed = if self.queue.len() >= self.policy.max_batch_size {
+        let Some(oldest) = self.oldest() else { return Next::Idle };
+        let Some(until) = self.waits_until(oldest, now, free_since) else {
+            return Next::Batch(self.take(oldest.place));
+        };
+        match self.oldest_full() {
+            None => Next::Wait(until),
+            // It has waited its time, though nobody may have been free then: nobody goes before it any more.
+            Some(_) if oldest.arrived + self.longest_wait() <= now => Next::Batch(self.take(oldest.place)),
+            Some(full) => Next::Batch(self.take(full.place)),
+        }
+    }
+
+    /// Whether [`Batcher::next`] would give a batch at once to somebody who is free from now on.
+    #[must_use]
+    pub fn is_ready(&self, now: Instant) -> bool {
+        let Some(oldest) = self.oldest() else { return !self.alone.is_empty() };
+        !self.alone.is_empty() || self.oldest_full().is_some() || self.waits_until(oldest, now, now).is_none()
+    }
+
+    fn queued(&self) -> usize {
+        self.queues.iter().map(Queue::len).sum()
+    }
+
+    fn use_id(&mut self) -> ArrivalId {
+        self.next_id += 1;
+        ArrivalId(self.next_id - 1)
+    }
+
+    /// That of a shape; a new one where there is none.
+    fn queue_of(&mut self, shape: u64) -> &mut Queue<J> {
+        let place = self.queues.iter().position(|queue| queue.shape() == shape).unwrap_or_else(|| {
+            let empty = self.queues.iter().position(|queue| queue.len() == 0);
+            empty.unwrap_or_else(|| {
+                self.queues.push(Queue::new(shape));
+                self.queues.len() - 1
+            })
+        });
+        self.queues[place].set_shape(shape);
+        &mut self.queues[place]
+    }
+
+    /// Lets go of queues that are empty, but for a few.
+    fn drop_empty(&mut self) {
+        if self.queues.len() > EMPTY_QUEUES_MAX {
+            let mut kept = 0;
+            self.queues.retain(|queue| {
+                kept += usize::from(queue.len() == 0);
+                queue.len() > 0 || kept <= EMPTY_QUEUES_MAX
+            });
+        }
+    }
+
+    fn oldest_of_each(&self) -> impl Iterator<Item = Oldest> {
+        let oldest = |(place, queue): (usize, &Queue<J>)| {
+            queue.oldest().map(|(id, arrived)| Oldest { id, arrived, place })
+        };
+        self.queues.iter().enumerate().filter_map(oldest)
+    }
+
+    fn oldest(&self) -> Option<Oldest> {
+        self.oldest_of_each().min_by_key(|oldest| oldest.id)
+    }
+
+    /// The oldest job whose batch is full.
+    fn oldest_full(&self) -> Option<Oldest> {
+        self.oldest_of_each()
+            .filter(|oldest| self.is_full(&self.queues[oldest.place]))
+            .min_by_key(|oldest| oldest.id)
+    }
+
+    fn is_full(&self, queue: &Queue<J>) -> bool {
+        queue.len() >= self.policy.max_batch_size || queue.cost() >= self.cost_max()
+    }
+
+    fn cost_max(&self) -> u128 {
+        self.policy.max_batch_cost.map_or(u128::MAX, u128::from)
+    }
+
+    /// Until when the batch of a shape's oldest job waits for somebody who has been free so long; `None` where it doesn't.
+    fn waits_until(&self, oldest: Oldest, now: Instant, free_since: Instant) -> Option<Instant> {
+        let queue = &self.queues[oldest.place];
+        if self.draining || self.is_full(queue) {
+            return None;
+        }
+        let longest = oldest.arrived.max(free_since) + self.longest_wait();
+        let until = match self.policy.wait {
+            Wait::Fixed(_) => longest,
+            Wait::Adaptive => {
+                let room = self.policy.max_batch_size - queue.len();
+                self.learned.waits_until(now, queue.len(), room)?.min(longest)
+            }
+        };
+        Some(until).filter(|until| now < *until)
+    }
+
+    fn longest_wait(&self) -> Duration {
+        match self.policy.wait {
+            Wait::Fixed(wait) => wait,
+            Wait::Adaptive => self.learned.service(),
+        }
+    }
+
+    fn take(&mut self, place: usize) -> Batch<J> {
+        let queue = &self.queues[place];
+        let closed = if queue.len() >= self.policy.max_batch_size {
             Closed::Full
+        } else if queue.cost() >= self.cost_max() {
+            Closed::Costly
         } else if self.draining {
             Closed::Drained
         } else {
-            let close_at = oldest.max(free_since) + self.policy.wait;
-            if now < close_at {
-                return Next::Wait(close_at);
-            }
             Closed::Waited
         };
-        Next::Batch(Batch { jobs: self.queue.take(self.policy.max_batch_size), closed })
-    }
-
-    /// Whether [`Batcher::next`] would give a batch at once to somebody free, however recently.
-    #[must_use]
-    pub fn is_ready(&self) -> bool {
-        !self.alone.is_empty()
-            || !self.is_empty()
-                && (self.queue.len() >= self.policy.max_batch_size
-                    || self.draining
-                    || self.policy.wait.is_zero())
+        let (most, cost_max) = (self.policy.max_batch_size, self.cost_max());
+        let jobs = self.queues[place].take(most, cost_max);
+        // As many as it may be, and one more would have cost too much.
+        let closed = if closed == Closed::Full && jobs.len() < most { Closed::Costly } else { closed };
+        self.drop_empty();
+        Batch { jobs, closed }
     }
 }
 
 /// A batch of none would never end the queue.
 fn sensible(policy: Policy) -> Policy {
-    Policy { max_batch_size: policy.max_batch_size.max(1), ..policy }
+    Policy {
+        max_batch_size: policy.max_batch_size.max(1),
+        max_batch_cost: policy.max_batch_cost.map(|cost| cost.max(1)),
+        ..policy
+    }
 }

@@ -1,12 +1,12 @@
-//! Jobs in the order they came, each removable by id. It owns arrival, deadline and order, and never knows batches.
+//! Jobs of one shape in the order they came, each removable by id. It owns arrival, deadline, cost and order, and never knows batches.
 
 use std::{collections::VecDeque, time::Instant};
 
-use crate::Waiting;
+use crate::{Measure, Waiting};
 
 /// Names a job in the batcher it was pushed to. Ids grow by one with each job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ArrivalId(u64);
+pub struct ArrivalId(pub(crate) u64);
 
 impl ArrivalId {
     /// The id of the job that was pushed `offset` places after this one in the same push.
@@ -16,13 +16,15 @@ impl ArrivalId {
     }
 }
 
-/// A removed job leaves a gap, so that ids stay positions: the job with id `first + i` is in slot `i`. Gaps vanish when
-/// they reach the front, and [`Queue::close_gaps`] bounds them, so memory follows the jobs that wait.
+/// A removed job leaves a gap, so that ids grow from slot to slot. Gaps vanish when they reach the front, and [`Queue::close_gaps`] bounds them, so memory
+/// follows the jobs that wait.
 #[derive(Debug)]
 pub(crate) struct Queue<J> {
+    shape: u64,
     slots: VecDeque<Slot<J>>,
-    next: u64,
     live: usize,
+    /// Of all that wait.
+    cost: u128,
     /// No job's deadline is earlier; a lower bound, exact after each expiry.
     earliest_deadline: Option<Instant>,
 }
@@ -32,6 +34,7 @@ struct Slot<J> {
     id: ArrivalId,
     arrived: Instant,
     deadline: Option<Instant>,
+    measure: Measure,
     job: Option<J>,
 }
 
@@ -39,84 +42,109 @@ struct Slot<J> {
 const GAPS_TOLERATED: usize = 64;
 
 impl<J> Queue<J> {
-    pub(crate) fn new() -> Self {
-        Self { slots: VecDeque::new(), next: 0, live: 0, earliest_deadline: None }
+    pub(crate) fn new(shape: u64) -> Self {
+        Self { shape, slots: VecDeque::new(), live: 0, cost: 0, earliest_deadline: None }
+    }
+
+    /// Makes an empty one that of another shape.
+    pub(crate) fn set_shape(&mut self, shape: u64) {
+        self.shape = shape;
+    }
+
+    pub(crate) fn shape(&self) -> u64 {
+        self.shape
     }
 
     pub(crate) fn len(&self) -> usize {
         self.live
     }
 
-    pub(crate) fn next_id(&self) -> ArrivalId {
-        ArrivalId(self.next)
+    /// The costs of all that wait.
+    pub(crate) fn cost(&self) -> u128 {
+        self.cost
     }
 
-    /// The next id, for a job that isn't kept here.
-    pub(crate) fn use_id(&mut self) -> ArrivalId {
-        let id = self.next_id();
-        self.next += 1;
-        id
-    }
-
-    pub(crate) fn push(&mut self, job: J, arrived: Instant, deadline: Option<Instant>) {
-        self.slots.push_back(Slot { id: ArrivalId(self.next), arrived, deadline, job: Some(job) });
-        self.next += 1;
+    pub(crate) fn push(
+        &mut self,
+        id: ArrivalId,
+        (job, measure): (J, Measure),
+        arrived: Instant,
+        deadline: Option<Instant>,
+    ) {
+        self.slots.push_back(Slot { id, arrived, deadline, measure, job: Some(job) });
         self.live += 1;
+        self.cost += u128::from(measure.cost);
         if let Some(deadline) = deadline {
             self.earliest_deadline =
                 Some(self.earliest_deadline.map_or(deadline, |known| known.min(deadline)));
         }
     }
 
-    pub(crate) fn oldest_arrival(&self) -> Option<Instant> {
+    /// The oldest job's id, and when it came.
+    pub(crate) fn oldest(&self) -> Option<(ArrivalId, Instant)> {
         // The front is never a gap.
-        self.slots.front().map(|slot| slot.arrived)
+        self.slots.front().map(|slot| (slot.id, slot.arrived))
     }
 
     pub(crate) fn remove(&mut self, id: ArrivalId) -> Option<J> {
         let position = self.slots.binary_search_by_key(&id, |slot| slot.id).ok()?;
-        let job = self.slots[position].job.take()?;
+        let slot = &mut self.slots[position];
+        let job = slot.job.take()?;
         self.live -= 1;
+        self.cost -= u128::from(slot.measure.cost);
         self.close_gaps();
         Some(job)
     }
 
-    pub(crate) fn expire(&mut self, now: Instant) -> Vec<J> {
+    pub(crate) fn expire(&mut self, now: Instant, expired: &mut Vec<J>) {
         if self.earliest_deadline.is_none_or(|earliest| now < earliest) {
-            return Vec::new();
+            return;
         }
-        let mut expired = Vec::new();
+        let before = expired.len();
         let mut earliest: Option<Instant> = None;
         for slot in &mut self.slots {
             let Some(deadline) = slot.deadline else { continue };
-            if deadline <= now {
-                expired.extend(slot.job.take());
-            } else if slot.job.is_some() {
-                earliest = Some(earliest.map_or(deadline, |known| known.min(deadline)));
+            if deadline > now {
+                if slot.job.is_some() {
+                    earliest = Some(earliest.map_or(deadline, |known| known.min(deadline)));
+                }
+            } else if let Some(job) = slot.job.take() {
+                self.cost -= u128::from(slot.measure.cost);
+                expired.push(job);
             }
         }
         self.earliest_deadline = earliest;
-        self.live -= expired.len();
+        self.live -= expired.len() - before;
         self.close_gaps();
-        expired
     }
 
-    /// The oldest jobs, at most `most`.
-    pub(crate) fn take(&mut self, most: usize) -> Vec<Waiting<J>> {
+    /// The oldest jobs: at most so many, which cost no more together, but where the first alone does.
+    pub(crate) fn take(&mut self, most: usize, cost_max: u128) -> Vec<Waiting<J>> {
         let mut taken = Vec::with_capacity(most.min(self.live));
+        let mut cost = 0;
         while taken.len() < most {
-            let Some(slot) = self.slots.pop_front() else { break };
-            taken.extend(slot.job.map(|job| Waiting { job, id: slot.id, arrived: slot.arrived }));
+            let Some(slot) = self.slots.front() else { break };
+            if slot.job.is_some() {
+                cost += u128::from(slot.measure.cost);
+                if cost > cost_max && !taken.is_empty() {
+                    break;
+                }
+            }
+            let Some(Slot { id, arrived, measure, job, .. }) = self.slots.pop_front() else { break };
+            if let Some(job) = job {
+                self.cost -= u128::from(measure.cost);
+                taken.push(Waiting { job, id, arrived });
+            }
         }
         self.live -= taken.len();
         self.close_gaps();
         taken
     }
 
-    pub(crate) fn clear(&mut self) -> Vec<J> {
-        self.live = 0;
+    pub(crate) fn clear(&mut self) -> impl Iterator<Item = J> + '_ {
+        (self.live, self.cost) = (0, 0);
         self.earliest_deadline = None;
-        self.slots.drain(..).filter_map(|slot| slot.job).collect()
+        self.slots.drain(..).filter_map(|slot| slot.job)
     }
 
     fn close_gaps(&mut self) {

@@ -5,9 +5,9 @@ use super::{
     declare::layer,
     layer::Setting,
     types::{
-        Address, Amount, BucketProvider, Count, Folder, FreeForm, Gpu, IsolationKind, Levels, MountKind,
-        Named, OneOrMany, Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu, Seconds,
-        SecondsOrZero, Secret, Sha256, Share, TaskKind, Url, Watch,
+        Address, Amount, BatchWaitMs, BucketProvider, Count, Folder, FreeForm, Gpu, IsolationKind, Levels,
+        MountKind, Named, OneOrMany, Over, PerSecond, Period, QueueKind, Ratio, RedisType, ReloadGpu,
+        Seconds, SecondsOrZero, Secret, Sha256, Share, TaskKind, Url, Watch,
     },
 };
 
@@ -191,8 +191,10 @@ layer! {
     pub(super) struct BatchConfig {
         /// Items in a batch.
         max_batch_size: Count<1, 1000> = Count(1);
-        /// Milliseconds that an incomplete batch waits for more.
-        wait_ms: Count<0, 600_000> = Count(0);
+        /// What the items of a batch cost together at most, in the unit of the model's pipeline; one that costs more runs by itself.
+        max_batch_cost: Large, or "any";
+        /// Milliseconds that an incomplete batch waits for more, or "adaptive".
+        wait_ms: BatchWaitMs = BatchWaitMs::Milliseconds(0);
         /// Items that wait for a batch, for each model.
         queue_max: Count<1, 16_777_216> = Count(4096);
     }

@@ -35,9 +35,9 @@ pub use fault::{Fault, Faults, Place, Warning};
 pub use layer::Row;
 pub use place::{HostPlace, host_place};
 pub use resolved::{
-    AuthSpec, BatchPolicy, Config, ConsumeSpec, ContainerSpec, GoldenSpec, JobSpec, KeyLimits, KeySource,
-    KeySpec, ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy, Replicas,
-    SecretText, Server, Settings, SsmSpec, Task, TlsFiles, TraceSpec, Volume, Watching,
+    AuthSpec, BatchPolicy, BatchWait, Config, ConsumeSpec, ContainerSpec, GoldenSpec, JobSpec, KeyLimits,
+    KeySource, KeySpec, ModelSpec, Mount, Probation, QueueSpec, Recycle, ReloadDevices, ReloadPolicy,
+    Replicas, SecretText, Server, Settings, SsmSpec, Task, TlsFiles, TraceSpec, Volume, Watching,
 };
 
 pub use secrets::{Secrets, read_file as read_secret};

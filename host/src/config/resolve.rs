@@ -7,15 +7,15 @@ use modalkit_device::{Preference, Wanted};
 use modalkit_engine::{self as engine, Confinement, Isolation, Sandbox};
 
 use super::{
-    BatchPolicy, Config, ContainerSpec, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place, Probation,
-    Recycle, ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Task, Volume, Warning, Watching, auth,
-    buckets,
+    BatchPolicy, BatchWait, Config, ContainerSpec, Environment, Fault, GoldenSpec, ModelSpec, Mount, Place,
+    Probation, Recycle, ReloadDevices, ReloadPolicy, Replicas, Secrets, Settings, Task, Volume, Warning,
+    Watching, auth, buckets,
     fault::listed,
     keys::{self, AppSettings, BatchConfig, DeploymentConfig, ModelEntry, Root},
     layer::{Row, Setting, child},
     queues,
     resolve_server::{check_allowed_hosts, check_cors_origins, server, state_folder},
-    types::{Amount, IsolationKind, MountKind, Named, ReloadGpu, TaskKind, Watch},
+    types::{Amount, BatchWaitMs, IsolationKind, MountKind, Named, ReloadGpu, TaskKind, Watch},
 };
 
 const DEFAULT_VOLUME: &str = "volume";
@@ -562,7 +562,11 @@ fn container(app: &AppSettings, deployment: &DeploymentConfig, warnings: &mut Ve
 fn batch_policy(batch: &BatchConfig) -> BatchPolicy {
     BatchPolicy {
         max_batch_size: batch.max_batch_size().0 as usize,
-        wait: Duration::from_millis(batch.wait_ms().0),
+        max_batch_cost: batch.max_batch_cost.value().map(|cost| cost.0),
+        wait: match batch.wait_ms() {
+            BatchWaitMs::Milliseconds(wait) => BatchWait::Fixed(Duration::from_millis(wait)),
+            BatchWaitMs::Adaptive => BatchWait::Adaptive,
+        },
         queue_max: batch.queue_max().0 as usize,
     }
 }
@@ -611,7 +615,10 @@ mod tests {
         let config = &loaded.config;
         let digits = &config.models["digits"];
         assert_eq!((digits.plugin.as_str(), digits.settings.json()), ("onnx", r#"{"top_k":3}"#.to_owned()));
-        assert_eq!((digits.batch.max_batch_size, digits.batch.wait), (8, Duration::from_millis(1)));
+        assert_eq!(
+            (digits.batch.max_batch_size, digits.batch.wait),
+            (8, BatchWait::Fixed(Duration::from_millis(1)))
+        );
         assert_eq!((digits.replicas.max, digits.replicas.batches_in_flight), (4, 4));
         assert_eq!(digits.common_settings, r#"{"device":"cpu"}"#);
         assert_eq!(loaded.warnings, []);

@@ -625,10 +625,29 @@ pub struct Probation {
 pub struct BatchPolicy {
     /// Items in a batch.
     pub max_batch_size: usize,
+    /// What they cost together at most; `None` for any.
+    pub max_batch_cost: Option<u64>,
     /// How long an incomplete batch waits.
-    pub wait: Duration,
+    pub wait: BatchWait,
     /// Items that wait.
     pub queue_max: usize,
+}
+
+impl BatchPolicy {
+    /// Whether inputs are measured before they are queued, also where a process has to be asked.
+    #[must_use]
+    pub fn is_measured(&self) -> bool {
+        self.max_batch_cost.is_some()
+    }
+}
+
+/// How long an incomplete batch waits for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchWait {
+    /// So long.
+    Fixed(Duration),
+    /// As long as is worth it.
+    Adaptive,
 }
 
 /// The replica part of `deployment_config`.

@@ -115,6 +115,7 @@ pub fn explain(begun: Instant, jobs: &[Arc<JobTimings>]) -> Value {
 fn explain_batch(batch: &BatchTimings, arrived: Instant, items: usize) -> Value {
     let closed = match batch.closed {
         Closed::Full => "full",
+        Closed::Costly => "costly",
         Closed::Waited => "waited",
         Closed::Drained => "drained",
         Closed::Alone => "alone",

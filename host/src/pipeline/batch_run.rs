@@ -56,6 +56,7 @@ struct BatchRun<'r> {
     callers: LaneCallers<'r>,
     times: StageTimes,
     cost: u64,
+    padding: u64,
     /// Why the batch failed as a whole, at first.
     failed: Option<Failure>,
     begun: Instant,
@@ -125,17 +126,19 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
         callers: LaneCallers { lane, context, places: Vec::new(), waited: Duration::ZERO, before },
         times: StageTimes::default(),
         cost: 0,
+        padding: 0,
         failed: None,
         begun,
         time_max: context.generation.spec.replicas.batch_timeout,
     };
     let result = run.run(items);
     let ended = Instant::now();
-    let BatchRun { mut ends, callers, times, cost, failed, .. } = run;
+    let BatchRun { mut ends, callers, times, cost, padding, failed, .. } = run;
     let waited = callers.waited;
     let mut totals = BatchTotals::default();
     if failed.is_none() && result.is_ok() {
         context.metrics.cost.inc_by(cost);
+        context.metrics.padding.inc_by(padding);
         totals.stages = context.observe(begun, &times, ended - waited).map(|stages| (count, stages));
     }
     let result = result.and_then(|()| examine(seat, &mut ends));
@@ -228,10 +231,13 @@ impl BatchRun<'_> {
     /// Runs items, in halves where all of them fail.
     fn run(&mut self, items: Vec<Item>) -> Result<(), Died> {
         let (mut places, mut inputs) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
+        let (mut cost, mut largest) = (0, 0);
         for (place, decoded) in items {
             match decoded_for(self.instance, decoded, &self.inputs[place], &self.context.generation) {
                 Ok(decoded) => {
-                    self.cost += decoded.measure.cost.min(COST_MAX);
+                    let cost_of_item = decoded.measure.cost.min(COST_MAX);
+                    cost += cost_of_item;
+                    largest = cost_of_item.max(largest);
                     places.push(place);
                     inputs.push(decoded);
                 }
@@ -245,6 +251,8 @@ impl BatchRun<'_> {
         if inputs.is_empty() {
             return Ok(());
         }
+        self.cost += cost;
+        self.padding += largest * inputs.len() as u64 - cost;
         if let Some(death) = self.instance.process().and_then(|process| process.death()) {
             // Before these were its concern.
             return Err(Died { how: death.how, by: death.by, suspects: Vec::new(), of_device: false });

@@ -174,10 +174,28 @@ impl Generation {
         Box::new(decoded.into_iter().zip(inputs).map(each))
     }
 
-    /// Of so many bytes of one input, those that are parsed when it comes: none where its batch has that done in another process.
+    /// Parses and validates one input before it is queued. Where the plugin is in a process of its own, the batch has that done; but where inputs are
+    /// `measured` before, the process is asked now.
+    ///
+    /// # Errors
+    /// As [`Generation::decode`].
+    pub fn decode_to_queue(&self, input: &Payload, measured: bool) -> Result<Decoded, JobError> {
+        if measured && self.plugin.is_isolated() {
+            let decoded = self.decode_each(std::slice::from_ref(input)).next();
+            return decoded.unwrap_or(Err(JobError::Lost));
+        }
+        self.decode(input)
+    }
+
+    /// Of so many bytes of one input, those that are parsed when it comes: none where its batch has that done in another process, all there could be
+    /// where that is asked before since inputs are `measured`.
     #[must_use]
-    pub fn bytes_to_parse(&self, bytes: usize) -> usize {
-        if self.plugin.is_isolated() && !self.spec.enforce_schema { 0 } else { bytes }
+    pub fn bytes_to_parse(&self, bytes: usize, measured: bool) -> usize {
+        match self.plugin.is_isolated() {
+            true if measured => usize::MAX,
+            true if !self.spec.enforce_schema => 0,
+            _ => bytes,
+        }
     }
 
     /// Of so many bytes that a request brings: those that are to be parsed before its inputs are queued; all there could be where a process is

@@ -3,11 +3,11 @@
 
 use std::{sync::Arc, time::Instant};
 
-use modalkit_batch::{ArrivalId, Batch, Batcher, Closed, Full, Next, Policy, Waiting};
+use modalkit_batch::{ArrivalId, Batch, Batcher, Closed, Full, Measure, Next, Policy, Wait, Waiting};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    config::BatchPolicy,
+    config::{BatchPolicy, BatchWait},
     insight::metrics::ModelMetrics,
     work::{Deadline, Job, JobError, Replies},
 };
@@ -26,6 +26,8 @@ struct State {
     batcher: Batcher<Job>,
     /// Lanes that want a batch, and since when.
     free: Vec<(LaneId, Instant)>,
+    /// Lanes that run a batch, since when, and its size.
+    running: Vec<(LaneId, Instant, usize)>,
     /// Of those, the lanes that wait on a condition variable.
     waiting_lanes: usize,
     /// The lane that will wake when the oldest incomplete batch has waited long enough.
@@ -89,6 +91,7 @@ impl Queue {
         let state = State {
             batcher: Batcher::new(of_config(policy)),
             free: Vec::new(),
+            running: Vec::new(),
             waiting_lanes: 0,
             timer: None,
             next_lane: 0,
@@ -130,7 +133,12 @@ impl Queue {
         if !state.open {
             return Err(JobError::Unavailable("the model stopped serving".into()));
         }
-        let pushed = state.batcher.push(Instant::now(), jobs, deadline.map(|deadline| deadline.0));
+        let now = Instant::now();
+        let measured = jobs.map(|job| {
+            let measure = measure_of(&job);
+            (job, measure)
+        });
+        let pushed = state.batcher.push(now, measured, deadline.map(|deadline| deadline.0));
         let first = match pushed {
             Ok(first) => first,
             Err(Full(jobs)) => {
@@ -140,7 +148,7 @@ impl Queue {
             }
         };
         self.metrics.queued.set(state.batcher.len() as i64);
-        Ok(Queued { first, must_wake: state.wants_a_lane() })
+        Ok(Queued { first, must_wake: state.wants_a_lane(now) })
     }
 
     /// Queues a job that is run next, without company. The caller wakes a lane as for [`Queue::push`].
@@ -152,9 +160,10 @@ impl Queue {
         if !state.open {
             return Err(JobError::Unavailable("the model stopped serving".into()));
         }
-        let first = state.batcher.push_alone(Instant::now(), job);
+        let now = Instant::now();
+        let first = state.batcher.push_alone(now, job);
         self.metrics.queued.set(state.batcher.len() as i64);
-        Ok(Queued { first, must_wake: state.wants_a_lane() })
+        Ok(Queued { first, must_wake: state.wants_a_lane(now) })
     }
 
     /// Takes jobs back that were in a batch which came to nothing: each is run next, without company, or, where nobody runs it any more,
@@ -174,7 +183,7 @@ impl Queue {
 
     /// Wakes a lane for what was pushed.
     pub fn wake(&self) {
-        let wake = self.state.lock().wants_a_lane();
+        let wake = self.state.lock().wants_a_lane(Instant::now());
         // After the lock is released, or the lane would wake only to wait for it.
         if wake {
             self.work.notify_one();
@@ -256,6 +265,7 @@ impl Queue {
         let free_since = Instant::now();
         // The clock is read again after each wait, and not before.
         let mut now = free_since;
+        state.note_ended(lane, now);
         state.free.push((lane, free_since));
         loop {
             match state_of_lane() {
@@ -267,7 +277,7 @@ impl Queue {
                 LaneState::Paused => {
                     state.remove_free(lane);
                     // Another lane takes over the timer or the work that this one was woken for.
-                    self.notify_next(&state);
+                    self.notify_next(&state, now);
                     self.paused.wait(&mut state);
                     now = Instant::now();
                     state.free.push((lane, now));
@@ -275,7 +285,7 @@ impl Queue {
                 }
                 LaneState::Stopped => {
                     state.remove_free(lane);
-                    self.notify_next(&state);
+                    self.notify_next(&state, now);
                     return None;
                 }
             }
@@ -289,8 +299,9 @@ impl Queue {
             match state.batcher.next(now, since) {
                 Next::Batch(batch) => {
                     state.remove_free(lane);
+                    state.running.push((lane, now, batch.jobs.len()));
                     self.metrics.queued.set(state.batcher.len() as i64);
-                    self.notify_next(&state);
+                    self.notify_next(&state, now);
                     drop(state);
                     self.observe(&batch, now, since);
                     return Some(Taken { batch, at: now, free_since: since });
@@ -318,8 +329,8 @@ impl Queue {
     }
 
     /// What is left in the queue needs a lane that runs it or waits for its time.
-    fn notify_next(&self, state: &State) {
-        if state.wants_a_lane() {
+    fn notify_next(&self, state: &State, now: Instant) {
+        if state.wants_a_lane(now) {
             self.work.notify_one();
         }
     }
@@ -327,6 +338,7 @@ impl Queue {
     fn observe(&self, batch: &Batch<Job>, now: Instant, free_since: Instant) {
         match batch.closed {
             Closed::Full => self.metrics.closed_full.inc(),
+            Closed::Costly => self.metrics.closed_costly.inc(),
             Closed::Waited => self.metrics.closed_waited.inc(),
             Closed::Drained => self.metrics.closed_drained.inc(),
             Closed::Alone => self.metrics.closed_alone.inc(),
@@ -351,9 +363,17 @@ impl Queue {
 
 impl State {
     /// Whether a lane that waits should wake: to run a batch, or to wait for the time of one that isn't full.
-    fn wants_a_lane(&self) -> bool {
-        let waiting = !self.batcher.is_empty() && self.timer.is_none();
-        self.waiting_lanes > 0 && (self.batcher.is_ready() || waiting)
+    fn wants_a_lane(&self, now: Instant) -> bool {
+        let waiting = || !self.batcher.is_empty() && self.timer.is_none();
+        self.waiting_lanes > 0 && (waiting() || self.batcher.is_ready(now))
+    }
+
+    /// A lane is back from its batch, where it had one.
+    fn note_ended(&mut self, lane: LaneId, now: Instant) {
+        if let Some(place) = self.running.iter().position(|(running, ..)| *running == lane) {
+            let (_, since, jobs) = self.running.swap_remove(place);
+            self.batcher.batch_ended(now, jobs, now.saturating_duration_since(since));
+        }
     }
 
     fn remove_free(&mut self, lane: LaneId) {
@@ -366,7 +386,18 @@ impl State {
 }
 
 fn of_config(policy: BatchPolicy) -> Policy {
-    Policy { max_batch_size: policy.max_batch_size, wait: policy.wait, queue_max: policy.queue_max }
+    let BatchPolicy { max_batch_size, max_batch_cost, wait, queue_max } = policy;
+    let wait = match wait {
+        BatchWait::Fixed(wait) => Wait::Fixed(wait),
+        BatchWait::Adaptive => Wait::Adaptive,
+    };
+    Policy { max_batch_size, max_batch_cost, wait, queue_max }
+}
+
+/// That of a job which nobody has looked at is as if its pipeline said nothing.
+fn measure_of(job: &Job) -> Measure {
+    let measure = job.decoded.as_ref().map(|decoded| decoded.measure);
+    measure.map_or_else(Measure::default, |measure| Measure { cost: measure.cost, shape: measure.shape })
 }
 
 /// The error for more items than a queue can ever hold.

@@ -97,6 +97,50 @@ macro_rules! real {
     };
 }
 
+/// How long an incomplete batch waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) enum BatchWaitMs {
+    Milliseconds(u64),
+    Adaptive,
+}
+
+const ADAPTIVE: &str = "adaptive";
+
+impl BatchWaitMs {
+    const MOST: u64 = 600_000;
+}
+
+impl Setting for BatchWaitMs {
+    fn expected() -> String {
+        format!("milliseconds, a whole number from 0 to {}, or \"{ADAPTIVE}\"", Self::MOST)
+    }
+
+    fn read(node: &Node, key: &str, reader: &mut Reader) -> Option<Self> {
+        let opened = number(node, reader.lenient);
+        let found = match &opened.value {
+            Value::Text(text) if text == ADAPTIVE => return Some(Self::Adaptive),
+            Value::Integer(found) => u64::try_from(*found).ok(),
+            Value::Float(found) if found.fract() == 0.0 && *found >= 0.0 => Some(*found as u64),
+            _ => None,
+        };
+        match found {
+            Some(found) if found <= Self::MOST => Some(Self::Milliseconds(found)),
+            _ => reader.refuse_scalar(&opened, key, Self::expected()),
+        }
+    }
+
+    fn json(&self, _: bool) -> Json {
+        match self {
+            Self::Milliseconds(milliseconds) => json!(milliseconds),
+            Self::Adaptive => json!(ADAPTIVE),
+        }
+    }
+
+    fn schema() -> Json {
+        json!({"anyOf": [{"type": ["integer", "null"], "minimum": 0, "maximum": Self::MOST}, {"const": ADAPTIVE}]})
+    }
+}
+
 real! {
     /// A time.
     Seconds, |found| (0.001..=86_400.0).contains(&found), "seconds from 0.001 to 86400"

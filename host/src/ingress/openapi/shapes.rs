@@ -90,7 +90,8 @@ pub(super) fn components() -> Components {
         ("replicas_stuck", count()),
         ("queued", count()),
         ("max_batch_size", count()),
-        ("wait_ms", count()),
+        ("max_batch_cost", or_null(count())),
+        ("wait_ms", json!({"anyOf": [count(), {"const": "adaptive"}]})),
         ("generation?", map(json!({}))),
     ] {
         with_name[name] = schema;

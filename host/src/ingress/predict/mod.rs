@@ -9,7 +9,7 @@ use std::{ops::Deref, pin::pin, sync::Arc, time::Instant};
 use bytes::Bytes;
 use hyper::StatusCode;
 use modalkit_batch::ArrivalId;
-use modalkit_engine::Payload;
+use modalkit_engine::{Decoded, Payload};
 
 use super::{
     Context,
@@ -33,7 +33,7 @@ use crate::{
     pipeline::{Generation, Model, Queued},
     protocol::{self, Envelope},
     queues::Allowed,
-    work::{Deadline, Deaths, Detail, Job, JobError, Location, Reply, RequestId, reply},
+    work::{Deadline, Deaths, Detail, Job, JobError, Location, PendingReply, Reply, RequestId, reply},
 };
 
 /// An admitted request for predictions: what is known of it before its body is read.
@@ -286,24 +286,32 @@ async fn sync(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
-    let (bytes, input) = (generation.bytes_to_parse(input.len()), Payload::Json(input));
-    let decode = |generation: &Generation, input: &Payload| generation.decode(input);
+    let measured = call.model.spec().batch.is_measured();
+    let (bytes, input) = (generation.bytes_to_parse(input.len(), measured), Payload::Json(input));
+    let decode = move |generation: &Generation, input: &Payload| generation.decode_to_queue(input, measured);
     let decoded = decode_body(peer, generation, &input, bytes, decode).await?;
-    let (handle, mut pending) = reply(&peer.io.mailbox);
-    let timings = call.timings();
-    let job = Job {
-        request_id: call.id.clone(),
-        input,
-        decoded: Some(decoded),
-        reply: handle,
-        timings,
-        deaths: Deaths::default(),
-    };
+    let answer = run_one(peer, call, (input, decoded)).await?;
+    answer.map(|body| egress::reply(Ok(body)))
+}
+
+/// A job of this call, and where its reply comes.
+fn job(peer: &Peer, call: &Call, (input, decoded): (Payload, Decoded)) -> (Job, PendingReply) {
+    let (reply, pending) = reply(&peer.io.mailbox);
+    let (request_id, timings) = (call.id.clone(), call.timings());
+    (Job { request_id, input, decoded: Some(decoded), reply, timings, deaths: Deaths::default() }, pending)
+}
+
+/// Runs one input.
+///
+/// # Errors
+/// It was not queued.
+async fn run_one(peer: &Peer, call: &Call, input: (Payload, Decoded)) -> Result<Reply, JobError> {
+    let (job, mut pending) = job(peer, call, input);
     let queued = call.model.queue.push([job], Some(call.deadline))?;
     let cancel_on_drop = CancelOnDrop::queue(peer, &*call.model, queued, 1);
     let answer = pending.wait().await;
     cancel_on_drop.done();
-    answer.map(|body| egress::reply(Ok(body)))
+    Ok(answer)
 }
 
 /// `POST /predict_batch`: a list of bare inputs, a list of answers.
@@ -321,21 +329,18 @@ async fn batch(
 }
 
 /// Runs the items of one request, and gives their answers in order; those that are wrong have theirs.
-async fn run_all(peer: &Peer, call: &Call, items: Vec<ListItem>) -> Result<Vec<Reply>, JobError> {
+async fn run_all(peer: &Peer, call: &Call, mut items: Vec<ListItem>) -> Result<Vec<Reply>, JobError> {
+    if let [Ok(_)] = &items[..] {
+        let only = items.pop().expect("there is one")?;
+        let inside = |error: JobError| error.inside(&[Location::Index(0)]);
+        return Ok(vec![run_one(peer, call, only).await?.map_err(inside)]);
+    }
     let (mut jobs, mut pending) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
     for item in items {
         pending.push(match item {
-            Ok((input, decoded)) => {
-                let (handle, answer) = reply(&peer.io.mailbox);
-                let (request_id, timings) = (call.id.clone(), call.timings());
-                jobs.push(Job {
-                    request_id,
-                    input,
-                    decoded: Some(decoded),
-                    reply: handle,
-                    timings,
-                    deaths: Deaths::default(),
-                });
+            Ok(input) => {
+                let (job, answer) = job(peer, call, input);
+                jobs.push(job);
                 Ok(answer)
             }
             Err(error) => Err(error),

@@ -57,8 +57,9 @@ pub(in crate::ingress) async fn begin(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<StartedStream, JobError> {
-    let (bytes, input) = (generation.bytes_to_parse(input.len()), Payload::Json(input));
-    let decode = |generation: &Generation, input: &Payload| generation.decode(input);
+    let measured = call.model.spec().batch.is_measured();
+    let (bytes, input) = (generation.bytes_to_parse(input.len(), measured), Payload::Json(input));
+    let decode = move |generation: &Generation, input: &Payload| generation.decode_to_queue(input, measured);
     let decoded = decode_body(exchange, generation, &input, bytes, decode).await?;
     let (handle, mut pending) = stream_reply(&exchange.io.mailbox, &exchange.context.budget, call.deadline);
     let timings = call.timings();

@@ -16,6 +16,7 @@ use super::Context;
 use crate::{
     access::Visibility,
     admin::Readiness,
+    config::BatchWait,
     egress::{self, Refusal},
     pipeline::{Generation, InferenceTotals, Model, Status, Total},
     protocol::v2::{self, Form, ModelFacts},
@@ -67,7 +68,10 @@ impl Served {
             version: self.generation.number,
             plugin: &self.generation.spec.plugin,
             batch_max: spec.batch.max_batch_size,
-            wait_us: u64::try_from(spec.batch.wait.as_micros()).unwrap_or(u64::MAX),
+            wait_us: match spec.batch.wait {
+                BatchWait::Fixed(wait) => u64::try_from(wait.as_micros()).unwrap_or(u64::MAX),
+                BatchWait::Adaptive => 0,
+            },
             replicas: self.model.metrics.replicas.get(),
             on_gpu: spec.gpu.is_some(),
             parameters: vec![

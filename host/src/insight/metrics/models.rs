@@ -20,7 +20,8 @@ families! {
         stage: seconds("modalkit_stage_seconds", "a batch's time in one stage", ["model", "stage"]);
         batch_size: items("modalkit_batch_size_items", "items in a batch", ["model"]);
         cost: counters("modalkit_cost_total", "cost of the items of batches that ran, in the unit of the model's pipeline (tokens, say; 1 an item where it doesn't say)", ["model"]);
-        batches_closed: counters("modalkit_batches_closed_total", "batches by why they closed", ["model", "reason"]);
+        padding: counters("modalkit_padding_cost_total", "what the items of batches would cost more if each cost as much as the largest of its batch: what is lost where a pipeline pads them to one length", ["model"]);
+        batches_closed: counters("modalkit_batches_closed_total", "batches by why they closed: full (max_batch_size), costly (max_batch_cost), waited (wait_ms), drained (the host or the model ends), alone (its one item runs without company)", ["model", "reason"]);
         jobs_skipped: counters("modalkit_jobs_skipped_total", "jobs dropped before they took a slot", ["model", "reason"]);
         batches_failed: counters("modalkit_batches_failed_total", "batches that failed whole, and not those whose items failed one by one", ["model", "reason"]);
         queued: gauges("modalkit_queued_jobs", "jobs that wait", ["model"]);
@@ -93,8 +94,12 @@ pub struct ModelMetrics {
     pub batch_size: Histogram,
     /// Cost of the items of batches that ran.
     pub cost: IntCounter,
+    /// What would be padded.
+    pub padding: IntCounter,
     /// Batches closed because they were full.
     pub closed_full: IntCounter,
+    /// Batches closed because of what they cost.
+    pub closed_costly: IntCounter,
     /// Batches closed because `wait_ms` had passed.
     pub closed_waited: IntCounter,
     /// Batches closed because no more jobs would come.

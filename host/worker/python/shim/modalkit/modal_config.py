@@ -64,7 +64,7 @@ class ModalConfig:
 
     def get_batched_method_settings(self):
         batch = self.app_settings.batch_config
-        return {"max_batch_size": batch.max_batch_size, "wait_ms": batch.wait_ms}
+        return {"max_batch_size": batch.max_batch_size, "wait_ms": batch.wait_ms if isinstance(batch.wait_ms, int) else 0}
 
     def get_asgi_app_settings(self):
         return {"requires_proxy_auth": self.app_settings.deployment_config.secure}

@@ -86,7 +86,8 @@ class BatchConfig(_Open):
     """Batches, which the host makes."""
 
     max_batch_size: int = 1
-    wait_ms: int = 0
+    max_batch_cost: Optional[int] = None
+    wait_ms: Union[int, str] = 0
 
 
 class QueueConfig(_Open):
