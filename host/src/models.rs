@@ -147,7 +147,7 @@ mod tests {
             };
             queue.push([job], None).unwrap();
             let taken = queue
-                .next_batch(queue.lane(), || LaneState::Active, &mut Replies::default())
+                .next_batch(queue.lane(), || LaneState::Active, &mut Replies::default(), None)
                 .expect("the lane is active");
             assert_eq!((taken.batch.jobs.len(), taken.batch.closed), (1, Closed::Drained), "{}", model.name);
         }

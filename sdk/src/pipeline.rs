@@ -139,8 +139,9 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     }
 
     /// How much work an input is, in a unit of the pipeline's own: tokens, pixels, rows. Asked once, after `validate`, under the same
-    /// terms. The host counts it (`modalkit_cost_total`), and no batch costs more than `max_batch_cost`, where that is set. A pipeline that pads the inputs of a
-    /// batch to one length gives each its cost so padded, and a [`InferencePipeline::shape`].
+    /// terms. The host counts it (`modalkit_cost_total`), and where `max_batch_cost` is set, no batch of several inputs costs more,
+    /// as far as they were asked about before they were queued (see `docs/batching.md`). A pipeline that pads the inputs of a batch to one length gives each its cost
+    /// so padded, and a [`InferencePipeline::shape`].
     ///
     /// ```
     /// # struct Input { text: String }
@@ -158,7 +159,7 @@ pub trait InferencePipeline: Send + Sync + Sized + 'static {
     }
 
     /// A key of an input's shape: inputs with the same key share batches, others don't; a length rounded up, say. Asked as [`InferencePipeline::cost`] is. It is
-    /// a wish: an input that was read from the journal, or came while no instance could be asked, has 0, whatever it is.
+    /// a wish: an input that nobody was asked about before it was queued has 0, whatever it is, and of very many shapes at once some share batches.
     ///
     /// ```
     /// # struct Input { tokens: Vec<u32> }

@@ -4,6 +4,7 @@
 //! of its own, so its cost is in neither server's figures. CPU time is what the kernel counted for the server's threads. A host that was
 //! built before may take part, so that a change is measured against the state before it.
 
+mod adaptive;
 mod buckets;
 mod grpc;
 mod insight;
@@ -142,12 +143,15 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["stream"] {
         return stream::run(rounds, seconds);
     }
+    if only == ["adaptive"] {
+        return adaptive::run(options);
+    }
     if only == ["jobs"] {
         return jobs::run(rounds, seconds);
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets, adaptive or jobs"
         );
     }
     build()?;

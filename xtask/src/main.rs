@@ -44,6 +44,7 @@ cargo xtask COMMAND
   bench buckets                 how fast a bucket of 1 GiB is mirrored, beside AWS's own command line
   bench python                  a pipeline in Python beside mosec 0.9.8, with the same model
   bench grpc                    ModelInfer over gRPC, beside bare tonic (--perf-analyzer COMMAND: asked by Triton's perf_analyzer)
+  bench adaptive                waits that are learned beside fixed ones: callers, bursts, a ramp, a model whose time drifts; writes a figure
   bench stream                  answers in chunks: the first event, a thousand streams at once, /predict_sync beside them
   bench insight                 what a key, and traces of 1 % of requests, cost a request of echo
   bench reload                  200 reloads under load: what callers notice, and how soon new code answers

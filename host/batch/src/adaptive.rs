@@ -7,7 +7,10 @@
 //! where that gives clearly more jobs in the time: `r / w` more than [`GAIN`] times `k / S`. A caller alone never waits: nobody else is expected. Of arrivals
 //! that have nothing to do with batches' ends, `r / w` is about `k / S`, and nothing waits either.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 /// How many times as many jobs a second waiting must give as running.
 const GAIN: f64 = 2.0;
@@ -21,10 +24,17 @@ const FACTOR: f64 = 1.189_207_115_002_721;
 /// The last one ends after some nine minutes.
 const SPANS: usize = 101;
 
+/// Batches whose time counts: the median of the last few, so that one that was slow changes nothing.
+const BATCHES_TIMED: usize = 9;
+/// The part of what is known of a time after a batch's end that is forgotten where the next one ended before it.
+const FORGOTTEN: f64 = 1.0 / 64.0;
+
 /// What was seen of one model.
 #[derive(Debug)]
 pub(crate) struct Learned {
-    /// Seconds that a batch takes; 0 where none has ended yet.
+    /// Seconds that the last batches took, the newest last.
+    times: VecDeque<f64>,
+    /// Their median; 0 where none has ended yet.
     service: f64,
     /// Jobs that come within each span after a batch's end, for each job of that batch.
     returns: [f64; SPANS],
@@ -41,20 +51,45 @@ struct Ended {
 
 impl Learned {
     pub(crate) fn new() -> Self {
-        Self { service: 0.0, returns: [0.0; SPANS], last: None }
+        Self {
+            times: VecDeque::with_capacity(BATCHES_TIMED),
+            service: 0.0,
+            returns: [0.0; SPANS],
+            last: None,
+        }
     }
 
     /// A batch of so many jobs has ended, and took so long.
     pub(crate) fn batch_ended(&mut self, at: Instant, jobs: usize, took: Duration) {
-        let took = took.as_secs_f64();
-        self.service = if self.service == 0.0 { took } else { mixed(self.service, took) };
+        self.note_time(took.as_secs_f64());
         let ended = Ended { at, jobs: jobs.max(1) as f64, came: [0.0; SPANS] };
         let Some(last) = self.last.replace(ended) else { return };
         let passed = at.saturating_duration_since(last.at).as_secs_f64();
-        // Of later spans nothing is known.
-        for (span, _) in spans_from(0).take_while(|(_, end)| *end <= passed) {
-            self.returns[span] = mixed(self.returns[span], last.came[span] / last.jobs);
+        // Whoever is answered comes back once: what is more has to do with other things.
+        let mut left = last.jobs;
+        for (span, end) in spans_from(0) {
+            let known = &mut self.returns[span];
+            if end > passed {
+                // Of later spans nothing was seen.
+                *known *= 1.0 - FORGOTTEN;
+                continue;
+            }
+            let came = last.came[span].min(left);
+            left -= came;
+            *known += NEWEST * (came / last.jobs - *known);
         }
+    }
+
+    fn note_time(&mut self, seconds: f64) {
+        if self.times.len() == BATCHES_TIMED {
+            self.times.pop_front();
+        }
+        self.times.push_back(seconds);
+        let mut sorted = [0.0; BATCHES_TIMED];
+        let sorted = &mut sorted[..self.times.len()];
+        sorted.iter_mut().zip(&self.times).for_each(|(place, seconds)| *place = *seconds);
+        sorted.sort_by(f64::total_cmp);
+        self.service = sorted[sorted.len() / 2];
     }
 
     /// So many jobs have come.
@@ -65,17 +100,20 @@ impl Learned {
         }
     }
 
-    /// Until when a batch of so many jobs, which has room for so many more, waits; `None` where it doesn't.
-    pub(crate) fn waits_until(&self, now: Instant, jobs: usize, room: usize) -> Option<Instant> {
+    /// Until when a batch of so many jobs, which has room for so many more and of whose kind this part of all jobs is, waits; `None` where it doesn't.
+    pub(crate) fn waits_until(&self, now: Instant, jobs: usize, room: usize, part: f64) -> Option<Instant> {
         let last = self.last.as_ref()?;
         let passed = now.saturating_duration_since(last.at).as_secs_f64();
-        let expected: f64 = self.returns.iter().sum::<f64>() * last.jobs;
-        let most = (expected - last.came.iter().sum::<f64>()).min(room as f64);
+        // Nobody waits for those who come later than that.
+        let in_time = || spans_from(0).take_while(|(_, end)| *end <= self.service).map(|(span, _)| span);
+        let expected: f64 = in_time().map(|span| self.returns[span]).sum::<f64>() * last.jobs;
+        let came: f64 = in_time().map(|span| last.came[span]).sum();
+        let most = ((expected - came) * part).min(room as f64);
         let rate = jobs as f64 / self.service;
         let (mut more, mut best) = (0.0, None);
         // A batch waits no longer than it takes.
         for (span, end) in spans_from(span_of(passed)).take_while(|(_, end)| *end <= self.service) {
-            more += (self.returns[span] * last.jobs - last.came[span]).max(0.0);
+            more += (self.returns[span] * last.jobs - last.came[span]).max(0.0) * part;
             let (more, wait) = (f64::min(more, most), end - passed);
             let gives = (jobs as f64 + more) / (self.service + wait);
             if more >= LEAST && more > GAIN * rate * wait && best.is_none_or(|(most, _)| gives > most) {
@@ -90,10 +128,6 @@ impl Learned {
     pub(crate) fn service(&self) -> Duration {
         Duration::from_secs_f64(self.service)
     }
-}
-
-fn mixed(known: f64, newest: f64) -> f64 {
-    known + NEWEST * (newest - known)
 }
 
 /// The span in which something comes so many seconds after a batch's end.
@@ -149,10 +183,49 @@ mod tests {
             for micros in [20, 90, 130, 400, 700, 3_000] {
                 learned.batch_ended(now, 1, SERVICE);
                 learned.came(now + us(micros), 1);
-                assert_eq!(learned.waits_until(now + us(micros), 1, 31), None, "{returns:?}, {micros}");
+                assert_eq!(learned.waits_until(now + us(micros), 1, 31, 1.0), None, "{returns:?}, {micros}");
                 now += SERVICE;
             }
         }
+    }
+
+    #[test]
+    fn a_caller_alone_waits_for_nobody_whatever_else_happens() {
+        let mut now = Instant::now();
+        let mut learned = learned(20, 1, &[100], &mut now);
+        for round in 0..200 {
+            // Now and then somebody sends a hundred at once, and a batch is slow.
+            if round % 7 == 0 {
+                learned.came(now + us(3_000), 100);
+            }
+            now += SERVICE;
+            learned.batch_ended(
+                now,
+                if round % 7 == 0 { 100 } else { 1 },
+                if round % 50 == 0 { 2_000 * SERVICE } else { SERVICE },
+            );
+            now += SERVICE;
+            learned.batch_ended(now, 1, SERVICE);
+            learned.came(now + us(100), 1);
+            assert_eq!(learned.waits_until(now + us(100), 1, 31, 1.0), None, "round {round}");
+        }
+    }
+
+    #[test]
+    fn callers_that_think_for_a_while_and_then_do_not_are_not_waited_for_twice() {
+        let mut now = Instant::now();
+        let mut learned = Learned::new();
+        for (returns, batches) in [(50_000, 30), (500, 300)] {
+            for _ in 0..batches {
+                learned.batch_ended(now, 1, SERVICE);
+                let back = now + us(returns);
+                learned.came(back, 1);
+                now = back + SERVICE;
+            }
+        }
+        learned.batch_ended(now, 1, SERVICE);
+        learned.came(now + us(500), 1);
+        assert_eq!(learned.waits_until(now + us(500), 1, 31, 1.0), None);
     }
 
     #[test]
@@ -161,11 +234,11 @@ mod tests {
         let returns: Vec<u64> = (0..16).map(|caller| 100 + 20 * caller).collect();
         let mut learned = learned(20, 16, &returns, &mut now);
         // The other half waits already.
-        let until = learned.waits_until(now, 16, 16).unwrap();
+        let until = learned.waits_until(now, 16, 16, 1.0).unwrap();
         assert!(until > now + us(400) && until < now + us(1_500), "{:?}", until - now);
         for (came, micros) in returns.iter().enumerate() {
             learned.came(now + us(*micros), 1);
-            let until = learned.waits_until(now + us(*micros), 17 + came, 100);
+            let until = learned.waits_until(now + us(*micros), 17 + came, 100, 1.0);
             match came {
                 0..8 => assert!(until.is_some(), "after {} of 16", came + 1),
                 15 => assert_eq!(until, None),
@@ -175,8 +248,9 @@ mod tests {
         }
         // Where they don't come.
         learned.batch_ended(now, 16, SERVICE);
-        assert_eq!(learned.waits_until(now + us(1_500), 16, 16), None);
-        assert_eq!(learned.waits_until(now, 16, 0), None, "there is no room");
+        assert_eq!(learned.waits_until(now + us(1_500), 16, 16, 1.0), None);
+        assert_eq!(learned.waits_until(now, 16, 0, 1.0), None, "there is no room");
+        assert_eq!(learned.waits_until(now, 16, 16, 0.1), None, "nearly all of them are of another kind");
     }
 
     #[test]
@@ -186,7 +260,7 @@ mod tests {
         let mut waited = Duration::ZERO;
         for _ in 0..BATCHES {
             learned.batch_ended(now, 4, SERVICE);
-            waited += learned.waits_until(now, 4, 28).map_or(Duration::ZERO, |until| until - now);
+            waited += learned.waits_until(now, 4, 28, 1.0).map_or(Duration::ZERO, |until| until - now);
             // Any of the next microseconds, by a generator of Knuth's.
             for _ in 0..4 {
                 random =
@@ -201,8 +275,14 @@ mod tests {
     #[test]
     fn nothing_waits_longer_than_a_batch_takes_or_before_one_has_ended() {
         let mut now = Instant::now();
-        let learned = learned(20, 8, &[7_000; 8], &mut now);
-        assert_eq!(learned.waits_until(now, 1, 31), None);
-        assert_eq!(Learned::new().waits_until(now, 1, 31), None);
+        let mut learned = Learned::new();
+        for _ in 0..20 {
+            learned.batch_ended(now, 8, SERVICE);
+            learned.came(now + us(7_000), 8);
+            now += us(10_000);
+        }
+        learned.batch_ended(now, 8, SERVICE);
+        assert_eq!(learned.waits_until(now, 1, 31, 1.0), None);
+        assert_eq!(Learned::new().waits_until(now, 1, 31, 1.0), None);
     }
 }

@@ -10,7 +10,8 @@
 //! long enough by the time that one ends. What an adaptive wait is, [`Wait::Adaptive`] says.
 //!
 //! Within a shape, jobs are taken in the order they came. A batch that is full may go before older jobs of other shapes, until those have waited their time:
-//! from then on no later job is taken before them.
+//! from then on no later job is taken before them, and they wait for nobody while somebody is free. Of more than 64 shapes at once, those that come last share
+//! batches until these have run.
 //!
 //! ```
 //! use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ use queue::Queue;
 
 /// Queues without jobs that are kept: their memory serves the next jobs.
 const EMPTY_QUEUES_MAX: usize = 8;
+/// Shapes that are told apart at once: all of them are looked at for each batch.
+const SHAPES_MAX: usize = 64;
 
 /// The limits of one model's queue and batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,8 +139,10 @@ pub struct Full<I>(pub I);
 #[derive(Debug)]
 pub struct Batcher<J> {
     policy: Policy,
-    /// One for each shape that waits, and a few that are empty.
+    /// One for each shape that waits, perhaps one of several, and a few that are empty.
     queues: Vec<Queue<J>>,
+    /// Jobs in them.
+    queued: usize,
     next_id: u64,
     /// Each is a batch.
     alone: VecDeque<Waiting<J>>,
@@ -161,6 +166,7 @@ impl<J> Batcher<J> {
         Self {
             policy: sensible(policy),
             queues: Vec::new(),
+            queued: 0,
             next_id: 0,
             alone: VecDeque::new(),
             draining: false,
@@ -182,7 +188,7 @@ impl<J> Batcher<J> {
     /// Jobs that wait.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.queued() + self.alone.len()
+        self.queued + self.alone.len()
     }
 
     /// Whether none waits.
@@ -219,13 +225,14 @@ impl<J> Batcher<J> {
     {
         let jobs = jobs.into_iter();
         let count = jobs.len();
-        if count > self.policy.queue_max.saturating_sub(self.queued()) {
+        if count > self.policy.queue_max.saturating_sub(self.queued) {
             return Err(Full(jobs));
         }
         let first = ArrivalId(self.next_id);
         for job in jobs {
             let id = self.use_id();
             self.queue_of(job.1.shape).push(id, job, now, deadline);
+            self.queued += 1;
         }
         if self.policy.wait == Wait::Adaptive {
             self.learned.came(now, count);
@@ -238,16 +245,20 @@ impl<J> Batcher<J> {
         if let Some(place) = self.alone.iter().position(|waiting| waiting.id == id) {
             return self.alone.remove(place).map(|waiting| waiting.job);
         }
-        let job = self.queues.iter_mut().find_map(|queue| queue.remove(id));
+        let job = self.queues.iter_mut().find_map(|queue| queue.remove(id))?;
+        self.queued -= 1;
         self.drop_empty();
-        job
+        Some(job)
     }
 
     /// Takes out the jobs whose deadline has passed; they take no slot in any batch.
     pub fn expire(&mut self, now: Instant) -> Vec<J> {
         let mut expired = Vec::new();
         self.queues.iter_mut().for_each(|queue| queue.expire(now, &mut expired));
-        self.drop_empty();
+        if !expired.is_empty() {
+            self.queued -= expired.len();
+            self.drop_empty();
+        }
         expired
     }
 
@@ -267,6 +278,7 @@ impl<J> Batcher<J> {
     pub fn clear(&mut self) -> Vec<J> {
         let mut all: Vec<J> = self.alone.drain(..).map(|waiting| waiting.job).collect();
         self.queues.iter_mut().for_each(|queue| all.extend(queue.clear()));
+        self.queued = 0;
         self.drop_empty();
         all
     }
@@ -282,8 +294,6 @@ impl<J> Batcher<J> {
         };
         match self.oldest_full() {
             None => Next::Wait(until),
-            // It has waited its time, though nobody may have been free then: nobody goes before it any more.
-            Some(_) if oldest.arrived + self.longest_wait() <= now => Next::Batch(self.take(oldest.place)),
             Some(full) => Next::Batch(self.take(full.place)),
         }
     }
@@ -295,25 +305,24 @@ impl<J> Batcher<J> {
         !self.alone.is_empty() || self.oldest_full().is_some() || self.waits_until(oldest, now, now).is_none()
     }
 
-    fn queued(&self) -> usize {
-        self.queues.iter().map(Queue::len).sum()
-    }
-
     fn use_id(&mut self) -> ArrivalId {
         self.next_id += 1;
         ArrivalId(self.next_id - 1)
     }
 
-    /// That of a shape; a new one where there is none.
+    /// That of a shape; a new one where there is none, or the one of those that are too many.
     fn queue_of(&mut self, shape: u64) -> &mut Queue<J> {
-        let place = self.queues.iter().position(|queue| queue.shape() == shape).unwrap_or_else(|| {
-            let empty = self.queues.iter().position(|queue| queue.len() == 0);
-            empty.unwrap_or_else(|| {
-                self.queues.push(Queue::new(shape));
-                self.queues.len() - 1
-            })
-        });
-        self.queues[place].set_shape(shape);
+        let waits = |wanted| self.queues.iter().position(|queue| queue.shape() == wanted && queue.len() > 0);
+        // While some of a shape may wait among those that are too many, others of it follow them there.
+        if let Some(place) = waits(Some(shape)).or_else(|| waits(None)) {
+            return &mut self.queues[place];
+        }
+        let waiting = self.queues.iter().filter(|queue| queue.len() > 0).count();
+        let place = self.queues.iter().position(|queue| queue.len() == 0).unwrap_or(self.queues.len());
+        if place == self.queues.len() {
+            self.queues.push(Queue::new());
+        }
+        self.queues[place].set_shape(Some(shape).filter(|_| waiting < SHAPES_MAX));
         &mut self.queues[place]
     }
 
@@ -360,15 +369,28 @@ impl<J> Batcher<J> {
         if self.draining || self.is_full(queue) {
             return None;
         }
+        let has_waited = oldest.arrived + self.longest_wait() <= now;
+        if has_waited && self.queued > queue.len() {
+            // Others wait for it.
+            return None;
+        }
         let longest = oldest.arrived.max(free_since) + self.longest_wait();
         let until = match self.policy.wait {
             Wait::Fixed(_) => longest,
             Wait::Adaptive => {
-                let room = self.policy.max_batch_size - queue.len();
-                self.learned.waits_until(now, queue.len(), room)?.min(longest)
+                let part = queue.len() as f64 / self.queued as f64;
+                self.learned.waits_until(now, queue.len(), self.room(queue), part)?.min(longest)
             }
         };
         Some(until).filter(|until| now < *until)
+    }
+
+    /// How many more of its kind fit into a queue's batch.
+    fn room(&self, queue: &Queue<J>) -> usize {
+        let by_size = self.policy.max_batch_size - queue.len();
+        let mean_cost = queue.cost() / queue.len().max(1) as u128;
+        let by_cost = (self.cost_max() - queue.cost()) / mean_cost.max(1);
+        by_size.min(usize::try_from(by_cost).unwrap_or(usize::MAX))
     }
 
     fn longest_wait(&self) -> Duration {
@@ -391,6 +413,7 @@ impl<J> Batcher<J> {
         };
         let (most, cost_max) = (self.policy.max_batch_size, self.cost_max());
         let jobs = self.queues[place].take(most, cost_max);
+        self.queued -= jobs.len();
         // As many as it may be, and one more would have cost too much.
         let closed = if closed == Closed::Full && jobs.len() < most { Closed::Costly } else { closed };
         self.drop_empty();

@@ -20,7 +20,8 @@ impl ArrivalId {
 /// follows the jobs that wait.
 #[derive(Debug)]
 pub(crate) struct Queue<J> {
-    shape: u64,
+    /// `None` of several.
+    shape: Option<u64>,
     slots: VecDeque<Slot<J>>,
     live: usize,
     /// Of all that wait.
@@ -42,16 +43,16 @@ struct Slot<J> {
 const GAPS_TOLERATED: usize = 64;
 
 impl<J> Queue<J> {
-    pub(crate) fn new(shape: u64) -> Self {
-        Self { shape, slots: VecDeque::new(), live: 0, cost: 0, earliest_deadline: None }
+    pub(crate) fn new() -> Self {
+        Self { shape: None, slots: VecDeque::new(), live: 0, cost: 0, earliest_deadline: None }
     }
 
     /// Makes an empty one that of another shape.
-    pub(crate) fn set_shape(&mut self, shape: u64) {
+    pub(crate) fn set_shape(&mut self, shape: Option<u64>) {
         self.shape = shape;
     }
 
-    pub(crate) fn shape(&self) -> u64 {
+    pub(crate) fn shape(&self) -> Option<u64> {
         self.shape
     }
 

@@ -217,10 +217,10 @@ impl World {
                 assert!(!is_full && !is_costly && next.is_none());
                 if let Wait::Fixed(wait) = self.policy.wait {
                     let arrived = self.jobs[jobs[0]].arrived;
-                    let is_overtaken = self.waiting.len() > jobs.len();
+                    let others_wait = self.waiting.len() > jobs.len();
                     assert!(
                         self.now >= arrived.max(free_since) + wait
-                            || is_overtaken && self.now >= arrived + wait
+                            || others_wait && self.now >= arrived + wait
                     );
                 }
             }
@@ -462,4 +462,29 @@ fn an_adaptive_wait_is_no_longer_than_a_batch_takes_whoever_ends_meanwhile() {
     // Somebody has been free since the job came, and another one is free from now on.
     assert!(matches!(batcher.next(ended, now), Next::Wait(until) if until == now + service));
     assert!(matches!(batcher.next(ended, ended), Next::Wait(until) if until > now + service));
+}
+
+#[test]
+fn more_shapes_than_are_told_apart_all_run_in_order_and_in_time() {
+    const EACH: usize = 3;
+    let wait = Duration::from_secs(1);
+    let mut batcher = Batcher::new(policy(4, wait, usize::MAX));
+    let start = Instant::now();
+    let shapes = 0..200_u64;
+    for round in 0..EACH as u64 {
+        let jobs = shapes.clone().map(|shape| ((shape, round), Measure { cost: 1, shape }));
+        batcher.push(start, jobs.collect::<Vec<_>>(), None).unwrap();
+    }
+    let mut rounds = vec![0; shapes.end as usize];
+    let mut batches = 0;
+    while let Next::Batch(batch) = batcher.next(start + wait, start) {
+        batches += 1;
+        assert!(batch.jobs.len() <= 4);
+        for taken in batch.jobs {
+            let (shape, round) = taken.job;
+            assert_eq!(std::mem::replace(&mut rounds[shape as usize], round + 1), round, "of {shape}");
+        }
+    }
+    assert!(batcher.is_empty() && rounds.iter().all(|rounds| *rounds == EACH as u64));
+    assert!(batches < 200, "those that aren't told apart share batches: {batches}");
 }

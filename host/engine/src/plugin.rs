@@ -207,6 +207,11 @@ pub trait Plugin: Send + Sync {
         false
     }
 
+    /// Whether inputs may differ in what they cost, or in shape.
+    fn measures_inputs(&self) -> bool {
+        true
+    }
+
     /// How many batches an instance runs at once at most; `None` for any number.
     fn batches_at_once(&self) -> Option<usize> {
         None

@@ -9,11 +9,11 @@ use std::{
 
 use modalkit_batch::{Closed, Waiting};
 use modalkit_engine::{
-    Checked, ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Payload, Process,
+    Checked, ChunkResult, Decoded, EndedBy, Failure, FailureKind, Instance, Interest, Process,
 };
 
 use super::{
-    Taken,
+    BatchEnd, Taken,
     inference_stats::BatchTotals,
     lane::{LaneContext, LaneSlot, Running, Seat, Waiter},
     lost_device,
@@ -51,7 +51,6 @@ struct BatchRun<'r> {
     lane: &'r LaneSlot,
     context: &'r LaneContext,
     /// By the places of waiters.
-    inputs: Vec<Payload>,
     ends: Vec<Option<Ended>>,
     callers: LaneCallers<'r>,
     times: StageTimes,
@@ -64,16 +63,22 @@ struct BatchRun<'r> {
     time_max: Duration,
 }
 
-/// Runs a batch, and sends the replies of the one before as soon as it is under way. What comes back are its own; `None` when it was given up
-/// meanwhile, and this thread with it.
-pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<Replies> {
+/// A batch that ran.
+pub(super) struct Ran {
+    /// Its replies that are to be sent once the next one is under way.
+    pub(super) unsent: Replies,
+    /// `None` where it says nothing of the next one: nothing ran, or it ran without company or came to nothing.
+    pub(super) end: Option<BatchEnd>,
+}
+
+/// Runs a batch, and sends the replies of the one before as soon as it is under way. `None` when it was given up meanwhile, and this thread with it.
+pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<Ran> {
     let Seat { instance, lane, context, .. } = *seat;
     let Taken { batch, at, free_since } = taken;
     // Timings of the jobs that carry any.
     let mut timed = Vec::new();
     let (mut waiters, mut items) =
         (Vec::with_capacity(batch.jobs.len()), Vec::with_capacity(batch.jobs.len()));
-    let mut inputs = Vec::with_capacity(batch.jobs.len());
     let is_alone = batch.closed == Closed::Alone;
     // A process has died while it looked at these.
     let mut suspects = Vec::new();
@@ -97,13 +102,12 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
         }
         job.reply.begins();
         items.push((waiters.len(), job.decoded));
-        inputs.push(job.input.clone());
         let Job { reply, request_id, input, deaths, .. } = job;
         waiters.push(Some(Waiter { reply, request_id, input, id, arrived, deaths, has_begun: false }));
     }
     run_alone(suspects, context);
     if waiters.is_empty() {
-        return Some(before);
+        return Some(Ran { unsent: before, end: None });
     }
     if seat.company.is_some() || is_alone {
         // It may wait for other lanes, or for checks of inputs.
@@ -121,7 +125,6 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
         instance,
         lane,
         context,
-        inputs,
         ends: std::iter::repeat_with(|| None).take(count).collect(),
         callers: LaneCallers { lane, context, places: Vec::new(), waited: Duration::ZERO, before },
         times: StageTimes::default(),
@@ -161,6 +164,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
     let Running { mut waiters, overran, .. } = lane.running.lock().take()?;
     // What callers took who don't read is no sign of a slow pipeline.
     let took = (ended - begun).saturating_sub(waited);
+    let end = (!is_alone && result.is_ok()).then_some(BatchEnd { jobs: count, took });
     if let Err(died) = result {
         // Beside others, or after them in the same process, it may have been theirs. What hangs has hung by itself.
         let is_certain = count == 1 && (is_alone || overran.is_some() && seat.is_only_lane);
@@ -206,7 +210,7 @@ pub(super) fn run(seat: &Seat<'_>, taken: Taken, mut before: Replies) -> Option<
             None => waiter.reply.send(reply),
         }
     }
-    Some(replies)
+    Some(Ran { unsent: replies, end })
 }
 
 /// Finds out what failures have to do with the device. In this process, the driver is asked. A process of its own whose device failed in it is
@@ -231,13 +235,15 @@ impl BatchRun<'_> {
     /// Runs items, in halves where all of them fail.
     fn run(&mut self, items: Vec<Item>) -> Result<(), Died> {
         let (mut places, mut inputs) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
-        let (mut cost, mut largest) = (0, 0);
+        let (mut cost, mut largest, mut are_measured) = (0, 0, true);
         for (place, decoded) in items {
-            match decoded_for(self.instance, decoded, &self.inputs[place], &self.context.generation) {
+            let Some(decoded) = self.decoded(place, decoded) else { continue };
+            match decoded {
                 Ok(decoded) => {
                     let cost_of_item = decoded.measure.cost.min(COST_MAX);
                     cost += cost_of_item;
                     largest = cost_of_item.max(largest);
+                    are_measured &= decoded.checked == Checked::Validated;
                     places.push(place);
                     inputs.push(decoded);
                 }
@@ -252,7 +258,9 @@ impl BatchRun<'_> {
             return Ok(());
         }
         self.cost += cost;
-        self.padding += largest * inputs.len() as u64 - cost;
+        if are_measured {
+            self.padding += largest * inputs.len() as u64 - cost;
+        }
         if let Some(death) = self.instance.process().and_then(|process| process.death()) {
             // Before these were its concern.
             return Err(Died { how: death.how, by: death.by, suspects: Vec::new(), of_device: false });
@@ -316,6 +324,20 @@ impl BatchRun<'_> {
             self.run(again)?;
         }
         Ok(())
+    }
+
+    /// An item's input for this instance; `None` where nobody waits for it any more.
+    fn decoded(&self, place: usize, decoded: Option<Decoded>) -> Option<Result<Decoded, JobError>> {
+        match decoded {
+            // As nearly all are.
+            Some(decoded) if decoded.checked == Checked::Validated && self.instance.owns(&decoded) => {
+                Some(Ok(decoded))
+            }
+            decoded => {
+                let input = self.lane.with_waiter(place, |waiter| waiter.input.clone())?;
+                Some(decoded_for(self.instance, decoded, &input, &self.context.generation))
+            }
+        }
     }
 
     fn say_failed(&self, failure: &Failure, places: &[usize]) {

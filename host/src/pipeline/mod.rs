@@ -27,5 +27,5 @@ pub use golden::{Golden, GoldenError};
 pub use inference_stats::{InferenceTotals, Total};
 pub use input_faults::malformed;
 pub use model::{Model, Status, StatusWriter};
-pub use queue::{LaneId, LaneState, Queue, QueueLoad, Queued, Taken, too_many};
+pub use queue::{BatchEnd, LaneId, LaneState, Queue, QueueLoad, Queued, Taken, too_many};
 pub use settings::check_settings;

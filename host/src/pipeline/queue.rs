@@ -1,7 +1,10 @@
 //! One model's queue: jobs go in, and the lanes of its replicas take batches out. It owns the batcher, who waits for a batch and who must be
 //! woken; it never knows how a batch is run or where a job came from.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use modalkit_batch::{ArrivalId, Batch, Batcher, Closed, Full, Measure, Next, Policy, Wait, Waiting};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -26,12 +29,10 @@ struct State {
     batcher: Batcher<Job>,
     /// Lanes that want a batch, and since when.
     free: Vec<(LaneId, Instant)>,
-    /// Lanes that run a batch, since when, and its size.
-    running: Vec<(LaneId, Instant, usize)>,
     /// Of those, the lanes that wait on a condition variable.
     waiting_lanes: usize,
-    /// The lane that will wake when the oldest incomplete batch has waited long enough.
-    timer: Option<LaneId>,
+    /// The lane that will wake when the oldest incomplete batch has waited long enough, and when that is.
+    timer: Option<(LaneId, Instant)>,
     next_lane: u64,
     /// Whether jobs are taken: somebody will run them.
     open: bool,
@@ -73,6 +74,15 @@ pub struct Taken {
     pub free_since: Instant,
 }
 
+/// How a batch ended whose time says something of the next one's.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchEnd {
+    /// Its jobs.
+    pub jobs: usize,
+    /// What it took, without waiting for callers who don't read.
+    pub took: Duration,
+}
+
 /// How busy a model is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueLoad {
@@ -91,7 +101,6 @@ impl Queue {
         let state = State {
             batcher: Batcher::new(of_config(policy)),
             free: Vec::new(),
-            running: Vec::new(),
             waiting_lanes: 0,
             timer: None,
             next_lane: 0,
@@ -253,19 +262,22 @@ impl Queue {
         self.paused.notify_all();
     }
 
-    /// Waits for the next batch for a lane, while `state_of_lane` is active. `None` when it is stopped. Where none is ready, replies that
-    /// are still to be sent are sent first.
+    /// Waits for the next batch for a lane, whose last one has `ended` so, while `state_of_lane` is active. `None` when it is stopped. Where none is ready,
+    /// replies that are still to be sent are sent first.
     pub fn next_batch(
         &self,
         lane: LaneId,
         state_of_lane: impl Fn() -> LaneState,
         replies: &mut Replies,
+        ended: Option<BatchEnd>,
     ) -> Option<Taken> {
         let mut state = self.state.lock();
         let free_since = Instant::now();
         // The clock is read again after each wait, and not before.
         let mut now = free_since;
-        state.note_ended(lane, now);
+        if let Some(BatchEnd { jobs, took }) = ended {
+            state.batcher.batch_ended(now, jobs, took);
+        }
         state.free.push((lane, free_since));
         loop {
             match state_of_lane() {
@@ -299,7 +311,6 @@ impl Queue {
             match state.batcher.next(now, since) {
                 Next::Batch(batch) => {
                     state.remove_free(lane);
-                    state.running.push((lane, now, batch.jobs.len()));
                     self.metrics.queued.set(state.batcher.len() as i64);
                     self.notify_next(&state, now);
                     drop(state);
@@ -309,12 +320,12 @@ impl Queue {
                 Next::Wait(_) | Next::Idle if !replies.is_empty() => {
                     MutexGuard::unlocked(&mut state, || replies.send());
                 }
-                Next::Wait(until) if state.timer.is_none_or(|holder| holder == lane) => {
-                    state.timer = Some(lane);
+                Next::Wait(until) if state.timer.is_none_or(|(holder, at)| holder == lane || until < at) => {
+                    state.timer = Some((lane, until));
                     state.waiting_lanes += 1;
                     self.work.wait_until(&mut state, until);
                     state.waiting_lanes -= 1;
-                    state.timer = None;
+                    state.drop_timer(lane);
                 }
                 Next::Wait(_) | Next::Idle => self.sleep(&mut state),
             }
@@ -368,20 +379,15 @@ impl State {
         self.waiting_lanes > 0 && (waiting() || self.batcher.is_ready(now))
     }
 
-    /// A lane is back from its batch, where it had one.
-    fn note_ended(&mut self, lane: LaneId, now: Instant) {
-        if let Some(place) = self.running.iter().position(|(running, ..)| *running == lane) {
-            let (_, since, jobs) = self.running.swap_remove(place);
-            self.batcher.batch_ended(now, jobs, now.saturating_duration_since(since));
-        }
+    /// Another lane may have taken it over meanwhile.
+    fn drop_timer(&mut self, lane: LaneId) {
+        self.timer.take_if(|(holder, _)| *holder == lane);
     }
 
     fn remove_free(&mut self, lane: LaneId) {
         self.free.retain(|(free, _)| *free != lane);
         self.fewest_free = self.fewest_free.min(self.free.len());
-        if self.timer == Some(lane) {
-            self.timer = None;
-        }
+        self.drop_timer(lane);
     }
 }
 

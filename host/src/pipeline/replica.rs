@@ -17,7 +17,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
 use super::{
-    Generation, SharedInstance, batch_run,
+    Generation, SharedInstance,
+    batch_run::{self, Ran},
     lane::{LaneContext, LaneSlot, Seat},
     lost_device::judge,
 };
@@ -272,9 +273,9 @@ impl Replica {
         let lane = &self.lanes[index];
         let lane_id = context.queue.lane();
         let instance = self.instance().expect("it is there while a lane runs");
-        let mut replies = Replies::default();
+        let (mut replies, mut last) = (Replies::default(), None);
         let state = || self.lane_state(&context.generation);
-        while let Some(taken) = context.queue.next_batch(lane_id, state, &mut replies) {
+        while let Some(taken) = context.queue.next_batch(lane_id, state, &mut replies, last) {
             let seat = Seat {
                 number: self.number,
                 instance: &**instance,
@@ -286,12 +287,12 @@ impl Replica {
             };
             let ended = batch_run::run(&seat, taken, replies);
             self.batches.fetch_add(1, Ordering::Relaxed);
-            let Some(unsent) = ended else {
+            let Some(Ran { unsent, end }) = ended else {
                 context.metrics.replicas_stuck.dec();
                 context.tell(Event::ThreadReturned);
                 break;
             };
-            replies = unsent;
+            (replies, last) = (unsent, end);
         }
         drop(instance);
         if self.running_lanes.fetch_sub(1, Ordering::SeqCst) == 1 {

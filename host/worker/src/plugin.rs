@@ -132,6 +132,11 @@ impl Plugin for WorkerPlugin {
         true
     }
 
+    fn measures_inputs(&self) -> bool {
+        // A pipeline in Python has nothing to say it with.
+        self.maker.interpreter.is_none()
+    }
+
     fn batches_at_once(&self) -> Option<usize> {
         // Of an interpreter, one thread runs the user's code.
         self.maker.interpreter.as_ref().map(|_| 1)

@@ -191,7 +191,7 @@ fn one_by_one(port: u16, path: &str) -> anyhow::Result<Vec<f64>> {
 }
 
 /// Reads an answer's headers; returns its length, where it says one.
-fn read_head(connection: &mut BufReader<TcpStream>) -> anyhow::Result<Option<usize>> {
+pub(super) fn read_head(connection: &mut BufReader<TcpStream>) -> anyhow::Result<Option<usize>> {
     let (mut length, mut first) = (None, true);
     loop {
         let mut line = String::new();
@@ -217,7 +217,7 @@ fn read_lines_to(connection: &mut BufReader<TcpStream>, last: &str) -> anyhow::R
     Ok(())
 }
 
-fn share(sorted: &[f64], share: f64) -> f64 {
+pub(super) fn share(sorted: &[f64], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share) as usize]
 }
 
