@@ -298,11 +298,16 @@ impl<J> Batcher<J> {
         }
     }
 
-    /// Whether [`Batcher::next`] would give a batch at once to somebody who is free from now on.
+    /// From when on [`Batcher::next`] gives a batch to somebody who has been free since `free_since`, if nothing else happens; `None` where no job waits.
     #[must_use]
-    pub fn is_ready(&self, now: Instant) -> bool {
-        let Some(oldest) = self.oldest() else { return !self.alone.is_empty() };
-        !self.alone.is_empty() || self.oldest_full().is_some() || self.waits_until(oldest, now, now).is_none()
+    pub fn next_at(&self, now: Instant, free_since: Instant) -> Option<Instant> {
+        if !self.alone.is_empty() {
+            return Some(now);
+        }
+        match self.waits_until(self.oldest()?, now, free_since) {
+            Some(until) if self.oldest_full().is_none() => Some(until),
+            _ => Some(now),
+        }
     }
 
     fn use_id(&mut self) -> ArrivalId {
@@ -369,12 +374,10 @@ impl<J> Batcher<J> {
         if self.draining || self.is_full(queue) {
             return None;
         }
-        let has_waited = oldest.arrived + self.longest_wait() <= now;
-        if has_waited && self.queued > queue.len() {
-            // Others wait for it.
-            return None;
-        }
-        let longest = oldest.arrived.max(free_since) + self.longest_wait();
+        // Others wait for it: it had its time, also while nobody was free.
+        let is_alone = self.queued == queue.len();
+        let since = if is_alone { oldest.arrived.max(free_since) } else { oldest.arrived };
+        let longest = since + self.longest_wait();
         let until = match self.policy.wait {
             Wait::Fixed(_) => longest,
             Wait::Adaptive => {

@@ -166,11 +166,19 @@ impl World {
             self.settle(job, Fate::Waiting, Fate::Expired);
         }
         while let Some(&free_since) = self.free.iter().min() {
-            let is_ready = self.batcher.is_ready(self.now);
-            let Next::Batch(batch) = self.batcher.next(self.now, free_since) else {
-                assert!(!is_ready, "somebody who is woken has something to do");
-                break;
+            let next_at = self.batcher.next_at(self.now, free_since);
+            let batch = match self.batcher.next(self.now, free_since) {
+                Next::Batch(batch) => batch,
+                Next::Wait(until) => {
+                    assert_eq!(next_at, Some(until));
+                    break;
+                }
+                Next::Idle => {
+                    assert_eq!(next_at, None);
+                    break;
+                }
             };
+            assert_eq!(next_at, Some(self.now));
             let jobs = self.check(&batch, free_since);
             let taker = self.free.iter().position(|since| *since == free_since).expect("it is one of them");
             self.free.remove(taker);
@@ -418,7 +426,7 @@ fn a_job_that_came_back_is_next_and_a_batch_of_its_own_whatever_waits() {
     let Next::Batch(taken) = batcher.next(start, start) else { panic!("two are a batch") };
     batcher.push(start, ["c", "d"].map(measured), None).unwrap();
     taken.jobs.into_iter().for_each(|job| batcher.take_back(job));
-    assert_eq!((batcher.len(), batcher.is_ready(start)), (4, true));
+    assert_eq!((batcher.len(), batcher.next_at(start, start)), (4, Some(start)));
     assert!(
         batcher.push(start, ["e"].map(measured), None).is_err(),
         "they take nobody's place, and make none"

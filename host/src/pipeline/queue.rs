@@ -307,7 +307,7 @@ impl Queue {
                 now = Instant::now();
                 continue;
             }
-            let since = state.free.iter().map(|(_, since)| *since).min().unwrap_or(free_since);
+            let since = state.free_since().unwrap_or(free_since);
             match state.batcher.next(now, since) {
                 Next::Batch(batch) => {
                     state.remove_free(lane);
@@ -373,10 +373,22 @@ impl Queue {
 }
 
 impl State {
-    /// Whether a lane that waits should wake: to run a batch, or to wait for the time of one that isn't full.
+    /// Whether a lane that waits should wake: to run a batch, or to wait for the time of one that isn't full, where none does or until too late.
     fn wants_a_lane(&self, now: Instant) -> bool {
-        let waiting = || !self.batcher.is_empty() && self.timer.is_none();
-        self.waiting_lanes > 0 && (waiting() || self.batcher.is_ready(now))
+        if self.waiting_lanes == 0 {
+            return false;
+        }
+        let Some(at) = self.batcher.next_at(now, self.free_since().unwrap_or(now)) else { return false };
+        at <= now
+            || self.timer.is_none_or(|(_, timer)| {
+                // It came to be earlier; for less than a quarter of what is left to wait, nobody is woken.
+                timer.saturating_duration_since(at) * 4 > timer.saturating_duration_since(now)
+            })
+    }
+
+    /// Since when a lane has been free, where one is.
+    fn free_since(&self) -> Option<Instant> {
+        self.free.iter().map(|(_, since)| *since).min()
     }
 
     /// Another lane may have taken it over meanwhile.
