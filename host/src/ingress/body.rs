@@ -31,9 +31,6 @@ const FIRST_BYTES: usize = 64 << 10;
 /// any machine has addresses for.
 const WHOLE_BYTES_MAX: usize = 2 << 20;
 
-/// Bodies up to this many bytes are copied. A slice of what was read from the socket keeps all of it, and the next request would be read into memory of its own.
-const COPIED_BYTES_MAX: usize = 2 << 10;
-
 /// A request's body, as far as it has come.
 pub(super) struct RequestBody {
     incoming: Incoming,
@@ -199,7 +196,7 @@ async fn read_within(
     content_coding::decoded(read, coding, limit, exchange).await.map_err(BodyError::Coding)
 }
 
-/// The whole body. One that came together with its headers is passed on without a timer, and without a copy where it isn't small. Of one that comes in pieces and has said
+/// The whole body. One that came together with its headers is passed on without a copy and without a timer. Of one that comes in pieces and has said
 /// its length, what stands from `aligned_at` on lies where a tensor's bytes should.
 async fn read(
     body: &mut RequestBody,
@@ -225,11 +222,7 @@ async fn read(
         if whole.len() > BYTES_FREE {
             exchange.take_bytes(whole.len()).map_err(BodyError::NoRoom)?;
         }
-        return Ok(if whole.len() <= COPIED_BYTES_MAX {
-            Bytes::copy_from_slice(whole)
-        } else {
-            whole.clone()
-        });
+        return Ok(whole.clone());
     }
     Box::pin(read_on(body, first.flatten(), declared, aligned_at, limit, exchange)).await
 }
