@@ -404,21 +404,19 @@ impl<J> Batcher<J> {
     }
 
     fn take(&mut self, place: usize) -> Batch<J> {
-        let queue = &self.queues[place];
-        let closed = if queue.len() >= self.policy.max_batch_size {
+        let (most, cost_max) = (self.policy.max_batch_size, self.cost_max());
+        let is_costly = self.queues[place].cost() >= cost_max;
+        let jobs = self.queues[place].take(most, cost_max);
+        self.queued -= jobs.len();
+        let closed = if jobs.len() == most {
             Closed::Full
-        } else if queue.cost() >= self.cost_max() {
+        } else if is_costly {
             Closed::Costly
         } else if self.draining {
             Closed::Drained
         } else {
             Closed::Waited
         };
-        let (most, cost_max) = (self.policy.max_batch_size, self.cost_max());
-        let jobs = self.queues[place].take(most, cost_max);
-        self.queued -= jobs.len();
-        // As many as it may be, and one more would have cost too much.
-        let closed = if closed == Closed::Full && jobs.len() < most { Closed::Costly } else { closed };
         self.drop_empty();
         Batch { jobs, closed }
     }

@@ -223,9 +223,6 @@ impl Tensor {
     #[must_use]
     pub fn from_rows(rows: &[Self]) -> Option<Self> {
         let first = rows.first()?;
-        if rows.len() == 1 {
-            return Some(first.as_batch());
-        }
         let alike =
             |row: &Self| row.name == first.name && row.datatype == first.datatype && row.shape == first.shape;
         if !rows.iter().all(alike) {

@@ -174,13 +174,19 @@ impl Generation {
         Box::new(decoded.into_iter().zip(inputs).map(each))
     }
 
+    /// Whether a process has to be asked what an input costs and with what it fits, and can say so.
+    #[must_use]
+    pub fn is_asked_to_measure(&self) -> bool {
+        self.plugin.is_isolated() && self.plugin.measures_inputs()
+    }
+
     /// Parses and validates one input before it is queued. Where the plugin is in a process of its own, the batch has that done; but where inputs are
-    /// `measured` before and the process can say more of them than that they are inputs, it is asked now.
+    /// `measured` before, it is asked now.
     ///
     /// # Errors
     /// As [`Generation::decode`].
     pub fn decode_to_queue(&self, input: &Payload, measured: bool) -> Result<Decoded, JobError> {
-        if measured && self.plugin.is_isolated() && self.plugin.measures_inputs() {
+        if measured {
             let decoded = self.decode_each(std::slice::from_ref(input)).next();
             return decoded.unwrap_or(Err(JobError::Lost));
         }
@@ -192,7 +198,7 @@ impl Generation {
     #[must_use]
     pub fn bytes_to_parse(&self, bytes: usize, measured: bool) -> usize {
         match self.plugin.is_isolated() {
-            true if measured && self.plugin.measures_inputs() => usize::MAX,
+            true if measured => usize::MAX,
             true if !self.spec.enforce_schema => 0,
             _ => bytes,
         }

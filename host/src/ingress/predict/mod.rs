@@ -273,6 +273,11 @@ fn admit(
 }
 
 impl Call {
+    /// Whether a process is asked what its inputs cost before they are queued.
+    fn is_measured(&self, generation: &Generation) -> bool {
+        generation.is_asked_to_measure() && self.model.spec().batch.is_measured()
+    }
+
     /// Timings of one more job, where somebody wants to know.
     fn timings(&self) -> Option<Arc<JobTimings>> {
         self.timings.as_deref().map(RequestTimings::of_job)
@@ -286,7 +291,7 @@ async fn sync(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<HttpResponse, JobError> {
-    let measured = call.model.spec().batch.is_measured();
+    let measured = call.is_measured(generation);
     let (bytes, input) = (generation.bytes_to_parse(input.len(), measured), Payload::Json(input));
     let decode = move |generation: &Generation, input: &Payload| generation.decode_to_queue(input, measured);
     let decoded = decode_body(peer, generation, &input, bytes, decode).await?;

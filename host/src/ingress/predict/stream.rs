@@ -57,7 +57,7 @@ pub(in crate::ingress) async fn begin(
     generation: &Arc<Generation>,
     input: Bytes,
 ) -> Result<StartedStream, JobError> {
-    let measured = call.model.spec().batch.is_measured();
+    let measured = call.is_measured(generation);
     let (bytes, input) = (generation.bytes_to_parse(input.len(), measured), Payload::Json(input));
     let decode = move |generation: &Generation, input: &Payload| generation.decode_to_queue(input, measured);
     let decoded = decode_body(exchange, generation, &input, bytes, decode).await?;

@@ -237,7 +237,7 @@ pub fn chunk_message(
     id: &str,
     chunk: &[u8],
 ) -> Result<ModelInferResponse, Failure> {
-    let chunk = Tensor::from_rows(&[json_tensor(JSON_CHUNK, chunk)?]);
-    let outputs = InferOutputs { model_version, id: id.into(), tensors: chunk.into_iter().collect() };
+    let chunk = json_tensor(JSON_CHUNK, chunk)?.as_batch();
+    let outputs = InferOutputs { model_version, id: id.into(), tensors: vec![chunk] };
     Ok(outputs.into_message(model_name))
 }
