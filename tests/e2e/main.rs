@@ -39,4 +39,5 @@ mod similarity;
 mod state;
 mod streams;
 mod tensors;
+mod with_models;
 mod with_python;

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// What tests may be left without. A module of tests that needs one is called `with_NAME`.
-const NEEDS: [&str; 13] = [
+const NEEDS: [&str; 14] = [
     "redis",
     "moto",
     "taskiq",
@@ -25,6 +25,7 @@ const NEEDS: [&str; 13] = [
     "mlserver",
     "openapi",
     "browser",
+    "models",
 ];
 /// Of these, clients in Python that want an environment of their own.
 const CLIENTS: [&str; 3] = ["kserve", "mlserver", "openapi"];
@@ -60,7 +61,7 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     if has("redis") {
         brokers::ensure_redis()?;
     }
-    if ["moto", "taskiq", "python", "azurite", "gcs", "rendering", "browser"].into_iter().any(has) {
+    if ["moto", "taskiq", "python", "azurite", "gcs", "rendering", "browser", "models"].into_iter().any(has) {
         python::ensure()?;
     }
     for client in CLIENTS.into_iter().filter(|client| has(client)) {
@@ -74,6 +75,9 @@ pub(crate) fn test(args: &[String], without: &[String]) -> anyhow::Result<()> {
     }
     if has("rendering") || has("gcs") {
         python::ensure_archives()?;
+    }
+    if has("models") {
+        python::ensure_models()?;
     }
     if has("s3s") {
         stores::ensure_s3s()?;

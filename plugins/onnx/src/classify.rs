@@ -1,15 +1,13 @@
 //! The best classes of a classifying output, with their labels.
 
-use std::collections::BTreeMap;
-
 use modalkit_sdk::PipelineError;
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
     Settings,
-    array::{Array, Values},
-    model::{Dim, Model, describe},
+    array::Array,
+    port::{Dim, Port, describe_all},
 };
 
 /// One class.
@@ -24,34 +22,40 @@ pub(crate) struct Label {
 }
 
 pub(crate) struct Classifier {
-    output: String,
+    /// The output's place.
+    output: usize,
     labels: Option<Vec<String>>,
     top_k: usize,
 }
 
 impl Classifier {
-    /// `None` where the settings ask for no classification.
-    pub(crate) fn new(model: &Model, settings: &Settings) -> Result<Option<Self>, PipelineError> {
+    /// `None` where the settings ask for no classification. `outputs` are those of one request.
+    pub(crate) fn new(outputs: &[Port], settings: &Settings) -> Result<Option<Self>, PipelineError> {
         if settings.labels.is_none() && settings.top_k.is_none() && settings.classify.is_none() {
             return Ok(None);
         }
-        let port = match &settings.classify {
-            Some(name) => model.outputs.iter().find(|port| port.name == *name),
-            None => model.outputs.first(),
+        let output = match &settings.classify {
+            Some(name) => outputs.iter().position(|port| port.name == *name),
+            None => Some(0).filter(|_| !outputs.is_empty()),
         };
-        let Some(port) = port else {
+        let Some(output) = output else {
             return Err(PipelineError::permanent(format!(
                 "`classify` names the output {:?}; expected one of {}",
                 settings.classify.as_deref().unwrap_or_default(),
-                model.outputs_text()
+                describe_all(outputs)
             )));
         };
-        let dims = model.item_dims(port);
-        let [.., classes] = dims else {
-            return Err(PipelineError::permanent(format!(
-                "the output `{}` is a single number and can't classify",
-                port.name
-            )));
+        let port = &outputs[output];
+        // Around the classes there may be dimensions of one.
+        let classes = match &port.dims[..] {
+            [outer @ .., classes] if outer.iter().all(|dim| *dim == Dim::Fixed(1)) => classes,
+            _ => {
+                return Err(PipelineError::permanent(format!(
+                    "the output `{}` is {} and can't classify: expected one number for each class",
+                    port.name,
+                    port.describe()
+                )));
+            }
         };
         if let (Some(labels), Dim::Fixed(classes)) = (&settings.labels, classes)
             && labels.len() != *classes
@@ -59,7 +63,7 @@ impl Classifier {
             return Err(PipelineError::permanent(format!(
                 "`labels` must name every class: the output `{}` is {}, expected {classes} labels, found {}",
                 port.name,
-                describe(port.element, dims),
+                port.describe(),
                 labels.len()
             )));
         }
@@ -67,27 +71,20 @@ impl Classifier {
         if top_k == 0 {
             return Err(PipelineError::permanent("`top_k` is 0; expected at least 1"));
         }
-        Ok(Some(Self { output: port.name.clone(), labels: settings.labels.clone(), top_k }))
+        Ok(Some(Self { output, labels: settings.labels.clone(), top_k }))
     }
 
-    /// The best classes of one request's output, the best first; of equals the first.
-    pub(crate) fn best(&self, outputs: &BTreeMap<String, Array>) -> Result<Vec<Label>, PipelineError> {
-        let Some(array) = outputs.get(&self.output) else {
-            return Err(PipelineError::permanent(format!("the model gave no output `{}`", self.output)));
-        };
-        let mut scores: Vec<(usize, f32)> = match &array.values {
-            Values::Singles(values) => values.iter().copied().enumerate().collect(),
-            Values::Floats(values) => values.iter().map(|value| *value as f32).enumerate().collect(),
-            Values::Integers(values) => values.iter().map(|value| *value as f32).enumerate().collect(),
-        };
+    /// The best classes of one request's outputs, the best first; of equals the first.
+    pub(crate) fn best(&self, outputs: &[Array]) -> Result<Vec<Label>, PipelineError> {
+        let scores = outputs.get(self.output).and_then(|array| array.elements.to_f32());
+        let scores =
+            scores.ok_or_else(|| PipelineError::permanent("the classifying output has no numbers"))?;
+        let mut scores: Vec<(usize, f32)> = scores.into_iter().enumerate().collect();
         scores.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         scores.truncate(self.top_k);
         let name = |index: usize| {
-            self.labels
-                .as_ref()
-                .and_then(|labels| labels.get(index))
-                .cloned()
-                .unwrap_or_else(|| index.to_string())
+            let labels = self.labels.as_ref();
+            labels.and_then(|labels| labels.get(index)).cloned().unwrap_or_else(|| index.to_string())
         };
         Ok(scores.into_iter().map(|(index, score)| Label { label: name(index), index, score }).collect())
     }

@@ -1,7 +1,6 @@
-//! Serves an ONNX model by configuration alone: inputs and outputs by the model's own names and shapes.
+//! Serves an ONNX model by configuration alone: inputs and outputs by the model's own names, types and shapes.
 //!
-//! It owns the way from JSON arrays to tensors and back, and never knows what a model means, but for an optional
-//! classification: labels and the best few.
+//! It owns the way from requests to runs of the graph and back, and never knows what a model means, but for what its entry says: pooling, softmax, labels.
 //!
 //! ```toml
 //! [model_settings.model_entries.digits]
@@ -11,36 +10,78 @@
 //! top_k = 3
 //! ```
 //!
-//! A model whose inputs and outputs all begin with the same symbolic dimension runs whole batches: one request gives one
-//! row of each input, `{"pixels": [0, 3, 12, …]}`. Any other model runs its requests one after the other. The same inputs and outputs come
-//! and go as tensors, too (`/v2/models/{name}/infer`); where the model classifies, `top_labels` and `top_scores` stand beside its outputs.
+//! Where the graph has a dimension for them, requests of one shape share a run: each gives one row of each input, `{"pixels": [0, 3, 12, …]}`.
+//! Any other model runs its requests one after the other. The same inputs and outputs come and go as tensors, too
+//! (`/v2/models/{name}/infer`); where the model classifies, `top_labels` and `top_scores` stand beside its outputs. `docs/onnx.md` has the rest.
 
 mod array;
+mod batching;
 mod classify;
+mod engine;
+mod file;
+mod finish;
+mod json;
 mod model;
+mod port;
 mod signature;
-mod tensors;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    num::NonZeroUsize,
+    path::PathBuf,
+};
 
 use modalkit_sdk::{
-    InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor as PlainTensor,
-    Tensors, VolumeReload, export_pipeline,
+    Device, InferencePipeline, Invalid, LoadContext, Outcome, PipelineError, Signature, Tensor, Tensors,
+    VolumeReload, export_pipeline,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tract_onnx::prelude::{TValue, TVec, Tensor};
 
 use array::Array;
 use classify::{Classifier, Label};
+use engine::{Kind, RunFault};
+use finish::{Finish, Pooling};
 use model::Model;
+use port::{Arrays, Dim};
 
 /// The keys of a model's entry.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 struct Settings {
-    /// The model's file, within the folder of all models' data.
+    /// The model's file, within the folder of all models' data. Weights in files beside it are found by their names in it.
     #[schemars(extend("x-modalkit-file" = true))]
     path: PathBuf,
+    /// What runs the graph: `rten`, in this plugin, or `onnxruntime`, whose library is loaded at run time.
+    #[serde(default)]
+    engine: Kind,
+    /// ONNX Runtime's shared library; without it `ORT_DYLIB_PATH` or the linker's `libonnxruntime.so`.
+    #[serde(default)]
+    library: Option<PathBuf>,
+    /// Threads of each replica that share one run.
+    #[serde(default = "one")]
+    threads: NonZeroUsize,
+    /// Sizes of dimensions that may have any, by their names in the file; of those without a name `INPUT.PLACE`, as in `"x.2"`.
+    #[serde(default)]
+    dimensions: BTreeMap<String, usize>,
+    /// Arrays of inputs that a request may leave out, as one request would have them: `{ sr = 16000 }`.
+    #[serde(default)]
+    defaults: BTreeMap<String, Array>,
+    /// Whether requests share runs. Left out, that is found out at load.
+    #[serde(default)]
+    batched: Option<bool>,
+    /// The outputs that are computed and answered; all where this is left out.
+    #[serde(default)]
+    outputs: Option<Vec<String>>,
+    /// Makes one vector of a text's tokens' vectors, in the first output that has such; `attention_mask` says which tokens count.
+    #[serde(default)]
+    pooling: Option<Pooling>,
+    /// Divides the pooled vector, or the first output's rows, by their length.
+    #[serde(default)]
+    normalize: bool,
+    /// Makes probabilities of the classifying output's numbers.
+    #[serde(default)]
+    softmax: bool,
     /// Names of the classes, in the order of the classifying output's last dimension.
     #[serde(default)]
     labels: Option<Vec<String>>,
@@ -50,6 +91,10 @@ struct Settings {
     /// The output that classifies; the first one where this is left out.
     #[serde(default)]
     classify: Option<String>,
+}
+
+fn one() -> NonZeroUsize {
+    NonZeroUsize::MIN
 }
 
 /// One request: an array for each of the model's inputs, by name.
@@ -73,28 +118,74 @@ struct Output {
 struct Pipeline {
     path: PathBuf,
     settings: Settings,
+    device: Option<Device>,
+    loaded: Loaded,
+}
+
+/// What of a pipeline is read again when files change.
+struct Loaded {
     model: Model,
+    finish: Finish,
     classifier: Option<Classifier>,
 }
 
 /// Requests that run together, by their places in the batch.
 struct Group {
     places: Vec<usize>,
-    inputs: TVec<TValue>,
+    inputs: Vec<Array>,
 }
 
 struct GroupOutput {
     places: Vec<usize>,
-    outputs: Result<Vec<Tensor>, PipelineError>,
+    outputs: Result<Vec<Array>, PipelineError>,
 }
 
-impl Pipeline {
-    fn read(path: &PathBuf, settings: &Settings) -> Result<(Model, Option<Classifier>), PipelineError> {
-        let said = || format!("the ONNX model {}", path.display());
-        let bytes = std::fs::read(path).map_err(|error| PipelineError::from(error).context(said()))?;
-        let model = Model::load(&bytes).map_err(|error| error.context(said()))?;
-        let classifier = Classifier::new(&model, settings).map_err(|error| error.context(said()))?;
-        Ok((model, classifier))
+impl Loaded {
+    fn read(path: &PathBuf, settings: &Settings, device: Option<&Device>) -> Result<Self, PipelineError> {
+        let read = || {
+            let model = Model::load(path, settings, device)?;
+            let finish = Finish::new(model.item_outputs.clone(), settings)?;
+            let classifier = Classifier::new(&finish.outputs, settings)?;
+            Ok(Self { model, finish, classifier })
+        };
+        read().map_err(|error: PipelineError| error.context(format!("the ONNX model {}", path.display())))
+    }
+
+    /// Runs a group. Where that fails, each of it by itself: only the engine knows which of them it was.
+    fn run(&self, inputs: &[Input], Group { places, inputs: arrays }: Group) -> Vec<GroupOutput> {
+        let refused = |said: String| {
+            PipelineError::invalid_input(format!(
+                "the model can't be run with this input: {}: {said}",
+                self.model.engine()
+            ))
+        };
+        let outputs = match self.model.run(arrays) {
+            Ok(outputs) => Ok(outputs),
+            Err(RunFault::Engine(error)) => Err(error),
+            Err(RunFault::Input(said)) if places.len() == 1 => Err(refused(said)),
+            Err(RunFault::Input(_)) => {
+                let alone = |place: usize| {
+                    let outputs = self.model.join(&[&inputs[place].0]).and_then(|arrays| {
+                        self.model.run(arrays).map_err(|fault| match fault {
+                            RunFault::Input(said) => refused(said),
+                            RunFault::Engine(error) => error,
+                        })
+                    });
+                    GroupOutput { places: vec![place], outputs }
+                };
+                return places.into_iter().map(alone).collect();
+            }
+        };
+        vec![GroupOutput { places, outputs }]
+    }
+
+    fn answer(&self, request: &Input, outputs: Vec<Array>) -> Outcome<Output> {
+        let outputs = self.finish.apply(&request.0, outputs)?;
+        let classifier = self.classifier.as_ref();
+        let top = classifier.map_or(Ok(Vec::new()), |classifier| classifier.best(&outputs))?;
+        let names = self.finish.outputs.iter().map(|port| port.name.clone());
+        let label = top.first().map(|best| best.label.clone());
+        Ok(Output { label, top, outputs: names.zip(outputs).collect() })
     }
 }
 
@@ -106,52 +197,79 @@ impl InferencePipeline for Pipeline {
     type RawOutput = Vec<GroupOutput>;
 
     fn load(ctx: LoadContext<Settings>) -> Result<Self, PipelineError> {
-        let path = ctx.all_model_data_folder().join(&ctx.settings().path);
+        let path = model::path(ctx.all_model_data_folder(), ctx.settings());
+        let device = ctx.device().cloned();
         let settings = ctx.into_settings();
-        let (model, classifier) = Self::read(&path, &settings)?;
-        tracing::info!(path = %path.display(), inputs = %model.inputs_text(), outputs = %model.outputs_text(), batched = model.is_batched(), "ONNX model loaded");
-        Ok(Self { path, settings, model, classifier })
+        let loaded = Loaded::read(&path, &settings, device.as_ref())?;
+        Ok(Self { path, settings, device, loaded })
     }
 
     fn validate(&self, input: &Input) -> Result<(), Invalid> {
-        tensors::check(&self.model, &input.0)
+        self.loaded.model.check(&input.0)
+    }
+
+    /// Elements along the dimensions that may have any size: tokens, or pixels.
+    fn cost(&self, input: &Input) -> u64 {
+        let cost = |port: &port::Port| {
+            let array = self.loaded.model.of_request(&input.0, port)?;
+            let sizes = array.shape.iter().zip(&port.dims);
+            Some(
+                sizes
+                    .filter(|(_, dim)| matches!(dim, Dim::Symbolic(_)))
+                    .map(|(size, _)| *size as u64)
+                    .product(),
+            )
+        };
+        self.loaded.model.item_inputs.iter().filter_map(cost).max().unwrap_or(1).max(1)
+    }
+
+    /// Requests of other shapes would be another run.
+    fn shape(&self, input: &Input) -> u64 {
+        let ports = &self.loaded.model.item_inputs;
+        let is_any = |port: &port::Port| port.dims.iter().any(|dim| matches!(dim, Dim::Symbolic(_)));
+        if !ports.iter().any(is_any) {
+            return 0;
+        }
+        let mut hasher = DefaultHasher::new();
+        for port in ports {
+            self.loaded.model.of_request(&input.0, port).map(|array| &array.shape).hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     fn signature(&self) -> Option<Signature> {
-        signature::signature(&self.model, self.classifier.as_ref())
+        let Loaded { model, finish, classifier } = &self.loaded;
+        let signature = || signature::signature(model, &finish.outputs, classifier.is_some());
+        model.is_shaped().then(signature)
     }
 
     fn input_from_tensors(tensors: Tensors) -> Result<Input, Invalid> {
         signature::arrays(tensors).map(Input)
     }
 
-    fn output_to_tensors(&self, output: Output) -> Result<Vec<PlainTensor>, PipelineError> {
-        signature::tensors(&self.model, self.classifier.is_some(), output)
+    fn output_to_tensors(&self, output: Output) -> Result<Vec<Tensor>, PipelineError> {
+        signature::tensors(&self.loaded.finish.outputs, self.loaded.classifier.is_some(), output)
     }
 
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Group>, PipelineError> {
-        let mut groups: BTreeMap<Vec<Vec<usize>>, Vec<usize>> = BTreeMap::new();
+        let model = &self.loaded.model;
+        let mut groups: Vec<Vec<usize>> = Vec::new();
         for (place, input) in inputs.iter().enumerate() {
-            let mut shapes = tensors::shapes(&self.model, &input.0);
-            if !self.model.is_batched() {
-                // One request a run: the place keeps each apart.
-                shapes.push(vec![place]);
+            let fits = |group: &&mut Vec<usize>| model.go_together(&inputs[group[0]].0, &input.0);
+            match groups.iter_mut().filter(|_| model.is_batched()).find(fits) {
+                Some(group) => group.push(place),
+                None => groups.push(vec![place]),
             }
-            groups.entry(shapes).or_default().push(place);
         }
-        groups
-            .into_values()
-            .map(|places| {
-                let members: Vec<_> = places.iter().map(|place| &inputs[*place].0).collect();
-                let inputs = tensors::join(&self.model, &members)?;
-                Ok(Group { places, inputs })
-            })
-            .collect()
+        let group = |places: Vec<usize>| {
+            let members: Vec<&Arrays> = places.iter().map(|place| &inputs[*place].0).collect();
+            Ok(Group { inputs: model.join(&members)?, places })
+        };
+        groups.into_iter().map(group).collect()
     }
 
-    fn predict(&self, _inputs: &[Input], groups: Vec<Group>) -> Result<Vec<GroupOutput>, PipelineError> {
-        let run = |group: Group| GroupOutput { outputs: self.model.run(group.inputs), places: group.places };
-        Ok(groups.into_iter().map(run).collect())
+    fn predict(&self, inputs: &[Input], groups: Vec<Group>) -> Result<Vec<GroupOutput>, PipelineError> {
+        Ok(groups.into_iter().flat_map(|group| self.loaded.run(inputs, group)).collect())
     }
 
     fn postprocess(
@@ -162,14 +280,11 @@ impl InferencePipeline for Pipeline {
         let mut answers: Vec<Option<Outcome<Output>>> = inputs.iter().map(|_| None).collect();
         for GroupOutput { places, outputs } in groups {
             for (row, place) in places.iter().enumerate() {
-                answers[*place] = Some(outputs.as_ref().map_err(Clone::clone).and_then(|outputs| {
-                    let outputs = tensors::row(&self.model, outputs, row, places.len())?;
-                    let top = self
-                        .classifier
-                        .as_ref()
-                        .map_or(Ok(Vec::new()), |classifier| classifier.best(&outputs))?;
-                    Ok(Output { label: top.first().map(|best| best.label.clone()), top, outputs })
-                }));
+                let item = match &outputs {
+                    Ok(outputs) => self.loaded.model.item(outputs, row, places.len()),
+                    Err(error) => Err(error.clone()),
+                };
+                answers[*place] = Some(item.and_then(|item| self.loaded.answer(&inputs[*place], item)));
             }
         }
         let unanswered = || Err(PipelineError::permanent("no group held this request"));
@@ -177,7 +292,7 @@ impl InferencePipeline for Pipeline {
     }
 
     fn on_volume_reload(&mut self, _reload: &VolumeReload) -> Result<(), PipelineError> {
-        (self.model, self.classifier) = Self::read(&self.path, &self.settings)?;
+        self.loaded = Loaded::read(&self.path, &self.settings, self.device.as_ref())?;
         Ok(())
     }
 }

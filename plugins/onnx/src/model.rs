@@ -1,186 +1,209 @@
-//! An ONNX file made ready to run: named inputs and outputs, and one plan for any batch size.
+//! A model that is loaded: what its file says, the engine that runs it, and how several requests run at once.
 
-use std::{collections::BTreeSet, sync::Arc};
-
-use modalkit_sdk::PipelineError;
-use tract_onnx::{
-    pb,
-    prelude::*,
-    tract_core::ops::cast::cast,
-    tract_hir::{infer::Factoid, internal::ensure},
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
 };
 
-/// The element types that requests and answers can carry.
-const ELEMENT_TYPES: [DatumType; 7] = [
-    DatumType::F32,
-    DatumType::F64,
-    DatumType::I64,
-    DatumType::I32,
-    DatumType::I8,
-    DatumType::U8,
-    DatumType::Bool,
-];
+use modalkit_sdk::{Device, Invalid, Outcome, PipelineError};
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Dim {
-    Fixed(usize),
-    /// Any size: a name such as `N`, or an expression such as `2*N`.
-    Symbolic(String),
-}
-
-/// One input or output, as the file names it.
-#[derive(Clone, Debug)]
-pub(crate) struct Port {
-    pub(crate) name: String,
-    pub(crate) element: DatumType,
-    pub(crate) dims: Vec<Dim>,
-}
+use crate::{
+    Settings,
+    array::Array,
+    batching::{self, Asked, Axes},
+    engine::{self, Engine, RunFault, Wanted},
+    file::{ModelFile, Table},
+    port::{self, Arrays, Port, describe_all},
+};
 
 pub(crate) struct Model {
-    pub(crate) inputs: Vec<Port>,
-    pub(crate) outputs: Vec<Port>,
-    batched: bool,
-    plan: Arc<TypedRunnableModel>,
+    engine: Box<dyn Engine>,
+    /// Of the graph.
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    /// Of one request.
+    pub(crate) item_inputs: Vec<Port>,
+    pub(crate) item_outputs: Vec<Port>,
+    tables: Vec<Table>,
+    /// What stands for inputs that a request leaves out.
+    defaults: Arrays,
+    axes: Option<Axes>,
 }
 
 impl Model {
-    pub(crate) fn load(bytes: &[u8]) -> Result<Self, PipelineError> {
-        Self::read(bytes).map_err(|error| PipelineError::permanent(format!("{error:#}")))
+    pub(crate) fn load(
+        path: &Path,
+        settings: &Settings,
+        device: Option<&Device>,
+    ) -> Result<Self, PipelineError> {
+        let mut file = ModelFile::read(path)?;
+        file.pin(&settings.dimensions)?;
+        let ModelFile { inputs, outputs, tables } = file;
+        let mut outputs = chosen(outputs, settings.outputs.as_deref())?;
+        let engine = engine::open(
+            settings.engine,
+            &Wanted {
+                path,
+                threads: settings.threads.get(),
+                library: settings.library.as_ref(),
+                device,
+                inputs: &inputs,
+                outputs: &outputs,
+            },
+        )?;
+        let run = |arrays: Vec<Array>| guarded(&*engine, arrays);
+        let asked = Asked { batched: settings.batched, defaults: &settings.defaults };
+        let found = batching::find(&inputs, &mut outputs, &asked, &run);
+        let axes = found.axes;
+        tracing::info!(
+            path = %path.display(), engine = engine.name(), inputs = describe_all(&inputs), outputs = describe_all(&outputs),
+            batched = axes.is_some(), because = found.because, "ONNX model loaded"
+        );
+        let without = |ports: &[Port], axes: Option<&Vec<Option<usize>>>| {
+            let axis = |place: usize| axes.and_then(|axes| axes[place]);
+            ports.iter().enumerate().map(|(place, port)| port.without(axis(place))).collect()
+        };
+        let item_inputs = without(&inputs, axes.as_ref().map(|axes| &axes.inputs));
+        let item_outputs = without(&outputs, axes.as_ref().map(|axes| &axes.outputs));
+        let defaults = settings.defaults.clone();
+        let model = Self { engine, inputs, outputs, item_inputs, item_outputs, tables, defaults, axes };
+        model.check_defaults()?;
+        Ok(model)
     }
 
-    fn read(bytes: &[u8]) -> TractResult<Self> {
-        let onnx = onnx();
-        let file = onnx.proto_model_for_read(&mut &*bytes)?;
-        let graph = checked(&onnx, &file)?;
-        // Names are taken before optimising, which renames, merges and drops nodes; the order stays.
-        let output_names: Vec<String> = graph.output.iter().map(|output| output.name.clone()).collect();
-        let mut model = onnx.model_for_proto_model(&file)?;
-        let input_names: Vec<String> =
-            model.input_outlets()?.iter().map(|outlet| model.node(outlet.node).name.clone()).collect();
-        name_unknown_dims(&mut model, &input_names)?;
-        let mut model = model.into_typed()?;
-        shapes_as_integers(&mut model)?;
-        let model = model.into_optimized()?;
-        let inputs = (input_names.into_iter().enumerate())
-            .map(|(index, name)| port(name, model.input_fact(index)?))
-            .collect::<TractResult<Vec<_>>>()?;
-        let outputs = (output_names.into_iter().enumerate())
-            .map(|(index, name)| port(name, model.output_fact(index)?))
-            .collect::<TractResult<Vec<_>>>()?;
-        let batched = share_a_batch_dimension(inputs.iter().chain(&outputs));
-        Ok(Self { inputs, outputs, batched, plan: model.into_runnable()? })
+    pub(crate) fn engine(&self) -> &'static str {
+        self.engine.name()
     }
 
     /// Whether one run serves several requests.
     pub(crate) fn is_batched(&self) -> bool {
-        self.batched
+        self.axes.is_some()
     }
 
-    /// What one request's part of a port looks like.
-    pub(crate) fn item_dims<'p>(&self, port: &'p Port) -> &'p [Dim] {
-        if self.batched { &port.dims[1..] } else { &port.dims }
+    /// Whether it is known what its answers look like: not where the file doesn't say, and nothing could be run.
+    pub(crate) fn is_shaped(&self) -> bool {
+        self.outputs.iter().all(|port| port.is_shaped)
     }
 
-    /// Runs the model; each run has a state of its own.
-    pub(crate) fn run(&self, inputs: TVec<TValue>) -> Result<Vec<Tensor>, PipelineError> {
-        let outputs =
-            self.plan.run(inputs).map_err(|error| PipelineError::permanent(format!("{error:#}")))?;
-        Ok(outputs.into_iter().map(TValue::into_tensor).collect())
+    /// The array that a request has for an input, or the one that stands for it.
+    pub(crate) fn of_request<'a>(&'a self, request: &'a Arrays, port: &Port) -> Option<&'a Array> {
+        request.get(&port.name).or_else(|| self.defaults.get(&port.name))
     }
 
-    pub(crate) fn inputs_text(&self) -> String {
-        text(&self.inputs)
+    pub(crate) fn may_be_left_out(&self, port: &Port) -> bool {
+        self.defaults.contains_key(&port.name)
     }
 
-    pub(crate) fn outputs_text(&self) -> String {
-        text(&self.outputs)
+    /// Each by itself: sizes with one name may be others in a request.
+    fn check_defaults(&self) -> Result<(), PipelineError> {
+        for (name, array) in &self.defaults {
+            let Some(port) = self.item_inputs.iter().find(|port| port.name == *name) else {
+                return Err(PipelineError::permanent(format!(
+                    "`defaults` names `{name}`; expected some of {}",
+                    describe_all(&self.item_inputs)
+                )));
+            };
+            let alone = Arrays::from([(name.clone(), array.clone())]);
+            port::check(std::slice::from_ref(port), &alone, &Arrays::new(), |port| {
+                self.engine.narrowed(port)
+            })
+            .map_err(|invalid| PipelineError::permanent(format!("`defaults`: {invalid}")))?;
+        }
+        Ok(())
     }
-}
 
-/// Shape and element type for people: `f32[N, 64]`.
-pub(crate) fn describe(element: DatumType, dims: &[Dim]) -> String {
-    let dims: Vec<String> = dims
-        .iter()
-        .map(|dim| match dim {
-            Dim::Fixed(size) => size.to_string(),
-            Dim::Symbolic(name) => name.clone(),
-        })
-        .collect();
-    format!("{}[{}]", format!("{element:?}").to_lowercase(), dims.join(", "))
-}
-
-fn text(ports: &[Port]) -> String {
-    let ports: Vec<String> =
-        ports.iter().map(|port| format!("{} {}", port.name, describe(port.element, &port.dims))).collect();
-    ports.join(", ")
-}
-
-/// tract says little of an operator it doesn't know, and panics over an output that nothing makes.
-fn checked<'f>(onnx: &tract_onnx::Onnx, file: &'f pb::ModelProto) -> TractResult<&'f pb::GraphProto> {
-    let graph = file
-        .graph
-        .as_ref()
-        .ok_or_else(|| TractError::msg("there is no graph in the file: is it an ONNX model?"))?;
-    let unknown: BTreeSet<&str> = graph
-        .node
-        .iter()
-        .map(|node| node.op_type.as_str())
-        .filter(|name| !onnx.op_register.0.contains_key(*name))
-        .collect();
-    ensure!(unknown.is_empty(), "it uses operators that tract doesn't have: {unknown:?}");
-    let made: BTreeSet<&str> = (graph.input.iter().map(|input| input.name.as_str()))
-        .chain(graph.initializer.iter().map(|constant| constant.name.as_str()))
-        .chain(graph.node.iter().flat_map(|node| node.output.iter().map(String::as_str)))
-        .collect();
-    for output in &graph.output {
-        ensure!(made.contains(output.name.as_str()), "nothing in it makes the output `{}`", output.name);
-    }
-    Ok(graph)
-}
-
-/// Gives dimensions without a name one: leading ones share it, others have their own.
-fn name_unknown_dims(model: &mut InferenceModel, names: &[String]) -> TractResult<()> {
-    let symbols = model.symbols.clone();
-    for (index, name) in names.iter().enumerate() {
-        let fact = model.input_fact_mut(index)?;
-        ensure!(!fact.shape.is_open(), "its input `{name}` declares no shape");
-        let rank = fact.shape.rank().concretize().unwrap_or_default();
-        for axis in 0..usize::try_from(rank)? {
-            if fact.shape.dim(axis).and_then(|dim| dim.concretize()).is_none() {
-                let symbol = if axis == 0 { symbols.sym("batch") } else { symbols.new_with_prefix("dim") };
-                fact.shape.set_dim(axis, symbol.to_dim());
+    pub(crate) fn check(&self, arrays: &Arrays) -> Result<(), Invalid> {
+        port::check(&self.item_inputs, arrays, &self.defaults, |port| self.engine.narrowed(port))?;
+        for table in &self.tables {
+            let Some(chosen) = arrays.get(&table.input).and_then(|array| array.elements.to_integers()) else {
+                continue;
+            };
+            if let Some(place) = chosen.iter().position(|row| !(-table.rows..table.rows).contains(row)) {
+                let (rows, found) = (table.rows, chosen[place]);
+                return Err(Invalid::new(format!(
+                    "expected numbers from 0 to {}, the rows of the model's table; found {found}",
+                    rows - 1
+                ))
+                .at(table.input.as_str())
+                .at(place));
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// An integer output that is a shape would come back as a symbol; a cast inside the plan puts this run's number there.
-fn shapes_as_integers(model: &mut TypedModel) -> TractResult<()> {
-    let mut outputs = model.output_outlets()?.to_vec();
-    for (index, outlet) in outputs.iter_mut().enumerate() {
-        if model.outlet_fact(*outlet)?.datum_type == TDim::datum_type() {
-            let name = model.unique_name(format!("output_{index}_as_integer")).into_owned();
-            *outlet = model.wire_node(name, cast(i64::datum_type()), &[*outlet])?[0];
-        }
+    /// Whether two requests' arrays can be in one run: of the same shapes, and equal where the model has one for all.
+    pub(crate) fn go_together(&self, one: &Arrays, other: &Arrays) -> bool {
+        let Some(axes) = &self.axes else { return false };
+        self.inputs.iter().zip(&axes.inputs).all(|(port, axis)| {
+            let (one, other) = (self.of_request(one, port), self.of_request(other, port));
+            match axis {
+                Some(_) => one.map(|array| &array.shape) == other.map(|array| &array.shape),
+                None => one == other,
+            }
+        })
     }
-    model.select_output_outlets(&outputs)
+
+    /// Requests' arrays as the graph's inputs.
+    pub(crate) fn join(&self, requests: &[&Arrays]) -> Result<Vec<Array>, PipelineError> {
+        let join = |(place, port): (usize, &Port)| {
+            let missing = || PipelineError::permanent(format!("`{}` was not validated", port.name));
+            let arrays: Vec<&Array> = (requests.iter())
+                .map(|arrays| self.of_request(arrays, port).ok_or_else(missing))
+                .collect::<Result<_, _>>()?;
+            match self.axes.as_ref().and_then(|axes| axes.inputs[place]) {
+                Some(axis) => Array::stack(&arrays, axis, port.datatype),
+                None => arrays.first().ok_or_else(missing)?.cast(port.datatype),
+            }
+        };
+        self.inputs.iter().enumerate().map(join).collect()
+    }
+
+    /// Runs the graph.
+    pub(crate) fn run(&self, inputs: Vec<Array>) -> Result<Vec<Array>, RunFault> {
+        guarded(&*self.engine, inputs)
+    }
+
+    /// One request's part of a run's outputs, of those of several.
+    pub(crate) fn item(&self, outputs: &[Array], place: usize, count: usize) -> Outcome<Vec<Array>> {
+        let Some(axes) = &self.axes else { return Ok(outputs.to_vec()) };
+        let item = |((array, axis), port): ((&Array, &Option<usize>), &Port)| {
+            let axis = axis.filter(|axis| array.shape.get(*axis) == Some(&count));
+            axis.and_then(|axis| array.item(axis, place)).ok_or_else(|| {
+                PipelineError::permanent(format!(
+                    "the output `{}` of {count} requests has the shape {:?}: say `batched = false` in the model's entry",
+                    port.name, array.shape
+                ))
+            })
+        };
+        outputs.iter().zip(&axes.outputs).zip(&self.outputs).map(item).collect()
+    }
 }
 
-fn port(name: String, fact: &TypedFact) -> TractResult<Port> {
-    ensure!(
-        ELEMENT_TYPES.contains(&fact.datum_type),
-        "`{name}` has elements of type {:?}; expected one of {ELEMENT_TYPES:?}",
-        fact.datum_type
-    );
-    let dims = fact.shape.iter().map(|dim| match dim.to_i64() {
-        Ok(size) => Ok(Dim::Fixed(usize::try_from(size)?)),
-        Err(_) => Ok(Dim::Symbolic(dim.to_string())),
-    });
-    Ok(Port { name, element: fact.datum_type, dims: dims.collect::<TractResult<_>>()? })
+/// The outputs that are wanted, in the order in which they are.
+fn chosen(ports: Vec<Port>, names: Option<&[String]>) -> Result<Vec<Port>, PipelineError> {
+    let Some(names) = names else { return Ok(ports) };
+    let find = |name: &String| {
+        ports.iter().find(|port| port.name == *name).cloned().ok_or_else(|| {
+            PipelineError::permanent(format!(
+                "`outputs` names `{name}`; expected some of {}",
+                describe_all(&ports)
+            ))
+        })
+    };
+    names.iter().map(find).collect()
 }
 
-fn share_a_batch_dimension<'p>(mut ports: impl Iterator<Item = &'p Port>) -> bool {
-    let Some(first) = ports.next().and_then(|port| port.dims.first()) else { return false };
-    matches!(first, Dim::Symbolic(_)) && ports.all(|port| port.dims.first() == Some(first))
+/// An engine's panic is its answer to that input.
+fn guarded(engine: &dyn Engine, inputs: Vec<Array>) -> Result<Vec<Array>, RunFault> {
+    catch_unwind(AssertUnwindSafe(|| engine.run(inputs))).unwrap_or_else(|panic| {
+        let said = (panic.downcast_ref::<String>().map(String::as_str))
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no words");
+        Err(RunFault::Input(format!("the engine panicked: {said}")))
+    })
+}
+
+/// Where a model's file lies.
+pub(crate) fn path(folder: &Path, settings: &Settings) -> PathBuf {
+    folder.join(&settings.path)
 }
