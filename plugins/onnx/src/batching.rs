@@ -1,7 +1,8 @@
 //! Whether one run of a graph serves several requests, and along which axes: found by what its file says, and by running it.
 //!
-//! Files don't say which dimension is the batch's, and may say nothing of outputs. So two requests of random numbers are run, each alone and both
-//! together: if each has the same answers both times, requests share runs. That finds sequences as well, whose rows depend on those before.
+//! Files don't say which dimension is the batch's, and may say nothing of outputs. So requests of random numbers are run, one alone and in pairs: if
+//! one's answer is the same whichever other is beside it, requests share runs. That finds sequences as well, whose rows depend on those before.
+//! (Alone and in a pair an engine may take other ways to multiply, whose small differences some models make large.)
 
 use modalkit_sdk::Datatype;
 
@@ -13,8 +14,8 @@ use crate::{
 
 /// Sizes that are tried for dimensions that may have any: some models want multiples, or at least so many.
 const SIZES: [usize; 6] = [32, 64, 48, 512, 1, 256];
-/// Answers of two runs are the same where they differ by no more than this, or by this part of them.
-const TOLERANCE: f32 = 1e-3;
+/// Answers of two runs of the same size are the same where they differ by no more than this, or by this part of them.
+const TOLERANCE: f32 = 1e-4;
 
 /// The batch's axis of each input and output. An input without one is the same for all requests of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +47,7 @@ pub(crate) fn find(inputs: &[Port], outputs: &mut [Port], asked: &Asked<'_>, run
     let input_axes = input_axes(inputs);
     let seen = see(inputs, input_axes.as_deref(), asked.defaults, run);
     if let Ok(seen) = &seen {
-        for (port, array) in outputs.iter_mut().zip(&seen.alone[0]) {
+        for (port, array) in outputs.iter_mut().zip(&seen.alone) {
             reshape(port, &array.shape);
         }
     }
@@ -64,15 +65,11 @@ pub(crate) fn find(inputs: &[Port], outputs: &mut [Port], asked: &Asked<'_>, run
         outputs.iter().map(|port| port.axis_of(symbol?)).collect::<Option<Vec<usize>>>()
     };
     let (output_axes, because) = match seen {
-        Ok(Seen { alone, together: Ok(together) }) => {
-            match compare(&alone, &together, asked.batched == Some(true)) {
-                Ok(axes) => {
-                    (axes, "two requests run together had the answers that each had alone".to_owned())
-                }
-                Err(differ) => return each(&differ),
-            }
-        }
-        Ok(Seen { together: Err(fault), .. }) => {
+        Ok(Seen { alone, pairs: Ok(pairs) }) => match compare(&alone, &pairs, asked.batched == Some(true)) {
+            Ok(axes) => (axes, "a request's answer is the same whichever other is beside it".to_owned()),
+            Err(differ) => return each(&differ),
+        },
+        Ok(Seen { pairs: Err(fault), .. }) => {
             return each(&format!("two requests can't run together: {fault}"));
         }
         // Nothing could be run with numbers that mean nothing: what the file says must do.
@@ -104,10 +101,10 @@ fn input_axes(inputs: &[Port]) -> Option<Vec<Option<usize>>> {
 }
 
 struct Seen {
-    /// The outputs of two requests.
-    alone: [Vec<Array>; 2],
-    /// Those of a run of both.
-    together: Result<Vec<Array>, String>,
+    /// The outputs of one request.
+    alone: Vec<Array>,
+    /// Those of three pairs: of it and another, of it and a third, and of the third and that other.
+    pairs: Result<[Vec<Array>; 3], String>,
 }
 
 fn see(
@@ -116,39 +113,45 @@ fn see(
     defaults: &Arrays,
     run: Run<'_>,
 ) -> Result<Seen, String> {
-    let mut said = "no size was tried".to_owned();
-    for size in SIZES {
-        let request = |seed| numbers(inputs, axes, defaults, size, seed);
-        let (one, two) = (request(1), request(2));
-        let first = match run(one.clone()) {
-            Ok(first) => first,
+    let any_size = |port: &Port| port.dims.iter().any(|dim| matches!(dim, Dim::Symbolic(_)));
+    let sizes = if inputs.iter().any(any_size) { &SIZES[..] } else { &SIZES[..1] };
+    let mut said = String::new();
+    for size in sizes {
+        let request = |seed| numbers(inputs, axes, defaults, *size, seed);
+        let one = request(1);
+        let alone = match run(one.clone()) {
+            Ok(alone) => alone,
             Err(fault) => {
                 said = words(fault);
-                let any_size = |port: &Port| port.dims.iter().any(|dim| matches!(dim, Dim::Symbolic(_)));
-                if inputs.iter().any(any_size) {
-                    continue;
-                }
-                return Err(said);
+                continue;
             }
         };
-        let Some(axes) = axes else { return Ok(Seen { alone: [first.clone(), first], together: Err(said) }) };
-        let second = run(two.clone()).map_err(words)?;
-        let both: Option<Vec<Array>> = (one.iter().zip(&two).zip(inputs.iter().zip(axes)))
-            .map(|((one, two), (port, axis))| match axis {
-                Some(axis) => {
-                    let items = [one.item(*axis, 0)?, two.item(*axis, 0)?];
-                    Array::stack(&[&items[0], &items[1]], *axis, port.datatype).ok()
-                }
-                None => Some(one.clone()),
-            })
-            .collect();
-        let together = match both {
-            Some(both) => run(both).map_err(words),
-            None => Err("its inputs can't be put together".to_owned()),
-        };
-        return Ok(Seen { alone: [first, second], together });
+        let Some(axes) = axes else { return Ok(Seen { alone, pairs: Err("it has no batch".to_owned()) }) };
+        let (two, three) = (request(2), request(3));
+        let pair =
+            |first: &[Array], second: &[Array]| run(paired(inputs, axes, first, second)?).map_err(words);
+        let pairs = || Ok([pair(&one, &two)?, pair(&one, &three)?, pair(&three, &two)?]);
+        return Ok(Seen { alone, pairs: pairs() });
     }
     Err(said)
+}
+
+/// Two requests as one.
+fn paired(
+    inputs: &[Port],
+    axes: &[Option<usize>],
+    first: &[Array],
+    second: &[Array],
+) -> Result<Vec<Array>, String> {
+    let input = |(place, port): (usize, &Port)| match axes[place] {
+        Some(axis) => {
+            let item = |array: &Array| array.item(axis, 0).ok_or("an input has no batch");
+            let items = [item(&first[place])?, item(&second[place])?];
+            Array::stack(&[&items[0], &items[1]], axis, port.datatype).map_err(|error| error.to_string())
+        }
+        None => Ok(first[place].clone()),
+    };
+    inputs.iter().enumerate().map(input).collect()
 }
 
 fn words(fault: RunFault) -> String {
@@ -158,36 +161,27 @@ fn words(fault: RunFault) -> String {
     }
 }
 
-/// The axis of each output along which there are two where there was one, and what stands there is what each request had.
-fn compare(alone: &[Vec<Array>; 2], together: &[Array], trusted: bool) -> Result<Vec<usize>, String> {
-    let mut axes = Vec::new();
-    for (place, both) in together.iter().enumerate() {
-        let [one, two] = [&alone[0][place], &alone[1][place]];
-        let grown: Vec<usize> =
-            (0..both.shape.len()).filter(|axis| one.shape.get(*axis) != both.shape.get(*axis)).collect();
-        let [axis] = grown[..] else {
-            return Err(format!(
-                "of two requests an output has the shape {:?}, of one {:?}",
-                both.shape, one.shape
-            ));
+/// The axis of each output along which a pair has two where one request has one, and what stands there is of one request alone.
+fn compare(alone: &[Array], pairs: &[Vec<Array>; 3], trusted: bool) -> Result<Vec<usize>, String> {
+    let axis = |(place, alone): (usize, &Array)| {
+        let [with_second, with_third, third_with_second] = pairs.each_ref().map(|outputs| &outputs[place]);
+        let (one, two) = (&alone.shape, &with_second.shape);
+        let grown: Vec<usize> = (0..two.len()).filter(|axis| one.get(*axis) != two.get(*axis)).collect();
+        let axis = match grown[..] {
+            [axis] if one.len() == two.len() && one[axis] == 1 && two[axis] == 2 => axis,
+            _ => return Err(format!("of two requests an output has the shape {two:?}, of one {one:?}")),
         };
-        let doubled = one.shape.len() == both.shape.len() && one.shape[axis] == 1 && both.shape[axis] == 2;
-        if !doubled {
-            return Err(format!(
-                "of two requests an output has the shape {:?}, of one {:?}",
-                both.shape, one.shape
-            ));
-        }
-        let same = |place: usize, alone: &Array| matches!((both.item(axis, place), alone.item(axis, 0)), (Some(one), Some(other)) if are_same(&one, &other));
-        if !trusted && !(same(0, one) && same(1, two)) {
+        let same = |place: usize, one: &Array, other: &Array| matches!((one.item(axis, place), other.item(axis, place)), (Some(one), Some(other)) if are_same(&one, &other));
+        let independent = same(0, with_second, with_third) && same(1, with_second, third_with_second);
+        if !(trusted || independent) {
             return Err(
-                "two requests run together had other answers than each alone: its rows depend on each other. `batched = true` runs them together all the same"
+                "a request's answer is another with another beside it: rows depend on each other. `batched = true` runs them together all the same"
                     .to_owned(),
             );
         }
-        axes.push(axis);
-    }
-    Ok(axes)
+        Ok(axis)
+    };
+    alone.iter().enumerate().map(axis).collect()
 }
 
 fn are_same(one: &Array, other: &Array) -> bool {

@@ -13,6 +13,8 @@ use crate::port::{Dim, Port};
 
 /// Operators that hand on their first input's numbers as they are, or in another shape.
 const HANDS_ON: [&str; 6] = ["Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten"];
+/// Operators whose output has their first input's rows.
+const KEEPS_ROWS: [&str; 4] = ["Cast", "Identity", "DequantizeLinear", "Mul"];
 /// Of a chain of such operators.
 const HANDED_ON_MAX: usize = 16;
 
@@ -160,9 +162,11 @@ fn datatype(number: DataType) -> Option<Datatype> {
 
 /// The tables whose rows are chosen by an input, directly or handed on.
 fn tables(graph: &GraphProto, inputs: &[Port]) -> Vec<Table> {
+    // A list, or one row for all, is what a table is multiplied by.
     let rows: HashMap<&str, i64> = graph
         .initializer
         .iter()
+        .filter(|tensor| tensor.dims.len() > 1 && tensor.dims[0] > 1)
         .filter_map(|tensor| Some((tensor.name.as_deref()?, *tensor.dims.first()?)))
         .collect();
     let makers: HashMap<&str, &NodeProto> = graph
@@ -179,19 +183,23 @@ fn tables(graph: &GraphProto, inputs: &[Port]) -> Vec<Table> {
         if node.op_type.as_deref() != Some("Gather") || !along_rows {
             return None;
         }
-        let rows = *rows.get(node.input.first()?.as_str())?;
-        let mut chosen_by = node.input.get(1)?.as_str();
-        for _ in 0..HANDED_ON_MAX {
-            if let Some(port) = inputs.iter().find(|port| port.name == chosen_by) {
-                return Some(Table { input: port.name.clone(), rows });
-            }
-            let maker = makers.get(chosen_by)?;
-            if !HANDS_ON.contains(&maker.op_type.as_deref()?) {
-                return None;
-            }
-            chosen_by = maker.input.first()?;
-        }
-        None
+        let weights = source(&makers, node.input.first()?, &KEEPS_ROWS);
+        let chosen_by = source(&makers, node.input.get(1)?, &HANDS_ON);
+        let port = inputs.iter().find(|port| port.name == chosen_by)?;
+        Some(Table { input: port.name.clone(), rows: *rows.get(weights)? })
     };
     graph.node.iter().filter_map(table).collect()
+}
+
+/// Where a value comes from, past operators that hand it on.
+fn source<'g>(makers: &HashMap<&str, &'g NodeProto>, value: &'g str, operators: &[&str]) -> &'g str {
+    let mut value = value;
+    for _ in 0..HANDED_ON_MAX {
+        let maker = makers
+            .get(value)
+            .filter(|maker| maker.op_type.as_deref().is_some_and(|operator| operators.contains(&operator)));
+        let Some(from) = maker.and_then(|maker| maker.input.first()) else { break };
+        value = from;
+    }
+    value
 }

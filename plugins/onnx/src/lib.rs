@@ -29,7 +29,7 @@ use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
     num::NonZeroUsize,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use modalkit_sdk::{
@@ -141,7 +141,7 @@ struct GroupOutput {
 }
 
 impl Loaded {
-    fn read(path: &PathBuf, settings: &Settings, device: Option<&Device>) -> Result<Self, PipelineError> {
+    fn read(path: &Path, settings: &Settings, device: Option<&Device>) -> Result<Self, PipelineError> {
         let read = || {
             let model = Model::load(path, settings, device)?;
             let finish = Finish::new(model.item_outputs.clone(), settings)?;

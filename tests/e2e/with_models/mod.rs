@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use modalkit_tests::{Host, Setup, built, wait_until, workspace};
+use modalkit_tests::{Host, Setup, built, workspace};
 use serde_json::{Value, json};
 
 /// Numbers of two engines may be so far apart.
@@ -103,9 +103,13 @@ fn models() -> PathBuf {
 /// ONNX Runtime's library in the tests' Python tools.
 fn library() -> PathBuf {
     let tools = built().with_file_name("python/lib");
-    let folders = fs::read_dir(tools).unwrap().map(|entry| entry.unwrap().path().join("site-packages/onnxruntime/capi"));
-    let files = folders.filter_map(|folder| fs::read_dir(folder).ok()).flatten().map(|entry| entry.unwrap().path());
-    let is_library = |file: &PathBuf| file.file_name().unwrap().to_string_lossy().starts_with("libonnxruntime.so");
+    let folders = fs::read_dir(tools)
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("site-packages/onnxruntime/capi"));
+    let files =
+        folders.filter_map(|folder| fs::read_dir(folder).ok()).flatten().map(|entry| entry.unwrap().path());
+    let is_library =
+        |file: &PathBuf| file.file_name().unwrap().to_string_lossy().starts_with("libonnxruntime.so");
     files.into_iter().find(is_library).expect("the Python package brings it")
 }
 
@@ -175,7 +179,8 @@ fn onnx_runtime_serves_what_it_is_chosen_for() {
     // A request's fault is its own, and says what this library said.
     let ask = |ids: Value| {
         let length = ids.as_array().unwrap().len();
-        let input = json!({"input_ids": ids, "attention_mask": vec![1; length], "token_type_ids": vec![0; length]});
+        let input =
+            json!({"input_ids": ids, "attention_mask": vec![1; length], "token_type_ids": vec![0; length]});
         host.post("/predict_sync?model_name=minilm", &input)
     };
     let (status, answer) = ask(json!([101, 30_522]));
@@ -195,17 +200,15 @@ fn onnx_runtime_is_there_for_replicas_and_reloads() {
     fs::copy(&file, setup.volume().join("magika.onnx")).unwrap();
     let config = format!(
         "[model_settings.model_entries.magika]\nplugin = \"onnx\"\npath = \"magika.onnx\"\nengine = \"onnxruntime\"\nlibrary = {:?}\n\
-         deployment_config = {{ replicas = 2 }}\n",
+         deployment_config = {{ min_replicas = 2 }}\n",
         library()
     );
     let host = setup.config(&config).ready();
     let ask = || host.post("/predict_sync?model_name=magika", &json!({"bytes": vec![7; 2048]}));
     let (status, before) = ask();
     assert_eq!(status, 200, "{before}");
-    let generation = host.model("magika")["generation"].as_u64().unwrap();
-    let (status, answer) = host.post("/admin/reload", &json!({"model_name": "magika"}));
-    assert!(status < 300, "{answer}");
-    wait_until("it was loaded again", || host.model("magika")["generation"].as_u64().unwrap() > generation);
+    let (status, entry) = host.post("/models/magika/reload", &Value::Null);
+    assert_eq!((status, &entry["generation"]), (200, &json!(2)), "{entry}");
     let (status, after) = ask();
     assert_eq!((status, &after["outputs"]), (200, &before["outputs"]));
 }

@@ -3,7 +3,7 @@
 use std::{
     borrow::Cow,
     path::PathBuf,
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use half::f16;
@@ -12,6 +12,7 @@ use ort::{
     ErrorCode,
     environment::Environment,
     ep,
+    logging::LogLevel,
     session::{Session, SessionInputValue, builder::GraphOptimizationLevel},
     value::{DynValue, Tensor},
 };
@@ -101,7 +102,15 @@ fn environment(library: Option<&PathBuf>) -> Result<&'static Environment, Pipeli
         ))
     };
     let environment = ort::init_from(&path).map_err(|error| said(error.to_string()))?;
-    let environment = environment.with_telemetry(false).build().map_err(|error| said(one_line(&error)))?;
+    // What fails is an error of whoever asked as well: a request's faults mustn't fill the log.
+    let log = |level: LogLevel, _: &str, _: &str, place: &str, said: &str| {
+        tracing::debug!(?level, place, said, "ONNX Runtime says");
+    };
+    let environment = environment
+        .with_telemetry(false)
+        .with_logger(Arc::new(log))
+        .build()
+        .map_err(|error| said(one_line(&error)))?;
     tracing::info!(library = %path.display(), build = ort::info(), "ONNX Runtime loaded");
     Ok(&ENVIRONMENT.get_or_init(|| (path, environment)).1)
 }
