@@ -96,7 +96,8 @@ fn each_library_is_known_where_it_belongs_only() {
         ],
     );
     only_in("modalkit_loader", &["host/loader/", "host/src/app.rs", "tests/e2e/queues.rs", itself]);
-    only_in("use rten", &["plugins/onnx/", itself]);
+    only_in("use rten", &["plugins/onnx/", "plugins/embed/", itself]);
+    only_in("use tokenizers", &["plugins/embed/", itself]);
     only_in("use ort::", &["plugins/onnx/", itself]);
     only_in(
         "object_store::",

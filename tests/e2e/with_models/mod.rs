@@ -1,5 +1,7 @@
 //! Models that people made, from the packages that have them, served by configuration alone: their answers are onnxruntime's.
 
+mod embeddings;
+
 use std::{fs, path::PathBuf, process::Command};
 
 use modalkit_tests::{Host, Setup, built, workspace};

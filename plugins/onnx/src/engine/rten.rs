@@ -1,11 +1,20 @@
 //! rten: all operators in this plugin, no library to be found. It has 32 bits for whole numbers of 64 and for truth values, and single precision for
 //! double and half: numbers are made into these on the way in, and into what the file declares on the way out.
 
-use std::sync::Arc;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+};
 
 use half::f16;
 use modalkit_sdk::{Datatype, PipelineError};
-use rten::{LoadErrorKind, Model, NodeId, RunErrorKind, RunOptions, ThreadPool, Value};
+use rten::{
+    LoadErrorKind, Model, NodeId, RunError, RunErrorKind, RunOptions, ThreadPool, Value, ValueOrView,
+};
 use rten_tensor::Layout;
 
 use super::{Engine, RunFault, Wanted};
@@ -18,11 +27,23 @@ use crate::{
 const INSTEAD: &str = "try `engine = \"onnxruntime\"`";
 
 pub(crate) struct Rten {
-    model: Model,
     inputs: Vec<NodeId>,
-    outputs: Vec<(NodeId, Datatype)>,
-    threads: Arc<ThreadPool>,
+    outputs: Vec<Datatype>,
+    runs: SyncSender<Run>,
 }
+
+type Values = Vec<(NodeId, ValueOrView<'static>)>;
+/// A panic is handed on.
+type Ran = thread::Result<Result<Vec<Value>, RunError>>;
+
+/// One run, and who waits for it.
+struct Run {
+    values: Values,
+    ran: SyncSender<Ran>,
+}
+
+/// Runs that wait for the one under way; more wait where they come from.
+const WAITING_RUNS: usize = 4;
 
 impl Rten {
     pub(crate) fn open(wanted: &Wanted<'_>) -> Result<Self, PipelineError> {
@@ -48,11 +69,30 @@ impl Rten {
             model.node_id(&port.name).map_err(|error| PipelineError::permanent(format!("{error}")))
         };
         let inputs = wanted.inputs.iter().map(node).collect::<Result<_, _>>()?;
-        let outputs = (wanted.outputs.iter().map(|port| Ok((node(port)?, port.datatype))))
-            .collect::<Result<_, PipelineError>>()?;
-        let threads = Arc::new(ThreadPool::with_num_threads(wanted.threads));
-        Ok(Self { model, inputs, outputs, threads })
+        let nodes = wanted.outputs.iter().map(node).collect::<Result<Vec<_>, _>>()?;
+        let (runs, queue) = sync_channel(WAITING_RUNS);
+        let threads = ThreadPool::with_num_threads(wanted.threads);
+        thread::Builder::new()
+            .name("rten".to_owned())
+            .spawn(move || run_all(&model, &nodes, threads, queue))?;
+        Ok(Self { inputs, outputs: wanted.outputs.iter().map(|port| port.datatype).collect(), runs })
     }
+}
+
+/// Runs what comes, until nobody can ask any more.
+///
+/// It does so as one task of the pool, on one of its threads. A task for each run would find that thread looking around for work, which it
+/// does for as long as many a small model takes, before it sleeps.
+fn run_all(model: &Model, outputs: &[NodeId], threads: ThreadPool, queue: Receiver<Run>) {
+    let threads = Arc::new(threads);
+    let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&threads)));
+    threads.run(move || {
+        while let Ok(Run { values, ran }) = queue.recv() {
+            let run = || model.run(values, outputs, Some(options.clone()));
+            // Whoever waited may have been given up.
+            let _ = ran.send(catch_unwind(AssertUnwindSafe(run)));
+        }
+    });
 }
 
 impl Engine for Rten {
@@ -67,14 +107,15 @@ impl Engine for Rten {
     fn run(&self, inputs: Vec<Array>) -> Result<Vec<Array>, RunFault> {
         let values = self.inputs.iter().zip(inputs).map(|(node, array)| Ok((*node, value(array)?.into())));
         let values = values.collect::<Result<_, _>>().map_err(RunFault::Engine)?;
-        let nodes: Vec<NodeId> = self.outputs.iter().map(|(node, _)| *node).collect();
-        let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&self.threads)));
-        let outputs = self.model.run(values, &nodes, Some(options)).map_err(|error| match error.kind() {
+        let (ran, outcome) = sync_channel(1);
+        let gone = || RunFault::Engine(PipelineError::permanent("rten's thread has ended"));
+        self.runs.send(Run { values, ran }).map_err(|_| gone())?;
+        let outputs = outcome.recv().map_err(|_| gone())?.unwrap_or_else(|panic| resume_unwind(panic));
+        let outputs = outputs.map_err(|error| match error.kind() {
             RunErrorKind::OperatorError | RunErrorKind::InvalidInput => RunFault::Input(error.to_string()),
             _ => RunFault::Engine(PipelineError::permanent(error)),
         })?;
-        let arrays =
-            outputs.into_iter().zip(&self.outputs).map(|(value, (_, datatype))| array(value, *datatype));
+        let arrays = outputs.into_iter().zip(&self.outputs).map(|(value, datatype)| array(value, *datatype));
         arrays.collect::<Result<_, _>>().map_err(RunFault::Engine)
     }
 }
