@@ -368,9 +368,10 @@ pub fn inspect(
     pin: Option<&str>,
     isolation: &Isolation,
     server: &Server,
+    log: Option<PluginLog>,
 ) -> Result<Arc<dyn Plugin>, LoadError> {
     // Without a log, a plugin that panics says so on standard error.
-    let engine = engine(server, None)?;
+    let engine = engine(server, log)?;
     let staged = engine.stage(file)?;
     staged.check_pin(pin, "the model's entry")?;
     engine.open(&staged, isolation, &mut OpenTimings::default())

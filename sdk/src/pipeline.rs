@@ -109,7 +109,8 @@ pub type Outcome<T> = Result<T, PipelineError>;
 pub trait InferencePipeline: Send + Sync + Sized + 'static {
     /// The pipeline's own keys of the model's entry in the configuration; [`crate::NoSettings`] where it has none.
     /// A key that it doesn't know is an error before load; its JSON Schema lets the host name the line and the nearest key. One that names a
-    /// file in the data folder says so with `#[schemars(extend("x-modalkit-file" = true))]`: `modalkit check` looks whether it is there.
+    /// file in the data folder says so with `#[schemars(extend("x-modalkit-file" = true))]`: `modalkit check` looks whether it is there. With `"x-modalkit-extensions" = ["onnx"]` beside it, or
+    /// `"x-modalkit-folder-with" = "tokenizer.json"` where it names a folder, `modalkit inspect` finds the pipeline for such files.
     type Settings: DeserializeOwned + JsonSchema;
     /// One request. Its JSON Schema explains to callers what was wrong with theirs.
     type Input: DeserializeOwned + JsonSchema + Send + Sync + 'static;

@@ -45,10 +45,17 @@ pub(crate) enum Command {
         #[arg(long)]
         strict: bool,
     },
-    /// Print what a plugin says of itself, and whether this host would take it.
+    /// Print what a plugin says of itself, and whether this host would take it; of a model's file, also what it takes and gives, and how fast it
+    /// runs.
     Inspect {
-        /// The library.
+        /// The library, a folder of Python, or a model's file or folder.
         file: PathBuf,
+        /// The plugin of a model's file, or its name in a volume; without it the one that says that it takes such files.
+        #[arg(long)]
+        plugin: Option<PathBuf>,
+        /// A key of the entry that a model's file would have, with its value in JSON or as text: `--set 'dimensions={"width":320}'`.
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        settings: Vec<String>,
         /// Print JSON, with the schemas of input, output and settings.
         #[arg(long)]
         json: bool,

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// Marks settings that name a file in the data folder, in the schema of a pipeline's settings.
-const FILE_MARK: &str = "x-modalkit-file";
+pub(crate) const FILE_MARK: &str = "x-modalkit-file";
 /// Values that are longer than this are cut in the table.
 const VALUE_CHARS_MAX: usize = 60;
 
@@ -117,7 +117,7 @@ fn all_models(loaded: &Loaded) -> Vec<ModelSpec> {
 /// As the host would take it: a folder of Python with the interpreter that the entry says.
 fn inspect(spec: &ModelSpec, file: &Path, loaded: &Loaded) -> Result<Arc<dyn Plugin>, LoadError> {
     let isolation = if file.is_dir() { spec.isolation.clone() } else { Isolation::default() };
-    app::inspect(file, spec.plugin_sha256.as_deref(), &isolation, &loaded.config.server)
+    app::inspect(file, spec.plugin_sha256.as_deref(), &isolation, &loaded.config.server, None)
 }
 
 /// What runs the models that are written in Python.

@@ -1,23 +1,28 @@
 //! `inspect`: what a plugin says of itself, and whether this host would take it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+};
 
 use modalkit::{
     app,
     config::{self, Environment},
 };
-use modalkit_engine::{Description, Isolation};
+use modalkit_engine::{Description, Isolation, tree};
 use serde_json::{Value, json};
 
 use super::{
     DONE, NOT_DONE, WRONG_USAGE,
+    inspect_model::{self, Asked},
     print::{Colour, coloured, complain, print},
 };
 
 /// What stands for the boundary that a pipeline in Python was built for.
 const PYTHON: &str = "python";
 
-pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_json: bool) -> u8 {
+pub(crate) fn run(asked: &Asked<'_>, files: &[PathBuf], environment: &Environment, as_json: bool) -> u8 {
+    let file = asked.file;
     // Whose files are taken, and how long they may take to open, stands in the configuration.
     let loaded = match config::load(files, environment) {
         Ok(loaded) => loaded,
@@ -26,9 +31,12 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
             return WRONG_USAGE;
         }
     };
+    if asked.plugin.is_some() || !is_plugin(file) {
+        return inspect_model::run(asked, &loaded, as_json);
+    }
     // A bare name is a file of the current folder. A folder that can't be told is a matter of the file.
     let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    match app::inspect(&whole, None, &Isolation::default(), &loaded.config.server) {
+    match app::inspect(&whole, None, &Isolation::default(), &loaded.config.server, None) {
         Ok(plugin) => {
             let about = plugin.description();
             print(&if as_json { in_json(about) } else { for_people(about) });
@@ -48,6 +56,14 @@ pub(crate) fn run(file: &Path, files: &[PathBuf], environment: &Environment, as_
             NOT_DONE
         }
     }
+}
+
+/// What isn't there is one as well, and is refused as such; folders are where there is a pipeline in them.
+fn is_plugin(file: &Path) -> bool {
+    if file.is_dir() {
+        return tree::is_pipeline(file);
+    }
+    !file.exists() || [None, Some(OsStr::new("so"))].contains(&file.extension())
 }
 
 fn in_json(plugin: &Description) -> String {

@@ -7,6 +7,7 @@ mod check;
 mod client;
 mod deploy;
 mod inspect;
+mod inspect_model;
 mod new;
 mod print;
 mod request;
@@ -86,7 +87,10 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             deploy::render(&files, &environment, args)
         }
         Some(Command::Check { json, strict }) => check::run(&files, &environment, json, strict),
-        Some(Command::Inspect { file, json }) => inspect::run(&file, &files, &environment, json),
+        Some(Command::Inspect { file, plugin, settings, json }) => {
+            let asked = inspect_model::Asked { file: &file, plugin: plugin.as_deref(), settings: &settings };
+            inspect::run(&asked, &files, &environment, json)
+        }
         Some(Command::Models { name, host }) => ask::run(&Ask::Models(name), &host, &files, &environment),
         Some(Command::Devices { host }) => ask::run(&Ask::Devices, &host, &files, &environment),
         Some(Command::Metrics { host }) => ask::run(&Ask::Metrics, &host, &files, &environment),

@@ -44,6 +44,7 @@ const LENGTH_STEP: usize = 16;
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 struct Settings {
     /// The model's folder, within the folder of all models' data: `tokenizer.json`, `config.json`, and `model.safetensors` or `onnx/model.onnx`.
+    #[schemars(extend("x-modalkit-file" = true, "x-modalkit-folder-with" = "tokenizer.json"))]
     path: PathBuf,
     /// Tokens of a text at most; without it what the folder says.
     #[serde(default)]

@@ -23,6 +23,8 @@ pub(crate) struct ModelFile {
     pub(crate) inputs: Vec<Port>,
     pub(crate) outputs: Vec<Port>,
     pub(crate) tables: Vec<Table>,
+    /// Whether weights have 8 bits.
+    pub(crate) is_quantised: bool,
 }
 
 /// A table of weights whose rows an input's numbers choose: a vocabulary's embeddings.
@@ -61,7 +63,10 @@ impl ModelFile {
             )));
         }
         let tables = tables(graph, &inputs);
-        Ok(Self { inputs, outputs, tables })
+        let is_small = |kind: &Option<DataType>| matches!(*kind, Some(DataType::INT8 | DataType::UINT8));
+        let is_quantised =
+            graph.initializer.iter().any(|tensor| is_small(&tensor.data_type) && tensor.dims.len() > 1);
+        Ok(Self { inputs, outputs, tables, is_quantised })
     }
 
     /// Gives dimensions with names fixed sizes.

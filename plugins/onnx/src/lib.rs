@@ -50,7 +50,7 @@ use port::{Arrays, Dim};
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 struct Settings {
     /// The model's file, within the folder of all models' data. Weights in files beside it are found by their names in it.
-    #[schemars(extend("x-modalkit-file" = true))]
+    #[schemars(extend("x-modalkit-file" = true, "x-modalkit-extensions" = ["onnx"]))]
     path: PathBuf,
     /// What runs the graph: `rten`, in this plugin, or `onnxruntime`, whose library is loaded at run time.
     #[serde(default)]

@@ -11,7 +11,7 @@ use crate::{
     Settings,
     array::Array,
     batching::{self, Asked, Axes},
-    engine::{self, Engine, RunFault, Wanted},
+    engine::{self, Engine, Kind, RunFault, Wanted},
     file::{ModelFile, Table},
     port::{self, Arrays, Port, describe_all},
 };
@@ -38,7 +38,7 @@ impl Model {
     ) -> Result<Self, PipelineError> {
         let mut file = ModelFile::read(path)?;
         file.pin(&settings.dimensions)?;
-        let ModelFile { inputs, outputs, tables } = file;
+        let ModelFile { inputs, outputs, tables, is_quantised } = file;
         let mut outputs = chosen(outputs, settings.outputs.as_deref())?;
         let engine = engine::open(
             settings.engine,
@@ -51,6 +51,9 @@ impl Model {
                 outputs: &outputs,
             },
         )?;
+        if is_quantised && settings.engine == Kind::Rten {
+            tracing::warn!(path = %path.display(), "weights of 8 bits: by rten answers may differ from those that the model was made for by more than rounding; `engine = \"onnxruntime\"` gives them");
+        }
         let run = |arrays: Vec<Array>| guarded(&*engine, arrays);
         let asked = Asked { batched: settings.batched, defaults: &settings.defaults };
         let found = batching::find(&inputs, &mut outputs, &asked, &run);

@@ -1,6 +1,7 @@
 //! Models that people made, from the packages that have them, served by configuration alone: their answers are onnxruntime's.
 
 mod embeddings;
+mod inspection;
 
 use std::{fs, path::PathBuf, process::Command};
 
