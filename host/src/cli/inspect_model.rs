@@ -231,7 +231,7 @@ const NUMBERS_MAX: usize = 1 << 24;
 /// Fractions from 0 to 1, whole numbers of 0 and 1 (begun with 1, so that masks hide something), texts of so many words.
 fn element(datatype: Datatype, place: usize, size: u64) -> Vec<u8> {
     let fraction = (place % 97) as f32 / 97.0;
-    let bit = u8::from(place % 3 == 0);
+    let bit = u8::from(place.is_multiple_of(3));
     match datatype {
         Datatype::Fp32 => fraction.to_le_bytes().to_vec(),
         Datatype::Fp64 => f64::from(fraction).to_le_bytes().to_vec(),

@@ -19,6 +19,9 @@ pub(crate) const BIAS: &str = "bias";
 /// Its output: `[texts, tokens, size]`.
 pub(crate) const HIDDEN: &str = "last_hidden_state";
 
+/// RoBERTa's token for padding, where its configuration doesn't say.
+const ROBERTA_PADDING: u32 = 1;
+
 /// The versions of the operators and of the format that have all that is used.
 const OPSET: i64 = 20;
 const IR_VERSION: i64 = 9;
@@ -26,18 +29,26 @@ const IR_VERSION: i64 = 9;
 /// Of `config.json`.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Shape {
+    #[serde(default)]
     pub(crate) model_type: String,
-    pub(crate) hidden_size: usize,
-    num_attention_heads: usize,
-    num_hidden_layers: usize,
+    hidden_size: Option<usize>,
+    num_attention_heads: Option<usize>,
+    num_hidden_layers: Option<usize>,
     #[serde(default = "gelu")]
     hidden_act: String,
     #[serde(default = "epsilon")]
     layer_norm_eps: f32,
     max_position_embeddings: Option<usize>,
-    #[serde(default)]
-    pad_token_id: u32,
+    pad_token_id: Option<u32>,
+    pub(crate) vocab_size: Option<u32>,
     position_embedding_type: Option<String>,
+}
+
+/// What must be known of a network to write it.
+struct Sizes {
+    hidden: usize,
+    heads: usize,
+    layers: usize,
 }
 
 fn gelu() -> String {
@@ -51,7 +62,7 @@ fn epsilon() -> f32 {
 impl Shape {
     /// The number of a text's first position: RoBERTa's begin after the one for padding.
     pub(crate) fn first_position(&self) -> u32 {
-        if self.is_roberta() { self.pad_token_id + 1 } else { 0 }
+        if self.is_roberta() { self.pad_token_id.unwrap_or(ROBERTA_PADDING) + 1 } else { 0 }
     }
 
     /// Tokens that there are positions for.
@@ -59,17 +70,22 @@ impl Shape {
         self.max_position_embeddings.map(|count| count.saturating_sub(self.first_position() as usize))
     }
 
+    /// Whether its graph can be written here.
+    pub(crate) fn is_known(&self) -> bool {
+        self.model_type == "bert" || self.is_roberta()
+    }
+
     fn is_roberta(&self) -> bool {
         ["roberta", "xlm-roberta", "camembert"].contains(&self.model_type.as_str())
     }
 
-    fn check(&self) -> Result<(), PipelineError> {
+    fn check(&self) -> Result<Sizes, PipelineError> {
         let refused = |what: String| {
             Err(PipelineError::permanent(format!(
                 "config.json: {what}. Other models are run from `onnx/model.onnx` in their folder: `optimum-cli export onnx` makes it"
             )))
         };
-        if self.model_type != "bert" && !self.is_roberta() {
+        if !self.is_known() {
             return refused(format!(
                 "expected the model_type bert, roberta, xlm-roberta or camembert, found {}",
                 self.model_type
@@ -84,26 +100,30 @@ impl Shape {
                 self.hidden_act
             ));
         }
-        if self.num_attention_heads == 0 || !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            let (size, heads) = (self.hidden_size, self.num_attention_heads);
-            return refused(format!("hidden_size {size} can't be divided among {heads} heads"));
+        let (Some(hidden), Some(heads), Some(layers)) =
+            (self.hidden_size, self.num_attention_heads, self.num_hidden_layers)
+        else {
+            return refused("expected hidden_size, num_attention_heads and num_hidden_layers".to_owned());
+        };
+        if heads == 0 || !hidden.is_multiple_of(heads) {
+            return refused(format!("hidden_size {hidden} can't be divided among {heads} heads"));
         }
-        Ok(())
+        Ok(Sizes { hidden, heads, layers })
     }
 }
 
 /// Writes the model, with its weights in it.
 pub(crate) fn write(shape: &Shape, weights: &[u8]) -> Result<Vec<u8>, PipelineError> {
-    shape.check()?;
+    let sizes = shape.check()?;
     let weights = SafeTensors::deserialize(weights)?;
     let mut graph = Building { graph: GraphProto::default(), weights: &weights, prefix: prefix(&weights) };
     graph.inputs();
     let mut hidden = graph.embeddings(shape)?;
-    for layer in 0..shape.num_hidden_layers {
-        hidden = graph.layer(shape, layer, &hidden)?;
+    for layer in 0..sizes.layers {
+        hidden = graph.layer(shape, &sizes, layer, &hidden)?;
     }
     graph.node("Identity", &[&hidden], HIDDEN);
-    let size = i64::try_from(shape.hidden_size)?;
+    let size = i64::try_from(sizes.hidden)?;
     graph.graph.output = vec![value(HIDDEN, DataType::FLOAT, &[None, None, Some(size)])];
     let opset = OperatorSetIdProto { domain: None, version: Some(OPSET) };
     let model = ModelProto {
@@ -157,11 +177,17 @@ impl Building<'_> {
         self.norm(shape, "embeddings.LayerNorm", "embeddings.sum")
     }
 
-    fn layer(&mut self, shape: &Shape, number: usize, hidden: &str) -> Result<String, PipelineError> {
+    fn layer(
+        &mut self,
+        shape: &Shape,
+        sizes: &Sizes,
+        number: usize,
+        hidden: &str,
+    ) -> Result<String, PipelineError> {
         let layer = format!("encoder.layer.{number}");
         let of = |part: &str| format!("{layer}.{part}");
-        let heads = i64::try_from(shape.num_attention_heads)?;
-        let size = i64::try_from(shape.hidden_size)?;
+        let heads = i64::try_from(sizes.heads)?;
+        let size = i64::try_from(sizes.hidden)?;
         let split = self.sizes(&of("split"), &[0, 0, heads, size / heads]);
         let mut parts = Vec::new();
         // Queries and values as [texts, heads, tokens, part], keys with their last two turned.

@@ -25,12 +25,16 @@ pub(crate) struct Folder {
     /// An error where it says something else than is done here: the entry may say what is.
     pub(crate) pooling: Result<Option<Pooling>, PipelineError>,
     pub(crate) normalizes: bool,
+    /// Whether texts are made lower case before they are made tokens.
+    pub(crate) lowers_case: bool,
 }
 
 /// Of `sentence_bert_config.json`.
 #[derive(Default, Deserialize)]
 struct Sentences {
     max_seq_length: Option<usize>,
+    #[serde(default)]
+    do_lower_case: bool,
 }
 
 /// One of `modules.json`.
@@ -47,18 +51,21 @@ struct PoolingConfig {
     pooling_mode_cls_token: bool,
     pooling_mode_mean_tokens: bool,
     pooling_mode_max_tokens: bool,
+    pooling_mode_mean_sqrt_len_tokens: bool,
+    pooling_mode_weightedmean_tokens: bool,
+    pooling_mode_lasttoken: bool,
 }
 
 impl Folder {
     pub(crate) fn open(path: &Path) -> Result<Self, PipelineError> {
         let shape: Shape = required(path, "config.json")?;
-        let weights =
-            WEIGHTS.iter().map(|name| path.join(name)).find(|file| file.is_file()).ok_or_else(|| {
-                PipelineError::permanent(format!(
-                    "expected weights in one of {}, found none",
-                    WEIGHTS.join(", ")
-                ))
-            })?;
+        let found = |names: &[&str]| names.iter().map(|name| path.join(name)).find(|file| file.is_file());
+        // A graph of another type can't be written here: one that is there already comes first.
+        let graphs = if shape.is_known() { None } else { found(&WEIGHTS[1..]) };
+        let weights = graphs.or_else(|| found(&WEIGHTS)).ok_or_else(|| {
+            let names = WEIGHTS.join(", ");
+            PipelineError::permanent(format!("expected weights in one of {names}, found none"))
+        })?;
         let sentences: Sentences = optional(path, "sentence_bert_config.json")?.unwrap_or_default();
         let modules: Vec<Module> = optional(path, "modules.json")?.unwrap_or_default();
         let is = |module: &&Module, name: &str| module.r#type.rsplit('.').next() == Some(name);
@@ -83,6 +90,7 @@ impl Folder {
             positions: shape.positions(),
             pooling,
             normalizes,
+            lowers_case: sentences.do_lower_case,
             shape,
         })
     }
@@ -90,10 +98,15 @@ impl Folder {
 
 fn pooling(folder: &Path) -> Result<Option<Pooling>, PipelineError> {
     let config: PoolingConfig = required(folder, "config.json")?;
-    match (config.pooling_mode_cls_token, config.pooling_mode_mean_tokens, config.pooling_mode_max_tokens) {
-        (true, false, false) => Ok(Some(Pooling::Cls)),
-        (false, true, false) => Ok(Some(Pooling::Mean)),
-        (false, false, true) => Ok(Some(Pooling::Max)),
+    let others = config.pooling_mode_mean_sqrt_len_tokens
+        || config.pooling_mode_weightedmean_tokens
+        || config.pooling_mode_lasttoken;
+    let known =
+        (config.pooling_mode_cls_token, config.pooling_mode_mean_tokens, config.pooling_mode_max_tokens);
+    match (known, others) {
+        ((true, false, false), false) => Ok(Some(Pooling::Cls)),
+        ((false, true, false), false) => Ok(Some(Pooling::Mean)),
+        ((false, false, true), false) => Ok(Some(Pooling::Max)),
         _ => Err(PipelineError::permanent(format!(
             "{}: expected one of the modes cls_token, mean_tokens and max_tokens: say `pooling` in the model's entry",
             folder.join("config.json").display()

@@ -20,9 +20,13 @@ mod pool;
 mod texts;
 
 use std::{
+    borrow::Cow,
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use modalkit_sdk::{
@@ -36,6 +40,9 @@ use folder::Folder;
 use network::Network;
 use pool::Pooling;
 use texts::{Encoded, Texts};
+
+/// How often a folder was read in this process.
+static READINGS: AtomicU64 = AtomicU64::new(0);
 
 /// Texts whose lengths, rounded up to this many tokens, are equal share runs: no more is padded than that.
 const LENGTH_STEP: usize = 16;
@@ -91,13 +98,13 @@ struct Input {
     #[serde(default)]
     #[expect(dead_code, reason = "callers send it, and mustn't be refused for it")]
     user: Option<String>,
-    /// Made when it is first asked for.
+    /// Made when it is first asked for, and whose reading of the folder made it.
     #[serde(skip)]
-    encoded: OnceLock<Result<Encoded, String>>,
+    encoded: OnceLock<(u64, Result<Encoded, String>)>,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or a list of its tokens' numbers")]
 enum Text {
     Words(String),
     Tokens(Vec<u32>),
@@ -126,6 +133,8 @@ struct Pipeline {
 
 /// What of a pipeline is read again when files change.
 struct Loaded {
+    /// Which reading of a folder it is, in this process.
+    reading: u64,
     texts: Texts,
     network: Network,
     pooling: Pooling,
@@ -153,18 +162,24 @@ impl Loaded {
                 path = %path.display(), weights = %folder.weights.display(), size = network.size(), max_tokens = texts.max_tokens(),
                 ?pooling, normalize, "embedding model loaded"
             );
-            Ok(Self { texts, network, pooling, normalize })
+            let reading = READINGS.fetch_add(1, Ordering::Relaxed);
+            Ok(Self { reading, texts, network, pooling, normalize })
         };
         read().map_err(|error: PipelineError| error.context(format!("the model's folder {}", path.display())))
     }
 
-    fn encoded<'i>(&self, input: &'i Input) -> Result<&'i Encoded, Invalid> {
+    /// A text that was measured before the folder was read again is made tokens again.
+    fn encoded<'i>(&self, input: &'i Input) -> Result<Cow<'i, Encoded>, Invalid> {
         let encode = || match &input.input {
             Text::Words(words) => self.texts.encode(words),
             Text::Tokens(tokens) => self.texts.take(tokens),
         };
-        let encoded = input.encoded.get_or_init(encode);
-        encoded.as_ref().map_err(|said| Invalid::new(said).at("input"))
+        let invalid = |said: &String| Invalid::new(said).at("input");
+        let (reading, encoded) = input.encoded.get_or_init(|| (self.reading, encode()));
+        match *reading == self.reading {
+            true => encoded.as_ref().map(Cow::Borrowed).map_err(invalid),
+            false => encode().map(Cow::Owned).map_err(|said| invalid(&said)),
+        }
     }
 
     fn padded(&self, encoded: &Encoded) -> usize {
@@ -176,13 +191,15 @@ impl Loaded {
     }
 
     fn run(&self, inputs: &[Input], group: &Group) -> Outcome<Vec<Vec<f32>>> {
-        let encoded: Vec<&Encoded> = (group.places.iter())
+        let encoded: Vec<Cow<'_, Encoded>> = (group.places.iter())
             .map(|place| {
                 self.encoded(&inputs[*place])
                     .map_err(|invalid| PipelineError::invalid_input(invalid.to_string()))
             })
             .collect::<Result<_, _>>()?;
-        let hidden = self.network.run(&encoded, group.length)?;
+        let length = group.length.max(encoded.iter().map(|text| text.tokens.len()).max().unwrap_or(1));
+        let texts: Vec<&Encoded> = encoded.iter().map(AsRef::as_ref).collect();
+        let hidden = self.network.run(&texts, length)?;
         let size = self.network.size();
         let of_text = |(row, text): (&[f32], &&Encoded)| {
             let mut vector = self.pooling.pool(row, size, text.tokens.len());
@@ -191,7 +208,7 @@ impl Loaded {
             }
             vector
         };
-        Ok(hidden.chunks_exact(group.length * size).zip(&encoded).map(of_text).collect())
+        Ok(hidden.chunks_exact(length * size).zip(&texts).map(of_text).collect())
     }
 }
 
@@ -203,6 +220,11 @@ impl InferencePipeline for Pipeline {
     type RawOutput = Vec<Option<Outcome<Vec<f32>>>>;
 
     fn load(ctx: LoadContext<Settings>) -> Result<Self, PipelineError> {
+        if ctx.device().is_some() {
+            return Err(PipelineError::permanent(
+                "this pipeline runs on CPUs, and was given a GPU: leave `gpu` out of the model's entry",
+            ));
+        }
         let path = ctx.all_model_data_folder().join(&ctx.settings().path);
         let settings = ctx.into_settings();
         let loaded = Loaded::read(&path, &settings)?;
@@ -222,7 +244,7 @@ impl InferencePipeline for Pipeline {
 
     /// Its tokens, padded.
     fn cost(&self, input: &Input) -> u64 {
-        self.loaded.encoded(input).map_or(1, |encoded| self.loaded.padded(encoded) as u64)
+        self.loaded.encoded(input).map_or(1, |encoded| self.loaded.padded(&encoded) as u64)
     }
 
     fn shape(&self, input: &Input) -> u64 {
@@ -253,7 +275,7 @@ impl InferencePipeline for Pipeline {
 
     /// Sorted by their lengths; a run has texts of one padded length, and no more tokens than it may.
     fn preprocess(&self, inputs: &[Input]) -> Result<Vec<Group>, PipelineError> {
-        let length = |input| self.loaded.encoded(input).map_or(1, |encoded| self.loaded.padded(encoded));
+        let length = |input| self.loaded.encoded(input).map_or(1, |encoded| self.loaded.padded(&encoded));
         let mut sorted: Vec<(usize, usize)> =
             inputs.iter().enumerate().map(|(place, input)| (length(input), place)).collect();
         sorted.sort_unstable();
@@ -275,6 +297,14 @@ impl InferencePipeline for Pipeline {
         let mut vectors: Self::RawOutput = inputs.iter().map(|_| None).collect();
         for group in groups {
             match self.loaded.run(inputs, &group) {
+                Err(_) if group.places.len() > 1 => {
+                    // One of them may be why.
+                    for place in group.places {
+                        let alone = Group { places: vec![place], length: group.length };
+                        let vector = self.loaded.run(inputs, &alone).map(|mut rows| rows.swap_remove(0));
+                        vectors[place] = Some(vector);
+                    }
+                }
                 Ok(rows) => {
                     group.places.iter().zip(rows).for_each(|(place, row)| vectors[*place] = Some(Ok(row)))
                 }

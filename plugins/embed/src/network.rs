@@ -1,10 +1,15 @@
 //! The network by rten: texts' tokens in, the tokens' vectors out.
 
-use std::{fs, sync::Arc};
+use std::{
+    fmt::Display,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use modalkit_sdk::PipelineError;
 use rten::{Model, ModelOptions, NodeId, RunOptions, ThreadPool, Value};
-use rten_tensor::Layout;
+use rten_tensor::{Layout, Tensor};
 
 use crate::{bert, folder::Folder, texts::Encoded};
 
@@ -35,15 +40,22 @@ enum Kind {
 impl Network {
     pub(crate) fn open(folder: &Folder, threads: usize) -> Result<Self, PipelineError> {
         let said = |error| PipelineError::permanent(format!("{}: {error}", folder.weights.display()));
-        let mut options = ModelOptions::with_all_ops();
-        // It takes some memory, and a tenth off the time.
-        options.prepack_weights(true);
-        let is_graph = folder.weights.extension().is_some_and(|kind| kind == "onnx");
-        let model = if is_graph {
-            options.load_file(&folder.weights).map_err(said)?
-        } else {
-            options.load(bert::write(&folder.shape, &fs::read(&folder.weights)?)?).map_err(said)?
+        let graph = match folder.weights.extension() {
+            Some(kind) if kind == "onnx" => None,
+            _ => Some(bert::write(&folder.shape, &fs::read(&folder.weights)?)?),
         };
+        let threads = ThreadPool::with_num_threads(threads);
+        // On these threads, or others would be started to pack the weights.
+        let load = || {
+            let mut options = ModelOptions::with_all_ops();
+            // It takes some memory, and a tenth off the time.
+            options.prepack_weights(true);
+            match graph {
+                Some(graph) => options.load(graph),
+                None => options.load_file(&folder.weights),
+            }
+        };
+        let model = threads.run(load).map_err(said)?;
         let name = |node: &NodeId| {
             model.node_info(*node).and_then(|info| info.name()).unwrap_or_default().to_owned()
         };
@@ -66,7 +78,14 @@ impl Network {
             };
             Ok((*node, kind))
         };
-        let inputs = model.input_ids().iter().map(kind).collect::<Result<_, _>>()?;
+        let inputs = model.input_ids().iter().map(kind).collect::<Result<Vec<_>, _>>()?;
+        // Texts are padded: without it their vectors would depend on that.
+        if !inputs.iter().any(|(_, kind)| matches!(kind, Kind::Mask | Kind::Bias)) {
+            return Err(PipelineError::permanent(format!(
+                "{} has no input `{MASK}`, which says what is padding: export it with one",
+                folder.weights.display()
+            )));
+        }
         let output = model
             .output_ids()
             .iter()
@@ -74,14 +93,28 @@ impl Network {
             .or_else(|| model.output_ids().first())
             .copied()
             .ok_or_else(|| PipelineError::permanent("the graph has no output"))?;
-        Ok(Self {
+        let mut network = Self {
             model,
             inputs,
             output,
-            size: folder.shape.hidden_size,
+            size: 0,
             first_position: folder.shape.first_position(),
-            threads: Arc::new(ThreadPool::with_num_threads(threads)),
-        })
+            threads: Arc::new(threads),
+        };
+        network.size = network.find_size()?;
+        Ok(network)
+    }
+
+    /// Runs a text of two tokens: what it gives for each is the size.
+    fn find_size(&self) -> Result<usize, PipelineError> {
+        let text = Encoded { tokens: vec![0; 2], types: vec![0; 2], truncated: false };
+        let tensor = self.run_graph(&[&text], 2).map_err(|error| error.context("a first run"))?;
+        match tensor.shape() {
+            [1, 2, size] if *size > 0 => Ok(*size),
+            other => Err(PipelineError::permanent(format!(
+                "its output has the shape {other:?} for a text of 2 tokens; expected [1, 2, size], each token's vector. Export the model without what makes one of them"
+            ))),
+        }
     }
 
     /// Numbers of a vector.
@@ -91,6 +124,18 @@ impl Network {
 
     /// The vectors of each text's tokens, text by text, of all padded to one length.
     pub(crate) fn run(&self, texts: &[&Encoded], length: usize) -> Result<Vec<f32>, PipelineError> {
+        let tensor = self.run_graph(texts, length)?;
+        let expected = [texts.len(), length, self.size];
+        if tensor.shape() != expected {
+            return Err(PipelineError::permanent(format!(
+                "the graph gave the shape {:?}; expected {expected:?}, each token's vector",
+                tensor.shape()
+            )));
+        }
+        Ok(tensor.into_data())
+    }
+
+    fn run_graph(&self, texts: &[&Encoded], length: usize) -> Result<Tensor<f32>, PipelineError> {
         let rows = |of: &dyn Fn(&Encoded, usize) -> i32| -> Vec<i32> {
             texts.iter().flat_map(|text| (0..length).map(|place| of(text, place))).collect()
         };
@@ -122,20 +167,19 @@ impl Network {
             inputs.push((*node, value.into()));
         }
         let options = RunOptions::default().with_thread_pool(Some(Arc::clone(&self.threads)));
-        let outputs = self.model.run(inputs, &[self.output], Some(options)).map_err(|error| {
+        let said = |error: &dyn Display| {
             PipelineError::permanent(format!(
                 "{} texts of {length} tokens can't be run: {error}",
                 texts.len()
             ))
-        })?;
-        let expected = [texts.len(), length, self.size];
+        };
+        let run = || self.model.run(inputs, &[self.output], Some(options));
+        let outputs = catch_unwind(AssertUnwindSafe(run))
+            .map_err(|_| said(&"the engine panicked"))?
+            .map_err(|error| said(&error))?;
         match outputs.into_iter().next() {
-            Some(Value::FloatTensor(tensor)) if tensor.shape() == expected => Ok(tensor.into_data()),
-            Some(other) => Err(PipelineError::permanent(format!(
-                "the graph gave the shape {:?}; expected {expected:?}, each token's vector",
-                other.shape()
-            ))),
-            None => Err(PipelineError::permanent("the graph gave nothing")),
+            Some(Value::FloatTensor(tensor)) => Ok(tensor),
+            _ => Err(PipelineError::permanent("the graph gave no tensor of numbers with fractions")),
         }
     }
 }

@@ -20,7 +20,7 @@ fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|place| (((place + 1) * (seed * 7919 + 104_729)) % 1009) as f32 / 1009.0 - 0.5).collect()
 }
 
-fn write_weights(to: &Path) {
+fn write_weights(to: &Path, dtype: Dtype) {
     let mut shapes: Vec<(String, Vec<usize>)> = vec![
         ("embeddings.word_embeddings.weight".into(), vec![WORDS.len(), SIZE]),
         ("embeddings.token_type_embeddings.weight".into(), vec![2, SIZE]),
@@ -54,13 +54,17 @@ fn write_weights(to: &Path) {
         .iter()
         .enumerate()
         .map(|(seed, (_, shape))| {
-            numbers(shape.iter().product(), seed).into_iter().flat_map(f32::to_le_bytes).collect()
+            let numbers = numbers(shape.iter().product(), seed).into_iter();
+            match dtype {
+                Dtype::F16 => numbers.flat_map(|value| half::f16::from_f32(value).to_le_bytes()).collect(),
+                _ => numbers.flat_map(f32::to_le_bytes).collect(),
+            }
         })
         .collect();
     let views: HashMap<&String, TensorView<'_>> = shapes
         .iter()
         .zip(&bytes)
-        .map(|((name, shape), bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()))
+        .map(|((name, shape), bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()))
         .collect();
     serialize_to_file(views, None, to).unwrap();
 }
@@ -91,17 +95,28 @@ fn config() -> Value {
     })
 }
 
-/// A folder's files, changed by the test.
-fn load(config: &Value, settings: &Value) -> Result<LoadedPipeline<Pipeline>, PipelineError> {
+/// A folder's files, which a test may change before it is loaded.
+fn folder(config: &Value) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("small");
     fs::create_dir_all(&model).unwrap();
-    write_weights(&model.join("model.safetensors"));
+    write_weights(&model.join("model.safetensors"), Dtype::F32);
     fs::write(model.join("config.json"), config.to_string()).unwrap();
     fs::write(model.join("tokenizer.json"), tokenizer().to_string()).unwrap();
+    folder
+}
+
+fn load_from(
+    folder: &tempfile::TempDir,
+    settings: &Value,
+) -> Result<LoadedPipeline<Pipeline>, PipelineError> {
     let mut whole = json!({"path": "small"});
     whole.as_object_mut().unwrap().extend(settings.as_object().unwrap().clone());
     TestKit::new().all_model_data_folder(folder.path()).settings(whole).load()
+}
+
+fn load(config: &Value, settings: &Value) -> Result<LoadedPipeline<Pipeline>, PipelineError> {
+    load_from(&folder(config), settings)
 }
 
 fn vector(answer: &Value) -> Vec<f64> {
@@ -115,6 +130,12 @@ fn are_near(one: &[f64], other: &[f64]) -> bool {
 #[test]
 fn a_text_has_the_same_vector_alone_and_beside_longer_ones() {
     let model = load(&config(), &json!({})).unwrap();
+    // Of four tokens at most, a text of four is not padded.
+    let unpadded = load(&config(), &json!({"max_tokens": 4})).unwrap();
+    let input = json!({"input": "the lamp"});
+    let [exact, padded] =
+        [&unpadded, &model].map(|model| model.run_json(std::slice::from_ref(&input)).remove(0).unwrap());
+    assert!(are_near(&vector(&exact), &vector(&padded)), "{exact} {padded}");
     let texts =
         ["the lamp", "the lamp is lit the lamp is lit the lamp is lit the lamp is lit the lamp", "lit"];
     let inputs: Vec<Value> = texts.iter().map(|text| json!({"input": text})).collect();
@@ -156,10 +177,28 @@ fn long_texts_are_cut_and_say_so_or_are_refused() {
 }
 
 #[test]
+fn a_text_of_as_many_tokens_as_there_may_be_is_whole() {
+    let model = load(&config(), &json!({"max_tokens": 6})).unwrap();
+    let answers =
+        model.run_json(&[json!({"input": "the lamp is lit"}), json!({"input": "the lamp is lit the"})]);
+    let said = |place: usize| {
+        let answer: &Value = answers[place].as_ref().unwrap();
+        (answer["truncated"].clone(), answer["usage"]["prompt_tokens"].clone())
+    };
+    assert_eq!(said(0), (json!(false), json!(6)));
+    assert_eq!(said(1), (json!(true), json!(6)));
+    let vectors = [0, 1].map(|place: usize| vector(answers[place].as_ref().unwrap()));
+    assert!(are_near(&vectors[0], &vectors[1]), "the end is left out");
+    let too_few = load(&config(), &json!({"max_tokens": 2})).err().unwrap().to_string();
+    assert!(too_few.contains("`max_tokens` is 2; expected more than 2"), "{too_few}");
+}
+
+#[test]
 fn what_is_no_text_is_refused() {
     let model = load(&config(), &json!({})).unwrap();
     let error = |input: Value| model.run_json(&[input]).remove(0).unwrap_err().to_string();
     assert!(error(json!({"input": [1, 8]})).contains("input: expected tokens from 0 to 7, found 8"));
+    assert!(error(json!({"input": [-1]})).contains("expected a text, or a list of its tokens' numbers"));
     assert!(error(json!({"input": []})).contains("input: expected at least one token, found none"));
     assert!(error(json!({"input": "lamp", "dimensions": 4})).contains("dimensions: expected 8"));
     assert!(model.run_json(&[json!({"input": ""})])[0].is_ok(), "a text of nothing has the tokens around it");
@@ -181,5 +220,82 @@ fn folders_that_are_not_what_they_should_be_are_refused() {
         with("num_hidden_layers", json!(3))
             .contains("the weights have no `encoder.layer.2.attention.self.query.weight`")
     );
+    assert!(with("num_attention_heads", json!(3)).contains("hidden_size 8 can't be divided among 3 heads"));
     assert!(with("position_embedding_type", json!("relative_key")).contains("expected absolute positions"));
+}
+
+#[test]
+fn half_precision_and_a_graph_in_the_folder_give_the_same_vectors() {
+    let input = json!({"input": "the lamp is lit"});
+    let embed = |model: LoadedPipeline<Pipeline>| {
+        vector(&model.run_json(std::slice::from_ref(&input)).remove(0).unwrap())
+    };
+    let whole = embed(load(&config(), &json!({})).unwrap());
+
+    let halves = folder(&config());
+    write_weights(&halves.path().join("small/model.safetensors"), Dtype::F16);
+    let halves = embed(load_from(&halves, &json!({})).unwrap());
+    assert!(whole.iter().zip(&halves).all(|(one, other)| (one - other).abs() < 1e-2), "{whole:?} {halves:?}");
+
+    // Of a type that isn't written here, with the graph beside the weights.
+    let graph = folder(&json!({"model_type": "other"}));
+    let model = graph.path().join("small");
+    let shape = serde_json::from_value(config()).unwrap();
+    let written = crate::bert::write(&shape, &fs::read(model.join("model.safetensors")).unwrap()).unwrap();
+    fs::create_dir(model.join("onnx")).unwrap();
+    fs::write(model.join("onnx/model.onnx"), written).unwrap();
+    assert!(are_near(&whole, &embed(load_from(&graph, &json!({})).unwrap())));
+}
+
+#[test]
+fn what_a_folder_says_of_pooling_and_lengths_is_done_or_refused() {
+    let with = |files: &[(&str, Value)]| {
+        let folder = folder(&config());
+        for (name, content) in files {
+            let file = folder.path().join("small").join(name);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, content.to_string()).unwrap();
+        }
+        folder
+    };
+    let modules = |last: &str| {
+        json!([
+            {"path": "", "type": "sentence_transformers.models.Transformer"},
+            {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"path": "2", "type": format!("sentence_transformers.models.{last}")}
+        ])
+    };
+    let cls =
+        ("1_Pooling/config.json", json!({"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}));
+    let embed = |model: &LoadedPipeline<Pipeline>| {
+        vector(&model.run_json(&[json!({"input": "the lamp is lit"})]).remove(0).unwrap())
+    };
+    let folder = with(&[("modules.json", modules("Normalize")), cls.clone()]);
+    let said = embed(&load_from(&folder, &json!({})).unwrap());
+    assert!((said.iter().map(|value| value * value).sum::<f64>() - 1.0).abs() < 1e-5, "{said:?}");
+    let first = embed(&load(&config(), &json!({"pooling": "cls", "normalize": true})).unwrap());
+    assert!(are_near(&said, &first));
+
+    let both =
+        ("1_Pooling/config.json", json!({"pooling_mode_mean_tokens": true, "pooling_mode_lasttoken": true}));
+    let folder = with(&[("modules.json", modules("Normalize")), both]);
+    let refused = load_from(&folder, &json!({})).err().unwrap().to_string();
+    assert!(refused.contains("say `pooling` in the model's entry"), "{refused}");
+    assert!(load_from(&folder, &json!({"pooling": "mean"})).is_ok());
+    let dense = with(&[("modules.json", modules("Dense")), cls]);
+    let refused = load_from(&dense, &json!({})).err().unwrap().to_string();
+    assert!(refused.contains("has the module sentence_transformers.models.Dense"), "{refused}");
+
+    // More tokens than there are positions: the positions count. RoBERTa's begin after the one for padding.
+    let long = with(&[("sentence_bert_config.json", json!({"max_seq_length": 512}))]);
+    let answer = load_from(&long, &json!({}))
+        .unwrap()
+        .run_json(&[json!({"input": "lamp ".repeat(60)})])
+        .remove(0)
+        .unwrap();
+    assert_eq!(answer["usage"]["prompt_tokens"], 40);
+    let mut roberta = config();
+    roberta["model_type"] = json!("roberta");
+    let refused = load(&roberta, &json!({"max_tokens": 39})).err().unwrap().to_string();
+    assert!(refused.contains("expected at most 38"), "{refused}");
 }

@@ -15,7 +15,7 @@ pub(crate) struct Array {
     pub(crate) elements: Elements,
 }
 
-/// A number that another can be made into. What the other's kind has no room for was refused before.
+/// A number that another can be made into: one for which it has room, as was looked at before.
 trait Number: Copy {
     fn of_integer(value: i64) -> Self;
     fn of_float(value: f64) -> Self;

@@ -1,6 +1,6 @@
 //! The best classes of a classifying output, with their labels.
 
-use modalkit_sdk::PipelineError;
+use modalkit_sdk::{Datatype, PipelineError};
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -46,6 +46,12 @@ impl Classifier {
             )));
         };
         let port = &outputs[output];
+        if port.datatype == Datatype::Bytes {
+            return Err(PipelineError::permanent(format!(
+                "the output `{}` has strings and can't classify; `classify` names another",
+                port.name
+            )));
+        }
         // Around the classes there may be dimensions of one.
         let classes = match &port.dims[..] {
             [outer @ .., classes] if outer.iter().all(|dim| *dim == Dim::Fixed(1)) => classes,

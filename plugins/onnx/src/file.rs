@@ -36,7 +36,8 @@ pub(crate) struct Table {
 }
 
 impl ModelFile {
-    pub(crate) fn read(path: &Path) -> Result<Self, PipelineError> {
+    /// `wanted`: the outputs that are asked for, in their order; all where nothing is said. Others may be what is taken by no engine.
+    pub(crate) fn read(path: &Path, wanted: Option<&[String]>) -> Result<Self, PipelineError> {
         let file = File::open(path)?;
         let model = ModelProto::parse_file(file)
             .map_err(|error| PipelineError::permanent(format!("it is no ONNX model: {error}")))?;
@@ -54,8 +55,28 @@ impl ModelFile {
             .filter(is_input)
             .map(|value| port("input", value))
             .collect::<Result<_, _>>()?;
-        let outputs: Vec<Port> =
-            graph.output.iter().map(|value| port("output", value)).collect::<Result<_, _>>()?;
+        let values: Vec<&ValueInfoProto> = match wanted {
+            None => graph.output.iter().collect(),
+            Some(names) => names
+                .iter()
+                .map(|wanted| {
+                    graph.output.iter().find(|value| name(value) == wanted).ok_or_else(|| {
+                        let known: Vec<&str> = graph.output.iter().map(name).collect();
+                        PipelineError::permanent(format!(
+                            "`outputs` names `{wanted}`; expected some of `{}`",
+                            known.join("`, `")
+                        ))
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+        };
+        let outputs: Vec<Port> = (values
+            .into_iter()
+            .map(|value| port("output", value))
+            .collect::<Result<_, _>>())
+        .map_err(|error: PipelineError| {
+            PipelineError::permanent(format!("{error}. `outputs` in the model's entry can leave it out"))
+        })?;
         if let Some(nameless) = outputs.iter().find(|port| !is_made(graph, &constants, &port.name)) {
             return Err(PipelineError::permanent(format!(
                 "nothing in it makes the output `{}`",
@@ -71,13 +92,28 @@ impl ModelFile {
 
     /// Gives dimensions with names fixed sizes.
     pub(crate) fn pin(&mut self, sizes: &BTreeMap<String, usize>) -> Result<(), PipelineError> {
-        let symbols = |ports: &[Port]| -> Vec<String> {
-            let dims = ports.iter().flat_map(|port| &port.dims);
-            dims.filter_map(|dim| if let Dim::Symbolic(name) = dim { Some(name.clone()) } else { None })
-                .collect()
-        };
-        let mut known = symbols(&self.inputs);
-        if let Some(unknown) = sizes.keys().find(|name| !known.contains(*name)) {
+        self.check_symbols("dimensions", sizes.keys())?;
+        for dim in self.inputs.iter_mut().chain(&mut self.outputs).flat_map(|port| &mut port.dims) {
+            if let Dim::Symbolic(name) = dim
+                && let Some(size) = sizes.get(name)
+            {
+                *dim = Dim::Fixed(*size);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether these are names of inputs' dimensions of any size; `key` is what names them.
+    pub(crate) fn check_symbols<'n>(
+        &self,
+        key: &str,
+        mut names: impl Iterator<Item = &'n String>,
+    ) -> Result<(), PipelineError> {
+        let dims = self.inputs.iter().flat_map(|port| &port.dims);
+        let mut known: Vec<String> = dims
+            .filter_map(|dim| if let Dim::Symbolic(name) = dim { Some(name.clone()) } else { None })
+            .collect();
+        if let Some(unknown) = names.find(|name| !known.contains(*name)) {
             known.sort();
             known.dedup();
             let known = if known.is_empty() {
@@ -86,15 +122,8 @@ impl ModelFile {
                 known.join("`, `")
             };
             return Err(PipelineError::permanent(format!(
-                "`dimensions` names `{unknown}`; the dimensions that can be set are `{known}`"
+                "`{key}` names `{unknown}`; the dimensions that can be set are `{known}`"
             )));
-        }
-        for dim in self.inputs.iter_mut().chain(&mut self.outputs).flat_map(|port| &mut port.dims) {
-            if let Dim::Symbolic(name) = dim
-                && let Some(size) = sizes.get(name)
-            {
-                *dim = Dim::Fixed(*size);
-            }
         }
         Ok(())
     }

@@ -7,11 +7,11 @@ use serde::Deserialize;
 use crate::{
     Settings,
     array::{Array, Elements},
-    port::{Arrays, Port, describe_all},
+    port::{Port, describe_all},
 };
 
 /// The input that says which tokens count, where a model has one.
-const MASK: &str = "attention_mask";
+pub(crate) const MASK: &str = "attention_mask";
 
 /// How the vectors of a text's tokens become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -53,9 +53,8 @@ impl Finish {
             None => None,
         };
         let first = |named: Option<&String>, key: &str| {
-            let place =
-                outputs.iter().position(|port| named.is_none_or(|name| port.name == *name) && numbers(port));
-            place.ok_or_else(|| {
+            let place = outputs.iter().position(|port| named.is_none_or(|name| port.name == *name));
+            place.filter(|place| numbers(&outputs[*place])).ok_or_else(|| {
                 PipelineError::permanent(format!(
                     "`{key}` wants an output of numbers with fractions; the model gives {}",
                     describe_all(&outputs)
@@ -75,9 +74,10 @@ impl Finish {
     }
 
     /// Of one request's outputs.
-    pub(crate) fn apply(&self, request: &Arrays, mut outputs: Vec<Array>) -> Outcome<Vec<Array>> {
+    /// `mask`: which tokens count, where the model has such an input.
+    pub(crate) fn apply(&self, mask: Option<&Array>, mut outputs: Vec<Array>) -> Outcome<Vec<Array>> {
         if let Some((place, pooling)) = self.pooling {
-            let mask = request.get(MASK).and_then(|mask| mask.elements.to_integers());
+            let mask = mask.and_then(|mask| mask.elements.to_f32());
             outputs[place] = pool(&outputs[place], pooling, mask.as_deref())?;
         }
         if let Some(place) = self.softmax {
@@ -90,14 +90,14 @@ impl Finish {
     }
 }
 
-fn pool(array: &Array, pooling: Pooling, mask: Option<&[i64]>) -> Outcome<Array> {
+fn pool(array: &Array, pooling: Pooling, mask: Option<&[f32]>) -> Outcome<Array> {
     let ([tokens, size], Some(values)) = (&array.shape[..], array.elements.to_f32()) else {
         return Err(PipelineError::permanent(format!(
             "`pooling` wants [tokens, size], and the output has the shape {:?}",
             array.shape
         )));
     };
-    let counts = |token: usize| mask.is_none_or(|mask| mask.get(token).is_none_or(|counts| *counts != 0));
+    let counts = |token: usize| mask.is_none_or(|mask| mask.get(token).is_none_or(|counts| *counts != 0.0));
     let mut rows =
         (0..*tokens).filter(|token| counts(*token)).map(|token| &values[token * size..(token + 1) * size]);
     let Some(first) = rows.next() else {

@@ -64,6 +64,9 @@ struct Settings {
     /// Sizes of dimensions that may have any, by their names in the file; of those without a name `INPUT.PLACE`, as in `"x.2"`.
     #[serde(default)]
     dimensions: BTreeMap<String, usize>,
+    /// The most that dimensions of any size may have, by their names: larger requests are refused.
+    #[serde(default)]
+    dimensions_max: BTreeMap<String, usize>,
     /// Arrays of inputs that a request may leave out, as one request would have them: `{ sr = 16000 }`.
     #[serde(default)]
     defaults: BTreeMap<String, Array>,
@@ -91,6 +94,24 @@ struct Settings {
     /// The output that classifies; the first one where this is left out.
     #[serde(default)]
     classify: Option<String>,
+}
+
+impl Settings {
+    /// What can be told without the file.
+    fn check(&self) -> Result<(), PipelineError> {
+        let refused = |what: &str| Err(PipelineError::permanent(what));
+        let outputs = self.outputs.as_deref().unwrap_or_default();
+        if self.outputs.is_some() && outputs.is_empty() {
+            return refused("`outputs` is empty; expected the names of some, or no such key for all");
+        }
+        if outputs.iter().enumerate().any(|(place, name)| outputs[..place].contains(name)) {
+            return refused("`outputs` names one twice");
+        }
+        if self.library.is_some() && self.engine != Kind::OnnxRuntime {
+            return refused("`library` is ONNX Runtime's: say `engine = \"onnxruntime\"` as well");
+        }
+        Ok(())
+    }
 }
 
 fn one() -> NonZeroUsize {
@@ -132,7 +153,8 @@ struct Loaded {
 /// Requests that run together, by their places in the batch.
 struct Group {
     places: Vec<usize>,
-    inputs: Vec<Array>,
+    /// An error where they no longer fit: the model was read again meanwhile.
+    inputs: Result<Vec<Array>, PipelineError>,
 }
 
 struct GroupOutput {
@@ -143,6 +165,7 @@ struct GroupOutput {
 impl Loaded {
     fn read(path: &Path, settings: &Settings, device: Option<&Device>) -> Result<Self, PipelineError> {
         let read = || {
+            settings.check()?;
             let model = Model::load(path, settings, device)?;
             let finish = Finish::new(model.item_outputs.clone(), settings)?;
             let classifier = Classifier::new(&finish.outputs, settings)?;
@@ -159,7 +182,8 @@ impl Loaded {
                 self.model.engine()
             ))
         };
-        let outputs = match self.model.run(arrays) {
+        let ran = arrays.map_err(RunFault::Engine).and_then(|arrays| self.model.run(arrays));
+        let outputs = match ran {
             Ok(outputs) => Ok(outputs),
             Err(RunFault::Engine(error)) => Err(error),
             Err(RunFault::Input(said)) if places.len() == 1 => Err(refused(said)),
@@ -180,7 +204,8 @@ impl Loaded {
     }
 
     fn answer(&self, request: &Input, outputs: Vec<Array>) -> Outcome<Output> {
-        let outputs = self.finish.apply(&request.0, outputs)?;
+        let mask = self.model.input_named(&request.0, finish::MASK);
+        let outputs = self.finish.apply(mask, outputs)?;
         let classifier = self.classifier.as_ref();
         let top = classifier.map_or(Ok(Vec::new()), |classifier| classifier.best(&outputs))?;
         let names = self.finish.outputs.iter().map(|port| port.name.clone());
@@ -227,7 +252,7 @@ impl InferencePipeline for Pipeline {
     fn shape(&self, input: &Input) -> u64 {
         let ports = &self.loaded.model.item_inputs;
         let is_any = |port: &port::Port| port.dims.iter().any(|dim| matches!(dim, Dim::Symbolic(_)));
-        if !ports.iter().any(is_any) {
+        if !self.loaded.model.is_batched() || !ports.iter().any(is_any) {
             return 0;
         }
         let mut hasher = DefaultHasher::new();
@@ -263,9 +288,9 @@ impl InferencePipeline for Pipeline {
         }
         let group = |places: Vec<usize>| {
             let members: Vec<&Arrays> = places.iter().map(|place| &inputs[*place].0).collect();
-            Ok(Group { inputs: model.join(&members)?, places })
+            Group { inputs: model.join(&members), places }
         };
-        groups.into_iter().map(group).collect()
+        Ok(groups.into_iter().map(group).collect())
     }
 
     fn predict(&self, inputs: &[Input], groups: Vec<Group>) -> Result<Vec<GroupOutput>, PipelineError> {

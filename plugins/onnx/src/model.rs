@@ -1,6 +1,7 @@
 //! A model that is loaded: what its file says, the engine that runs it, and how several requests run at once.
 
 use std::{
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
@@ -10,10 +11,10 @@ use modalkit_sdk::{Device, Invalid, Outcome, PipelineError};
 use crate::{
     Settings,
     array::Array,
-    batching::{self, Asked, Axes},
+    batching::{self, Axes, Known},
     engine::{self, Engine, Kind, RunFault, Wanted},
     file::{ModelFile, Table},
-    port::{self, Arrays, Port, describe_all},
+    port::{self, Arrays, Limits, Port, describe_all},
 };
 
 pub(crate) struct Model {
@@ -27,6 +28,8 @@ pub(crate) struct Model {
     tables: Vec<Table>,
     /// What stands for inputs that a request leaves out.
     defaults: Arrays,
+    /// The most that dimensions of any size may have.
+    dimensions_max: BTreeMap<String, usize>,
     axes: Option<Axes>,
 }
 
@@ -36,10 +39,10 @@ impl Model {
         settings: &Settings,
         device: Option<&Device>,
     ) -> Result<Self, PipelineError> {
-        let mut file = ModelFile::read(path)?;
+        let mut file = ModelFile::read(path, settings.outputs.as_deref())?;
         file.pin(&settings.dimensions)?;
-        let ModelFile { inputs, outputs, tables, is_quantised } = file;
-        let mut outputs = chosen(outputs, settings.outputs.as_deref())?;
+        file.check_symbols("dimensions_max", settings.dimensions_max.keys())?;
+        let ModelFile { inputs, mut outputs, tables, is_quantised } = file;
         let engine = engine::open(
             settings.engine,
             &Wanted {
@@ -55,8 +58,16 @@ impl Model {
             tracing::warn!(path = %path.display(), "weights of 8 bits: by rten answers may differ from those that the model was made for by more than rounding; `engine = \"onnxruntime\"` gives them");
         }
         let run = |arrays: Vec<Array>| guarded(&*engine, arrays);
-        let asked = Asked { batched: settings.batched, defaults: &settings.defaults };
-        let found = batching::find(&inputs, &mut outputs, &asked, &run);
+        let known = Known {
+            inputs: &inputs,
+            batched: settings.batched,
+            defaults: &settings.defaults,
+            tables: &tables,
+        };
+        let found = batching::find(&known, &mut outputs, &run)?;
+        if !found.has_run {
+            tracing::warn!(path = %path.display(), because = found.because, "the model was not run at load: what keeps it from running shows with the first requests; `dimensions` and `defaults` may help");
+        }
         let axes = found.axes;
         tracing::info!(
             path = %path.display(), engine = engine.name(), inputs = describe_all(&inputs), outputs = describe_all(&outputs),
@@ -68,8 +79,17 @@ impl Model {
         };
         let item_inputs = without(&inputs, axes.as_ref().map(|axes| &axes.inputs));
         let item_outputs = without(&outputs, axes.as_ref().map(|axes| &axes.outputs));
-        let defaults = settings.defaults.clone();
-        let model = Self { engine, inputs, outputs, item_inputs, item_outputs, tables, defaults, axes };
+        let model = Self {
+            engine,
+            inputs,
+            outputs,
+            item_inputs,
+            item_outputs,
+            tables,
+            defaults: settings.defaults.clone(),
+            dimensions_max: settings.dimensions_max.clone(),
+            axes,
+        };
         model.check_defaults()?;
         Ok(model)
     }
@@ -93,6 +113,12 @@ impl Model {
         request.get(&port.name).or_else(|| self.defaults.get(&port.name))
     }
 
+    /// The same of an input of this name, where the model has one.
+    pub(crate) fn input_named<'a>(&'a self, request: &'a Arrays, name: &str) -> Option<&'a Array> {
+        let port = self.item_inputs.iter().find(|port| port.name == name)?;
+        self.of_request(request, port)
+    }
+
     pub(crate) fn may_be_left_out(&self, port: &Port) -> bool {
         self.defaults.contains_key(&port.name)
     }
@@ -107,21 +133,31 @@ impl Model {
                 )));
             };
             let alone = Arrays::from([(name.clone(), array.clone())]);
-            port::check(std::slice::from_ref(port), &alone, &Arrays::new(), |port| {
-                self.engine.narrowed(port)
-            })
-            .map_err(|invalid| PipelineError::permanent(format!("`defaults`: {invalid}")))?;
+            let limits = Limits {
+                defaults: &Arrays::new(),
+                dimensions_max: &self.dimensions_max,
+                engine: &*self.engine,
+            };
+            port::check(std::slice::from_ref(port), &alone, &limits)
+                .and_then(|()| self.check_tables(&alone))
+                .map_err(|invalid| PipelineError::permanent(format!("`defaults`: {invalid}")))?;
         }
         Ok(())
     }
 
     pub(crate) fn check(&self, arrays: &Arrays) -> Result<(), Invalid> {
-        port::check(&self.item_inputs, arrays, &self.defaults, |port| self.engine.narrowed(port))?;
+        let limits =
+            Limits { defaults: &self.defaults, dimensions_max: &self.dimensions_max, engine: &*self.engine };
+        port::check(&self.item_inputs, arrays, &limits)?;
+        self.check_tables(arrays)
+    }
+
+    fn check_tables(&self, arrays: &Arrays) -> Result<(), Invalid> {
         for table in &self.tables {
             let Some(chosen) = arrays.get(&table.input).and_then(|array| array.elements.to_integers()) else {
                 continue;
             };
-            if let Some(place) = chosen.iter().position(|row| !(-table.rows..table.rows).contains(row)) {
+            if let Some(place) = chosen.iter().position(|row| !(0..table.rows).contains(row)) {
                 let (rows, found) = (table.rows, chosen[place]);
                 return Err(Invalid::new(format!(
                     "expected numbers from 0 to {}, the rows of the model's table; found {found}",
@@ -180,20 +216,6 @@ impl Model {
         };
         outputs.iter().zip(&axes.outputs).zip(&self.outputs).map(item).collect()
     }
-}
-
-/// The outputs that are wanted, in the order in which they are.
-fn chosen(ports: Vec<Port>, names: Option<&[String]>) -> Result<Vec<Port>, PipelineError> {
-    let Some(names) = names else { return Ok(ports) };
-    let find = |name: &String| {
-        ports.iter().find(|port| port.name == *name).cloned().ok_or_else(|| {
-            PipelineError::permanent(format!(
-                "`outputs` names `{name}`; expected some of {}",
-                describe_all(&ports)
-            ))
-        })
-    };
-    names.iter().map(find).collect()
 }
 
 /// An engine's panic is its answer to that input.

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use half::f16;
 use modalkit_sdk::{Datatype, Invalid};
 
-use crate::array::{Array, Elements};
+use crate::{
+    array::{Array, Elements},
+    engine::Engine,
+};
 
 /// A request's or an answer's arrays, by the names of inputs or outputs.
 pub(crate) type Arrays = BTreeMap<String, Array>;
@@ -62,10 +66,25 @@ impl Port {
         let expected = short(self.datatype);
         let Some((mut least, mut most)) = range(self.datatype) else {
             // Numbers with fractions, or strings.
-            let are_strings = matches!(array.elements, Elements::Strings(_));
-            return match (self.datatype == Datatype::Bytes, are_strings) {
-                (true, false) if array.elements.len() > 0 => wrong("expected strings, found numbers".into()),
-                (false, true) => wrong(format!("expected numbers ({expected}), found strings")),
+            let most = match self.datatype {
+                Datatype::Fp16 => f64::from(f16::MAX),
+                Datatype::Fp32 => f64::from(f32::MAX),
+                _ => f64::INFINITY,
+            };
+            return match (&array.elements, self.datatype == Datatype::Bytes) {
+                (Elements::Strings(_), true) => Ok(()),
+                (Elements::Strings(_), false) => {
+                    wrong(format!("expected numbers ({expected}), found strings"))
+                }
+                (_, true) => wrong("expected strings, found numbers".into()),
+                (Elements::F64(values), false) => {
+                    match values.iter().find(|value| value.is_finite() && value.abs() > most) {
+                        Some(value) => {
+                            wrong(format!("expected numbers up to {most:e} ({expected}), found {value:e}"))
+                        }
+                        None => Ok(()),
+                    }
+                }
                 _ => Ok(()),
             };
         };
@@ -85,7 +104,7 @@ impl Port {
             Elements::Strings(_) => return wrong(format!("expected numbers ({expected}), found strings")),
             _ => {
                 return wrong(format!(
-                    "expected whole numbers from {least} to {most}, found one with a fraction"
+                    "expected whole numbers from {least} to {most}, found one with a fraction, or one that is larger"
                 ));
             }
         };
@@ -135,27 +154,40 @@ pub(crate) fn describe_all(ports: &[Port]) -> String {
     ports.join(", ")
 }
 
-/// Whether a request fits: every input there that has no default, none unknown, shapes and numbers as declared, sizes with one name equal. Of whole numbers,
-/// `narrowed` is what the engine has room for.
-pub(crate) fn check(
-    ports: &[Port],
-    arrays: &Arrays,
-    defaults: &Arrays,
-    narrowed: impl Fn(&Port) -> Option<Range>,
-) -> Result<(), Invalid> {
+/// What a request is held against beside the model's inputs.
+pub(crate) struct Limits<'a> {
+    /// What stands for inputs that it leaves out.
+    pub(crate) defaults: &'a Arrays,
+    /// The most that dimensions of any size may have.
+    pub(crate) dimensions_max: &'a BTreeMap<String, usize>,
+    /// Says for which whole numbers it has room.
+    pub(crate) engine: &'a dyn Engine,
+}
+
+/// Whether a request fits: every input there that has no default, none unknown, shapes and numbers as declared, sizes with one name equal.
+pub(crate) fn check(ports: &[Port], arrays: &Arrays, limits: &Limits<'_>) -> Result<(), Invalid> {
     let mut sizes: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
     for port in ports {
         let expected = port.describe();
         let wrong = |found: String| Err(Invalid::new(found).at(port.name.as_str()));
-        let Some(array) = arrays.get(&port.name).or_else(|| defaults.get(&port.name)) else {
+        let Some(array) = arrays.get(&port.name).or_else(|| limits.defaults.get(&port.name)) else {
             return wrong(format!("field required: `{}`, {expected}", port.name));
         };
         let fits = |(size, dim): (&usize, &Dim)| matches!(dim, Dim::Symbolic(_)) || *dim == Dim::Fixed(*size);
         if array.shape.len() != port.dims.len() || !array.shape.iter().zip(&port.dims).all(fits) {
             return wrong(format!("expected {expected}, found the shape {:?}", array.shape));
         }
+        if array.elements.len() == 0 {
+            return wrong(format!(
+                "expected {expected}, found no element at all: the shape {:?}",
+                array.shape
+            ));
+        }
         for (size, dim) in array.shape.iter().zip(&port.dims) {
             let Dim::Symbolic(symbol) = dim else { continue };
+            if let Some(most) = limits.dimensions_max.get(symbol).filter(|most| *size > **most) {
+                return wrong(format!("expected at most {most} along `{symbol}`, found {size}"));
+            }
             match sizes.get(symbol.as_str()) {
                 Some((other, of)) if other != size => {
                     return wrong(format!(
@@ -165,7 +197,7 @@ pub(crate) fn check(
                 _ => drop(sizes.insert(symbol, (*size, &port.name))),
             }
         }
-        port.check_numbers(array, narrowed(port))?;
+        port.check_numbers(array, limits.engine.narrowed(port))?;
     }
     match arrays.keys().find(|name| !ports.iter().any(|port| port.name == **name)) {
         Some(unknown) => {

@@ -5,7 +5,7 @@ mod graphs;
 use std::{fs, path::Path};
 
 use modalkit_sdk::{
-    Datatype, ErrorKind, PipelineError, Tensor,
+    Datatype, ErrorKind, PipelineError, Tensor, VolumeReload,
     testkit::{LoadedPipeline, TestKit},
 };
 use serde_json::{Value, json};
@@ -175,6 +175,10 @@ fn a_token_outside_the_vocabulary_is_the_fault_of_its_own_request() {
         "{vocabulary}"
     );
     let lengths = answers[2].as_ref().unwrap_err().to_string();
+    let negative = model.run_json(&[json!({"ids": [-1, 2], "mask": [1, 1]})]).remove(0).unwrap_err();
+    assert!(negative.to_string().contains("expected numbers from 0 to 9"), "{negative}");
+    let none = model.run_json(&[json!({"ids": [], "mask": []})]).remove(0).unwrap_err();
+    assert!(none.to_string().contains("found no element at all"), "{none}");
     assert_eq!(lengths, "mask: expected as many along `seq` as `ids` has, 3; found 2");
     assert_eq!(answers[3].as_ref().unwrap()["outputs"]["vectors"], json!([[9.0, 18.0], [0.0, 0.0]]));
 }
@@ -208,6 +212,8 @@ fn requests_share_runs_only_where_that_changes_no_answer() {
     // Along the first dimension each row is added to those after it.
     assert!(!is_batched(&graphs::running_sum(), json!({})));
     assert!(is_batched(&graphs::running_sum(), json!({"batched": true})));
+    // To each row its place is added.
+    assert!(!is_batched(&graphs::places(), json!({})));
     // A state with its batch in the middle, and one number for all.
     assert!(is_batched(&graphs::scaled_state(), json!({})));
 }
@@ -256,6 +262,9 @@ fn half_and_double_precision_and_truth_values_keep_their_types() {
         error.to_string().contains("truth: expected whole numbers from 0 to 1 (bool), found 2"),
         "{error}"
     );
+    let large = json!({"half": [70_000, 0.1], "double": [1, 2], "truth": [1, 0]});
+    let error = model.run_json(&[large]).remove(0).unwrap_err();
+    assert!(error.to_string().contains("half: expected numbers up to 6.5504e4 (f16), found 7e4"), "{error}");
 }
 
 #[test]
@@ -290,7 +299,7 @@ fn outputs_are_pooled_normalised_and_made_probabilities_where_the_entry_says_so(
     assert_eq!(answer["label"], "odd");
     let best = answer["top"][0]["score"].as_f64().unwrap();
     assert!((best - 1.0 / (1.0 + (-1.0_f64).exp())).abs() < 1e-6, "{answer}");
-    let scalar = refusal(&graphs::scaled_state(), &json!({"pooling": "mean", "outputs": []}));
+    let scalar = refusal(&graphs::running_sum(), &json!({"pooling": "mean", "batched": true}));
     assert!(scalar.contains("`pooling` wants an output of tokens' vectors"), "{scalar}");
 }
 
@@ -301,9 +310,44 @@ fn only_the_outputs_that_are_wanted_are_answered() {
     assert_eq!(model.run_json(&[input])[0].as_ref().unwrap()["outputs"], json!({"truth_out": [1, 0]}));
     let unknown = refusal(&graphs::kinds(), &json!({"outputs": ["logits"]}));
     assert!(
-        unknown.contains("`outputs` names `logits`; expected some of half_out f16[batch, 2]"),
+        unknown.contains("`outputs` names `logits`; expected some of `half_out`, `double_out`, `truth_out`"),
         "{unknown}"
     );
+}
+
+#[test]
+fn keys_that_would_do_nothing_are_refused() {
+    for (settings, expected) in [
+        (json!({"outputs": []}), "`outputs` is empty"),
+        (json!({"outputs": ["vectors", "vectors"]}), "`outputs` names one twice"),
+        (json!({"library": "/lib/libonnxruntime.so"}), "`library` is ONNX Runtime's"),
+        (json!({"labels": ["a", "b"], "outputs": ["vectors"]}), "can't classify"),
+    ] {
+        let said = refusal(&graphs::tokens(), &settings);
+        assert!(said.contains(expected), "{said}");
+    }
+    let said = refusal(&graphs::of_kind(graphs::FLOAT32), &json!({"softmax": true, "classify": "z"}));
+    assert!(said.contains("`softmax` wants an output of numbers with fractions"), "{said}");
+    let said = refusal(&graphs::fixed(), &json!({"batched": true}));
+    assert!(said.contains("`batched` is true, and requests can't share runs"), "{said}");
+}
+
+#[test]
+fn a_file_that_is_bad_after_a_reload_leaves_the_model_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.onnx");
+    graphs::tokens().write(&file);
+    let kit = TestKit::new().all_model_data_folder(folder.path()).settings(json!({"path": "model.onnx"}));
+    let model = kit.load::<Pipeline>().unwrap();
+    let ask =
+        |model: &LoadedPipeline<Pipeline>| model.run_json(&[json!({"ids": [1], "mask": [1]})]).remove(0);
+    fs::write(&file, "no model").unwrap();
+    let reload = VolumeReload::new("models", folder.path(), ["model.onnx"]);
+    assert!(model.volume_reload(&reload).is_err());
+    assert_eq!(ask(&model).unwrap()["outputs"]["vectors"], json!([[1.0, 2.0]]));
+    graphs::sums().write(&file);
+    model.volume_reload(&reload).unwrap();
+    assert!(ask(&model).unwrap_err().to_string().contains("no input `mask`"));
 }
 
 #[test]
@@ -312,6 +356,12 @@ fn sizes_that_are_set_are_those_of_requests() {
     let error =
         model.run_json(&[json!({"ids": [1, 2, 3], "mask": [1, 1, 1]})]).remove(0).unwrap_err().to_string();
     assert_eq!(error, "ids: expected i64[2], found the shape [3]");
+    let limited = load(&graphs::tokens(), &json!({"dimensions_max": {"seq": 2}})).unwrap();
+    let long = limited.run_json(&[json!({"ids": [1, 2, 3], "mask": [1, 1, 1]})]).remove(0).unwrap_err();
+    assert_eq!(long.to_string(), "ids: expected at most 2 along `seq`, found 3");
+    assert!(limited.run_json(&[json!({"ids": [1, 2], "mask": [1, 1]})])[0].is_ok());
+    let typo = refusal(&graphs::tokens(), &json!({"dimensions_max": {"sequence": 2}}));
+    assert!(typo.contains("`dimensions_max` names `sequence`"), "{typo}");
     let unknown = refusal(&graphs::tokens(), &json!({"dimensions": {"width": 2}}));
     assert!(
         unknown.contains("`dimensions` names `width`; the dimensions that can be set are `batch`, `seq`"),

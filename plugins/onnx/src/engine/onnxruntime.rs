@@ -25,8 +25,11 @@ use crate::{
 
 /// What the library is called where its folder is the linker's to know.
 const LIBRARY: &str = "libonnxruntime.so";
-/// Where a folder or file is named that a package brought.
+/// Where the library's file is named, if not in the configuration.
 const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// What it says where there is no memory for a run.
+const NO_MEMORY: &str = "Failed to allocate memory";
 
 /// The library can be loaded once in a process, and has one environment, for all models and all their generations.
 static ENVIRONMENT: OnceLock<(PathBuf, Environment)> = OnceLock::new();
@@ -64,7 +67,9 @@ impl Engine for OnnxRuntime {
     fn run(&self, inputs: Vec<Array>) -> Result<Vec<Array>, RunFault> {
         let mut values: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = Vec::with_capacity(inputs.len());
         for (name, array) in self.inputs.iter().zip(inputs) {
-            values.push((name.into(), value(array).map_err(of_engine)?.into()));
+            // Strings with a NUL in them, say.
+            let value = value(array).map_err(|error| RunFault::Input(one_line(&error)))?;
+            values.push((name.into(), value.into()));
         }
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let outputs = session.run(values).map_err(fault)?;
@@ -180,15 +185,14 @@ fn array(value: &DynValue, datatype: Datatype) -> Result<Array, PipelineError> {
     Array::whole(shape, elements)
 }
 
-fn of_engine(error: ort::Error) -> RunFault {
-    RunFault::Engine(PipelineError::permanent(one_line(&error)))
-}
-
 fn fault(error: ort::Error) -> RunFault {
     // The SDK knows what errors of CUDA mean by their words.
     let of_device = PipelineError::from(std::io::Error::other(one_line(&error)));
     match error.code() {
-        _ if of_device.is_device_lost() => RunFault::Engine(of_device),
+        _ if of_device.is_device_lost() || of_device.is_retryable() => RunFault::Engine(of_device),
+        _ if error.message().contains(NO_MEMORY) => {
+            RunFault::Engine(PipelineError::transient(one_line(&error)))
+        }
         ErrorCode::RuntimeException | ErrorCode::InvalidArgument | ErrorCode::GenericFailure => {
             RunFault::Input(one_line(&error))
         }

@@ -47,6 +47,11 @@ const WAITING_RUNS: usize = 4;
 
 impl Rten {
     pub(crate) fn open(wanted: &Wanted<'_>) -> Result<Self, PipelineError> {
+        if wanted.device.is_some() {
+            return Err(PipelineError::permanent(format!(
+                "rten runs on CPUs, and this model was given a GPU: leave `gpu` out, or {INSTEAD}"
+            )));
+        }
         for (kind, port) in (wanted.inputs.iter().map(|port| ("input", port)))
             .chain(wanted.outputs.iter().map(|port| ("output", port)))
         {

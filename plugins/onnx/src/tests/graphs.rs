@@ -10,6 +10,7 @@ use rten_onnx::onnx::{
 
 pub(super) use rten_onnx::onnx::DataType as Kind;
 
+pub(super) const FLOAT32: Kind = DataType::FLOAT;
 pub(super) const UINT16: Kind = DataType::UINT16;
 pub(super) const STRING: Kind = DataType::STRING;
 pub(super) const BFLOAT16: Kind = DataType::BFLOAT16;
@@ -139,6 +140,36 @@ pub(super) fn running_sum() -> Graph {
         output: vec![value("y", DataType::FLOAT, &[Named("rows"), Of(3)])],
         value_info: Vec::new(),
     })
+}
+
+/// Each row, and its place from 1.
+pub(super) fn places() -> Graph {
+    let axis = TensorProto {
+        name: Some("axis".to_owned()),
+        dims: Vec::new(),
+        data_type: Some(DataType::INT64),
+        int64_data: vec![0],
+        ..TensorProto::default()
+    };
+    let number = |name: &str, value: f32| floats(name, &[1], vec![value]);
+    Graph(GraphProto {
+        node: vec![
+            node("Mul", "nothing", &["x", "zero"], "zeros"),
+            node("Add", "something", &["zeros", "one"], "ones"),
+            node("CumSum", "count", &["ones", "axis"], "places"),
+            node("Add", "place", &["x", "places"], "y"),
+        ],
+        initializer: vec![axis, number("zero", 0.0), number("one", 1.0)],
+        input: vec![value("x", DataType::FLOAT, &[Named("rows"), Of(3)])],
+        output: vec![value("y", DataType::FLOAT, &[Named("rows"), Of(3)])],
+        value_info: Vec::new(),
+    })
+}
+
+/// One input of one size, handed on.
+pub(super) fn fixed() -> Graph {
+    let port = |name| value(name, DataType::FLOAT, &[Of(1), Of(2)]);
+    through("Identity", port("x"), port("y"))
 }
 
 /// A state whose second dimension is the batch's, times a number.
