@@ -6,6 +6,7 @@
 
 mod adaptive;
 mod buckets;
+mod embeddings;
 mod grpc;
 mod insight;
 mod jobs;
@@ -141,6 +142,9 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     if only == ["python"] {
         return python::run(options);
     }
+    if only == ["embeddings"] {
+        return embeddings::run(options);
+    }
     if only == ["models"] {
         return models::run(options);
     }
@@ -155,7 +159,7 @@ pub(crate) fn run(only: &[String], options: &Options) -> anyhow::Result<()> {
     }
     if let Some(unknown) = only.iter().find(|name| !WORKLOADS.iter().any(|known| known.name == **name)) {
         bail!(
-            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets, adaptive, models or jobs"
+            "no workload {unknown:?}; expected echo, batched, big, tensors, isolation, python, stream, grpc, insight, buckets, adaptive, models, embeddings or jobs"
         );
     }
     build()?;

@@ -43,6 +43,7 @@ cargo xtask COMMAND
   bench isolation               the same host with each replica in a process of its own, beside itself without
   bench buckets                 how fast a bucket of 1 GiB is mirrored, beside AWS's own command line
   bench models                  what the host adds to a run of other people's ONNX models, beside the engine alone
+  bench embeddings              texts by plugins/embed, beside FastAPI with onnxruntime and the same weights
   bench python                  a pipeline in Python beside mosec 0.9.8, with the same model
   bench grpc                    ModelInfer over gRPC, beside bare tonic (--perf-analyzer COMMAND: asked by Triton's perf_analyzer)
   bench adaptive                waits that are learned beside fixed ones: callers, bursts, a ramp, a model whose time drifts; writes a figure
