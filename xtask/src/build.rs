@@ -43,6 +43,9 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Stands in the manifest of a plugin that `run` doesn't build.
+const WANTS_A_MODEL: &str = "wants-a-model = true";
+
 /// The plugins of this workspace, by folder.
 pub(crate) fn plugins() -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
@@ -54,6 +57,12 @@ pub(crate) fn plugins() -> anyhow::Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// Whether a plugin has something to serve: not where it says that it wants a model of whoever runs it.
+pub(crate) fn serves_by_itself(name: &str) -> bool {
+    let manifest = fs::read_to_string(format!("plugins/{name}/Cargo.toml")).unwrap_or_default();
+    !manifest.lines().any(|line| line.trim() == WANTS_A_MODEL)
 }
 
 /// Builds one plugin in release.

@@ -81,7 +81,8 @@ pub(crate) fn finish(volume: &Path, watch: bool) -> anyhow::Result<()> {
     }
     print_urls(&listen);
     let mut watched = if watch { Some(Sources::look()?) } else { None };
-    let mut wanted: VecDeque<String> = build::plugins()?.into_iter().filter(|name| name != "echo").collect();
+    let others = build::plugins()?.into_iter().filter(|name| name != "echo" && build::serves_by_itself(name));
+    let mut wanted: VecDeque<String> = others.collect();
     loop {
         while let Some(name) = wanted.pop_front() {
             println!("building the plugin {name}; it serves as soon as it is done");
