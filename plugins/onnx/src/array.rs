@@ -98,11 +98,11 @@ macro_rules! kinds {
                 match (self, from) {
                     $(
                         (Self::$variant(to), Self::$variant(from)) => to.extend_from_slice(&from[range]),
-                        #[allow(unreachable_patterns)]
+                        #[allow(unreachable_patterns, reason = "the arm before has the two kinds that JSON's numbers are")]
                         (Self::$variant(to), Self::I64(from)) => {
                             to.extend(from[range].iter().map(|value| <$element as Number>::of_integer(*value)));
                         }
-                        #[allow(unreachable_patterns)]
+                        #[allow(unreachable_patterns, reason = "the arm before has the two kinds that JSON's numbers are")]
                         (Self::$variant(to), Self::F64(from)) => {
                             to.extend(from[range].iter().map(|value| <$element as Number>::of_float(*value)));
                         }
@@ -177,6 +177,19 @@ kinds! {
 }
 
 impl Elements {
+    /// The first whole number outside a range, and its place.
+    pub(crate) fn first_outside(&self, least: i64, most: i64) -> Option<(usize, i64)> {
+        let find = |values: &[i64]| {
+            let place = values.iter().position(|value| !(least..=most).contains(value))?;
+            Some((place, values[place]))
+        };
+        match self {
+            // Tokens of texts, mostly: looked at where they are.
+            Self::I64(values) => find(values),
+            others => find(&others.to_integers()?),
+        }
+    }
+
     /// Whole numbers, each as wide as any; `None` where they are none, or don't fit.
     pub(crate) fn to_integers(&self) -> Option<Vec<i64>> {
         Some(match self {

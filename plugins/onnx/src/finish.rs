@@ -73,8 +73,7 @@ impl Finish {
         Ok(Self { outputs, pooling, softmax, normalize })
     }
 
-    /// Of one request's outputs.
-    /// `mask`: which tokens count, where the model has such an input.
+    /// Of one request's outputs; `mask` says which tokens count, where the model has such an input.
     pub(crate) fn apply(&self, mask: Option<&Array>, mut outputs: Vec<Array>) -> Outcome<Vec<Array>> {
         if let Some((place, pooling)) = self.pooling {
             let mask = mask.and_then(|mask| mask.elements.to_f32());

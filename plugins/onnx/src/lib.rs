@@ -222,7 +222,7 @@ impl InferencePipeline for Pipeline {
     type RawOutput = Vec<GroupOutput>;
 
     fn load(ctx: LoadContext<Settings>) -> Result<Self, PipelineError> {
-        let path = model::path(ctx.all_model_data_folder(), ctx.settings());
+        let path = ctx.all_model_data_folder().join(&ctx.settings().path);
         let device = ctx.device().cloned();
         let settings = ctx.into_settings();
         let loaded = Loaded::read(&path, &settings, device.as_ref())?;

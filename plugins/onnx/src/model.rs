@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use modalkit_sdk::{Device, Invalid, Outcome, PipelineError};
@@ -154,11 +154,10 @@ impl Model {
 
     fn check_tables(&self, arrays: &Arrays) -> Result<(), Invalid> {
         for table in &self.tables {
-            let Some(chosen) = arrays.get(&table.input).and_then(|array| array.elements.to_integers()) else {
-                continue;
-            };
-            if let Some(place) = chosen.iter().position(|row| !(0..table.rows).contains(row)) {
-                let (rows, found) = (table.rows, chosen[place]);
+            let rows = table.rows;
+            let chosen = arrays.get(&table.input);
+            let outside = chosen.and_then(|array| array.elements.first_outside(0, rows - 1));
+            if let Some((place, found)) = outside {
                 return Err(Invalid::new(format!(
                     "expected numbers from 0 to {}, the rows of the model's table; found {found}",
                     rows - 1
@@ -226,9 +225,4 @@ fn guarded(engine: &dyn Engine, inputs: Vec<Array>) -> Result<Vec<Array>, RunFau
             .unwrap_or("no words");
         Err(RunFault::Input(format!("the engine panicked: {said}")))
     })
-}
-
-/// Where a model's file lies.
-pub(crate) fn path(folder: &Path, settings: &Settings) -> PathBuf {
-    folder.join(&settings.path)
 }

@@ -91,15 +91,11 @@ impl Port {
         if let Some((narrow_least, narrow_most)) = narrowed {
             (least, most) = (least.max(narrow_least), most.min(narrow_most));
         }
-        let find = |values: &[i64]| values.iter().position(|value| !(least..=most).contains(value));
         let outside = match &array.elements {
-            Elements::I64(values) => find(values).map(|place| values[place]),
-            other if other.datatype() == self.datatype => {
-                let Some(values) = other.to_integers() else {
-                    // Of 64 bits without a sign, and more than others hold.
-                    return Ok(());
-                };
-                find(&values).map(|place| values[place])
+            // Of its own kind each has room, but where the engine has less.
+            own if own.datatype() == self.datatype && narrowed.is_none() => None,
+            whole if matches!(whole, Elements::I64(_)) || whole.datatype() == self.datatype => {
+                whole.first_outside(least, most)
             }
             Elements::Strings(_) => return wrong(format!("expected numbers ({expected}), found strings")),
             _ => {
@@ -108,7 +104,7 @@ impl Port {
                 ));
             }
         };
-        outside.map_or(Ok(()), |value| {
+        outside.map_or(Ok(()), |(_, value)| {
             wrong(format!("expected whole numbers from {least} to {most} ({expected}), found {value}"))
         })
     }
@@ -168,18 +164,18 @@ pub(crate) struct Limits<'a> {
 pub(crate) fn check(ports: &[Port], arrays: &Arrays, limits: &Limits<'_>) -> Result<(), Invalid> {
     let mut sizes: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
     for port in ports {
-        let expected = port.describe();
         let wrong = |found: String| Err(Invalid::new(found).at(port.name.as_str()));
         let Some(array) = arrays.get(&port.name).or_else(|| limits.defaults.get(&port.name)) else {
-            return wrong(format!("field required: `{}`, {expected}", port.name));
+            return wrong(format!("field required: `{}`, {}", port.name, port.describe()));
         };
         let fits = |(size, dim): (&usize, &Dim)| matches!(dim, Dim::Symbolic(_)) || *dim == Dim::Fixed(*size);
         if array.shape.len() != port.dims.len() || !array.shape.iter().zip(&port.dims).all(fits) {
-            return wrong(format!("expected {expected}, found the shape {:?}", array.shape));
+            return wrong(format!("expected {}, found the shape {:?}", port.describe(), array.shape));
         }
         if array.elements.len() == 0 {
             return wrong(format!(
-                "expected {expected}, found no element at all: the shape {:?}",
+                "expected {}, found no element at all: the shape {:?}",
+                port.describe(),
                 array.shape
             ));
         }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::{Options, PREDICT, free_port, median, process::Server, stream};
+use super::{Options, PREDICT, free_port, median, process::Server, python::ensure, stream};
 use crate::{build, python};
 
 /// FastAPI's environment.
@@ -58,7 +58,7 @@ impl Figures {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     python::ensure()?;
     python::ensure_models()?;
-    ensure()?;
+    ensure(ENVIRONMENT, &PACKAGES)?;
     build::cargo(&["build", "--release", "--package", "modalkit", "--package", "embed"])?;
     build::cargo(&["build", "--release", "--package", "embed", "--example", "graph"])?;
     let folder = std::env::temp_dir().join(format!("modalkit-bench-{}", std::process::id()));
@@ -67,21 +67,6 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     // Left alone where it can't be removed: it is in the system's folder for such things.
     let _ = fs::remove_dir_all(&folder);
     measured
-}
-
-/// Installs what isn't there.
-fn ensure() -> anyhow::Result<()> {
-    let stamp = Path::new(ENVIRONMENT).join("installed.txt");
-    let wanted = PACKAGES.join("\n");
-    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
-        return Ok(());
-    }
-    // One that was begun and not ended is begun again.
-    let _ = fs::remove_dir_all(ENVIRONMENT);
-    build::run(Command::new("python3").args(["-m", "venv", ENVIRONMENT]))?;
-    let pip = Path::new(ENVIRONMENT).join("bin/pip");
-    build::run(Command::new(pip).args(["install", "--quiet", "--disable-pip-version-check"]).args(PACKAGES))?;
-    Ok(fs::write(stamp, wanted)?)
 }
 
 fn measure(options: &Options, folder: &Path) -> anyhow::Result<()> {

@@ -27,7 +27,7 @@ const CASES: [(usize, &[usize]); 2] = [(1, &[32, 128]), (2, &[64])];
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     wrk::ensure()?;
     build::cargo(&["build", "--release", "--package", "modalkit"])?;
-    ensure()?;
+    ensure(ENVIRONMENT, &PACKAGES)?;
     for (name, code) in [("echo-python", ECHO), ("digits-python", DIGITS)] {
         for (workers, concurrency) in CASES {
             let folder = std::env::temp_dir().join(format!("modalkit-bench-{}", std::process::id()));
@@ -57,18 +57,18 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     build::run(Command::new(Path::new(ENVIRONMENT).join("bin/python")).args(["-c", FRAMES, PACKAGE]))
 }
 
-/// Installs what isn't there.
-fn ensure() -> anyhow::Result<()> {
-    let stamp = Path::new(ENVIRONMENT).join("installed.txt");
-    let wanted = PACKAGES.join("\n");
+/// Makes an environment with these packages, where it isn't there.
+pub(super) fn ensure(environment: &str, packages: &[&str]) -> anyhow::Result<()> {
+    let stamp = Path::new(environment).join("installed.txt");
+    let wanted = packages.join("\n");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
     // One that was begun and not ended is begun again.
-    let _ = fs::remove_dir_all(ENVIRONMENT);
-    build::run(Command::new("python3").args(["-m", "venv", ENVIRONMENT]))?;
-    let pip = Path::new(ENVIRONMENT).join("bin/pip");
-    build::run(Command::new(pip).args(["install", "--quiet", "--disable-pip-version-check"]).args(PACKAGES))?;
+    let _ = fs::remove_dir_all(environment);
+    build::run(Command::new("python3").args(["-m", "venv", environment]))?;
+    let pip = Path::new(environment).join("bin/pip");
+    build::run(Command::new(pip).args(["install", "--quiet", "--disable-pip-version-check"]).args(packages))?;
     Ok(fs::write(stamp, wanted)?)
 }
 

@@ -79,6 +79,15 @@ fn floats(name: &str, dims: &[i64], values: Vec<f32>) -> TensorProto {
     }
 }
 
+fn whole_number(name: &str, value: i64) -> TensorProto {
+    TensorProto {
+        name: Some(name.to_owned()),
+        data_type: Some(DataType::INT64),
+        int64_data: vec![value],
+        ..TensorProto::default()
+    }
+}
+
 /// Ten rows: the row's number, and twice that.
 fn table() -> TensorProto {
     floats("table", &[10, 2], (0..10_u8).flat_map(|row| [f32::from(row), 2.0 * f32::from(row)]).collect())
@@ -105,13 +114,7 @@ pub(super) fn tokens_with_mask(mask: &str) -> Graph {
 
 /// Rows of a table, chosen by `ids` and one more.
 pub(super) fn sums() -> Graph {
-    let one = TensorProto {
-        name: Some("one".to_owned()),
-        dims: Vec::new(),
-        data_type: Some(DataType::INT64),
-        int64_data: vec![1],
-        ..TensorProto::default()
-    };
+    let one = whole_number("one", 1);
     Graph(GraphProto {
         node: vec![
             node("Add", "next", &["ids", "one"], "next_ids"),
@@ -126,13 +129,7 @@ pub(super) fn sums() -> Graph {
 
 /// Each row and all before it, added.
 pub(super) fn running_sum() -> Graph {
-    let axis = TensorProto {
-        name: Some("axis".to_owned()),
-        dims: Vec::new(),
-        data_type: Some(DataType::INT64),
-        int64_data: vec![0],
-        ..TensorProto::default()
-    };
+    let axis = whole_number("axis", 0);
     Graph(GraphProto {
         node: vec![node("CumSum", "sum", &["x", "axis"], "y")],
         initializer: vec![axis],
@@ -144,13 +141,7 @@ pub(super) fn running_sum() -> Graph {
 
 /// Each row, and its place from 1.
 pub(super) fn places() -> Graph {
-    let axis = TensorProto {
-        name: Some("axis".to_owned()),
-        dims: Vec::new(),
-        data_type: Some(DataType::INT64),
-        int64_data: vec![0],
-        ..TensorProto::default()
-    };
+    let axis = whole_number("axis", 0);
     let number = |name: &str, value: f32| floats(name, &[1], vec![value]);
     Graph(GraphProto {
         node: vec![
